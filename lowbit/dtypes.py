@@ -1,0 +1,143 @@
+"""Number formats: their range, their storage, and how a float32 becomes one of their codes.
+
+Everything rounds to nearest, ties to even, and saturates: a value beyond the range becomes
+the largest code of its sign. Infinities saturate too. NaN stays NaN in the float formats;
+an integer format has no NaN, so NaN becomes code 0 there (`quantize` refuses it before).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DType:
+    """One number format."""
+
+    name: str
+    """The field's name for it: `int8`, `e4m3fn`, …"""
+    kind: Literal["int", "float", "exponent"]
+    torch_dtype: torch.dtype
+    """How torch stores it."""
+    safetensors: str
+    """How a safetensors header names it."""
+    max: float
+    """Largest finite value of a symmetric code: codes lie in [-max, max]."""
+    smallest: float
+    """Smallest positive value (a subnormal where the format has them)."""
+
+    @property
+    def bits(self) -> int:
+        return self.torch_dtype.itemsize * 8
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# Symmetric codes stay in ±127: −128 has no negation, and ±128 overflows an int32
+# accumulator from K = 131,072 on. Asymmetric codes use all of −128 … 127.
+INT8 = DType(name="int8", kind="int", torch_dtype=torch.int8, safetensors="I8", max=127.0, smallest=1.0)
+E4M3FN = DType(
+    name="e4m3fn", kind="float", torch_dtype=torch.float8_e4m3fn, safetensors="F8_E4M3",
+    max=448.0, smallest=2.0**-9,
+)  # fmt: skip
+E4M3FNUZ = DType(
+    name="e4m3fnuz", kind="float", torch_dtype=torch.float8_e4m3fnuz, safetensors="F8_E4M3FNUZ",
+    max=240.0, smallest=2.0**-10,
+)  # fmt: skip
+E5M2 = DType(
+    name="e5m2", kind="float", torch_dtype=torch.float8_e5m2, safetensors="F8_E5M2",
+    max=57344.0, smallest=2.0**-16,
+)  # fmt: skip
+E8M0 = DType(
+    name="e8m0", kind="exponent", torch_dtype=torch.float8_e8m0fnu, safetensors="F8_E8M0",
+    max=2.0**127, smallest=2.0**-127,
+)  # fmt: skip
+
+DTYPES: dict[str, DType] = {d.name: d for d in (INT8, E4M3FN, E4M3FNUZ, E5M2, E8M0)}
+
+INT8_ASYMMETRIC_MIN, INT8_ASYMMETRIC_MAX = -128, 127
+E8M0_NAN = 0xFF
+
+# Adding and subtracting 1.5 · 2²³ rounds a float32 below 2²² to an integer, ties to even.
+# torch.round does the same; the constant is for code that has no such instruction.
+ROUND_MAGIC = 12582912.0
+
+
+def encode(x: Tensor, dtype: DType) -> Tensor:
+    """Nearest code of each element: float tensor of any shape → `dtype.torch_dtype`, same shape.
+
+    Rounds half to even, saturates (infinities too). NaN → NaN, or 0 for int8. For E8M0 use
+    `encode_e8m0`, where the rounding must be named.
+    """
+    x = x.to(torch.float32)
+    if dtype.kind == "int":
+        return torch.nan_to_num(x, nan=0.0).clamp(-dtype.max, dtype.max).round().to(dtype.torch_dtype)
+    if dtype.kind == "float":
+        # Clamp first: torch's own cast turns values beyond the range into NaN or Inf.
+        return x.clamp(-dtype.max, dtype.max).to(dtype.torch_dtype)
+    raise ValueError(f"expected an element format, found {dtype}; use encode_e8m0 and name the rounding")
+
+
+def decode(codes: Tensor) -> Tensor:
+    """Codes of any format here → float32, exactly. float8 NaN codes give NaN."""
+    return codes.to(torch.float32)
+
+
+@cache
+def decode_table(dtype: DType) -> Tensor:
+    """float32 [256]: the value of every byte of an 8-bit format. Not to be written to."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype.torch_dtype).to(torch.float32)
+
+
+def encode_e8m0(x: Tensor, rounding: Literal["floor", "ceil", "nearest"]) -> Tensor:
+    """Positive float32 → the biased exponent of a power of two, uint8, same shape.
+
+    `floor` and `ceil` go to the next power of two below and above (a power of two stays
+    itself); `nearest` rounds the value, ties up. Read from the exponent bits, since
+    `ceil(log2(x))` is wrong at powers of two. Range 2⁻¹²⁷ … 2¹²⁷, saturating; 0 → 2⁻¹²⁷;
+    NaN, Inf and negative values → 0xFF, the format's NaN.
+    """
+    x = x.to(torch.float32).contiguous()
+    bits = x.view(torch.int32)
+    exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    subnormal = exponent == 0
+    if rounding == "ceil":
+        # Below 2⁻¹²⁶ the grid still has 2⁻¹²⁷ (mantissa 0x400000).
+        up = torch.where(subnormal, mantissa > 0x400000, mantissa > 0)
+    elif rounding == "nearest":
+        up = torch.where(subnormal, mantissa >= 0x600000, mantissa >= 0x400000)
+    elif rounding == "floor":
+        up = torch.zeros_like(subnormal)
+    else:
+        raise ValueError(f"expected rounding floor, ceil or nearest, found {rounding!r}")
+    code = (exponent + up.to(torch.int32)).clamp(0, 254)
+    bad = torch.isnan(x) | torch.isinf(x) | (x < 0)
+    return torch.where(bad, torch.full_like(code, E8M0_NAN), code).to(torch.uint8)
+
+
+def decode_e8m0(codes: Tensor) -> Tensor:
+    """E8M0 bytes (uint8 or float8_e8m0fnu) → float32 powers of two; 0xFF → NaN."""
+    return codes.view(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
+
+
+def e4m3fn_to_fnuz(codes: Tensor) -> Tensor:
+    """Reinterpret float8_e4m3fn as float8_e4m3fnuz of half the value (double the scale): exact.
+
+    The fnuz exponent bias is one higher, so the same bits mean half. 0x80 is −0 in e4m3fn
+    and NaN in fnuz: it becomes 0x00. Raises ValueError for NaN codes (0x7F, 0xFF), which
+    would turn into numbers.
+    """
+    raw = codes.view(torch.uint8)
+    nan = (raw & 0x7F) == 0x7F
+    if bool(nan.any()):
+        raise ValueError(
+            f"expected finite e4m3fn codes, found {int(nan.sum())} NaN (0x7F or 0xFF); "
+            "such a weight cannot be represented in e4m3fnuz bit for bit: repair the source"
+        )
+    return torch.where(raw == 0x80, torch.zeros_like(raw), raw).view(torch.float8_e4m3fnuz)
