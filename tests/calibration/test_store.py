@@ -1,0 +1,117 @@
+"""The calibration directory: what is written is what is read, and damage is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lowbit.calibration import store
+
+SETTINGS = {
+    "scheme": "int8",
+    "method": {"name": "gptq"},
+    "data": {"samples": 2},
+    "source": {"fingerprint": "f"},
+}
+
+
+def layer(i: int = 0) -> dict[str, torch.Tensor]:
+    module = f"model.layers.{i}.mlp.down_proj"
+    return {
+        f"{module}.weight": torch.randint(-127, 128, (4, 6), dtype=torch.int8),
+        f"{module}.weight_scale": torch.rand(4, 1),
+        f"{module}.bias": torch.rand(4, dtype=torch.bfloat16),
+        f"model.layers.{i}.input_layernorm.weight": torch.ones(6, dtype=torch.bfloat16),
+    }
+
+
+def test_round_trip(tmp_path):
+    writer = store.Writer(tmp_path, SETTINGS)
+    tensors = layer()
+    writer.write("model.layers.0", tensors, {"error": 0.5})
+    calibration = store.read(tmp_path)
+    assert not calibration.complete
+    with pytest.raises(store.CalibrationError, match="resumes where it stopped"):
+        calibration.require()
+    writer.finish(config_overrides={"tie_word_embeddings": False})
+    calibration = store.read(tmp_path)
+    calibration.require(fingerprint="f", scheme="int8")
+    assert calibration.config_overrides == {"tie_word_embeddings": False}
+    assert calibration.modules() == ["model.layers.0.mlp.down_proj"]
+    assert calibration.layers["model.layers.0"]["error"] == 0.5
+    codes = calibration.codes("model.layers.0.mlp.down_proj")
+    assert codes is not None and codes.dtype == "I8" and codes.shape == (4, 6)
+    raw = codes.file.read_bytes()[codes.start : codes.start + codes.nbytes]
+    expected = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.int8).view(4, 6), expected)
+    assert calibration.floats() == [
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.0.mlp.down_proj.bias",
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("fingerprint", "other"), ("scheme", "fp8")])
+def test_another_source_or_scheme_is_refused(tmp_path, key, value):
+    writer = store.Writer(tmp_path, SETTINGS)
+    writer.write("model.layers.0", layer())
+    writer.finish()
+    with pytest.raises(store.CalibrationError, match=value):
+        store.read(tmp_path).require(**{key: value})
+
+
+def test_resume_knows_the_finished_parts_and_refuses_other_settings(tmp_path):
+    store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    again = store.Writer(tmp_path, SETTINGS)
+    assert again.finished == {"model.layers.0"}
+    with pytest.raises(store.CalibrationError, match="method"):
+        store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}})
+    assert store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True).finished == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.down_proj.weight_scale"), "weight_scale beside"),
+        (lambda t: t.update({"x.input_scale": torch.ones(2)}), "one F32 scale"),
+        (lambda t: t.update({"x.weight_scale": torch.ones(2, 1).half()}), "F32 or U8"),
+        (lambda t: t.update({"x.input_zero_point": torch.zeros(1)}), "I8 zero point"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    tensors = layer()
+    change(tensors)
+    writer = store.Writer(tmp_path, SETTINGS)
+    writer.write("model.layers.0", tensors)
+    with pytest.raises(store.CalibrationError, match=message):
+        writer.finish()
+
+
+def test_a_truncated_or_missing_file_and_another_version_are_named(tmp_path):
+    writer = store.Writer(tmp_path, SETTINGS)
+    file = writer.write("model.layers.0", layer())
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1])
+    with pytest.raises(store.CalibrationError, match="truncated"):
+        store.read(tmp_path)
+    file.unlink()
+    with pytest.raises(store.CalibrationError, match="found nothing"):
+        store.read(tmp_path)
+    manifest = json.loads((tmp_path / store.MANIFEST).read_text())
+    (tmp_path / store.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(store.CalibrationError, match="99"):
+        store.read(tmp_path)
+    with pytest.raises(store.CalibrationError, match="lowbit calibrate"):
+        store.read(tmp_path / "nowhere")
+
+
+def test_fingerprint_tells_values_apart(tmp_path):
+    save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    first = store.fingerprint(tmp_path)
+    assert store.fingerprint(tmp_path) == first
+    save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
+    assert store.fingerprint(tmp_path) != first
+    with pytest.raises(store.CalibrationError, match="found none"):
+        store.fingerprint(tmp_path / "nowhere")
