@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # planning and streaming conversion import this module and never need torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class DType:
     name: str
     """The field's name for it: `int8`, `e4m3fn`, …"""
     kind: Literal["int", "float", "exponent"]
-    torch_dtype: torch.dtype
-    """How torch stores it."""
+    torch_name: str
+    """How torch names its storage."""
     safetensors: str
     """How a safetensors header names it."""
     max: float
@@ -31,9 +32,14 @@ class DType:
     smallest: float
     """Smallest positive value (a subnormal where the format has them)."""
 
+    bits: int = 8
+
     @property
-    def bits(self) -> int:
-        return self.torch_dtype.itemsize * 8
+    def torch_dtype(self) -> torch.dtype:
+        """How torch stores it."""
+        import torch
+
+        return getattr(torch, self.torch_name)
 
     def __str__(self) -> str:
         return self.name
@@ -41,21 +47,21 @@ class DType:
 
 # Symmetric codes stay in ±127: −128 has no negation, and ±128 overflows an int32
 # accumulator from K = 131,072 on. Asymmetric codes use all of −128 … 127.
-INT8 = DType(name="int8", kind="int", torch_dtype=torch.int8, safetensors="I8", max=127.0, smallest=1.0)
+INT8 = DType(name="int8", kind="int", torch_name="int8", safetensors="I8", max=127.0, smallest=1.0)
 E4M3FN = DType(
-    name="e4m3fn", kind="float", torch_dtype=torch.float8_e4m3fn, safetensors="F8_E4M3",
+    name="e4m3fn", kind="float", torch_name="float8_e4m3fn", safetensors="F8_E4M3",
     max=448.0, smallest=2.0**-9,
 )  # fmt: skip
 E4M3FNUZ = DType(
-    name="e4m3fnuz", kind="float", torch_dtype=torch.float8_e4m3fnuz, safetensors="F8_E4M3FNUZ",
+    name="e4m3fnuz", kind="float", torch_name="float8_e4m3fnuz", safetensors="F8_E4M3FNUZ",
     max=240.0, smallest=2.0**-10,
 )  # fmt: skip
 E5M2 = DType(
-    name="e5m2", kind="float", torch_dtype=torch.float8_e5m2, safetensors="F8_E5M2",
+    name="e5m2", kind="float", torch_name="float8_e5m2", safetensors="F8_E5M2",
     max=57344.0, smallest=2.0**-16,
 )  # fmt: skip
 E8M0 = DType(
-    name="e8m0", kind="exponent", torch_dtype=torch.float8_e8m0fnu, safetensors="F8_E8M0",
+    name="e8m0", kind="exponent", torch_name="float8_e8m0fnu", safetensors="F8_E8M0",
     max=2.0**127, smallest=2.0**-127,
 )  # fmt: skip
 
@@ -75,6 +81,8 @@ def encode(x: Tensor, dtype: DType) -> Tensor:
     Rounds half to even, saturates (infinities too). NaN → NaN, or 0 for int8. For E8M0 use
     `encode_e8m0`, where the rounding must be named.
     """
+    import torch
+
     x = x.to(torch.float32)
     if dtype.kind == "int":
         return torch.nan_to_num(x, nan=0.0).clamp(-dtype.max, dtype.max).round().to(dtype.torch_dtype)
@@ -86,12 +94,16 @@ def encode(x: Tensor, dtype: DType) -> Tensor:
 
 def decode(codes: Tensor) -> Tensor:
     """Codes of any format here → float32, exactly. float8 NaN codes give NaN."""
+    import torch
+
     return codes.to(torch.float32)
 
 
 @cache
 def decode_table(dtype: DType) -> Tensor:
     """float32 [256]: the value of every byte of an 8-bit format. Not to be written to."""
+    import torch
+
     return torch.arange(256, dtype=torch.uint8).view(dtype.torch_dtype).to(torch.float32)
 
 
@@ -103,6 +115,8 @@ def encode_e8m0(x: Tensor, rounding: Literal["floor", "ceil", "nearest"]) -> Ten
     `ceil(log2(x))` is wrong at powers of two. Range 2⁻¹²⁷ … 2¹²⁷, saturating; 0 → 2⁻¹²⁷;
     NaN, Inf and negative values → 0xFF, the format's NaN.
     """
+    import torch
+
     x = x.to(torch.float32).contiguous()
     bits = x.view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
@@ -123,6 +137,8 @@ def encode_e8m0(x: Tensor, rounding: Literal["floor", "ceil", "nearest"]) -> Ten
 
 def decode_e8m0(codes: Tensor) -> Tensor:
     """E8M0 bytes (uint8 or float8_e8m0fnu) → float32 powers of two; 0xFF → NaN."""
+    import torch
+
     return codes.view(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
 
 
@@ -133,6 +149,8 @@ def e4m3fn_to_fnuz(codes: Tensor) -> Tensor:
     and NaN in fnuz: it becomes 0x00. Raises ValueError for NaN codes (0x7F, 0xFF), which
     would turn into numbers.
     """
+    import torch
+
     raw = codes.view(torch.uint8)
     nan = (raw & 0x7F) == 0x7F
     if bool(nan.any()):

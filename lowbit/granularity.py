@@ -8,10 +8,10 @@ block is simply smaller.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def reduce_tiles(x: Tensor, granularity: Granularity, reduction: str) -> Tensor:
     NaN propagates. Ragged tiles reduce over the elements that they have. An empty tensor
     gives zeros.
     """
+    import torch
+
     expected = scale_shape(tuple(x.shape), granularity)
     if x.numel() == 0:
         return torch.zeros(expected, dtype=x.dtype, device=x.device)
