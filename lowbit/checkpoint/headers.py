@@ -1,0 +1,297 @@
+"""Read a checkpoint's headers: every tensor's name, dtype, shape and place, and no weight data.
+
+The safetensors layout: 8 bytes little-endian header length, a JSON header
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {…}}`, then the data.
+Everything here is treated as hostile: a header that lies is refused before anything is read
+through it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import InputError
+
+# safetensors' own limit; a longer one is an attack or a broken file.
+MAX_HEADER_BYTES = 100_000_000
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+FLOATS = ("BF16", "F16", "F32")
+
+# Written by a conversion, of that conversion: never carried into the next one.
+MANIFEST = "lowbit_manifest.json"
+# Other copies of the weights (and pickles): not carried along.
+WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    """As the safetensors header names it: BF16, F8_E4M3, …"""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Absolute byte position in `file`."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors, known from its headers."""
+
+    root: Path
+    tensors: dict[str, TensorRef]
+    """In file order, shard after shard."""
+    shards: tuple[Path, ...]
+    config: dict[str, Any]
+    """`config.json`; empty where there is none."""
+    others: tuple[Path, ...]
+    """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
+    notes: tuple[str, ...] = field(default=())
+    """What is odd about it, in words."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """xxh3-128 over names, dtypes, shapes, places, file sizes and times: the source's identity.
+
+        Weight data is not read, so a change that keeps size and modification time is not seen.
+        """
+        import xxhash
+
+        digest = xxhash.xxh3_128()
+        for shard in self.shards:
+            stat = shard.stat()
+            digest.update(f"{shard.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for t in self.tensors.values():
+            digest.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.file.name}\0{t.offset}\n".encode())
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"the name {key!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """(tensors in data order, `__metadata__`) of one safetensors file.
+
+    Raises InputError when the file is truncated, the header is too long or not the JSON
+    that the format asks for, or offsets overlap, leave holes or leave the file.
+    """
+
+    def refuse(problem: str) -> InputError:
+        return InputError(f"{file}: {problem}; the file is damaged or not safetensors: fetch it again")
+
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise refuse(f"expected at least 8 bytes, found {size}")
+            length = int.from_bytes(prefix, "little")
+            if length > MAX_HEADER_BYTES:
+                raise refuse(
+                    f"expected a header of at most {MAX_HEADER_BYTES} bytes, found a length of {length}"
+                )
+            if length > size - 8:
+                raise refuse(f"expected a header of {length} bytes, but the file ends after {size - 8}")
+            text = stream.read(length)
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); check the path and permissions"
+        ) from error
+
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except InputError as error:
+        raise refuse(f"expected every name once, but {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"expected a JSON header, found something else ({type(error).__name__})") from None
+    if not isinstance(header, dict):
+        raise refuse(f"expected a JSON object as header, found a {type(header).__name__}")
+
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise refuse("expected __metadata__ to map names to strings")
+
+    spans: list[tuple[int, int, TensorRef]] = []
+    for name, entry in header.items():
+        spans.append(_read_entry(name, entry, data_start=8 + length, refuse=refuse, file=file))
+    spans.sort(key=lambda span: (span[0], span[1]))
+    position = 0
+    for begin, end, ref in spans:
+        if begin != position:
+            kind = "overlap" if begin < position else "leave a hole"
+            raise refuse(f"data offsets {kind}: {ref.name!r} begins at {begin}, expected {position}")
+        position = end
+    if position != size - 8 - length:
+        raise refuse(f"expected {position} bytes of data, found {size - 8 - length} (truncated or padded)")
+    return {ref.name: ref for _, _, ref in spans}, metadata
+
+
+def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -> tuple[int, int, TensorRef]:
+    if not isinstance(entry, dict):
+        raise refuse(f"expected an object for tensor {name!r}, found a {type(entry).__name__}")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in ITEM_BYTES:
+        raise refuse(f"expected a known dtype for tensor {name!r}, found {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_count(d) for d in shape):
+        raise refuse(f"expected a list of sizes as shape of {name!r}, found {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
+        raise refuse(f"expected [begin, end] as data_offsets of {name!r}, found {offsets!r}")
+    begin, end = offsets
+    ref = TensorRef(name, dtype, tuple(shape), file, data_start + begin)
+    if end - begin != ref.nbytes:
+        raise refuse(f"expected {ref.nbytes} bytes for {name!r} ({dtype} {shape}), found {end - begin}")
+    return begin, end, ref
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a small file; InputError when it is not one."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: expected a JSON object ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _shard_below(root: Path, name: Any, index: Path) -> Path:
+    """The shard file that an index names; never a path that leaves the directory."""
+    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(
+            f"{index}: expected file names inside {root}, found {name!r}; do not trust this index"
+        )
+    file = root / name
+    if not file.is_file():
+        raise InputError(
+            f"{index}: names the file {name!r}, which is missing; fetch the whole checkpoint again"
+        )
+    return file
+
+
+def _read_shards(files: Iterable[Path]) -> dict[str, TensorRef]:
+    tensors: dict[str, TensorRef] = {}
+    for file in files:
+        for name, ref in read_header(file)[0].items():
+            if name in tensors:
+                raise InputError(
+                    f"two shards hold the tensor {name!r}: {tensors[name].file.name} and {file.name}; "
+                    "expected each once: remove the file that does not belong"
+                )
+            tensors[name] = ref
+    return tensors
+
+
+def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, TensorRef], list[Path]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: expected a weight_map of tensor names to files, found {weight_map!r:.80}")
+    files = {name: _shard_below(root, name, index) for name in dict.fromkeys(weight_map.values())}
+    tensors = _read_shards(sorted(files.values()))
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != files[file]:
+            where = f"it lies in {tensors[name].file.name}" if name in tensors else "no shard holds it"
+            raise InputError(
+                f"{index}: says that {file!r} holds {name!r}, but {where}; fetch index and shards again"
+            )
+    if unlisted := [name for name in tensors if name not in weight_map]:
+        notes.append(
+            f"{len(unlisted)} tensors lie in shards but not in the index (first: {unlisted[0]}); they are taken along"
+        )
+    return tensors, sorted(files.values())
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the headers of a checkpoint directory.
+
+    Uses the index when there is one, else every `*.safetensors` in the directory. Raises
+    InputError on anything that does not fit together; pickle files are refused.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise InputError(f"{root}: expected a checkpoint directory, found nothing there; check the path")
+    if not root.is_dir():
+        hint = "; give its directory" if root.suffix == ".safetensors" else ""
+        raise InputError(f"{root}: expected a checkpoint directory, found a file{hint}")
+
+    notes: list[str] = []
+    found = sorted(root.glob("*.safetensors"))
+    indexes = sorted(root.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise InputError(
+            f"{root}: expected one index, found {', '.join(i.name for i in indexes)}; remove the one that is stale"
+        )
+    if indexes:
+        tensors, shards = _read_indexed(root, indexes[0], notes)
+        if extra := [f.name for f in found if f not in shards]:
+            notes.append(f"files that the index does not name are left out: {', '.join(extra)}")
+    elif found:
+        tensors, shards = _read_shards(found), found
+    else:
+        pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise InputError(
+                f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
+                "opened: save the model as safetensors first"
+            )
+        raise InputError(f"{root}: expected *.safetensors files, found none")
+    if not tensors:
+        raise InputError(f"{root}: expected tensors, found {len(shards)} empty files")
+
+    config_file = root / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    if not config:
+        notes.append("no config.json: the architecture is unknown")
+    skip = {*found, *indexes, config_file, root / MANIFEST}
+    others = []
+    for file in _files_below(root):
+        if file.suffix in WEIGHT_SUFFIXES and file not in skip:
+            notes.append(f"other weights are left out: {file.relative_to(root)}")
+        elif file not in skip:
+            others.append(file.relative_to(root))
+    return Checkpoint(root, tensors, tuple(shards), config, tuple(others), tuple(notes))
+
+
+def _files_below(root: Path) -> Iterable[Path]:
+    """Files below `root`. Hidden directories (.git, .cache) and linked ones are not entered;
+    linked files are followed, since a hub's cache is made of them."""
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith(".") and entry.is_dir():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _files_below(entry)
+        elif entry.is_file():
+            yield entry

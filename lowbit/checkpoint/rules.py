@@ -1,0 +1,282 @@
+"""Which weights are quantized and which stay, decided from names and shapes alone.
+
+No model class is needed, so an architecture that no library knows yet converts too. The
+first rule that applies decides, and its words are what `lowbit plan` prints.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from lowbit.errors import InputError
+from lowbit.scheme import Scheme, get_scheme
+
+
+class Rule(NamedTuple):
+    """A module whose dotted name matches is left as it is."""
+
+    role: str
+    pattern: re.Pattern[str]
+    reason: str
+
+
+def _last(*names: str) -> re.Pattern[str]:
+    """The last component of a module's name is one of these."""
+    return re.compile(rf"(^|.*\.)({'|'.join(names)})$")
+
+
+def _inside(*names: str) -> re.Pattern[str]:
+    """One of these is a component of the name."""
+    return re.compile(rf"(^|.*\.)({'|'.join(names)})(\.|$)")
+
+
+KEEP_RULES = (
+    Rule(
+        "vision",
+        _inside(
+            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder",
+            "multi_modal_projector", "mm_projector", "img_projector", "connector", "aligner",
+        ),
+        "vision tower",
+    ),
+    Rule("audio", _inside("audio", "audio_tower", "audio_encoder", "audio_model"), "audio tower"),
+    Rule(
+        "embedding",
+        _last(
+            "embed_tokens", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "tok_embeddings",
+            "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
+            "relative_attention_bias", r"embed_tokens_per_layer",
+        ),
+        "embedding",
+    ),
+    Rule(
+        "head",
+        re.compile(
+            r"^output$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder)$"
+        ),
+        "output head",
+    ),
+    Rule(
+        "router",
+        _last("gate", "router", r"router\.(layer|linear|proj|classifier)", "shared_expert_gate", "gate_linear"),
+        "router: it picks experts, and small errors there change which",
+    ),
+    Rule("projection", _last("eh_proj"), "multi-token prediction joins two streams here; engines keep it in float"),
+    Rule("projection", _last(r"indexer\.weights_proj", "weights_proj"), "weights of the sparse-attention indexer"),
+    Rule("conv", _last("conv1d", "short_conv"), "convolution"),
+    Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
+)  # fmt: skip
+
+# Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
+_CONV1D = _last("c_attn", "c_proj", "c_fc", "q_attn")
+
+# Engines run the members of one of these as a single matmul, so they must agree.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("in_proj_qkv", "in_proj_z"),
+)
+_FUSED_WITH = {member: group for group in FUSED for member in group}
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+
+SMALLEST_SIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What the user asked for. A pattern is a module's name (or that of a parent), a glob, or `re:` + a regex."""
+
+    ignore: tuple[str, ...] = ()
+    """Not quantized: these modules are in float in the output."""
+    keep: tuple[str, ...] = ()
+    """Carried byte for byte as the source has them, quantized or not."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Pattern → scheme name, or `float`: for mixed precision. The first that matches decides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to one module's weight."""
+
+    scheme: Scheme | None
+    """None: it stays in float (or, with `as_found`, exactly as in the source)."""
+    role: str
+    """linear, expert, embedding, head, router, vision, …"""
+    reason: str = ""
+    """Why it is kept, or why it has another scheme than the one asked for."""
+    as_found: bool = False
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a user's pattern means this module. `re:` uses `re.match`, as compressed-tensors does."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    pattern = pattern.removesuffix(".weight")
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(module, pattern)
+    return module == pattern or module.startswith(pattern + ".")
+
+
+def check_patterns(selection: Selection) -> None:
+    """InputError for a pattern that is not a regular expression."""
+    for pattern in (*selection.ignore, *selection.keep, *selection.overrides):
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise InputError(
+                f"pattern {pattern!r}: expected a regular expression after 're:' ({error}); "
+                "use a module name, a glob such as '*.down_proj', or correct it"
+            ) from error
+
+
+def unmatched(selection: Selection, modules: Iterable[str]) -> list[str]:
+    """The user's patterns that match no module: most likely typing errors."""
+    names = list(modules)
+    patterns = (*selection.ignore, *selection.keep, *selection.overrides)
+    return [p for p in patterns if not any(pattern_matches(p, n) for n in names)]
+
+
+def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
+    """(role, reason to keep it or "") of the module that owns a weight of that shape."""
+    for rule in KEEP_RULES:
+        if rule.pattern.match(module):
+            return rule.role, rule.reason
+    if len(shape) == 3 and _inside("experts").match(module):
+        return "experts-3d", "experts fused into one 3-D tensor, which no format here can hold"
+    if len(shape) != 2:
+        return ("norm" if len(shape) == 1 else "other"), "not a matrix"
+    if config.get("model_type") in CONV1D_MODELS and _CONV1D.match(module):
+        return "conv1d", "Conv1D stores [in, out]; formats hold [out, in] only"
+    if min(shape) < SMALLEST_SIDE:
+        return "linear", f"smaller than {SMALLEST_SIDE}: nothing to gain"
+    return ("expert" if _EXPERT.match(module) else "linear"), ""
+
+
+def fused_key(module: str) -> tuple[str, ...] | None:
+    """The same for all modules that an engine fuses with this one; None when it stands alone."""
+    if expert := _EXPERT.match(module):
+        return (expert.group(1),)
+    parent, _, name = module.rpartition(".")
+    return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
+
+
+Fits = Callable[[Scheme, tuple[int, ...], bool], str]
+"""(scheme, weight shape, fused with others) → why a format cannot hold it, or ""."""
+
+
+def decide(
+    weights: Mapping[str, tuple[int, ...]],
+    scheme: Scheme,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    *,
+    config: Mapping[str, Any] | None = None,
+    fits: Fits = lambda scheme, shape, fused: "",
+    left_in_float: frozenset[str] = frozenset(),
+) -> dict[str, Decision]:
+    """Decide for every module with a weight: module name → shape in, module name → Decision out.
+
+    `left_in_float` names the modules that an already quantized source did not quantize; its
+    makers knew why. Members of a fused group end with one scheme. Where `fits` refuses the
+    scheme for a shape, the nearest scheme with a scale per channel is used, else it is kept.
+    """
+    check_patterns(selection)
+    decisions = {
+        module: _decide_one(module, shape, scheme, selection, config or {}, left_in_float)
+        for module, shape in weights.items()
+    }
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for module in decisions:
+        groups[fused_key(module) or (module,)].append(module)
+    for members in groups.values():
+        _make_fit(members, weights, decisions, fits)
+        _make_agree(members, decisions)
+    return decisions
+
+
+def _decide_one(
+    module: str,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    selection: Selection,
+    config: Mapping[str, Any],
+    left_in_float: frozenset[str],
+) -> Decision:
+    role, reason = role_of(module, shape, config)
+    for pattern in selection.keep:
+        if pattern_matches(pattern, module):
+            return Decision(scheme=None, role=role, reason=f"--keep {pattern}", as_found=True)
+    for pattern in selection.ignore:
+        if pattern_matches(pattern, module):
+            return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
+    for pattern, name in selection.overrides.items():
+        if pattern_matches(pattern, module) and len(shape) == 2:
+            if name == "float":
+                return Decision(scheme=None, role=role, reason=f"override {pattern}: float")
+            return Decision(scheme=get_scheme(name), role=role, reason=f"override {pattern}")
+    if reason:
+        return Decision(scheme=None, role=role, reason=reason)
+    if module in left_in_float:
+        return Decision(scheme=None, role=role, reason="the source left it unquantized")
+    return Decision(scheme=scheme, role=role)
+
+
+def per_channel(scheme: Scheme) -> Scheme | None:
+    """The nearest scheme with a scale per channel, which fits every shape; None when it is that already."""
+    from lowbit.granularity import PerChannel, PerGroup
+
+    if scheme.name in ("int8-block", "fp8-block", "mxfp8"):
+        return get_scheme("int8" if scheme.name.startswith("int8") else "fp8")
+    if scheme.weights is not None and isinstance(scheme.weights.granularity, PerGroup):
+        return replace(scheme, weights=replace(scheme.weights, granularity=PerChannel()))
+    return None
+
+
+def _make_fit(
+    members: list[str],
+    weights: Mapping[str, tuple[int, ...]],
+    decisions: dict[str, Decision],
+    fits: Fits,
+) -> None:
+    """Replace a scheme that does not fit one member's shape, for all members at once."""
+    fused = len(members) > 1 and not _EXPERT.match(members[0])
+    for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
+        having = [m for m in members if decisions[m].scheme == scheme]
+        problem = next((p for m in having if (p := fits(scheme, weights[m], fused))), "")
+        if not problem:
+            continue
+        other = per_channel(scheme)
+        if other is not None and any(fits(other, weights[m], fused) for m in having):
+            other = None
+        for m in having:
+            reason = f"{problem}; a scale per channel instead" if other else problem
+            decisions[m] = replace(decisions[m], scheme=other, reason=reason)
+
+
+def _make_agree(members: list[str], decisions: dict[str, Decision]) -> None:
+    """One scheme for a fused group: if one member stays in float, all do."""
+    schemes = {(decisions[m].scheme, decisions[m].as_found) for m in members}
+    if len(schemes) == 1:
+        return
+    kept = [m for m in members if decisions[m].scheme is None]
+    if not kept:
+        names = ", ".join(sorted({d.scheme.name for m in members if (d := decisions[m]).scheme}))
+        raise InputError(
+            f"{', '.join(members[:4])}: engines fuse these into one matmul, so they need one scheme, found {names}; "
+            "give one override for all of them"
+        )
+    model = decisions[kept[0]]
+    for m in members:
+        if (decisions[m].scheme, decisions[m].as_found) != (None, model.as_found):
+            reason = f"engines fuse it with {kept[0].rpartition('.')[2]}, which stays ({model.reason})"
+            decisions[m] = replace(decisions[m], scheme=None, reason=reason, as_found=model.as_found)

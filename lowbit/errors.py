@@ -1,0 +1,10 @@
+"""What can go wrong at the edges. The command line turns an InputError into exit code 2."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something given by the user cannot be used.
+
+    The message says what was expected, what was found, and what to do.
+    """
