@@ -178,7 +178,7 @@ Fits = Callable[[Scheme, tuple[int, ...], bool], str]
 def decide(
     weights: Mapping[str, tuple[int, ...]],
     scheme: Scheme,
-    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    selection: Selection = Selection(),
     *,
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, fused: "",

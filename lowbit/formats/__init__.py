@@ -1,0 +1,69 @@
+"""On-disk formats, one file each; each both writes and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import CompressedTensors
+from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule
+from lowbit.formats.hf_fp8 import HfFp8
+from lowbit.scheme import nearest
+
+FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8())}
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Info",
+    "Layout",
+    "Stored",
+    "StoredModule",
+    "get_format",
+    "quantization_of",
+    "read",
+]
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; InputError naming the nearest ones."""
+    key = name.strip().lower().replace("_", "-")
+    if key not in FORMATS:
+        raise InputError(
+            f"unknown format {name!r}: expected one of {', '.join(FORMATS)}; did you mean {nearest(key, list(FORMATS))}?"
+        )
+    return FORMATS[key]
+
+
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a model's config.json, also where it lies in `text_config`; {} if none."""
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(key), dict):
+                return holder[key]
+    return {}
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+    """The quantized modules of a checkpoint, given its config.json and headers; {} for one in float."""
+    quantization = quantization_of(config)
+    if quantization:
+        method = str(quantization.get("quant_method", "compressed-tensors"))
+        return get_format(method).read(quantization, tensors)
+    return _read_undeclared(tensors)
+
+
+def _read_undeclared(tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+    """Codes without a config: block FP8 that lost it can be recognised by its scales' name."""
+    if any(name.endswith(".weight_scale_inv") for name in tensors):
+        return FORMATS["fp8"].read({"weight_block_size": [128, 128]}, tensors)
+    codes = next(
+        (n for n, t in tensors.items() if n.endswith(".weight") and t.dtype in ("I8", "F8_E4M3")), None
+    )
+    if codes is not None:
+        raise InputError(
+            f"{codes}: found {tensors[codes].dtype} codes, but config.json has no quantization_config that says "
+            "how to read them; add it"
+        )
+    return {}

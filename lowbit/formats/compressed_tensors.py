@@ -1,0 +1,247 @@
+"""compressed-tensors (`quant_method: compressed-tensors`): the primary output.
+
+Source: the compressed-tensors library, 0.20. Its config classes forbid unknown keys, so the
+minimum is written: newer keys break older engines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lowbit.dtypes import E4M3FN, INT8
+from lowbit.errors import InputError
+from lowbit.formats.format import Content, Info, Layout, Stored, StoredModule, check_scale, missing_scale
+from lowbit.formats.hf_fp8 import block_problem
+from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
+from lowbit.scheme import SCHEMES, Scheme, TensorSpec
+
+
+class CompressedTensors:
+    """Holds every scheme that is quantized at all."""
+
+    name = "compressed-tensors"
+    loaded_by = "vLLM, vLLM-Ascend, SGLang, transformers"
+
+    def holds(self, scheme: Scheme) -> bool:
+        return scheme.weights is not None
+
+    def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+        assert scheme.weights is not None
+        granularity = scheme.weights.granularity
+        if isinstance(granularity, PerGroup) and shape[-1] % granularity.size:
+            return f"K = {shape[-1]} is not a multiple of {granularity.size}"
+        return block_problem(scheme, shape, fused)
+
+    def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
+        spec = scheme.weights
+        assert spec is not None
+        scales = scale_shape(shape, spec.granularity)
+        scale_dtype = "U8" if spec.scale == "e8m0" else "F32"
+        scale = Stored(suffix=".weight_scale", dtype=scale_dtype, shape=scales, content="scale")
+        if format_of(scheme) == "pack-quantized":
+            packed = (shape[0], -(-shape[1] // 4))
+            return (
+                Stored(suffix=".weight_packed", dtype="I32", shape=packed, content="packed"),
+                scale,
+                Stored(suffix=".weight_shape", dtype="I64", shape=(2,), content="shape"),
+            )
+        found = [Stored(suffix=".weight", dtype=spec.dtype.safetensors, shape=shape, content="codes"), scale]
+        if scheme.needs_calibration:
+            found.append(Stored(suffix=".input_scale", dtype="F32", shape=(1,), content="input_scale"))
+            if scheme.activations and not scheme.activations.symmetric:
+                found.append(
+                    Stored(suffix=".input_zero_point", dtype="I8", shape=(1,), content="input_zero_point")
+                )
+        return tuple(found)
+
+    def config(self, layout: Layout) -> dict[str, Any]:
+        groups: dict[Scheme, list[str]] = {}
+        for module, scheme in layout.modules.items():
+            groups.setdefault(scheme, []).append(module)
+        ranked = sorted(groups, key=lambda s: -len(groups[s]))
+        formats = list(dict.fromkeys(format_of(s) for s in ranked))
+        body: dict[str, Any] = {}
+        for i, scheme in enumerate(ranked):
+            # The largest group is the default; the others name their modules, and names win over classes.
+            outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
+            targets = ["Linear"] if i == 0 else name_patterns(groups[scheme], outside)
+            body[f"group_{i}"] = {
+                "targets": targets,
+                "format": format_of(scheme),
+                "weights": _args(scheme.weights),
+                "input_activations": _args(scheme.activations),
+                "output_activations": None,
+            }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats[0] if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": _args(layout.kv_cache),
+            "ignore": list(layout.ignored),
+            "config_groups": body,
+        }
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+        groups = [
+            (g.get("targets") or [], _scheme_of(g)) for g in (config.get("config_groups") or {}).values()
+        ]
+        if not groups:
+            raise InputError(
+                "quantization_config: expected config_groups, found none; the config is incomplete"
+            )
+        found: dict[str, StoredModule] = {}
+        for name, info in tensors.items():
+            module, _, kind = name.rpartition(".")
+            if kind == "weight_packed":
+                contents: dict[Content, str] = {"packed": name, "shape": module + ".weight_shape"}
+                shape = (info.shape[0], info.shape[1] * 4)
+            elif kind == "weight" and info.dtype in ("I8", "F8_E4M3") and len(info.shape) == 2:
+                contents, shape = {"codes": name}, (info.shape[0], info.shape[1])
+            else:
+                continue
+            scale = module + ".weight_scale"
+            if scale not in tensors:
+                raise missing_scale(name, scale, info.dtype)
+            contents["scale"] = scale
+            for extra in ("input_scale", "input_zero_point"):
+                if f"{module}.{extra}" in tensors:
+                    contents[extra] = f"{module}.{extra}"  # type: ignore[index]
+            scheme = _group_for(module, groups)
+            assert scheme.weights is not None
+            if kind == "weight":
+                check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
+            found[module] = StoredModule(shape=shape, scheme=scheme, names=contents)
+        return found
+
+
+def format_of(scheme: Scheme) -> str:
+    """The library's name of the compressor that holds a scheme."""
+    spec = scheme.weights
+    assert spec is not None
+    if spec.scale == "e8m0":
+        return "mxfp8-quantized"
+    if spec.dtype is INT8:
+        return "int-quantized" if scheme.activations else "pack-quantized"
+    return "float-quantized"
+
+
+_STRATEGIES = {
+    PerTensor: "tensor",
+    PerChannel: "channel",
+    PerToken: "token",
+    PerGroup: "group",
+    PerBlock: "block",
+}
+
+
+def _args(spec: TensorSpec | None) -> dict[str, Any] | None:
+    """`QuantizationArgs` with the keys that every version knows."""
+    if spec is None:
+        return None
+    granularity = spec.granularity
+    args: dict[str, Any] = {
+        "num_bits": 8,
+        "type": "int" if spec.dtype is INT8 else "float",
+        "symmetric": spec.symmetric,
+        "strategy": _STRATEGIES[type(granularity)],
+        "group_size": granularity.size if isinstance(granularity, PerGroup) else None,
+        "dynamic": spec.dynamic,
+    }
+    if isinstance(granularity, PerBlock):
+        args["block_structure"] = [granularity.rows, granularity.cols]
+    if spec.scale == "e8m0":
+        args["scale_dtype"] = "torch.uint8"
+    return args
+
+
+def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
+    if args is None:
+        return None
+    if args.get("num_bits", 8) != 8:
+        raise InputError(
+            f"quantization_config: expected 8-bit codes, found num_bits={args['num_bits']}; "
+            "only INT8 and FP8 compressed-tensors checkpoints can be read"
+        )
+    granularity: Granularity
+    strategy = args.get("strategy") or ("group" if args.get("group_size") else "tensor")
+    match strategy:
+        case "tensor":
+            granularity = PerTensor()
+        case "channel":
+            granularity = PerChannel()
+        case "token":
+            granularity = PerToken()
+        case "group":
+            size = args.get("group_size")
+            granularity = PerGroup(size) if isinstance(size, int) and size > 0 else PerChannel()
+        case "block":
+            rows, cols = args.get("block_structure") or (128, 128)
+            granularity = PerBlock(int(rows), int(cols))
+        case _:
+            raise InputError(f"quantization_config: expected a known strategy, found {strategy!r}")
+    return TensorSpec(
+        dtype=INT8 if args.get("type", "int") == "int" else E4M3FN,
+        granularity=granularity,
+        symmetric=bool(args.get("symmetric", True)),
+        dynamic=bool(args.get("dynamic", False)),
+        scale="e8m0" if str(args.get("scale_dtype")) == "torch.uint8" else "float32",
+    )
+
+
+def _scheme_of(group: Mapping[str, Any]) -> Scheme:
+    weights, activations = _spec_of(group.get("weights")), _spec_of(group.get("input_activations"))
+    if weights is None:
+        raise InputError("quantization_config: expected weights in every config group, found a group without")
+    for preset in SCHEMES.values():
+        if (preset.weights, preset.activations) == (weights, activations):
+            return preset
+    name = "int8" if weights.dtype is INT8 else "fp8"
+    if activations is None:
+        base = (
+            SCHEMES["int8-weight-only"]
+            if weights.dtype is INT8
+            else Scheme(name="fp8-weight-only", weights=weights)
+        )
+        return replace(base, weights=weights)
+    if not activations.dynamic:
+        name += "-static"
+    return Scheme(name=name, weights=weights, activations=activations)
+
+
+def _group_for(module: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:
+    """The library's order: exact names, then regular expressions, then class names."""
+    for targets, scheme in groups:
+        if module in targets:
+            return scheme
+    for targets, scheme in groups:
+        if any(t.startswith("re:") and re.match(t[3:], module) for t in targets):
+            return scheme
+    for targets, scheme in groups:
+        if any(not t.startswith("re:") and "." not in t for t in targets):
+            return scheme
+    raise InputError(f"{module}: expected a config group that targets it, found none in quantization_config")
+
+
+def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
+    """Names → a short list of names and `re:` patterns that matches them and none of `outside`.
+
+    Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
+    every target for every module, so 46,000 names would take minutes to load.
+    """
+    names, others = list(members), list(outside)
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) + "$"
+        by_pattern.setdefault(pattern, []).append(name)
+    targets: list[str] = []
+    for pattern, matched in by_pattern.items():
+        compiled = re.compile(pattern)
+        if len(matched) > 1 and not any(compiled.match(o) for o in others):
+            targets.append("re:" + pattern)
+        else:
+            targets.extend(matched)
+    return targets

@@ -1,0 +1,93 @@
+"""HF / DeepSeek block FP8 (`quant_method: fp8`): `weight` F8_E4M3 and `weight_scale_inv` F32.
+
+Source: the configs of DeepSeek-V3 and transformers' `FineGrainedFP8Config`. Despite its
+name, the stored scale multiplies, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lowbit.errors import InputError
+from lowbit.formats.format import Info, Layout, Stored, StoredModule, check_scale, missing_scale
+from lowbit.granularity import PerBlock, PerTensor, scale_shape
+from lowbit.scheme import Scheme, get_scheme
+
+# What a scale is called; newer models shorten it.
+SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
+
+
+class HfFp8:
+    """Block FP8 as DeepSeek ships it."""
+
+    name = "fp8"
+    loaded_by = "vLLM, SGLang, transformers"
+
+    def holds(self, scheme: Scheme) -> bool:
+        return scheme.name == "fp8-block"
+
+    def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+        if not self.holds(scheme):
+            return f"the fp8 format holds fp8-block only, not {scheme.name}"
+        return block_problem(scheme, shape, fused)
+
+    def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
+        spec = scheme.weights
+        assert spec is not None
+        return (
+            Stored(suffix=".weight", dtype="F8_E4M3", shape=shape, content="codes"),
+            Stored(
+                suffix=".weight_scale_inv",
+                dtype="F32",
+                shape=scale_shape(shape, spec.granularity),
+                content="scale",
+            ),
+        )
+
+    def config(self, layout: Layout) -> dict[str, Any]:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": list(layout.ignored),
+        }
+
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+        block = config.get("weight_block_size")
+        if block is not None and (not isinstance(block, list | tuple) or len(block) != 2):
+            raise InputError(f"quantization_config: expected weight_block_size [rows, cols], found {block!r}")
+        scheme = get_scheme("fp8-block")
+        assert scheme.weights is not None
+        granularity = PerBlock(*block) if block else PerTensor()
+        scheme = replace(scheme, weights=replace(scheme.weights, granularity=granularity))
+        found: dict[str, StoredModule] = {}
+        for name, info in tensors.items():
+            if info.dtype != "F8_E4M3" or not name.endswith(".weight") or len(info.shape) != 2:
+                continue
+            module = name.removesuffix(".weight")
+            scale = next((s for suffix in SCALE_SUFFIXES if (s := module + suffix) in tensors), None)
+            if scale is None:
+                raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
+            shape = (info.shape[0], info.shape[1])
+            assert scheme.weights is not None
+            check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
+            found[module] = StoredModule(shape=shape, scheme=scheme, names={"codes": name, "scale": scale})
+        return found
+
+
+def block_problem(scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+    """Why engines refuse a block-scaled weight of this shape, or "".
+
+    K must be a multiple of the block. A ragged last row block is fine in a module that stands
+    alone, but ragged blocks do not concatenate, so members of a fused matmul must not have one.
+    """
+    if scheme.weights is None or not isinstance(block := scheme.weights.granularity, PerBlock):
+        return ""
+    if shape[-1] % block.cols:
+        return f"K = {shape[-1]} is not a multiple of {block.cols}"
+    if fused and shape[-2] % block.rows:
+        return f"N = {shape[-2]} is not a multiple of {block.rows}, and its blocks are joined with others'"
+    return ""
