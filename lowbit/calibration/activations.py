@@ -1,0 +1,62 @@
+"""Cached hidden states between two decoder layers: in memory up to a limit, on disk past it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class ActivationCache:
+    """A list of tensors whose items may lie in files, so that activations need not fit in memory.
+
+    The first `limit_bytes` stay in memory; what comes after goes to memory-mapped files in
+    `directory` (a temporary one when None), removed with the cache. Replacing an item of the
+    same shape and dtype writes in place.
+    """
+
+    def __init__(self, limit_bytes: int, directory: str | Path | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes_in_memory = 0
+        self.bytes_spilled = 0
+        self._parent = directory
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._items: list[Tensor] = []
+
+    def append(self, x: Tensor) -> None:
+        size = x.numel() * x.element_size()
+        if self.bytes_in_memory + size <= self.limit_bytes:
+            self.bytes_in_memory += size
+            self._items.append(x)
+            return
+        if self._directory is None:
+            self._directory = tempfile.TemporaryDirectory(prefix="lowbit-", dir=self._parent)
+        file = Path(self._directory.name) / f"{len(self._items)}.bin"
+        mapped = torch.from_file(str(file), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+        mapped.copy_(x)
+        self.bytes_spilled += size
+        self._items.append(mapped)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._items)
+
+    def replace(self, index: int, x: Tensor) -> None:
+        """Overwrite an item with a tensor of the same shape."""
+        if x.shape != self._items[index].shape:
+            raise ValueError(f"expected shape {list(self._items[index].shape)}, found {list(x.shape)}")
+        self._items[index].copy_(x)
+
+    def close(self) -> None:
+        self._items.clear()
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None

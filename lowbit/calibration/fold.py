@@ -1,0 +1,114 @@
+"""Exact rewritings of a decoder layer: what one module multiplies by, the next divides by.
+
+All work in place on a filled layer, in its own dtype, and change nothing but rounding: in
+float64 the logits stay the same to 1e-9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.graph import LayerGraph, Norm, Pair
+from lowbit.calibration.rotation import Rotation, apply_hadamard
+
+
+def _weight(layer: nn.Module, name: str) -> nn.Parameter:
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _bias(layer: nn.Module, name: str) -> Tensor | None:
+    return getattr(layer.get_submodule(name), "bias", None)
+
+
+@torch.no_grad()
+def scale_norm(layer: nn.Module, norm: Norm, scale: Tensor) -> None:
+    """norm → readers: the norm's output is divided by `scale` [K], its readers multiplied."""
+    module = layer.get_submodule(norm.name)
+    weight = _weight(layer, norm.name)
+    weight.copy_((weight + norm.offset) / scale.to(weight) - norm.offset)
+    if (bias := getattr(module, "bias", None)) is not None:
+        bias.div_(scale.to(bias))
+    for reader in norm.readers:
+        _weight(layer, reader).mul_(scale.to(weight))
+
+
+@torch.no_grad()
+def fold_norm(layer: nn.Module, norm: Norm) -> None:
+    """Move the norm's gain into its readers, so that the norm multiplies by 1."""
+    gain = _weight(layer, norm.name).detach() + norm.offset
+    for reader in norm.readers:
+        _weight(layer, reader).mul_(gain)
+    _weight(layer, norm.name).fill_(1.0 - norm.offset)
+
+
+@torch.no_grad()
+def scale_pair(layer: nn.Module, pair: Pair, scale: Tensor) -> None:
+    """first → second: output channels of `first` are divided by `scale` [first.out], the second's multiplied.
+
+    With grouped-query attention each value head feeds `repeat` query heads, in that order.
+    """
+    first = _weight(layer, pair.first)
+    scale = scale.to(first)
+    first.div_(scale[:, None])
+    if (bias := _bias(layer, pair.first)) is not None:
+        bias.div_(scale)
+    _weight(layer, pair.second).mul_(repeat_heads(scale, pair))
+
+
+def repeat_heads(scale: Tensor, pair: Pair) -> Tensor:
+    """[first.out] → [second.in]: every value head repeated for the query heads that it feeds."""
+    if pair.repeat == 1:
+        return scale
+    return scale.view(-1, pair.head_dim).repeat_interleave(pair.repeat, dim=0).reshape(-1)
+
+
+@torch.no_grad()
+def rotate_heads(layer: nn.Module, pair: Pair) -> None:
+    """v → o: every head's values rotated by a Hadamard matrix of the head's width."""
+    first, second = _weight(layer, pair.first), _weight(layer, pair.second)
+    d = pair.head_dim
+    heads = first.view(-1, d, first.shape[1]).transpose(1, 2)
+    first.copy_(apply_hadamard(heads).transpose(1, 2).reshape(first.shape))
+    if (bias := _bias(layer, pair.first)) is not None:
+        bias.copy_(apply_hadamard(bias.view(-1, d)).reshape(-1))
+    second.copy_(apply_hadamard(second.view(second.shape[0], -1, d)).reshape(second.shape))
+
+
+@torch.no_grad()
+def rotate_residual(layer: nn.Module, graph: LayerGraph, rotation: Rotation) -> None:
+    """h → h·Q around a whole layer. Norm gains are folded first. Raises ValueError where it is not exact."""
+    if graph.rotation_refusal:
+        raise ValueError(
+            f"expected a residual stream that can be rotated, found {graph.rotation_refusal}; "
+            "use a method without rotation"
+        )
+    for norm in graph.norms:
+        if _weight(layer, norm.name).shape[0] != rotation.size:
+            continue  # a norm inside the attention (latent attention): its readers are not on the stream
+        fold_norm(layer, norm)
+        for reader in norm.readers:
+            weight = _weight(layer, reader)
+            weight.copy_(rotation.apply(weight))
+    for writer in graph.writers:
+        weight = _weight(layer, writer)
+        weight.copy_(rotation.apply_output(weight))
+        if (bias := _bias(layer, writer)) is not None:
+            bias.copy_(rotation.apply(bias))
+
+
+@torch.no_grad()
+def rotate_input(layer: nn.Module, names: Iterable[str]) -> None:
+    """W → W·H for modules whose input will be rotated by H online (see `rotation.apply_hadamard`)."""
+    for name in names:
+        weight = _weight(layer, name)
+        weight.copy_(apply_hadamard(weight))
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """‖after − before‖ / ‖before‖."""
+    return float((after.double() - before.double()).norm() / before.double().norm().clamp(min=1e-30))

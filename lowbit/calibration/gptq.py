@@ -1,0 +1,264 @@
+"""Rounding that knows the data: GPTQ and coordinate descent on a layer's own quadratic error.
+
+For a Linear with inputs x the squared output error of a rounded weight is tr(Δ·H·Δᵀ) with
+H = Σ x·xᵀ and Δ = Wq − W. Rows of W do not interact, and any number of Linear layers that
+read the same input share H, so they are rounded as one stack.
+
+GPTQ (Frantar et al., arXiv:2210.17323) rounds column after column and lets the columns that are
+left make up for the error. Coordinate descent then revisits every column while all others
+stand; each step can only lower the error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.dtypes import decode, encode
+from lowbit.granularity import PerBlock, PerGroup, block_shape
+from lowbit.quantize import Quantized, choose_scale, quantize_with, scale_as_float
+from lowbit.scheme import TensorSpec
+
+Rounding = Literal["nearest", "gptq", "coordinate-descent", "gptq+descent"]
+ROUNDINGS: tuple[str, ...] = ("nearest", "gptq", "coordinate-descent", "gptq+descent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingOptions:
+    """How weights are rounded."""
+
+    rounding: Rounding = "gptq"
+    scale: Literal["absmax", "mse"] = "absmax"
+    """How weight scales are chosen; they stay fixed while rounding."""
+    act_order: bool = True
+    """Columns of large activations first."""
+    damping: float = 0.01
+    """Added to H's diagonal, as part of its mean."""
+    block_size: int = 128
+    """Columns whose updates are applied to the rest at once."""
+    sweeps: int = 2
+    """Passes of coordinate descent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """One Linear's rounded weight and what the rounding cost."""
+
+    quantized: Quantized
+    error: float
+    """tr(Δ·H·Δᵀ) / tr(W·H·Wᵀ): squared output error, relative."""
+    nearest_error: float
+    """The same for plain rounding with the same scales."""
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper U with H⁻¹ = Uᵀ·U, [K, K] in the dtype of `hessian` (float64 inside), from one Cholesky factorization.
+
+    With P reversing the order, P·H·P = L·Lᵀ gives H = U'·U'ᵀ for the upper U' = P·L·P, so that
+    U = U'⁻¹: one factorization and one triangular inverse, where the usual way takes two factorizations
+    and a full inverse. The damping grows tenfold until H is positive definite.
+    """
+    h = hessian.double()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if not math.isfinite(mean):
+        raise ValueError("expected a finite Hessian, found NaN or Inf; use dtype float32 for calibration")
+    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+    step = max(damping, 1e-8) * (mean if mean > 0 else 1.0)
+    for _ in range(12):
+        damped = (h + eye * step).flip(0, 1)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            upper = lower.flip(0, 1)
+            return torch.linalg.solve_triangular(upper, eye, upper=True).to(hessian.dtype)
+        step *= 10
+    raise ValueError("expected a positive semidefinite Hessian, found one that no damping repairs")
+
+
+def round_group(
+    weights: list[Tensor],
+    hessian: Tensor | None,
+    spec: TensorSpec,
+    options: RoundingOptions,
+    *,
+    targets: list[Tensor] | None = None,
+) -> list[Rounded]:
+    """Round Linear layers that share their input.
+
+    `weights` [N_i, K] float; `hessian` [K, K] of the input, or None for plain rounding.
+    `targets` replace `weights` as what is to be rounded (see `compensate`), while errors are
+    still measured against `weights`. Per row the better of GPTQ and plain rounding is kept,
+    measured by H, so the result is never worse than rounding on the layer's own data.
+    """
+    goals = targets or weights
+    scales = [choose_scale(w, spec, options.scale)[0] for w in goals]
+    nearest = [quantize_with(w, s, spec) for w, s in zip(goals, scales, strict=True)]
+    if hessian is None:
+        return [
+            Rounded(
+                quantized=Quantized(codes=c, scale=s, zero_point=None, spec=spec),
+                error=0.0,
+                nearest_error=0.0,
+            )
+            for c, s in zip(nearest, scales, strict=True)
+        ]
+    grid = _Grid.of(goals, scales, spec)
+    goal, weight = torch.cat(goals).float(), torch.cat(weights).float()
+    plain = torch.cat([decode(c) for c in nearest]).float()
+    h = hessian.float()
+    plain_error = _row_error(grid.values(plain) - goal, h)
+    best, best_error = plain, plain_error
+    codes = plain
+    if options.rounding.startswith("gptq"):
+        codes = _gptq(goal, h, grid, options)
+        best, best_error = _better(codes, _row_error(grid.values(codes) - goal, h), best, best_error)
+    if options.rounding in ("coordinate-descent", "gptq+descent"):
+        codes = _descend(best, goal, h, grid, options.sweeps)
+        best, best_error = _better(codes, _row_error(grid.values(codes) - goal, h), best, best_error)
+    power = _row_error(weight, h)
+    if targets is not None:
+        best_error = _row_error(grid.values(best) - weight, h)
+        plain_error = _row_error(grid.values(plain) - weight, h)
+    rounded, start = [], 0
+    for w, s in zip(weights, scales, strict=True):
+        rows = slice(start, start + w.shape[0])
+        total = float(power[rows].sum().clamp(min=1e-30))
+        rounded.append(
+            Rounded(
+                quantized=Quantized(
+                    codes=encode(best[rows], spec.dtype), scale=s, zero_point=None, spec=spec
+                ),
+                error=float(best_error[rows].sum()) / total,
+                nearest_error=float(plain_error[rows].sum()) / total,
+            )
+        )
+        start += w.shape[0]
+    return rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """Fixed scales of a stack of weights: row n and column k have scale `scale[n, k // width]`."""
+
+    scale: Tensor
+    width: int
+    spec: TensorSpec
+
+    @classmethod
+    def of(cls, weights: list[Tensor], scales: list[Tensor], spec: TensorSpec) -> _Grid:
+        columns = weights[0].shape[1]
+        width = columns
+        if isinstance(spec.granularity, PerGroup | PerBlock):
+            width = block_shape(tuple(weights[0].shape), spec.granularity)[1]
+        stacked = []
+        for weight, scale in zip(weights, scales, strict=True):
+            rows = weight.shape[0]
+            float_scale = scale_as_float(scale)
+            if isinstance(spec.granularity, PerBlock):
+                float_scale = float_scale.repeat_interleave(spec.granularity.rows, dim=0)[:rows]
+            stacked.append(float_scale.reshape(-1, float_scale.shape[-1]).expand(rows, -1))
+        return cls(scale=torch.cat(stacked).contiguous(), width=width, spec=spec)
+
+    def column(self, k: int) -> Tensor:
+        return self.scale[:, k // self.width]
+
+    def columns(self, index: Tensor) -> Tensor:
+        return self.scale[:, index // self.width]
+
+    def code(self, scaled: Tensor) -> Tensor:
+        """Values over scale → nearest code, as a float."""
+        if self.spec.dtype.kind == "int":
+            return scaled.round().clamp_(-self.spec.dtype.max, self.spec.dtype.max)
+        return decode(encode(scaled, self.spec.dtype))
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Codes [N, K] as floats → what they stand for."""
+        if self.scale.shape[1] == 1:
+            return codes * self.scale
+        return codes * self.scale.repeat_interleave(self.width, dim=1)[:, : codes.shape[1]]
+
+
+def _row_error(delta: Tensor, h: Tensor) -> Tensor:
+    """diag(Δ·H·Δᵀ), float64 sums."""
+    return ((delta @ h) * delta).double().sum(1)
+
+
+def _better(a: Tensor, a_error: Tensor, b: Tensor, b_error: Tensor) -> tuple[Tensor, Tensor]:
+    take = a_error < b_error
+    return torch.where(take[:, None], a, b), torch.where(take, a_error, b_error)
+
+
+def _gptq(goal: Tensor, h: Tensor, grid: _Grid, options: RoundingOptions) -> Tensor:
+    """Codes [N, K] as floats."""
+    columns = goal.shape[1]
+    order = torch.arange(columns, device=goal.device)
+    if options.act_order:
+        order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    h = h[order][:, order]
+    dead = h.diagonal() <= 0
+    h = h + torch.diag(dead.to(h.dtype) * h.diagonal().mean().clamp(min=1e-8))
+    upper = inverse_factor(h, options.damping)
+    scales = grid.columns(order).t().contiguous()  # [K, N]: columns are read one after the other
+    work = goal[:, order].t().contiguous()
+    codes = torch.empty_like(work)
+    for start in range(0, columns, options.block_size):
+        stop = min(start + options.block_size, columns)
+        block, errors = work[start:stop], torch.empty_like(work[start:stop])
+        inner = upper[start:stop, start:stop]
+        pivots = inner.diagonal().tolist()
+        for j in range(stop - start):
+            scale = scales[start + j]
+            code = grid.code(block[j] / scale)
+            codes[start + j] = code
+            error = torch.addcmul(block[j], code, scale, value=-1).div_(pivots[j])
+            errors[j] = error
+            if j + 1 < stop - start:
+                block[j + 1 :].addr_(inner[j, j + 1 :], error, alpha=-1)
+        if stop < columns:
+            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    out = torch.empty_like(codes)
+    out[order] = codes
+    return out.t().contiguous()
+
+
+def _descend(codes: Tensor, goal: Tensor, h: Tensor, grid: _Grid, sweeps: int, block: int = 128) -> Tensor:
+    """Coordinate descent from `codes`: every column moves to its best code while the others stand."""
+    columns = goal.shape[1]
+    codes_t, goal_t = codes.t().contiguous(), goal.t()
+    diagonal = h.diagonal().clamp(min=1e-12).tolist()
+    for _ in range(sweeps):
+        delta = (grid.values(codes_t.t()) - goal).t().contiguous()  # [K, N]
+        gradient = h @ delta
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            moved = torch.zeros_like(delta[start:stop])
+            local, inner = gradient[start:stop].clone(), h[start:stop, start:stop]
+            for j in range(stop - start):
+                k = start + j
+                scale = grid.column(k)
+                current = codes_t[k] * scale
+                code = grid.code((current - local[j] / diagonal[k]) / scale)
+                step = code * scale - current
+                codes_t[k] = code
+                moved[j] = step
+                local.addr_(inner[:, j], step)
+            gradient.addmm_(h[:, start:stop], moved)
+    del goal_t
+    return codes_t.t().contiguous()
+
+
+def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
+    """W' [N, K] = argmin ‖W·x − W'·x̂‖² over inputs x and their quantized versions x̂.
+
+    `hessian` Σ x̂·x̂ᵀ, `cross` Σ x·x̂ᵀ, both [K, K]; the damping pulls towards W. This moves what the
+    rounding of activations (and of everything before this layer) did into the weight's target.
+    """
+    h = hessian.double()
+    ridge = damping * h.diagonal().mean()
+    h = h + torch.eye(h.shape[0], dtype=h.dtype, device=h.device) * ridge
+    right = weight.double() @ (cross.double() - hessian.double())
+    return (weight.double() + torch.linalg.solve(h, right.t()).t()).to(weight.dtype)
