@@ -33,6 +33,8 @@ class CompressedTensors:
         granularity = scheme.weights.granularity
         if isinstance(granularity, PerGroup) and shape[-1] % granularity.size:
             return f"K = {shape[-1]} is not a multiple of {granularity.size}"
+        if format_of(scheme) == "pack-quantized" and shape[-1] % 4:
+            return f"K = {shape[-1]} is not a multiple of 4, the codes in an int32"
         return block_problem(scheme, shape, fused)
 
     def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
