@@ -1,0 +1,202 @@
+"""The converter as Python functions; the command line is a thin layer over these."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.headers import TensorRef, open_checkpoint
+from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
+from lowbit.checkpoint.jobs import Replacements
+from lowbit.checkpoint.plan import Plan, make_plan
+from lowbit.checkpoint.rules import Selection
+from lowbit.scheme import Scheme
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes just done, from any thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` did."""
+
+    out: str
+    plan: Plan
+    seconds: float
+    resumed_jobs: int
+    """Jobs that an earlier, killed run had finished."""
+    manifest: Mapping[str, Any]
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Source bytes over wall time."""
+        return self.plan.source_bytes / self.seconds if self.seconds else 0.0
+
+
+def inspect(path: str | Path) -> Inspection:
+    """What a checkpoint is, from its headers: architecture, tensors by dtype and role, anything odd.
+
+    Raises InputError when it is not a checkpoint, or its files do not fit together.
+    """
+    return inspect_checkpoint(path)
+
+
+def plan(
+    src: str | Path,
+    scheme: str | Scheme = "int8",
+    *,
+    format: str | None = None,
+    ignore: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    max_shard_size: str | int = "5GB",
+    calibration: str | Path | None = None,
+) -> Plan:
+    """What `convert` would do with the same arguments, without reading weight data.
+
+    `scheme` is a preset's name (see `lowbit.scheme.SCHEMES`) or a Scheme. `format` defaults to
+    compressed-tensors. A pattern in `ignore`, `keep` and `overrides` is a module's or parent's
+    name, a glob, or `re:` and a regular expression. `ignore`: not quantized. `keep`: byte for byte as
+    the source has it. `overrides`: pattern → scheme name or `float`; the first match decides.
+    `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
+    """
+    source = open_checkpoint(src)
+    selection = Selection(ignore=tuple(ignore), keep=tuple(keep), overrides=dict(overrides or {}))
+    replacements = _read_calibration(calibration, src, scheme) if calibration is not None else None
+    return make_plan(
+        source,
+        scheme,
+        format=format,
+        selection=selection,
+        max_shard_size=max_shard_size,
+        replacements=replacements,
+    )
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    scheme: str | Scheme = "int8",
+    *,
+    format: str | None = None,
+    ignore: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    max_shard_size: str | int = "5GB",
+    calibration: str | Path | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Conversion:
+    """Rewrite the checkpoint `src` as a quantized one in the directory `out`.
+
+    Arguments as for `plan`. One pass over the source in constant memory, on `workers` threads
+    (default: one per processor). Nothing stands under its final name before everything is
+    written and synced. A run that was killed resumes when it is called again with the same
+    arguments: what it had written is read back and checked. Bad input raises InputError and
+    leaves nothing behind.
+    """
+    decided = plan(
+        src, scheme, format=format, ignore=ignore, keep=keep, overrides=overrides,
+        max_shard_size=max_shard_size, calibration=calibration,
+    )  # fmt: skip
+    return run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
+
+
+def run_plan(
+    plan: Plan,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Conversion:
+    """Execute a plan into `out`; see `convert`."""
+    from lowbit.checkpoint.journal import Journal, intact, read_journal
+    from lowbit.checkpoint.writer import JOURNAL, OutputDirectory
+    from lowbit.engines.local import default_workers, run_jobs
+
+    begin = time.perf_counter()
+    directory = OutputDirectory(Path(out), plan, overwrite=overwrite)
+    outputs = directory.prepare()
+    numbered = list(enumerate(plan.jobs))
+    checksums: dict[str, str] = {}
+    journal = None
+    try:
+        done: dict[int, dict[str, str]] = {}
+        if directory.resuming:
+            recorded = read_journal(directory.partial / JOURNAL)[1]
+            done = intact(numbered, plan.shards, directory.partial, recorded)
+            for number, sums in done.items():
+                checksums.update(sums)
+                progress(plan.jobs[number].source_bytes)
+        journal = Journal(directory.partial / JOURNAL, directory.digest)
+
+        def finished(number: int, sums: dict[str, str]) -> None:
+            assert journal is not None
+            checksums.update(sums)
+            journal.record(number, sums)
+
+        run_jobs(
+            [item for item in numbered if item[0] not in done], outputs,
+            workers=workers or default_workers(), progress=progress, finished=finished,
+        )  # fmt: skip
+        journal.close()
+        manifest = directory.finish(checksums)
+    except KeyboardInterrupt:
+        directory.abandon()
+        raise
+    except OSError as error:
+        directory.discard()
+        raise directory.explain(error) from error
+    except BaseException:
+        directory.discard()
+        raise
+    return Conversion(
+        out=str(out),
+        plan=plan,
+        seconds=time.perf_counter() - begin,
+        resumed_jobs=len(done),
+        manifest=manifest,
+    )
+
+
+def verify(
+    out: str | Path,
+    source: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda count: None,
+):
+    """Re-read every tensor of a checkpoint; → Verification, whose `ok` says whether all is well.
+
+    Checks headers, shapes, finite scales and the manifest's checksums. With `source`, weights
+    are dequantized and compared: SQNR in dB and relative error per tensor, worst first.
+    """
+    from lowbit.checkpoint.verify import verify_checkpoint
+    from lowbit.engines.local import default_workers
+
+    return verify_checkpoint(out, source, workers=workers or default_workers(), progress=progress)
+
+
+def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -> Replacements:
+    from lowbit.calibration import store
+    from lowbit.scheme import get_scheme
+
+    calibration = store.read(path)
+    calibration.require(
+        fingerprint=store.fingerprint(src),
+        scheme=get_scheme(scheme).name if isinstance(scheme, str) else scheme.name,
+    )
+    tensors = {
+        name: TensorRef(name, t.dtype, t.shape, t.file, t.start) for name, t in calibration.tensors.items()
+    }
+    return Replacements(
+        tensors=tensors,
+        module_schemes=calibration.module_schemes,
+        config_overrides=calibration.config_overrides,
+        label=f"{calibration.method} {store.fingerprint(path) if tensors else ''}",
+    )

@@ -1,0 +1,355 @@
+"""Carry out one job: read row blocks, convert them, write them at their offsets, hash on the way.
+
+Nothing here holds more than one row block, whatever the size of the tensor. Files are read
+into buffers that are used again and never mapped, since mapped pages count as resident.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from lowbit.checkpoint import rows as loops
+from lowbit.checkpoint.headers import FLOATS, TensorRef
+from lowbit.checkpoint.jobs import Job, Source
+from lowbit.checkpoint.layout import OutTensor
+from lowbit.errors import InputError
+from lowbit.granularity import PerTensor, block_shape, scale_shape
+
+# Large enough that system calls cost nothing, small enough to stay in the second-level cache
+# together with the codes.
+BLOCK_BYTES = 1 << 20
+COPY_BYTES = 4 << 20
+# Ask for write-back this often, so that the final fsync finds little left to do.
+FLUSH_BYTES = 32 << 20
+
+_PLAIN_OUT = {"BF16": loops.TO_BF16, "F16": loops.TO_F16, "F32": loops.TO_F32}
+_NO_SCALE = np.empty((0, 0), np.float32)
+
+Progress = Callable[[int], None]
+"""Called with the number of source bytes just done, from any thread."""
+
+
+class Cancelled(Exception):
+    """Another job failed; this one stopped early."""
+
+
+def read_exactly(fd: int, buffer: np.ndarray, offset: int, file: Path) -> None:
+    """Fill a uint8 buffer from a file position; InputError when the file ends before."""
+    view, done = buffer.data, 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise InputError(
+                f"{file}: expected {len(view)} bytes at {offset}, the file ended; it changed while reading"
+            )
+        done += count
+
+
+def read_bytes(ref: TensorRef) -> np.ndarray:
+    """A whole (small) tensor as uint8, such as a scale."""
+    buffer = np.empty(ref.nbytes, np.uint8)
+    with ref.file.open("rb") as stream:
+        read_exactly(stream.fileno(), buffer, ref.offset, ref.file)
+    return buffer
+
+
+def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """uint8 bytes of BF16, F16, F32, F8_E8M0 or U8 (biased exponents) → float32, flat."""
+    if dtype == "F32":
+        return raw.view(np.float32)
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    if dtype in ("F8_E8M0", "U8"):
+        exponents = raw.astype(np.uint32)
+        # 2⁻¹²⁷ is subnormal, and 255 is NaN, whose bits are those of an infinity here.
+        bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)
+        return bits.view(np.float32)
+    raise InputError(f"expected scales in F32, BF16, F16 or E8M0, found {dtype}")
+
+
+def read_scale(source: Source) -> np.ndarray:
+    """The source's scales as float32 [row blocks, column blocks]; empty when it has none."""
+    if source.scale is None:
+        return _NO_SCALE
+    scale = to_float(read_bytes(source.scale), source.scale.dtype)
+    if not np.isfinite(scale).all():
+        at = int(np.flatnonzero(~np.isfinite(scale))[0])
+        raise InputError(f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {at}")
+    columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
+    return np.ascontiguousarray(scale.reshape(-1, columns))
+
+
+def source_kind(source: Source) -> int:
+    """Which decoder the source needs; InputError for a dtype that has none."""
+    if source.packed:
+        return loops.INT8_PACKED
+    if source.ref.dtype not in loops.SOURCE_KINDS:
+        raise InputError(
+            f"{source.ref.name}: expected {', '.join(loops.SOURCE_KINDS)}, found {source.ref.dtype}; "
+            "use --keep to carry it as it is"
+        )
+    return loops.SOURCE_KINDS[source.ref.dtype]
+
+
+class Worker:
+    """Runs jobs, one at a time, with buffers of its own. One per thread."""
+
+    def __init__(
+        self,
+        outputs: Sequence[int],
+        *,
+        progress: Progress = lambda count: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`outputs`: file descriptors of the output shards, by shard number."""
+        self._outputs = outputs
+        self._progress, self._cancelled = progress, cancelled
+        self._inputs: dict[Path, int] = {}
+        self._buffers: dict[str, np.ndarray] = {}
+        self._unflushed = 0
+
+    def close(self) -> None:
+        for fd in self._inputs.values():
+            os.close(fd)
+        self._inputs.clear()
+
+    def run(self, job: Job) -> dict[str, str]:
+        """Do the job; output tensor name → xxh3-128 of its bytes, as hex."""
+        if job.kind == "constant":
+            (out,) = job.outputs.values()
+            self._write(out, 0, np.frombuffer(job.data, np.uint8))
+            return {out.name: xxhash.xxh3_128_hexdigest(job.data)}
+        if job.kind == "copy":
+            return self._copy(job)
+        if job.kind == "cast" and job.source is not None and job.source.scale is None:
+            return self._cast(job)
+        return self._convert(job)
+
+    def _copy(self, job: Job) -> dict[str, str]:
+        assert job.source is not None
+        ref, (out,) = job.source.ref, job.outputs.values()
+        digest = xxhash.xxh3_128()
+        for start in range(0, ref.nbytes, COPY_BYTES):
+            part = self._read(ref, start, min(COPY_BYTES, ref.nbytes - start))
+            digest.update(part.data)
+            self._write(out, start, part)
+            self._progress(part.size)
+        return {out.name: digest.hexdigest()}
+
+    def _cast(self, job: Job) -> dict[str, str]:
+        """One float dtype to another; the shape does not matter."""
+        assert job.source is not None
+        ref, (out,) = job.source.ref, job.outputs.values()
+        if ref.dtype not in FLOATS:
+            scale = to_float(read_bytes(ref), ref.dtype)
+            self._write(out, 0, scale.view(np.uint8))
+            self._progress(ref.nbytes)
+            return {out.name: xxhash.xxh3_128_hexdigest(scale.tobytes())}
+        kind, out_kind = loops.SOURCE_KINDS[ref.dtype], _PLAIN_OUT[out.dtype]
+        item, out_item = loops.SOURCE_BYTES[kind], loops.OUTPUT_BYTES[out_kind]
+        step = BLOCK_BYTES // item
+        digest = xxhash.xxh3_128()
+        for start in range(0, ref.elements, step):
+            count = min(step, ref.elements - start)
+            part = self._read(ref, start * item, count * item)
+            codes = self._buffer("codes", count * out_item)
+            bad = loops.convert_rows(
+                part, kind, 1, count, _NO_SCALE, 1, 1, 0, codes, out_kind, count,
+                self._floats("scales", 1).reshape(1, 1), 1, count, False, False, self._floats("values", count),
+            )  # fmt: skip
+            if bad < 0 and out_kind == loops.TO_F16:
+                bad = 0 if _has_infinity(codes) else -1
+            if bad >= 0:
+                raise self._not_finite(job, part, kind, start, count, _NO_SCALE, 0, out.dtype)
+            digest.update(codes.data)
+            self._write(out, start * out_item, codes)
+            self._progress(part.size)
+        return {out.name: digest.hexdigest()}
+
+    def _convert(self, job: Job) -> dict[str, str]:
+        """A matrix, row block after row block."""
+        source = job.source
+        assert source is not None and len(job.shape) == 2
+        rows, cols = job.shape
+        kind = source_kind(source)
+        out = next(o for c, o in job.outputs.items() if c in ("codes", "packed"))
+        out_kind = _out_kind(job, out)
+        out_cols = -(-cols // 4) * 4 if out_kind == loops.TO_INT8_PACKED else cols
+        source_scale = read_scale(source)
+        one_scale = job.spec is None or isinstance(job.spec.granularity, PerTensor)
+        # One scale for all is a scale per row that is known by now.
+        tile_rows, tile_cols = (1, max(cols, 1))
+        if job.spec is not None and not one_scale:
+            tile_rows, tile_cols = block_shape(job.shape, job.spec.granularity)
+        scales, given = self._scales_for(job, source_scale, kind)
+        power_of_2 = job.spec is not None and job.spec.scale != "float32"
+
+        digest = xxhash.xxh3_128()
+        row_bytes, out_row = cols * loops.SOURCE_BYTES[kind], out_cols * loops.OUTPUT_BYTES[out_kind]
+        step = self._rows_per_block(row_bytes, tile_rows)
+        values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            part = self._read(source.ref, row * row_bytes, count * row_bytes)
+            codes = self._buffer("codes", count * out_row)
+            if out_cols != cols:
+                codes[:] = 0
+            part_scales = np.repeat(scales, count, axis=0) if one_scale else scales[row // tile_rows :]
+            bad = loops.convert_rows(
+                part, kind, count, cols, source_scale, *source.block, row, codes, out_kind, out_cols,
+                part_scales, tile_rows, tile_cols, given, power_of_2, values,
+            )  # fmt: skip
+            if bad < 0 and out_kind == loops.TO_F16:
+                bad = 0 if _has_infinity(codes) else -1
+            if bad >= 0:
+                raise self._not_finite(
+                    job, part, kind, row * cols, count * cols, source_scale, row, out.dtype
+                )
+            digest.update(codes.data)
+            self._write(out, row * out_row, codes)
+            self._progress(part.size)
+        done = {out.name: digest.hexdigest()}
+        if "scale" in job.outputs:
+            done |= self._write_scales(job.outputs["scale"], scales)
+        if source.scale is not None:
+            self._progress(source.scale.nbytes)
+        return done
+
+    def _scales_for(self, job: Job, source_scale: np.ndarray, kind: int) -> tuple[np.ndarray, bool]:
+        """(float32 [row tiles, column tiles], whether they are decided already)."""
+        if job.spec is None:
+            return np.ones((1, 1), np.float32), True
+        stored = scale_shape(job.shape, job.spec.granularity)
+        shape = (stored[0], stored[1] if len(stored) > 1 else 1)
+        if job.given_scale is not None:
+            given = to_float(read_bytes(job.given_scale), job.given_scale.dtype)
+            if given.size != shape[0] * shape[1]:
+                raise InputError(
+                    f"{job.given_scale.name}: expected {shape[0]}×{shape[1]} scales, found {given.size}"
+                )
+            return given.reshape(shape).copy(), True
+        if isinstance(job.spec.granularity, PerTensor):
+            return self._per_tensor_scale(job, source_scale, kind), True
+        return np.ones(shape, np.float32), False
+
+    def _per_tensor_scale(self, job: Job, source_scale: np.ndarray, kind: int) -> np.ndarray:
+        """A first pass over the weight for its largest magnitude."""
+        assert job.source is not None and job.spec is not None
+        rows, cols = job.shape
+        row_bytes = cols * loops.SOURCE_BYTES[kind]
+        step = self._rows_per_block(row_bytes, 1)
+        peak = np.float32(0.0)
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            part = self._read(job.source.ref, row * row_bytes, count * row_bytes)
+            largest, bad = loops.absmax_rows(
+                part, kind, count, cols, source_scale, *job.source.block, row, self._floats("values", cols)
+            )
+            if bad >= 0:
+                raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
+            peak = max(peak, np.float32(largest))
+        scale = np.float32(peak / np.float32(job.spec.dtype.max))
+        return np.full((1, 1), scale if scale >= np.float32(2.0**-126) else 1.0, np.float32)
+
+    def _rows_per_block(self, row_bytes: int, tile_rows: int) -> int:
+        rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        return max(tile_rows, rows // tile_rows * tile_rows)
+
+    def _write_scales(self, out: OutTensor, scales: np.ndarray) -> dict[str, str]:
+        raw = scales.reshape(-1)
+        if out.dtype == "U8":
+            raw = (raw.view(np.uint32) >> 23).astype(np.uint8)
+        data = np.ascontiguousarray(raw).view(np.uint8)
+        self._write(out, 0, data)
+        return {out.name: xxhash.xxh3_128_hexdigest(data.data)}
+
+    def _read(self, ref: TensorRef, start: int, count: int) -> np.ndarray:
+        if self._cancelled():
+            raise Cancelled
+        fd = self._inputs.get(ref.file)
+        if fd is None:
+            fd = self._inputs[ref.file] = os.open(ref.file, os.O_RDONLY)
+        buffer = self._buffer("source", count)
+        read_exactly(fd, buffer, ref.offset + start, ref.file)
+        return buffer
+
+    def _write(self, out: OutTensor, start: int, data: np.ndarray) -> None:
+        view, fd, at = data.data, self._outputs[out.shard], out.offset + start
+        while len(view):
+            count = os.pwrite(fd, view, at)
+            view, at = view[count:], at + count
+        self._unflushed += data.size
+        if self._unflushed >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages back, without waiting for them.
+            os.posix_fadvise(fd, out.offset, out.nbytes, os.POSIX_FADV_DONTNEED)
+            self._unflushed = 0
+
+    def _buffer(self, name: str, count: int) -> np.ndarray:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < count:
+            buffer = self._buffers[name] = np.empty(max(count, BLOCK_BYTES), np.uint8)
+        return buffer[:count]
+
+    def _floats(self, name: str, count: int) -> np.ndarray:
+        return self._buffer(name, count * 4).view(np.float32)
+
+    def _not_finite(
+        self,
+        job: Job,
+        part: np.ndarray,
+        kind: int,
+        first: int,
+        count: int,
+        scale: np.ndarray,
+        row: int,
+        out_dtype: str,
+    ) -> InputError:
+        """Find the value that does not fit and name it with its position. Slow, and only for errors."""
+        assert job.source is not None
+        values = decode_slowly(part, kind)
+        cols = job.shape[-1] if job.shape else 1
+        index = np.arange(first, first + count)
+        if scale.size:
+            block_rows, block_cols = job.source.block
+            values = values * scale[(index // cols) // block_rows, (index % cols) // block_cols]
+        limit = 65520.0 if out_dtype == "F16" else np.inf
+        at = int(np.flatnonzero(~(np.abs(values) < limit))[0])
+        position = [int(i) for i in np.unravel_index(first + at, job.shape)] if job.shape else []
+        expected = "values that float16 can hold" if np.isfinite(values[at]) else "finite values"
+        return InputError(
+            f"{job.source.ref.name}: expected {expected}, found {values[at]} at {position}; "
+            "repair the source, or keep this weight as it is with --keep"
+        )
+
+
+def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
+    """Elements of any source kind → float32, NaN and Inf included, with numpy alone."""
+    if kind == loops.E4M3:
+        code = np.arange(256)
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+        value = np.where((code & 127) == 127, np.nan, value)
+        return np.where(code & 128, -value, value).astype(np.float32)[part]
+    if kind == loops.INT8:
+        return part.view(np.int8).astype(np.float32)
+    if kind == loops.INT8_PACKED:
+        return part.astype(np.float32) - 128
+    names: Mapping[int, str] = {v: k for k, v in loops.SOURCE_KINDS.items()}
+    return to_float(part, names[kind])
+
+
+def _has_infinity(codes: np.ndarray) -> bool:
+    return bool(((codes.view(np.uint16) & 0x7FFF) >= 0x7C00).any())
+
+
+def _out_kind(job: Job, out: OutTensor) -> int:
+    if "packed" in job.outputs:
+        return loops.TO_INT8_PACKED
+    return {"I8": loops.TO_INT8, "F8_E4M3": loops.TO_E4M3, **_PLAIN_OUT}[out.dtype]

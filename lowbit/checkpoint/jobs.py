@@ -1,0 +1,310 @@
+"""Jobs: the independent pieces of work that a plan is made of, and how they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
+from lowbit.checkpoint.layout import OutTensor, out_like
+from lowbit.checkpoint.rules import Decision
+from lowbit.errors import InputError
+from lowbit.formats import Format, StoredModule
+from lowbit.formats.format import Content
+from lowbit.granularity import block_shape
+from lowbit.scheme import Scheme, TensorSpec
+
+FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""config.json's names → safetensors' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A weight to be read: where, and what scales it."""
+
+    ref: TensorRef
+    packed: bool = False
+    """int8 codes + 128, four to an int32."""
+    scale: TensorRef | None = None
+    block: tuple[int, int] = (1, 1)
+    """Rows and columns of the weight per source scale."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.ref,) if self.scale is None else (self.ref, self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An independent piece of work: one module's weight, or one tensor carried along.
+
+    `copy`: bytes as they are. `cast`: to another float dtype, dequantizing where there is a
+    source scale. `quantize`: codes and scales. `pack`: int8 codes into int32. `constant`: bytes
+    known now.
+    """
+
+    kind: Literal["copy", "cast", "quantize", "pack", "constant"]
+    shape: tuple[int, ...]
+    """Of the weight, unpacked."""
+    source: Source | None
+    outputs: Mapping[Content, OutTensor]
+    spec: TensorSpec | None = None
+    given_scale: TensorRef | None = None
+    """Weight scales that a calibration chose."""
+    data: bytes = b""
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(r.nbytes for r in self.source.refs) if self.source else len(self.data)
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.outputs.values())).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacements:
+    """What a calibration puts in place of tensors computed from the source."""
+
+    tensors: Mapping[str, TensorRef]
+    """By name. A module's codes come with its `weight_scale`; float tensors stand alone."""
+    module_schemes: Mapping[str, str | None] = field(default_factory=dict)
+    """Modules with a scheme of their own; None: kept in float."""
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: TensorSpec | None = None
+    label: str = ""
+    """Where it comes from, for the manifest."""
+
+
+def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
+    """The module whose weight this tensor is; None for biases, scales and parameters of other names."""
+    for suffix in (".weight_packed", ".weight"):
+        if ref.name.endswith(suffix):
+            module = ref.name.removesuffix(suffix)
+            if suffix == ".weight_packed" and module not in stored:
+                return None
+            return module
+    # Fused experts are parameters without the `.weight`.
+    return ref.name if len(ref.shape) == 3 and ".experts." in ref.name else None
+
+
+class Planner:
+    """Collects jobs while walking over the modules."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        stored: Mapping[str, StoredModule],
+        scheme: Scheme,
+        target: Format | None,
+        main_dtype: str,
+        replacements: Replacements | None,
+    ) -> None:
+        self.source, self.stored, self.scheme, self.target = source, stored, scheme, target
+        self.main_dtype = main_dtype
+        self.replaced: dict[str, TensorRef] = dict(replacements.tensors) if replacements else {}
+        self.schemes: dict[str, Scheme] = {}
+        self._jobs: list[tuple[str, list[Job]]] = []
+        """(name of the source tensor whose place they take, jobs)"""
+        self._taken: set[str] = set()
+        self._uncalibrated: list[str] = []
+
+    def shape_of(self, module: str) -> tuple[int, ...]:
+        if module in self.stored:
+            return tuple(self.stored[module].shape)
+        ref = self.source.tensors.get(module + ".weight") or self.source.tensors[module]
+        return ref.shape
+
+    def add_module(self, module: str, decision: Decision) -> None:
+        stored = self.stored.get(module)
+        if stored is not None:
+            self._taken.update(stored.names.values())
+            # Scales for activations and zero points of the source belong to its codes.
+            self._taken.update(
+                f"{module}.{n}"
+                for n in ("input_scale", "input_zero_point", "weight_shape", "weight_zero_point")
+            )
+            anchor = stored.weight
+        else:
+            anchor = module + ".weight" if module + ".weight" in self.source.tensors else module
+            self._taken.add(anchor)
+        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor)))
+
+    def _jobs_for(
+        self, module: str, decision: Decision, stored: StoredModule | None, anchor: str
+    ) -> list[Job]:
+        scheme = decision.scheme
+        if decision.as_found and stored is not None:
+            if self.target is None or not self.target.holds(stored.scheme):
+                name = self.target.name if self.target else "plain float tensors"
+                raise InputError(
+                    f"--keep {module}: expected weights that {name} can hold, found {stored.scheme.name} in the "
+                    "source; use --ignore to have it in float"
+                )
+            scheme = stored.scheme
+        if scheme is not None and scheme.weights is not None:
+            return self._quantized(module, scheme, stored, anchor)
+        replacement = self.replaced.pop(anchor, None)
+        if replacement is not None:
+            return [self._copy(replacement, anchor)]
+        if decision.as_found:
+            return [self._copy(self.source.tensors[anchor])]
+        return [self._float(module, stored, anchor)]
+
+    def _quantized(self, module: str, scheme: Scheme, stored: StoredModule | None, anchor: str) -> list[Job]:
+        assert self.target is not None and scheme.weights is not None
+        self.schemes[module] = scheme
+        shape = self.shape_of(module)
+        rows, cols = shape[-2], shape[-1]
+        outputs = {
+            t.content: OutTensor(module + t.suffix, t.dtype, t.shape)
+            for t in self.target.tensors(scheme, (rows, cols))
+        }
+        jobs = [self._input_constant(module, c, outputs.pop(c)) for c in ("input_scale", "input_zero_point")
+                if c in outputs]  # fmt: skip
+        if "shape" in outputs:
+            data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
+            jobs.append(_constant("shape", outputs.pop("shape"), data))
+        codes = self.replaced.pop(f"{module}.weight", None)
+        scale = self.replaced.pop(f"{module}.weight_scale", None)
+        if codes is not None and codes.dtype not in FLOATS:
+            assert scale is not None  # the store checks that codes have a scale
+            self._check_replacement(module, codes, scale, scheme, shape)
+            weight_job = (
+                _job("pack", codes, {"packed": outputs["packed"]})
+                if "packed" in outputs
+                else _job("copy", codes, {"codes": outputs["codes"]})
+            )
+            return [
+                weight_job,
+                _job("copy", scale, {"scale": outputs["scale"]}),
+                *jobs,
+            ]
+        source = Source(ref=codes) if codes is not None else self._source(stored, anchor)
+        if stored is not None and codes is None and scale is None and stored.spec == scheme.weights:
+            # Already what is asked for: bit for bit, only names change.
+            source_scale = self.source.tensors[stored.names["scale"]]
+            scale_kind: Literal["copy", "cast"] = "copy" if source_scale.dtype in ("F32", "U8") else "cast"
+            weight: Content = "packed" if "packed" in outputs else "codes"
+            if (weight == "packed") == ("packed" in stored.names):
+                return [
+                    _job("copy", source.ref, {weight: outputs[weight]}),
+                    _job(scale_kind, source_scale, {"scale": outputs["scale"]}),
+                    *jobs,
+                ]
+        return [
+            Job(
+                kind="quantize",
+                shape=shape,
+                source=source,
+                outputs=outputs,
+                spec=scheme.weights,
+                given_scale=scale,
+            ),
+            *jobs,
+        ]
+
+    def _check_replacement(
+        self, module: str, codes: TensorRef, scale: TensorRef, scheme: Scheme, shape: tuple[int, ...]
+    ) -> None:
+        assert self.target is not None
+        rows, cols = shape
+        stored = {t.content: t for t in self.target.tensors(scheme, (rows, cols))}
+        for content, ref in (("codes", codes), ("scale", scale)):
+            want = stored.get(content)  # type: ignore[call-overload]
+            if want is not None and (ref.dtype, ref.shape) != (want.dtype, want.shape):
+                raise InputError(
+                    f"calibration of {module}: expected {want.dtype} {list(want.shape)} for {content} under "
+                    f"{scheme.name}, found {ref.dtype} {list(ref.shape)}; calibrate again with this scheme"
+                )
+
+    def _input_constant(self, module: str, content: Content, out: OutTensor) -> Job:
+        ref = self.replaced.pop(out.name, None)
+        if ref is not None:
+            return _job("copy", ref, {content: out})
+        if content == "input_zero_point":
+            return _constant(content, out, b"\0" * out.nbytes)
+        self._uncalibrated.append(module)
+        return _constant(content, out, b"\0" * out.nbytes)
+
+    def require_input_scales(self) -> None:
+        if self._uncalibrated:
+            raise InputError(
+                f"{self.scheme.name}: expected a calibrated input scale for every quantized module, found none for "
+                f"{len(self._uncalibrated)} (first: {self._uncalibrated[0]}); run `lowbit calibrate` "
+                "and give --calibration, or use a dynamic scheme such as int8"
+            )
+
+    def _source(self, stored: StoredModule | None, anchor: str) -> Source:
+        if stored is None:
+            return Source(ref=self.source.tensors[anchor])
+        return Source(
+            ref=self.source.tensors[stored.weight],
+            packed="packed" in stored.names,
+            scale=self.source.tensors[stored.names["scale"]],
+            block=block_shape(stored.shape, stored.spec.granularity),
+        )
+
+    def _float(self, module: str, stored: StoredModule | None, anchor: str) -> Job:
+        """A weight in float: dequantized, cast to the float scheme's dtype, or copied."""
+        if stored is None:
+            return self._carry(self.source.tensors[anchor])
+        dtype = self._float_dtype()
+        source = self._source(stored, anchor)
+        out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
+        return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
+
+    def _float_dtype(self) -> str:
+        return FLOAT_NAMES[self.scheme.float_dtype] if self.scheme.float_dtype else self.main_dtype
+
+    def _carry(self, ref: TensorRef) -> Job:
+        """A float tensor as it is, or cast by the schemes bf16 and fp16.
+
+        Those cast what has the model's main dtype. What its makers kept wider on purpose (a
+        router's float32 bias in a BF16 model) stays.
+        """
+        dtype = self._float_dtype()
+        if self.scheme.float_dtype is None or ref.dtype == dtype or ref.dtype != self.main_dtype:
+            return self._copy(ref)
+        return Job(
+            kind="cast", shape=ref.shape, source=Source(ref=ref), outputs={"codes": out_like(ref, dtype)}
+        )
+
+    def _copy(self, ref: TensorRef, name: str | None = None) -> Job:
+        return _job("copy", ref, {"codes": OutTensor(name or ref.name, ref.dtype, ref.shape)})
+
+    def add_rest(self) -> None:
+        """Everything that is no module's weight, and what only the calibration has."""
+        for ref in self.source.tensors.values():
+            if ref.name in self._taken:
+                continue
+            replacement = self.replaced.pop(ref.name, None)
+            job = self._copy(replacement, ref.name) if replacement is not None else self._carry(ref)
+            self._jobs.append((ref.name, [job]))
+        for name, ref in list(self.replaced.items()):
+            module = name.rpartition(".")[0]
+            if (
+                name.endswith((".weight_scale", ".input_scale", ".input_zero_point"))
+                and module not in self.schemes
+            ):
+                continue  # the module is kept after all
+            self._jobs.append((name, [self._copy(ref)]))
+
+    def groups(self) -> list[list[OutTensor]]:
+        return [[o for job in jobs for o in job.outputs.values()] for _, jobs in self._ordered()]
+
+    def jobs_in_order(self) -> list[Job]:
+        return [job for _, jobs in self._ordered() for job in jobs]
+
+    def _ordered(self) -> list[tuple[str, list[Job]]]:
+        place = {name: i for i, name in enumerate(self.source.tensors)}
+        return sorted(self._jobs, key=lambda item: place.get(item[0], len(place)))
+
+
+def _job(kind: Literal["copy", "cast", "pack"], ref: TensorRef, outputs: Mapping[Content, OutTensor]) -> Job:
+    return Job(kind=kind, shape=ref.shape, source=Source(ref=ref), outputs=outputs)
+
+
+def _constant(content: Content, out: OutTensor, data: bytes) -> Job:
+    return Job(kind="constant", shape=out.shape, source=None, outputs={content: out}, data=data)

@@ -1,0 +1,94 @@
+"""What a conversion has done so far, so that a killed one goes on where it stopped.
+
+One JSON line per finished job. Nothing in it is believed: when a run resumes, each tensor
+that the journal names is read back and its checksum compared, and what does not match is
+made again. So no fsync is needed while working, and a lost page costs one job.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import xxhash
+
+from lowbit.checkpoint.execute import COPY_BYTES
+from lowbit.checkpoint.jobs import Job
+from lowbit.checkpoint.layout import OutTensor, Shard
+
+
+class Journal:
+    """Append-only record beside the unfinished shards."""
+
+    def __init__(self, file: Path, digest: str) -> None:
+        """Open for appending; a new file begins with the plan's digest."""
+        self._lock = threading.Lock()
+        fresh = not file.exists()
+        self._stream = file.open("a", encoding="utf-8")
+        if fresh:
+            self._line({"plan": digest})
+
+    def record(self, job: int, checksums: Mapping[str, str]) -> None:
+        """Job number `job` of the plan is written."""
+        self._line({"job": job, "checksums": dict(checksums)})
+
+    def _line(self, entry: object) -> None:
+        with self._lock:
+            self._stream.write(json.dumps(entry) + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_journal(file: Path) -> tuple[str, dict[int, dict[str, str]]]:
+    """(plan digest, job number → checksums). A torn last line is left out; ("", {}) when unreadable."""
+    digest, done = "", {}
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, ValueError):
+        return "", {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if "plan" in entry:
+                digest = str(entry["plan"])
+            else:
+                done[int(entry["job"])] = {str(k): str(v) for k, v in entry["checksums"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            break
+    return digest, done
+
+
+def intact(
+    jobs: Iterable[tuple[int, Job]],
+    shards: tuple[Shard, ...],
+    root: Path,
+    done: Mapping[int, Mapping[str, str]],
+) -> dict[int, dict[str, str]]:
+    """Those finished jobs whose outputs, read back from the shards under `root`, have their checksums."""
+    good = {}
+    for number, job in jobs:
+        checksums = done.get(number)
+        if checksums and all(
+            checksums.get(o.name) == checksum_of(root / (shards[o.shard].file), o)
+            for o in job.outputs.values()
+        ):
+            good[number] = dict(checksums)
+    return good
+
+
+def checksum_of(file: Path, tensor: OutTensor) -> str:
+    """xxh3-128 of a tensor's bytes in a file, as hex; "" when the file is too short."""
+    digest, left = xxhash.xxh3_128(), tensor.nbytes
+    with file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        while left:
+            part = stream.read(min(left, COPY_BYTES))
+            if not part:
+                return ""
+            digest.update(part)
+            left -= len(part)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Lay output tensors out in safetensors shards: names, offsets and headers, before any data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
+from lowbit.errors import InputError
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """One tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int = -1
+    offset: int = -1
+    """Absolute byte position in its shard."""
+
+    @property
+    def nbytes(self) -> int:
+        size = ITEM_BYTES[self.dtype]
+        for d in self.shape:
+            size *= d
+        return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One output file."""
+
+    file: str
+    header: bytes
+    nbytes: int
+    """Of the whole file."""
+    names: tuple[str, ...]
+
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_size(text: str | int) -> int:
+    """`5GB`, `800MB`, `2GiB` or a number of bytes → bytes. Decimal units, as the hub's own tools use."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise InputError(f"expected a size such as 5GB, 800MB or 2GiB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def assign(
+    groups: Sequence[Sequence[OutTensor]], max_shard_bytes: int
+) -> tuple[list[Shard], dict[str, OutTensor]]:
+    """Put groups of tensors (what belongs to one module stays together) into shards, in order.
+
+    A shard is closed when the next group would not fit; a single group may exceed the limit.
+    Within a shard tensors lie by falling item size, so that each is aligned to its dtype.
+    """
+    bins: list[list[OutTensor]] = [[]]
+    filled = 0
+    for group in groups:
+        size = sum(t.nbytes for t in group)
+        if bins[-1] and filled + size > max_shard_bytes:
+            bins.append([])
+            filled = 0
+        bins[-1].extend(group)
+        filled += size
+    shards, placed = [], {}
+    for number, tensors in enumerate(bins):
+        name = (
+            "model.safetensors"
+            if len(bins) == 1
+            else f"model-{number + 1:05d}-of-{len(bins):05d}.safetensors"
+        )
+        shard, refs = _lay_out(name, number, tensors)
+        shards.append(shard)
+        placed.update(refs)
+    return shards, placed
+
+
+def _lay_out(file: str, number: int, tensors: list[OutTensor]) -> tuple[Shard, dict[str, OutTensor]]:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: list[tuple[OutTensor, int]] = []
+    position = 0
+    for t in sorted(tensors, key=lambda t: -ITEM_BYTES[t.dtype]):
+        entries[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [position, position + t.nbytes],
+        }
+        begins.append((t, position))
+        position += t.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    placed = {t.name: OutTensor(t.name, t.dtype, t.shape, number, len(header) + at) for t, at in begins}
+    names = tuple(t.name for t, _ in begins)
+    return Shard(file=file, header=header, nbytes=len(header) + position, names=names), placed
+
+
+def out_like(ref: TensorRef, dtype: str | None = None) -> OutTensor:
+    """An output of a source tensor's name and shape."""
+    return OutTensor(ref.name, dtype or ref.dtype, ref.shape)

@@ -1,0 +1,218 @@
+"""The plan: every output tensor's name, dtype, shape, file and offset, and the job that makes it.
+
+Pure: it is made from headers, a scheme, rules and a format, and reading it needs no weight
+data. Everything that can be refused is refused here, before any work starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowbit.checkpoint.headers import FLOATS, Checkpoint
+from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of
+from lowbit.checkpoint.layout import Shard, assign, parse_size
+from lowbit.checkpoint.rules import Decision, Selection, decide, unmatched
+from lowbit.errors import InputError
+from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
+from lowbit.scheme import Scheme, get_scheme
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A decided conversion."""
+
+    source: Checkpoint
+    scheme: Scheme
+    format: Format | None
+    """None: plain float tensors."""
+    decisions: Mapping[str, Decision]
+    jobs: tuple[Job, ...]
+    """In the order of the source's bytes."""
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    """The config.json to be written."""
+    warnings: tuple[str, ...]
+    calibration: str = ""
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(j.source_bytes for j in self.jobs)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(s.nbytes for s in self.shards)
+
+    def digest(self) -> str:
+        """Names this conversion: the same source, settings and version give the same 32 hex digits."""
+        from lowbit import __version__
+
+        jobs = [
+            (j.kind, [(r.name, r.dtype) for r in j.source.refs] if j.source else [], str(j.spec),
+             [(o.name, o.dtype, o.shape, o.shard, o.offset) for o in j.outputs.values()])
+            for j in self.jobs
+        ]  # fmt: skip
+        identity = [
+            __version__,
+            self.source.fingerprint(),
+            self.calibration,
+            jobs,
+            [s.file for s in self.shards],
+        ]
+        text = json.dumps([*identity, self.config], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def make_plan(
+    source: Checkpoint,
+    scheme: Scheme | str,
+    *,
+    format: str | None = None,
+    selection: Selection = EVERYTHING,
+    max_shard_size: str | int = "5GB",
+    replacements: Replacements | None = None,
+) -> Plan:
+    """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
+    scheme = _scheme(scheme)
+    target = _format(scheme, format)
+    stored = read(source.config, source.tensors)
+    main_dtype = _main_float(source, stored)
+    decisions = _decisions(source, stored, scheme, target, selection, replacements)
+    warnings = list(source.notes) + [
+        f"pattern {p!r} matches no module; check it against `lowbit inspect`"
+        for p in unmatched(selection, decisions)
+    ]
+    planner = Planner(source, stored, scheme, target, main_dtype, replacements)
+    for module, decision in decisions.items():
+        planner.add_module(module, decision)
+    planner.add_rest()
+    if scheme.weights is not None and not planner.schemes:
+        raise InputError(
+            f"{source.root}: expected at least one weight to quantize, found none that the rules allow; "
+            "`lowbit plan` says which rule kept each"
+        )
+    if scheme.needs_calibration:
+        planner.require_input_scales()
+    shards, placed = assign(planner.groups(), parse_size(max_shard_size))
+    jobs = tuple(
+        replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
+        for job in planner.jobs_in_order()
+    )
+    ignored = tuple(
+        m for m, d in decisions.items()
+        if m not in planner.schemes and len(planner.shape_of(m)) == 2 and d.role not in ("embedding", "norm", "conv")
+    )  # fmt: skip
+    layout = Layout(
+        modules=planner.schemes,
+        ignored=_with_tied_head(ignored, source),
+        kv_cache=replacements.kv_cache if replacements else None,
+        config=source.config,
+    )
+    config = _config(source, scheme, target, layout, replacements)
+    return Plan(
+        source=source, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
+        config=config, warnings=tuple(warnings), calibration=replacements.label if replacements else "",
+    )  # fmt: skip
+
+
+def _scheme(scheme: Scheme | str) -> Scheme:
+    if isinstance(scheme, Scheme):
+        return scheme
+    try:
+        return get_scheme(scheme)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _format(scheme: Scheme, name: str | None) -> Format | None:
+    if scheme.weights is None:
+        if name is not None:
+            raise InputError(
+                f"expected no --format with --scheme {scheme.name}, which writes plain float tensors, found {name!r}"
+            )
+        return None
+    target = get_format(name or "compressed-tensors")
+    if not target.holds(scheme):
+        able = ", ".join(f.name for f in FORMATS.values() if f.holds(scheme))
+        raise InputError(
+            f"the format {target.name} cannot hold the scheme {scheme.name}; expected one of: {able} "
+            f"(or another scheme)"
+        )
+    return target
+
+
+def _main_float(source: Checkpoint, stored: Mapping[str, StoredModule]) -> str:
+    """The float dtype of the model: what most float elements are, BF16 for a source that is all codes."""
+    taken = {n for m in stored.values() for n in m.names.values()}
+    count = dict.fromkeys(FLOATS, 0)
+    for t in source.tensors.values():
+        if t.dtype in count and t.name not in taken:
+            count[t.dtype] += t.elements
+    if not stored or any(count[d] for d in ("BF16", "F16")):
+        best = max(count, key=lambda d: count[d])
+        return best if count[best] else "BF16"
+    declared = source.config.get("torch_dtype") or source.config.get("dtype")
+    return FLOAT_NAMES.get(str(declared).removeprefix("torch."), "BF16")
+
+
+def _decisions(
+    source: Checkpoint,
+    stored: Mapping[str, StoredModule],
+    scheme: Scheme,
+    target: Format | None,
+    selection: Selection,
+    replacements: Replacements | None,
+) -> dict[str, Decision]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ref in source.tensors.values():
+        if (module := module_of(ref, stored)) is not None:
+            shapes[module] = tuple(stored[module].shape) if module in stored else ref.shape
+    left = (
+        frozenset(m for m, s in shapes.items() if len(s) == 2 and m not in stored) if stored else frozenset()
+    )
+    if target is None:
+        return decide(shapes, scheme, selection, config=source.config)
+    if replacements and replacements.module_schemes:
+        own = {m: s or "float" for m, s in replacements.module_schemes.items()}
+        selection = replace(selection, overrides={**selection.overrides, **own})
+    return decide(shapes, scheme, selection, config=source.config, fits=target.refuse, left_in_float=left)
+
+
+def _with_tied_head(ignored: tuple[str, ...], source: Checkpoint) -> tuple[str, ...]:
+    """A tied lm_head is in no shard, but it is a Linear that engines would look for a scale of."""
+    tied = source.config.get("tie_word_embeddings") or (source.config.get("text_config") or {}).get(
+        "tie_word_embeddings"
+    )
+    if tied and not any(n.endswith("lm_head") for n in ignored):
+        return ("lm_head", *ignored)
+    return ignored
+
+
+def _config(
+    source: Checkpoint,
+    scheme: Scheme,
+    target: Format | None,
+    layout: Layout,
+    replacements: Replacements | None,
+) -> dict[str, Any]:
+    """The source's config.json with its quantization replaced."""
+    config = json.loads(json.dumps(source.config))
+    found = quantization_of(config)
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if holder.get(key) == found:
+                holder.pop(key)
+    if scheme.float_dtype is not None:
+        for key in ("torch_dtype", "dtype"):
+            if key in config:
+                config[key] = scheme.float_dtype
+    if replacements:
+        config.update(replacements.config_overrides)
+    if target is not None:
+        config["quantization_config"] = target.config(layout)
+    return config

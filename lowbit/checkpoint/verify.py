@@ -1,0 +1,279 @@
+"""Re-read what was written: headers, shapes, scales and checksums; with the source, the error too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit.checkpoint import rows as loops
+from lowbit.checkpoint.execute import (
+    BLOCK_BYTES,
+    COPY_BYTES,
+    Progress,
+    decode_slowly,
+    read_exactly,
+    read_scale,
+    source_kind,
+    to_float,
+)
+from lowbit.checkpoint.headers import FLOATS, MANIFEST, Checkpoint, TensorRef, open_checkpoint, read_json
+from lowbit.checkpoint.jobs import Source
+from lowbit.errors import InputError
+from lowbit.formats import StoredModule, read
+from lowbit.granularity import block_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorError:
+    """How far one weight is from its source."""
+
+    name: str
+    sqnr_db: float
+    """10 · log₁₀(Σ source² / Σ difference²); infinite when equal."""
+    relative: float
+    """√(Σ difference² / Σ source²)."""
+    largest: float
+    """Largest absolute difference."""
+    scheme: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The answer of `lowbit verify`."""
+
+    path: str
+    tensors: int
+    nbytes: int
+    problems: tuple[str, ...]
+    """Empty when everything is as it should be."""
+    checked: tuple[str, ...]
+    """What was looked at, in words."""
+    errors: tuple[TensorError, ...] = field(default=())
+    """With a source: the quantized weights, worst first."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: an infinite SQNR becomes null."""
+        body = asdict(self) | {"ok": self.ok}
+        for error in body["errors"]:
+            if math.isinf(error["sqnr_db"]):
+                error["sqnr_db"] = None
+        return body
+
+
+def verify_checkpoint(
+    path: str | Path,
+    source: str | Path | None = None,
+    *,
+    workers: int = 1,
+    progress: Progress = lambda count: None,
+) -> Verification:
+    """Check a converted checkpoint by reading all of it again.
+
+    Problems that make it unreadable raise InputError; those found in what was read are listed.
+    """
+    checkpoint = open_checkpoint(path)
+    stored = read(checkpoint.config, checkpoint.tensors)
+    problems: list[str] = []
+    checked = [f"headers of {len(checkpoint.shards)} shards", f"shapes of {len(stored)} quantized modules"]
+
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
+    else:
+        problems += _names(manifest, checkpoint)
+        checked.append("checksums of all tensors")
+
+    bound_to = {m.names["scale"] for m in stored.values()}
+    sums: Mapping[str, str] = manifest["tensors"] if manifest else {}
+
+    def look(ref: TensorRef) -> list[str]:
+        return _check_tensor(ref, sums.get(ref.name), ref.name in bound_to, progress)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for found in pool.map(look, checkpoint.tensors.values()):
+            problems += found
+    if stored:
+        checked.append("finite, positive scales")
+    checked.append("finite floats")
+
+    errors: tuple[TensorError, ...] = ()
+    if source is not None:
+        origin = open_checkpoint(source)
+        errors, missing = _errors(checkpoint, stored, origin, workers, progress)
+        problems += missing
+        checked.append(f"error of {len(errors)} weights against {origin.root}")
+    return Verification(
+        path=str(checkpoint.root), tensors=len(checkpoint.tensors), nbytes=checkpoint.nbytes,
+        problems=tuple(problems), checked=tuple(checked), errors=errors,
+    )  # fmt: skip
+
+
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    file = checkpoint.root / MANIFEST
+    if not file.is_file():
+        return None
+    manifest = read_json(file)
+    if not isinstance(manifest.get("tensors"), dict):
+        raise InputError(f"{file}: expected checksums under 'tensors', found none; convert again")
+    return manifest
+
+
+def _names(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+    listed, present = set(manifest["tensors"]), set(checkpoint.tensors)
+    problems = [f"{n}: in the manifest, but in no shard" for n in sorted(listed - present)]
+    return problems + [f"{n}: in a shard, but not in the manifest" for n in sorted(present - listed)]
+
+
+def _check_tensor(ref: TensorRef, checksum: str | None, is_scale: bool, progress: Progress) -> list[str]:
+    """Read one tensor through: its checksum, and that its floats are finite (scales also positive)."""
+    import xxhash
+
+    digest, problems = xxhash.xxh3_128(), []
+    buffer = np.empty(min(COPY_BYTES, max(ref.nbytes, 1)), np.uint8)
+    looks_finite = True
+    with ref.file.open("rb") as stream:
+        for start in range(0, ref.nbytes, COPY_BYTES):
+            part = buffer[: min(COPY_BYTES, ref.nbytes - start)]
+            read_exactly(stream.fileno(), part, ref.offset + start, ref.file)
+            if checksum is not None:
+                digest.update(part.data)
+            looks_finite = looks_finite and _finite(part, ref.dtype, is_scale)
+            progress(part.size)
+    if checksum is not None and digest.hexdigest() != checksum:
+        problems.append(
+            f"{ref.name}: the data changed since it was written (checksum differs); convert it again"
+        )
+    if not looks_finite:
+        what = "finite, positive scales" if is_scale else "finite values"
+        problems.append(f"{ref.name}: expected {what}, found others")
+    return problems
+
+
+def _finite(part: np.ndarray, dtype: str, is_scale: bool) -> bool:
+    if is_scale:
+        values = to_float(part, dtype)
+        return bool(np.isfinite(values).all() and (values > 0).all())
+    # As integers, magnitudes order like the numbers, with Inf and NaN on top.
+    match dtype:
+        case "BF16":
+            return bool((part.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
+        case "F16":
+            return bool((part.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00)
+        case "F32":
+            return bool((part.view(np.uint32) & 0x7FFFFFFF).max(initial=0) < 0x7F800000)
+        case "F8_E4M3":
+            return bool((part & 0x7F).max(initial=0) < 0x7F)
+    return True
+
+
+def _errors(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, StoredModule],
+    origin: Checkpoint,
+    workers: int,
+    progress: Progress,
+) -> tuple[tuple[TensorError, ...], list[str]]:
+    before = read(origin.config, origin.tensors)
+    pairs: list[tuple[str, tuple[int, int], Source, Source, str]] = []
+    missing: list[str] = []
+    for module, now in stored.items():
+        then = _source_of(module, before, origin)
+        if then is None:
+            missing.append(f"{module}: quantized here, but the source has no such weight")
+            continue
+        shape, there = then
+        if shape != now.shape:
+            missing.append(f"{module}: {list(now.shape)} here, but {list(shape)} in the source")
+            continue
+        pairs.append((module, shape, there, _stored_source(now, checkpoint), now.scheme.name))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = pool.map(lambda p: _error(*p, progress=progress), pairs)
+        errors = sorted(results, key=lambda e: e.sqnr_db)
+    return tuple(errors), missing
+
+
+def _stored_source(module: StoredModule, checkpoint: Checkpoint) -> Source:
+    return Source(
+        ref=checkpoint.tensors[module.weight],
+        packed="packed" in module.names,
+        scale=checkpoint.tensors[module.names["scale"]],
+        block=block_shape(module.shape, module.spec.granularity),
+    )
+
+
+def _source_of(
+    module: str, before: Mapping[str, StoredModule], origin: Checkpoint
+) -> tuple[tuple[int, int], Source] | None:
+    if module in before:
+        return before[module].shape, _stored_source(before[module], origin)
+    ref = origin.tensors.get(module + ".weight")
+    if ref is None or len(ref.shape) != 2 or ref.dtype not in FLOATS:
+        return None
+    return (ref.shape[0], ref.shape[1]), Source(ref=ref)
+
+
+def _error(
+    module: str, shape: tuple[int, int], there: Source, here: Source, scheme: str, *, progress: Progress
+) -> TensorError:
+    """Decode both, a row block at a time, and add the squares up in float64."""
+    rows, cols = shape
+    squares, power, largest = 0.0, 0.0, 0.0
+    step = max(1, BLOCK_BYTES // max(4 * cols, 1))
+    readers = [_RowReader(there, shape, step), _RowReader(here, shape, step)]
+    try:
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            x, y = (r.read(row, count) for r in readers)
+            e, p, m = loops.error_rows(x, y)
+            squares, power, largest = squares + e, power + p, max(largest, m)
+            progress(count * cols)
+    finally:
+        for reader in readers:
+            reader.close()
+    relative = math.sqrt(squares / power) if power else (0.0 if squares == 0 else math.inf)
+    sqnr = (
+        -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if relative == 0 else -math.inf)
+    )
+    return TensorError(
+        name=module + ".weight", sqnr_db=sqnr, relative=relative, largest=largest, scheme=scheme
+    )
+
+
+class _RowReader:
+    """Rows of a stored weight as float32, through buffers that are used again."""
+
+    def __init__(self, source: Source, shape: tuple[int, int], step: int) -> None:
+        self._source, self._cols = source, shape[1]
+        self._kind = source_kind(source)
+        self._scale = read_scale(source)
+        self._row_bytes = source.ref.nbytes // max(shape[0], 1)
+        self._raw = np.empty(step * self._row_bytes, np.uint8)
+        self._out = np.empty(step * shape[1] * 4, np.uint8)
+        self._values = np.empty(max(shape[1], 1), np.float32)
+        self._stream = source.ref.file.open("rb")
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def read(self, row: int, count: int) -> np.ndarray:
+        part = self._raw[: count * self._row_bytes]
+        ref = self._source.ref
+        read_exactly(self._stream.fileno(), part, ref.offset + row * self._row_bytes, ref.file)
+        out = self._out[: count * self._cols * 4]
+        bad = loops.convert_rows(
+            part, self._kind, count, self._cols, self._scale, *self._source.block, row, out, loops.TO_F32,
+            self._cols, self._values[:1].reshape(1, 1), 1, max(self._cols, 1), True, False, self._values,
+        )  # fmt: skip
+        if bad >= 0:  # NaN or Inf: reported elsewhere; the error becomes NaN rather than hidden
+            return decode_slowly(part, self._kind)
+        return out.view(np.float32)

@@ -1,0 +1,229 @@
+"""The output directory: work under OUT/.lowbit-partial, then show everything at once.
+
+Order at the end: shards are synced and renamed, then the index, the other files of the
+model, the manifest, and config.json last. A directory without config.json is no model to
+any loader, so a killed run never looks finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.headers import MANIFEST
+from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.layout import Shard
+from lowbit.checkpoint.plan import Plan
+from lowbit.errors import InputError
+
+PARTIAL = ".lowbit-partial"
+JOURNAL = "journal.jsonl"
+INDEX = "model.safetensors.index.json"
+
+
+class OutputDirectory:
+    """OUT, from the first check to the last rename."""
+
+    def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False) -> None:
+        """Check that OUT can be used, without touching it. InputError when it cannot."""
+        self.out, self.plan = out, plan
+        self.partial = out / PARTIAL
+        self.digest = plan.digest()
+        self._overwrite = overwrite
+        self._created: list[Path] = []
+        self._descriptors: list[int] = []
+        self.resuming = False
+        self._check()
+
+    def _check(self) -> None:
+        out, source = self.out.resolve(), self.plan.source.root.resolve()
+        if out == source or source in out.parents:
+            raise InputError(
+                f"{self.out}: expected an output directory outside the source {self.plan.source.root}; "
+                "choose another place"
+            )
+        if out in source.parents and self._overwrite:
+            raise InputError(f"{self.out}: holds the source; choose another place")
+        if not self.out.exists():
+            return
+        if not self.out.is_dir():
+            raise InputError(
+                f"{self.out}: expected a directory or nothing, found a file; choose another place"
+            )
+        found = {p.name for p in self.out.iterdir()}
+        if PARTIAL in found:
+            self.resuming = read_journal(self.partial / JOURNAL)[0] == self.digest
+            if not self.resuming and not self._overwrite:
+                raise InputError(
+                    f"{self.out}: holds an unfinished conversion of another source or with other settings; "
+                    "run it again as it was to finish it, or give --overwrite to begin anew"
+                )
+        if found - {PARTIAL} and not self._overwrite:
+            raise InputError(
+                f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
+                "choose another, or give --overwrite"
+            )
+        if self._overwrite and not found & {PARTIAL, "config.json", MANIFEST} and found:
+            raise InputError(
+                f"{self.out}: --overwrite replaces a checkpoint, found a directory that holds none "
+                f"(but {min(found)}); choose another place"
+            )
+
+    def prepare(self) -> list[int]:
+        """Create the shards at their full size, headers written; file descriptors by shard number."""
+        try:
+            self._make_directories()
+            self._check_space()
+            if not self.resuming and self.partial.exists():
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(exist_ok=True)
+            for shard in self.plan.shards:
+                self._descriptors.append(_create(self.partial / shard.file, shard, keep=self.resuming))
+        except OSError as error:
+            self.discard()
+            raise self.explain(error) from error
+        except InputError:
+            self.discard()
+            raise
+        return self._descriptors
+
+    def _make_directories(self) -> None:
+        missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._created.append(path)
+
+    def _check_space(self) -> None:
+        others = sum((self.plan.source.root / f).stat().st_size for f in self.plan.source.others)
+        have = (
+            sum(f.stat().st_size for f in self.partial.glob("*.safetensors")) if self.partial.exists() else 0
+        )
+        need, free = self.plan.output_bytes + others - have, shutil.disk_usage(self.out).free
+        if need > free:
+            raise InputError(
+                f"{self.out}: expected {need / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB; "
+                "free some, or choose another disk"
+            )
+
+    def explain(self, error: OSError) -> InputError:
+        """An operating system's error → what to do about it."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(
+                f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
+                "What was written has been removed: free some space, or choose another disk"
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return InputError(
+                f"{self.out}: no permission to write here ({error.strerror}); choose another place"
+            )
+        return InputError(f"{error.filename or self.out}: {error.strerror or error}")
+
+    def finish(self, checksums: Mapping[str, str]) -> dict[str, Any]:
+        """Show the result under its final names; returns the manifest."""
+        for fd in self._descriptors:
+            os.fsync(fd)
+        self._close()
+        if self._overwrite:
+            self._remove_old()
+        for shard in self.plan.shards:
+            (self.partial / shard.file).replace(self.out / shard.file)
+        if len(self.plan.shards) > 1:
+            _write_json(self.out / INDEX, self._index())
+        for file in self.plan.source.others:
+            (self.out / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.plan.source.root / file, self.out / file)
+        manifest = self._manifest(checksums)
+        _write_json(self.out / MANIFEST, manifest)
+        _sync_directory(self.out)
+        if self.plan.config:
+            _write_json(self.out / "config.json", self.plan.config)
+        shutil.rmtree(self.partial)
+        _sync_directory(self.out)
+        return manifest
+
+    def _remove_old(self) -> None:
+        """The checkpoint that is replaced: config first, so that no moment shows half of each."""
+        for name in ("config.json", MANIFEST, INDEX):
+            (self.out / name).unlink(missing_ok=True)
+        for file in self.out.glob("*.safetensors"):
+            file.unlink()
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {name: shard.file for shard in self.plan.shards for name in shard.names}
+        total = sum(shard.nbytes - len(shard.header) for shard in self.plan.shards)
+        return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    def _manifest(self, checksums: Mapping[str, str]) -> dict[str, Any]:
+        from lowbit import __version__
+
+        return {
+            "lowbit_version": __version__,
+            "plan": self.digest,
+            "source": {"path": str(self.plan.source.root), "fingerprint": self.plan.source.fingerprint()},
+            "scheme": self.plan.scheme.name,
+            "format": self.plan.format.name if self.plan.format else None,
+            "calibration": self.plan.calibration or None,
+            "checksum": "xxh3-128",
+            "tensors": {name: checksums[name] for shard in self.plan.shards for name in shard.names},
+        }
+
+    def discard(self) -> None:
+        """Remove what this run wrote, and the directories that it made."""
+        self._close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for path in reversed(self._created):
+            try:
+                path.rmdir()
+            except OSError:
+                break
+
+    def abandon(self) -> None:
+        """Stop, and leave what was written for a later run to resume."""
+        self._close()
+
+    def _close(self) -> None:
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = []
+
+
+def _create(file: Path, shard: Shard, *, keep: bool) -> int:
+    """Open a shard, reserve its bytes on the disk, and write its header."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o644)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(fd, 0, shard.nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        os.ftruncate(fd, shard.nbytes)
+        os.pwrite(fd, shard.header, 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _write_json(file: Path, value: Any) -> None:
+    """Write aside, sync, rename: the file is whole or absent."""
+    aside = file.with_name(f".{file.name}.part")
+    with aside.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,67 @@
+"""Run a plan's jobs on threads of this machine. The loops hold no GIL, so threads are enough."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from lowbit.checkpoint.execute import Cancelled, Progress, Worker
+from lowbit.checkpoint.jobs import Job
+
+
+def default_workers() -> int:
+    """The processors that this process may use, at most 32: a disk is saturated long before."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, min(count, 32))
+
+
+def run_jobs(
+    jobs: Sequence[tuple[int, Job]],
+    outputs: Sequence[int],
+    *,
+    workers: int,
+    progress: Progress,
+    finished: Callable[[int, dict[str, str]], None],
+) -> None:
+    """Run numbered jobs in order on `workers` threads; `finished(number, checksums)` after each.
+
+    The first error stops the others soon and is raised here; so does Ctrl-C.
+    """
+    waiting: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
+    for item in jobs:
+        waiting.put(item)
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        worker = Worker(outputs, progress=progress, cancelled=stop.is_set)
+        try:
+            while not stop.is_set():
+                try:
+                    number, job = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                finished(number, worker.run(job))
+        except Cancelled:
+            pass
+        except BaseException as error:  # handed to the caller, whatever it is
+            errors.append(error)
+            stop.set()
+        finally:
+            worker.close()
+
+    threads = [threading.Thread(target=work, name=f"lowbit-{i}", daemon=True) for i in range(max(1, workers))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise errors[0]
