@@ -1,0 +1,147 @@
+"""Launch parameters: one pure function of the problem and the target. No device is asked.
+
+First a tuned table is looked up (`tuned/<target>.json`, written by scripts/tune_kernels.py
+from real runs, and only then); where it has no entry, the heuristics below decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .checks import MAX_K_INT8
+from .targets import Target
+from .tuned_tables import LaunchParameters, m_bucket, tuned_parameters
+
+MATMUL_KERNELS = ("matmul", "matmul_block", "matmul_weight_only", "matmul_grouped", "matmul_mxfp8")
+
+
+def refusal(kernel: str, *, k: int, a_dtype: str, w_dtype: str, target: Target) -> str | None:
+    """Why `kernel` cannot multiply these dtypes on `target`, in one sentence; None where it can.
+
+    dtypes by name: int8, e4m3fn, e4m3fnuz, float16, bfloat16, float32 (and uint8 for weights
+    stored as q + 128).
+    """
+    if kernel not in MATMUL_KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}: expected one of {', '.join(MATMUL_KERNELS)}")
+    floats = ("float16", "bfloat16", "float32")
+    fp8 = ("e4m3fn", "e4m3fnuz")
+    if "e4m3fnuz" in (a_dtype, w_dtype) and target.fp8 != "e4m3fnuz":
+        return f"{target.name} has no e4m3fnuz; keep weights as e4m3fn there"
+    if kernel == "matmul_mxfp8":
+        if a_dtype != w_dtype or a_dtype != "e4m3fn":
+            return f"mxfp8 multiplies e4m3fn by e4m3fn, found {a_dtype} × {w_dtype}"
+        return None
+    if kernel == "matmul_weight_only" or (kernel == "matmul_grouped" and a_dtype in floats):
+        if a_dtype not in floats or w_dtype not in ("int8", "uint8", *fp8):
+            return f"weight-only multiplies float16, bfloat16 or float32 by int8 or fp8, found {a_dtype} × {w_dtype}"
+        return None
+    if a_dtype != w_dtype or a_dtype not in ("int8", *fp8):
+        return f"{kernel} multiplies int8 by int8 or fp8 by the same fp8, found {a_dtype} × {w_dtype}"
+    if a_dtype in fp8 and target.fp8 != a_dtype:
+        if target.fp8 is None:
+            return f"{target.name} multiplies no fp8; use weight-only, which decodes it, or convert to int8"
+        return (
+            f"{target.name} multiplies {target.fp8} and not {a_dtype}: reinterpret the weight's bits "
+            "(0x80 becomes 0x00, the scale doubles) and quantize activations to it"
+        )
+    if a_dtype == "int8" and kernel in ("matmul", "matmul_grouped") and k > MAX_K_INT8:
+        return f"an int32 sum of int8 products may overflow for K = {k} > {MAX_K_INT8}"
+    return None
+
+
+def choose_launch(
+    kernel: str,
+    *,
+    m: int,
+    n: int,
+    k: int,
+    a_dtype: str,
+    w_dtype: str,
+    target: Target,
+    group_n: int = 0,
+    group_k: int = 0,
+) -> LaunchParameters:
+    """Launch parameters for one problem: the tuned entry, or else the heuristic. Pure.
+
+    m: tokens; for `matmul_grouped` the mean per expert. group_n, group_k: the weight's block,
+    where scales lie inside the sum: no tile and no step of K is larger; 0: no such limit.
+    Raises ValueError with the `refusal` where there is one.
+    """
+    reason = refusal(kernel, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
+    if reason is not None:
+        raise ValueError(reason)
+    tuned = tuned_parameters(kernel, m=m, n=n, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
+    chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, target)
+    return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
+
+
+def _power_of_2(x: int) -> int:
+    """The largest power of two that divides x."""
+    return x & -x
+
+
+def _next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
+def _heuristic(
+    kernel: str, m: int, n: int, k: int, a_dtype: str, group_k: int, target: Target
+) -> LaunchParameters:
+    eight_bit = a_dtype in ("int8", "e4m3fn", "e4m3fnuz")
+    fp8 = eight_bit and a_dtype != "int8"
+    if target.backend == "npu":
+        block_m, block_n, block_k = (min(m, 128), 128, 128) if eight_bit else (min(m, 64), 128, 64)
+        chosen = LaunchParameters(block_m=block_m, block_n=block_n, block_k=block_k, persistent=True)
+    elif target.backend == "hip":
+        block_k = 64 if target.arch == "gfx942" else 128
+        chosen = LaunchParameters(
+            block_m=min(m, 128), block_n=128 if m > 32 else 64, block_k=block_k,
+            num_warps=8 if m > 64 else 4, num_stages=2,
+        )  # fmt: skip
+    else:
+        large = m > 64
+        chosen = LaunchParameters(
+            block_m=min(m, 128),
+            block_n=128 if large else 64,
+            block_k=128 if eight_bit else 64,
+            num_warps=8 if large else 4,
+            num_stages=3 if large else 4,
+            promote_k=128 if fp8 and target.name == "sm90" and group_k == 0 else 0,
+            tma=target.tma and large and kernel == "matmul",
+        )
+    return replace(chosen, split_k=_split_k(kernel, m, n, k, chosen, target))
+
+
+def _split_k(kernel: str, m: int, n: int, k: int, chosen: LaunchParameters, target: Target) -> int:
+    """Enough programs to fill the cores when there are few tiles and K is long; a power of two."""
+    if kernel == "matmul_grouped" or target.backend == "npu":
+        return 1
+    tiles = -(-m // chosen.block_m) * -(-n // chosen.block_n)
+    split, steps = 1, -(-k // chosen.block_k)
+    while split < 16 and tiles * split * 2 <= 2 * target.cores and steps // (split * 2) >= 4:
+        split *= 2
+    return split
+
+
+def _fit(
+    chosen: LaunchParameters,
+    n: int,
+    k: int,
+    a_dtype: str,
+    w_dtype: str,
+    target: Target,
+    group_n: int,
+    group_k: int,
+) -> LaunchParameters:
+    """The same parameters, cut down to the problem's shape, its scale blocks and the memory."""
+    block_n = min(chosen.block_n, max(16, _next_power_of_2(n)))
+    block_k = min(chosen.block_k, max(32, _next_power_of_2(k)))
+    if group_n:
+        block_n = min(block_n, _power_of_2(group_n))
+    if group_k:
+        block_k = min(block_k, _power_of_2(group_k))
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}
+    per_stage = block_k * (chosen.block_m * size.get(a_dtype, 1) + block_n * size.get(w_dtype, 1))
+    stages = max(1, min(chosen.num_stages, target.shared_memory // per_stage))
+    promote_k = min(chosen.promote_k, block_k)
+    return replace(chosen, block_n=block_n, block_k=block_k, num_stages=stages, promote_k=promote_k)

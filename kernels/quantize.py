@@ -1,0 +1,298 @@
+"""Activations → int8 or fp8 codes: per token, per group, or with a stored scale. One kernel.
+
+The arithmetic is that of the torch oracle, bit for bit: scale = absmax / max (below 2⁻¹²⁶ it
+becomes 1), codes = x / scale by a true division, rounded half to even. The kernel also takes
+its values from a fused producer (see fused.py), so that they never go through memory.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import CODES, FLOATS, check_device, check_dtype, contiguous_rows, dtype_name, require
+from .targets import Target, core_count, device_target
+from .tile import decode_e8m0
+
+# Where the values come from (SOURCE) and what shares a scale (MODE).
+PLAIN, SILU_MUL, RMS_NORM = 0, 1, 2
+STATIC, TOKEN, GROUPS = 0, 1, 2
+FLOAT32, POWER_OF_2, E8M0 = 0, 1, 2
+
+ScaleFormat = Literal["float32", "float32-power-of-2", "e8m0"]
+_FORMATS: dict[str, int] = {"float32": FLOAT32, "float32-power-of-2": POWER_OF_2, "e8m0": E8M0}
+_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
+
+
+@triton.jit
+def encode_codes(value, LOW: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr, INTEGER: tl.constexpr):
+    """Nearest codes of float32 values, ties to even, saturating. NaN → NaN, or 0 for int8."""
+    clamped = tl.minimum(tl.maximum(value, LOW), HIGH)
+    if INTEGER:
+        # Adding and subtracting 1.5 · 2²³ rounds half to even; a cast alone would truncate.
+        rounded = (clamped + 12582912.0) - 12582912.0
+        return tl.where(value != value, 0.0, rounded).to(DTYPE)
+    else:
+        return tl.where(value != value, value, clamped).to(DTYPE)
+
+
+@triton.jit
+def scale_exponent(scale):
+    """The E8M0 byte of the next power of two at or above a normal float32; NaN and Inf → 255."""
+    bits = scale.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) & 255) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+    return tl.minimum(exponent, 255)
+
+
+@triton.jit
+def scale_of(absmax, has_nan, MAX: tl.constexpr, FORMAT: tl.constexpr):
+    """(scale as float32, scale as stored) of an absolute maximum; NaN anywhere gives NaN."""
+    scale = tl.div_rn(absmax, tl.zeros_like(absmax) + MAX)
+    # The smallest normal float32: below it (all-zero rows too) the scale is 1, never 0/0.
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    scale = tl.where(has_nan > 0, float("nan"), scale)
+    stored = scale
+    if FORMAT > 0:
+        exponent = scale_exponent(scale)
+        scale = decode_e8m0(exponent)
+        stored = scale
+        if FORMAT == 2:
+            stored = exponent.to(tl.uint8)
+    return scale, stored
+
+
+@triton.jit
+def load_values(
+    x_ptr, other_ptr, weight_ptr, ks, mask, inverse_rms, SOURCE: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):  # fmt: skip
+    """Values to quantize, float32, rounded to x's dtype wherever the unfused model would be."""
+    x = tl.load(x_ptr + ks, mask=mask, other=0.0)
+    dtype: tl.constexpr = x.dtype
+    value = x.to(tl.float32)
+    if SOURCE == 1:
+        up = tl.load(other_ptr + ks, mask=mask, other=0.0).to(tl.float32)
+        gate = (value / (1.0 + tl.exp(-value))).to(dtype).to(tl.float32)
+        value = (gate * up).to(dtype).to(tl.float32)
+    elif SOURCE == 2:
+        if HAS_RESIDUAL:
+            other = tl.load(other_ptr + ks, mask=mask, other=0.0).to(tl.float32)
+            value = (value + other).to(dtype).to(tl.float32)
+        weight = tl.load(weight_ptr + ks, mask=mask, other=0.0).to(tl.float32)
+        value = (value * inverse_rms).to(dtype).to(tl.float32)
+        value = (value * weight).to(dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr, other_ptr, weight_ptr, sum_ptr, codes_ptr, scale_ptr, zero_ptr, M, K, eps,
+    stride_xm, stride_om, stride_sm, stride_sg,
+    SOURCE: tl.constexpr, MODE: tl.constexpr, FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_ZERO: tl.constexpr, INTEGER: tl.constexpr, MAX: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Each program takes rows pid, pid + programs, …, BLOCK elements at a time (BLOCK ≥ GROUP).
+
+    The passes of a row (sum of squares, maximum, codes) read it again from the cache: it is
+    simpler than keeping it in registers, and rows of any length work.
+    """
+    DTYPE: tl.constexpr = codes_ptr.dtype.element_ty
+    GROUPS_PER_BLOCK: tl.constexpr = BLOCK // GROUP
+    for row in range(tl.program_id(0), M, tl.num_programs(0)):
+        x_row = x_ptr + tl.cast(row, tl.int64) * stride_xm
+        other_row = other_ptr
+        if SOURCE == 1 or HAS_RESIDUAL:
+            other_row = other_ptr + tl.cast(row, tl.int64) * stride_om
+        codes_row = codes_ptr + tl.cast(row, tl.int64) * K
+        scale_row = scale_ptr
+        if MODE > 0:
+            scale_row = scale_ptr + tl.cast(row, tl.int64) * stride_sm
+        inverse_rms = 1.0
+        if SOURCE == 2:
+            squares = tl.zeros((BLOCK,), dtype=tl.float32)
+            for k in range(0, K, BLOCK):
+                ks = k + tl.arange(0, BLOCK)
+                x = tl.load(x_row + ks, mask=ks < K, other=0.0)
+                value = x.to(tl.float32)
+                if HAS_RESIDUAL:
+                    other = tl.load(other_row + ks, mask=ks < K, other=0.0)
+                    total = (value + other.to(tl.float32)).to(x.dtype)
+                    tl.store(sum_ptr + tl.cast(row, tl.int64) * K + ks, total, mask=ks < K)
+                    value = total.to(tl.float32)
+                squares += value * value
+            inverse_rms = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+        zero = 0.0
+        if MODE == 0:
+            scale = tl.load(scale_ptr)
+            if HAS_ZERO:
+                zero = tl.load(zero_ptr).to(tl.float32)
+        elif MODE == 1:
+            largest = tl.zeros((BLOCK,), dtype=tl.float32)
+            nans = tl.zeros((BLOCK,), dtype=tl.int32)
+            for k in range(0, K, BLOCK):
+                ks = k + tl.arange(0, BLOCK)
+                value = load_values(
+                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
+                )
+                # A maximum may drop NaN: it is looked for apart.
+                nans = tl.maximum(nans, (value != value).to(tl.int32))
+                largest = tl.maximum(largest, tl.where(value != value, 0.0, tl.abs(value)))
+            scale, stored = scale_of(tl.max(largest, axis=0), tl.max(nans, axis=0), MAX, FORMAT)
+            tl.store(scale_row, stored)
+        for k in range(0, K, BLOCK):
+            if MODE == 2:
+                gs = tl.arange(0, GROUPS_PER_BLOCK)
+                ks = k + (gs * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+                value = load_values(
+                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
+                )
+                nans = tl.max((value != value).to(tl.int32), axis=1)
+                largest = tl.max(tl.where(value != value, 0.0, tl.abs(value)), axis=1)
+                scale, stored = scale_of(largest, nans, MAX, FORMAT)
+                group = k // GROUP + gs
+                tl.store(scale_row + group * stride_sg, stored, mask=group * GROUP < K)
+                scaled = tl.div_rn(value, tl.zeros_like(value) + scale[:, None])
+            else:
+                ks = k + tl.arange(0, BLOCK)
+                value = load_values(
+                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
+                )
+                scaled = tl.div_rn(value, tl.zeros_like(value) + scale)
+            if HAS_ZERO:
+                scaled = tl.where(scaled != scaled, 0.0, scaled) + zero
+                codes = encode_codes(scaled, -128.0, 127.0, DTYPE, INTEGER)
+            else:
+                codes = encode_codes(scaled, -MAX, MAX, DTYPE, INTEGER)
+            tl.store(codes_row + ks, codes, mask=ks < K)
+
+
+def quantize_rows(
+    x: Tensor,
+    dtype: torch.dtype,
+    *,
+    source: int,
+    mode: int,
+    other: Tensor | None = None,
+    weight: Tensor | None = None,
+    total: Tensor | None = None,
+    eps: float = 0.0,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    group_size: int = 0,
+    column_major: bool = False,
+    scale_format: ScaleFormat = "float32",
+) -> tuple[Tensor, Tensor]:
+    """Launch `quantize_rows_kernel`: what every function of this file and of fused.py comes down to."""
+    require(
+        x.dim() == 2, f"expected activations [M, K], found {list(x.shape)}; flatten the leading dimensions"
+    )
+    check_dtype("activations", x, FLOATS)
+    require(dtype in CODES, f"expected codes of int8 or e4m3, found {dtype_name(dtype)}")
+    require(scale_format in _FORMATS, f"expected one of {', '.join(_FORMATS)}, found {scale_format!r}")
+    check_device(x, other=other, weight=weight, scale=scale, zero_point=zero_point)
+    m, k = x.shape
+    target = device_target(x.device)
+    if dtype != torch.int8:
+        require(
+            target.fp8 == dtype_name(dtype),
+            f"expected codes that {target.name} converts to (int8{f' or {target.fp8}' if target.fp8 else ''}), "
+            f"found {dtype_name(dtype)}",
+        )
+    x = contiguous_rows(x)
+    other = None if other is None else contiguous_rows(other)
+    codes = torch.empty((m, k), dtype=dtype, device=x.device)
+    if scale is None:
+        groups = 1 if mode == TOKEN else -(-k // group_size)
+        shape = (groups, m) if column_major else (m, groups)
+        stored_dtype = torch.uint8 if scale_format == "e8m0" else torch.float32
+        scale = torch.empty(shape, dtype=stored_dtype, device=x.device)
+        scale = scale.t() if column_major else scale
+    if m == 0:
+        return codes, scale
+    if k == 0:
+        return codes, scale.fill_(127 if scale_format == "e8m0" else 1) if mode != STATIC else scale
+    block, options = row_block(k, target)
+    group = triton.next_power_of_2(group_size) if mode == GROUPS else block
+    strides = scale.stride() if mode != STATIC else (0, 0)
+    quantize_rows_kernel[(min(m, 65_535 if target.backend != "npu" else core_count(x.device)),)](
+        x, other, weight, total, codes, scale, zero_point, m, k, eps,
+        x.stride(0), 0 if other is None else other.stride(0), *strides,
+        SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
+        HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
+        BLOCK=max(block, group), GROUP=group, **options,
+    )  # fmt: skip
+    return codes, scale
+
+
+def row_block(k: int, target: Target) -> tuple[int, dict[str, int]]:
+    """(elements per step, launch options) for kernels that walk along a row of K elements."""
+    limit = 2048 if target.backend == "npu" else 4096
+    block = min(triton.next_power_of_2(max(k, 32)), limit)
+    if target.backend == "npu":
+        return block, {}
+    return block, {"num_warps": max(1, min(8, block // (target.warp_size * 8))), "enable_fp_fusion": False}
+
+
+def quantize_per_token(
+    x: Tensor, dtype: torch.dtype = torch.int8, *, scale_format: ScaleFormat = "float32"
+) -> tuple[Tensor, Tensor]:
+    """(codes [M, K] of `dtype`, scale [M, 1]) of activations x, float16, bfloat16 or float32 [M, K].
+
+    dtype: int8 (codes in ±127) or the target's fp8. scale = absmax / max, float32; `e8m0` stores
+    its next power of two as uint8, `float32-power-of-2` as float32. A row with NaN has scale NaN,
+    one with Inf scale Inf: NaN in the product tells of it. All-zero rows: scale 1, codes 0.
+    Rows may be strided. Raises ValueError for other shapes, dtypes and devices.
+    """
+    return quantize_rows(x, dtype, source=PLAIN, mode=TOKEN, scale_format=scale_format)
+
+
+def quantize_per_group(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    group_size: int = 128,
+    *,
+    column_major: bool = False,
+    scale_format: ScaleFormat = "float32",
+) -> tuple[Tensor, Tensor]:
+    """(codes [M, K], scale [M, ⌈K/group_size⌉]); as `quantize_per_token`, for each group of K.
+
+    group_size: a power of two from 16 to 2048. column_major: the same scale tensor with strides (1, M),
+    which `matmul_block` loads best. mxfp8: group_size 32, scale_format "e8m0".
+    """
+    check_group(group_size)
+    return quantize_rows(
+        x, dtype, source=PLAIN, mode=GROUPS, group_size=group_size,
+        column_major=column_major, scale_format=scale_format,
+    )  # fmt: skip
+
+
+def quantize_static(
+    x: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8, *, zero_point: Tensor | None = None
+) -> Tensor:
+    """Codes [M, K] under a stored scale: x / scale (+ zero_point), rounded half to even, saturated.
+
+    scale: float32, one element. zero_point: int8 or int32, one element, int8 codes only; codes
+    then use all of −128 … 127. NaN → NaN, or 0 for int8.
+    """
+    check_static(scale, zero_point, dtype)
+    return quantize_rows(x, dtype, source=PLAIN, mode=STATIC, scale=scale, zero_point=zero_point)[0]
+
+
+def check_group(group_size: int) -> None:
+    require(
+        16 <= group_size <= 2048 and group_size & (group_size - 1) == 0,
+        f"expected a group size that is a power of two from 16 to 2048, found {group_size}",
+    )
+
+
+def check_static(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
+    check_dtype("scale", scale, (torch.float32,))
+    require(scale.numel() == 1, f"expected one scale, found {list(scale.shape)}")
+    if zero_point is not None:
+        check_dtype("zero_point", zero_point, (torch.int8, torch.int32))
+        require(zero_point.numel() == 1, f"expected one zero point, found {list(zero_point.shape)}")
+        require(dtype == torch.int8, f"expected int8 codes with a zero point, found {dtype_name(dtype)}")
