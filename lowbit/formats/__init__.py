@@ -31,7 +31,8 @@ def get_format(name: str) -> Format:
     key = name.strip().lower().replace("_", "-")
     if key not in FORMATS:
         raise InputError(
-            f"unknown format {name!r}: expected one of {', '.join(FORMATS)}; did you mean {nearest(key, list(FORMATS))}?"
+            f"unknown format {name!r}: expected one of {', '.join(FORMATS)}; "
+            f"did you mean {nearest(key, list(FORMATS))}?"
         )
     return FORMATS[key]
 
