@@ -1,0 +1,120 @@
+"""Which instructions this CPU has, and which tile each kind of product uses with them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+# From best to most portable. `portable` is plain torch: exact float32 blocks.
+ISAS = ("avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A register tile: the instruction (see `cpu_emit`), and rows × columns of accumulators."""
+
+    kind: str
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """What a CPU multiplies with."""
+
+    name: str
+    """One of `ISAS`."""
+    bfloat16: bool = False
+    """It has the bfloat16 dot product, exact on 8-bit codes at twice float32's rate."""
+    amx: bool = False
+    """It has int8 tiles (AMX), which oneDNN uses."""
+
+
+_INTEGER = {
+    "avx512_vnni": Tile(kind="dpbusd512", rows=4, cols=4),
+    "avx_vnni": Tile(kind="dpbusd256", rows=4, cols=2),
+    "avx512bw": Tile(kind="pmaddwd512", rows=4, cols=4),
+    "avx2": Tile(kind="pmaddwd256", rows=4, cols=3),
+}
+_WIDE_FLOAT = Tile(kind="fma512", rows=6, cols=4)
+_FLOAT = Tile(kind="fma256", rows=4, cols=3)
+_BFLOAT = Tile(kind="dpbf16512", rows=4, cols=4)
+
+
+def integer_tile(instructions: Instructions) -> Tile:
+    """The tile for int8 × int8 → int32."""
+    return _INTEGER[instructions.name]
+
+
+def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool) -> Tile:
+    """The tile for products of decoded codes accumulated in float32.
+
+    `bfloat_exact`: both operands are bfloat16 values. One row is bound by memory and decodes
+    while it loads, which the float32 tile does.
+    """
+    if bfloat_exact and instructions.bfloat16 and rows > 1:
+        return _BFLOAT
+    return _WIDE_FLOAT if instructions.name.startswith("avx512") else _FLOAT
+
+
+@cache
+def _features() -> frozenset[str]:
+    query = getattr(torch.cpu, "get_capabilities", None)
+    if query is not None:
+        return frozenset(name for name, value in query().items() if value is True)
+    # Older torch: the kernel's flags, renamed as get_capabilities names them.
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    renamed = {"fma": "fma3", "avx512bw": "avx512_bw", "avx512vl": "avx512_vl"}
+    return frozenset(renamed.get(flag, flag) for flag in flags)
+
+
+def available() -> tuple[str, ...]:
+    """The names in `ISAS` that this CPU can run, best first."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ("portable",)
+    features = _features()
+    found = []
+    wide = {"avx512_bw", "avx512_vl", "avx2", "fma3", "f16c"} <= features
+    if wide and "avx512_vnni" in features:
+        found.append("avx512_vnni")
+    if "avx_vnni" in features and {"avx2", "fma3", "f16c"} <= features:
+        found.append("avx_vnni")
+    if wide:
+        found.append("avx512bw")
+    if {"avx2", "fma3", "f16c"} <= features:
+        found.append("avx2")
+    return (*found, "portable")
+
+
+def detect() -> Instructions:
+    """What to use: the best that this CPU has, or the one that LOWBIT_CPU_ISA names.
+
+    LOWBIT_CPU_ISA is one of `ISAS`; a pinned `avx2` leaves bfloat16 instructions out as well.
+    Raises ValueError for an unknown name, RuntimeError for one that this CPU lacks.
+    """
+    pinned = os.environ.get("LOWBIT_CPU_ISA", "").strip().lower()
+    usable = available()
+    if not pinned:
+        name = usable[0]
+        # Code is compiled for the CPU that NUMBA_CPU_NAME names: do not emit beyond it.
+        if os.environ.get("NUMBA_CPU_NAME"):
+            name = "avx2" if "avx2" in usable else "portable"
+    elif pinned not in ISAS:
+        raise ValueError(f"expected LOWBIT_CPU_ISA to be one of {', '.join(ISAS)}, found {pinned!r}")
+    elif pinned not in usable:
+        raise RuntimeError(
+            f"LOWBIT_CPU_ISA asks for {pinned}, but this CPU has only {', '.join(usable)}; unset it"
+        )
+    else:
+        name = pinned
+    features = _features() if name == "avx512_vnni" else frozenset()
+    return Instructions(name=name, bfloat16="avx512_bf16" in features, amx="amx_int8" in features)

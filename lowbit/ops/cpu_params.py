@@ -1,0 +1,90 @@
+"""The parameter blocks of the CPU kernels: what stands at which index. All int64."""
+
+from __future__ import annotations
+
+from enum import IntEnum, auto
+
+# Element types of activations and outputs; the codes are inputs only.
+F32, F16, BF16, I8_CODES, E4M3_CODES = range(5)
+# How weights are stored; U8 is int8 plus 128, as compressed-tensors packs it.
+W_I8, W_E4M3, W_U8 = range(3)
+# What `prepare` writes: operands of the tiles, or codes as they leave a quantize operation.
+A_I16, A_U8, A_F32, A_BF16, A_I8_BYTES, A_E4M3_BYTES = range(6)
+# How `prepare` quantizes.
+MODE_NONE, MODE_INT8, MODE_E4M3 = range(3)
+
+
+class _Index(IntEnum):
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list) -> int:
+        return count
+
+
+class P(_Index):
+    """`prepare`. Strides in bytes; addresses as integers, 0 for absent."""
+
+    NEXT = auto()  # atomic: next row
+    SLOT = auto()  # atomic: next thread's slot of scratch
+    ROWS = auto()
+    K = auto()
+    GROUP = auto()  # elements per scale along K
+    GROUP_PADDED = auto()  # the same, rounded up to a whole step of the tile
+    X = auto()
+    X_ROW = auto()
+    X_DTYPE = auto()
+    A = auto()  # output
+    A_ROW = auto()
+    A_KIND = auto()
+    MODE = auto()
+    STATIC = auto()  # address of one float32 scale; 0: dynamic
+    ZERO = auto()  # zero point
+    SHIFT = auto()  # what is added before rounding: the zero point; 0 where X already holds codes
+    LOWEST = auto()  # smallest int8 code
+    SCALE = auto()  # output, float32 [rows, groups]
+    POWER_OF_2 = auto()
+    SCRATCH = auto()
+    SLOT_BYTES = auto()
+    ONES = auto()  # output: a row of ones in the operand's layout (dpbusd)
+    ROWS_PER_TASK = auto()
+    ROWS_PADDED = auto()  # rows of A to clear beyond ROWS
+
+
+class M(_Index):
+    """`matmul`. Strides of A, W and OUT in bytes, of scales and bias in elements."""
+
+    NEXT = auto()
+    SLOT = auto()
+    A = auto()
+    A_ROW = auto()
+    ONES = auto()
+    W = auto()
+    W_ROW = auto()
+    W_EXPERT = auto()
+    W_END = auto()  # one past the last byte of the weights
+    OUT = auto()
+    OUT_ROW = auto()
+    OUT_DTYPE = auto()
+    A_SCALE = auto()  # 0: no scale
+    A_SCALE_ROW = auto()
+    A_SCALE_GROUP = auto()
+    W_SCALE = auto()
+    W_SCALE_EXPERT = auto()
+    W_SCALE_ROW = auto()  # per row of scales
+    W_SCALE_ROWS = auto()  # rows of W per row of scales
+    W_SCALE_GROUP = auto()
+    BIAS = auto()  # float32
+    BIAS_EXPERT = auto()
+    ROUTED = auto()  # float32 [rows]
+    BLOCKS = auto()  # int64 [count, 3]: expert, first row, rows
+    BLOCK_COUNT = auto()
+    N = auto()
+    K = auto()
+    GROUP = auto()
+    GROUP_PADDED = auto()
+    CHUNK = auto()  # K elements per pass, a multiple of the tile's step
+    PER_GROUP = auto()  # scale inside the K loop
+    ZERO = auto()  # times the column sums of W, subtracted (dpbusd)
+    SCRATCH = auto()
+    SLOT_BYTES = auto()
+    BLOCK_ROWS = auto()
+    BLOCK_COLS = auto()

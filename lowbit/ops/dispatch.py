@@ -1,0 +1,175 @@
+"""Which implementation runs a problem, with what launch parameters: a pure function.
+
+No device is asked and nothing is launched here, so `lowbit kernels explain` can answer for
+an accelerator that is not present.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from lowbit.ops.settings import Implementation
+
+if TYPE_CHECKING:
+    from lowbit.kernels.tuned_tables import LaunchParameters  # type: ignore[import-not-found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One product out[M, N] = activations[M, K] · weightᵀ, by sizes and formats alone."""
+
+    m: int
+    n: int
+    k: int
+    activation_dtype: str
+    """Of the input: `bfloat16`, `float16`, `float32`, or `int8`, `e4m3fn` for given codes."""
+    weight_dtype: str
+    """`int8`, `e4m3fn`, or `uint8`: int8 plus 128, four packed in an int32."""
+    activations: Literal["none", "token", "group", "group_pow2", "tensor"]
+    """How activations are quantized (see `lowbit.ops`)."""
+    block: tuple[int, int]
+    """Rows and columns of the weight that share a scale; 0 stands for all of them."""
+    zero_point: bool = False
+    bias: bool = False
+    out_dtype: str = "bfloat16"
+    experts: int = 0
+    """Above 0: a grouped product over so many experts; `m` counts the tokens of all."""
+
+    @property
+    def weight_group(self) -> int:
+        """Elements along K per weight scale; 0: one scale for all of K."""
+        return self.block[1] if self.block[1] < self.k else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What runs."""
+
+    implementation: Implementation
+    kernel: str
+    """A function of lowbit.kernels, or the tile of the CPU path."""
+    multiplies: str
+    """Dtypes of the two sides of the product, e.g. `int8 × int8`."""
+    launch: LaunchParameters | None = None
+    note: str = ""
+    """What differs from what the problem literally asks, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why no kernel takes the problem."""
+
+    reason: str
+
+
+_FLOATS = ("float16", "bfloat16", "float32")
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, target: str) -> Decision | Refusal:
+    """The implementation of `problem` on `target`: `cpu`, or a name in `lowbit.kernels.targets`."""
+    reason = _invalid(problem)
+    if reason:
+        return Refusal(reason=reason)
+    if target == "cpu":
+        return _choose_cpu(problem)
+    return _choose_triton(problem, target)
+
+
+def _invalid(problem: Problem) -> str | None:
+    quantizes = problem.activations != "none"
+    if problem.weight_dtype == "uint8" and quantizes:
+        return "packed int8 weights (pack-quantized) are weight-only, found quantized activations"
+    if problem.zero_point and (problem.weight_dtype != "int8" or problem.activations != "tensor"):
+        return "a zero point belongs to static int8 activations, one scale per tensor"
+    if problem.activations in ("group", "group_pow2") and not problem.block[1]:
+        return "activations per group need a weight block that says how long a group is"
+    if problem.weight_group and problem.activations in ("token", "tensor"):
+        return (
+            f"weights with a scale per {problem.weight_group} along K need activations per group or "
+            f"unquantized, found per {problem.activations}"
+        )
+    return None
+
+
+def _choose_cpu(problem: Problem) -> Decision:
+    from lowbit.ops.cpu import instructions
+    from lowbit.ops.cpu_isa import float_tile, integer_tile
+
+    have = instructions()
+    quantizes = problem.activations != "none"
+    if have.name == "portable":
+        both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else "float32 × float32"
+        return Decision(
+            implementation="cpu", kernel="portable", multiplies=both,
+            note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
+        )  # fmt: skip
+    if quantizes and problem.weight_dtype == "int8":
+        tile = integer_tile(have)
+        return Decision(implementation="cpu", kernel=_tile_name(tile), multiplies="int8 × int8")
+    exact = quantizes or problem.activation_dtype == "bfloat16"
+    tile = float_tile(have, problem.m, bfloat_exact=exact)
+    unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float32"
+    return Decision(
+        implementation="cpu", kernel=_tile_name(tile), multiplies=f"{unit} × {unit}",
+        note=f"{problem.weight_dtype} codes are decoded to {unit} block by block, exactly",
+    )  # fmt: skip
+
+
+def _tile_name(tile) -> str:  # type: ignore[no-untyped-def]
+    return f"{tile.kind}, {tile.rows}×{tile.cols} tile"
+
+
+def kernel_of(problem: Problem) -> str:
+    """The function of lowbit.kernels that this problem literally asks for."""
+    if problem.experts:
+        return "matmul_grouped"
+    if problem.activations == "none":
+        return "matmul_weight_only"
+    if problem.activations == "group_pow2" and problem.block == (1, 32) and problem.weight_dtype == "e4m3fn":
+        return "matmul_mxfp8"
+    if problem.activations in ("group", "group_pow2"):
+        return "matmul_block"
+    return "matmul"
+
+
+def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
+    try:
+        from lowbit.kernels.launch import choose_launch, refusal  # type: ignore[import-not-found]
+        from lowbit.kernels.targets import get_target  # type: ignore[import-not-found]
+    except ImportError as error:
+        return Refusal(reason=f"triton cannot be imported ({error}); install it to use {name}")
+    if problem.experts and problem.weight_dtype == "uint8":
+        return Refusal(reason="packed int8 experts have no kernel; unpack them to int8 [E, N, K]")
+    target = get_target(name)
+    kernel = kernel_of(problem)
+    weight, quantizes = problem.weight_dtype, problem.activations != "none"
+    a_dtype = weight if quantizes else problem.activation_dtype
+    note = ""
+    why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
+    if why_not and quantizes and weight == "e4m3fn" and problem.activation_dtype in _FLOATS:
+        # A target without this fp8 still reads it: the kernel decodes the bytes, and
+        # activations are simply not quantized.
+        kernel = "matmul_grouped" if problem.experts else "matmul_weight_only"
+        note = f"{why_not.split(';')[0].split(':')[0]}: weights are decoded in the kernel, activations stay as they are"
+        a_dtype = problem.activation_dtype
+        why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
+    if why_not:
+        return Refusal(reason=why_not)
+    rows = max(problem.m // problem.experts, 1) if problem.experts else problem.m
+    launch = choose_launch(
+        kernel, m=max(rows, 1), n=max(problem.n, 1), k=max(problem.k, 1), a_dtype=a_dtype, w_dtype=weight,
+        target=target, group_n=problem.block[0] or 128, group_k=problem.weight_group or problem.block[1] or 128,
+    )  # fmt: skip
+    return Decision(
+        implementation="triton", kernel=kernel, multiplies=f"{a_dtype} × {weight}", launch=launch, note=note
+    )
+
+
+def bucketed(problem: Problem) -> Problem:
+    """The problem with M raised to its bucket, so that decisions are few and reused."""
+    from lowbit.kernels.tuned_tables import m_bucket  # type: ignore[import-not-found]
+
+    return replace(problem, m=1 if problem.m <= 1 else m_bucket(problem.m))

@@ -1,0 +1,381 @@
+"""Registration with torch.library: schemas, implementations, fake implementations, gradients.
+
+Each operation has one implementation for every device; it asks `dispatch.choose` which of
+`triton`, `cpu` and `reference` runs. Defined through `torch.library.Library` and not through
+`custom_op`, whose wrapper costs more per call than a small product on a CPU.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.ops import cpu, dispatch, reference
+from lowbit.ops.checks import CODES, check_linear, check_weight, require
+from lowbit.ops.problem import ActivationKind, Activations, Weights
+from lowbit.ops.settings import fall_back, settings
+
+_library = torch.library.Library("lowbit", "DEF")
+
+_NAMES = {
+    torch.int8: "int8", torch.float8_e4m3fn: "e4m3fn", torch.int32: "uint8",
+    torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32",
+}  # fmt: skip
+
+
+def _define(schema: str, implementation: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
+
+
+def _activations(
+    kind: str, block: list[int], scale: Tensor | None = None, zero: Tensor | None = None
+) -> Activations:
+    power_of_2 = kind == "group_pow2"
+    plain: ActivationKind = "group" if power_of_2 else kind  # type: ignore[assignment]
+    return Activations(
+        kind=plain, group=block[1] if plain == "group" else 0, scale=scale, zero=zero, power_of_2=power_of_2
+    )
+
+
+def _implementation(operation: str, problem: dispatch.Problem, device: torch.device) -> tuple[str, str]:
+    """(`triton`, `cpu`, `reference`, or `dequantize` where no kernel takes the problem; kernel)."""
+    forced = settings.implementation
+    if forced == "cpu" or forced == "reference":
+        return forced, ""
+    if device.type == "cpu" and forced is None:
+        chosen = dispatch.choose(problem, "cpu")
+    else:
+        try:
+            from lowbit.kernels.targets import device_target  # type: ignore[import-not-found]
+
+            chosen = dispatch.choose(dispatch.bucketed(problem), device_target(device).name)
+        except (ImportError, ValueError) as error:
+            chosen = dispatch.Refusal(reason=str(error))
+    if isinstance(chosen, dispatch.Decision):
+        return chosen.implementation, chosen.kernel
+    fall_back(operation, chosen.reason)
+    return "dequantize", ""
+
+
+def _problem(
+    x: Tensor, weights: Weights, kind: str, zero: bool, bias: bool, out_dtype: torch.dtype
+) -> dispatch.Problem:
+    return dispatch.Problem(
+        m=x.shape[0], n=weights.n, k=weights.k, activation_dtype=_NAMES[x.dtype],
+        weight_dtype=_NAMES[weights.tensor.dtype], activations=kind,  # type: ignore[arg-type]
+        block=weights.block, zero_point=zero, bias=bias, out_dtype=_NAMES[out_dtype],
+        experts=weights.tensor.shape[0] if weights.tensor.dim() == 3 else 0,
+    )  # fmt: skip
+
+
+def _dequantized(
+    x: Tensor, weights: Weights, activations: Activations, bias: Tensor | None, out_dtype: torch.dtype,
+    offsets: list[int] | None = None, routed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The fallback: quantize and dequantize activations, dequantize weights, multiply in float32."""
+    if x.dtype in CODES or activations.kind != "none":
+        codes, scale = x, activations.scale
+        if x.dtype not in CODES:
+            codes, scale = reference.quantize(x, reference.unpack(weights).dtype, activations)
+        assert scale is not None
+        if activations.group:
+            scale = scale.repeat_interleave(activations.group, dim=-1)[..., : weights.k]
+        x = (codes.float() - activations.zero_point) * scale
+    w = reference.dequantize(weights)
+    if offsets is None:
+        out = x.float() @ w.T
+        out = out if bias is None else out + bias.float()
+    else:
+        out = torch.zeros(x.shape[0], weights.n, device=x.device)
+        for expert, (start, end) in enumerate(pairwise(offsets)):
+            out[start:end] = x[start:end].float() @ w[expert].T
+            if bias is not None:
+                out[start:end] += bias[expert].float()
+    if routed is not None:
+        out = out * routed.float().reshape(-1, 1)
+    return out.to(out_dtype)
+
+
+def _run(
+    operation: str, kind: str, x: Tensor, weights: Weights, activations: Activations, bias: Tensor | None,
+    out_dtype: torch.dtype, *, offsets: Tensor | None = None, routed: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    problem = _problem(x, weights, kind, activations.zero is not None, bias is not None, out_dtype)
+    name, kernel = _implementation(operation, problem, x.device)
+    if name == "triton":
+        from lowbit.ops import triton
+
+        return triton.linear(
+            x,
+            weights,
+            activations,
+            bias,
+            out_dtype,
+            kernel=kernel,
+            offsets=offsets,
+            routed=routed,
+            weight_sum=weight_sum,
+        )
+    bounds = None if offsets is None else _bounds(offsets, x.shape[0])
+    function: Any = {"cpu": cpu.linear, "reference": reference.linear, "dequantize": _dequantized}[name]
+    return function(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
+
+
+def _bounds(offsets: Tensor, rows: int) -> list[int]:
+    bounds = [int(v) for v in offsets.tolist()]
+    ordered = all(a <= b for a, b in pairwise(bounds))
+    require(
+        ordered and bounds[0] == 0 and bounds[-1] == rows,
+        f"expected offsets to rise from 0 to the {rows} rows of x, found {bounds[:4]} … {bounds[-1:]}",
+    )
+    return bounds
+
+
+# ------------------------------------------------------------------------------------ linear
+
+
+def _linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
+) -> Tensor:  # fmt: skip
+    check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
+    k = x.shape[-1]
+    weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
+    how = _activations(activations, block, input_scale, input_zero_point)
+    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weights.n)
+
+
+def _linear_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
+) -> Tensor:  # fmt: skip
+    check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+_define(
+    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
+    "Tensor? input_zero_point, Tensor? weight_sum, str activations, int[] block) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+
+
+def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, weight_scale, bias, _, _, _, _, block = inputs
+    ctx.save_for_backward(weight, weight_scale)
+    ctx.block, ctx.k = block, x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    """To x through the dequantized weight (activations' rounding counts as identity); to bias."""
+    weight, weight_scale = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        w = torch.ops.lowbit.dequantize(weight, weight_scale, ctx.block, ctx.k, grad.dtype)
+        to_x = grad @ w
+    if ctx.needs_input_grad[3]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return to_x, None, None, to_bias, None, None, None, None, None
+
+
+# --------------------------------------------------------------------------------- dequantize
+
+
+def _dequantize(weight: Tensor, weight_scale: Tensor, block: list[int], k: int, dtype: torch.dtype) -> Tensor:
+    check_weight(k, weight, weight_scale, block, experts=weight.dim() == 3)
+    weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
+    return reference.dequantize(weights).to(dtype)
+
+
+def _dequantize_fake(
+    weight: Tensor, weight_scale: Tensor, block: list[int], k: int, dtype: torch.dtype
+) -> Tensor:
+    return weight.new_empty([*weight.shape[:-1], k], dtype=dtype)
+
+
+_define(
+    "dequantize(Tensor weight, Tensor weight_scale, int[] block, SymInt k, ScalarType dtype) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)
+torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
+
+
+# ----------------------------------------------------------------------------- linear_grouped
+
+
+def _linear_grouped(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
+    row_weight: Tensor | None, activations: str, block: list[int],
+) -> Tensor:  # fmt: skip
+    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
+    weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=x.shape[-1])
+    how = _activations(activations, block)
+    return _run(
+        "linear_grouped", activations, x, weights, how, bias, x.dtype, offsets=offsets, routed=row_weight
+    )
+
+
+def _check_grouped(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
+    row_weight: Tensor | None, activations: str, block: list[int],
+) -> None:  # fmt: skip
+    check_linear(x, weight, weight_scale, bias, None, None, activations, block, experts=True)
+    require(x.dim() == 2, f"expected x [T, K], its rows sorted by expert, found {list(x.shape)}")
+    require(
+        offsets.dim() == 1 and offsets.shape[0] == weight.shape[0] + 1 and not offsets.is_floating_point(),
+        f"expected integer offsets [{weight.shape[0] + 1}] (experts + 1), found {offsets.dtype} {list(offsets.shape)}",
+    )
+    if row_weight is not None:
+        require(
+            row_weight.numel() == x.shape[0],
+            f"expected row_weight of {x.shape[0]} values, one per row of x, found {list(row_weight.shape)}",
+        )
+
+
+def _linear_grouped_fake(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
+    row_weight: Tensor | None, activations: str, block: list[int],
+) -> Tensor:  # fmt: skip
+    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
+    return x.new_empty([x.shape[0], weight.shape[1]])
+
+
+_define(
+    "linear_grouped(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, "
+    "Tensor? row_weight, str activations, int[] block) -> Tensor",
+    _linear_grouped,
+    _linear_grouped_fake,
+)
+
+
+def _linear_grouped_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, weight_scale, offsets, bias, row_weight, _, block = inputs
+    ctx.save_for_backward(weight, weight_scale, offsets, row_weight)
+    ctx.block, ctx.k = block, x.shape[-1]
+    if (bias is not None and bias.requires_grad) or (row_weight is not None and row_weight.requires_grad):
+        raise NotImplementedError(
+            "lowbit::linear_grouped passes gradients to x only; detach bias and row_weight, and "
+            "multiply by the routed weight outside if it is trained"
+        )
+
+
+def _linear_grouped_backward(ctx: Any, grad: Tensor) -> tuple:
+    weight, weight_scale, offsets, row_weight = ctx.saved_tensors
+    to_x = None
+    if ctx.needs_input_grad[0]:
+        if row_weight is not None:
+            grad = grad * row_weight.to(grad.dtype).reshape(-1, 1)
+        to_x = torch.ops.lowbit.grouped_input_gradient(grad, weight, weight_scale, offsets, ctx.block, ctx.k)
+    return to_x, None, None, None, None, None, None, None
+
+
+def _grouped_input_gradient(
+    grad: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, block: list[int], k: int
+) -> Tensor:
+    out = grad.new_zeros([grad.shape[0], k])
+    bounds = _bounds(offsets, grad.shape[0])
+    for expert, (start, end) in enumerate(pairwise(bounds)):
+        if end > start:  # one expert's weight at a time is dequantized
+            w = _dequantize(weight[expert], weight_scale[expert], block, k, grad.dtype)
+            out[start:end] = grad[start:end] @ w
+    return out
+
+
+def _grouped_input_gradient_fake(
+    grad: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, block: list[int], k: int
+) -> Tensor:
+    return grad.new_empty([grad.shape[0], k])
+
+
+_define(
+    "grouped_input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, Tensor offsets, int[] block, "
+    "SymInt k) -> Tensor",
+    _grouped_input_gradient,
+    _grouped_input_gradient_fake,
+)
+torch.library.register_autograd(
+    "lowbit::linear_grouped", _linear_grouped_backward, setup_context=_linear_grouped_setup, lib=_library
+)
+
+
+# ------------------------------------------------------------------------------------- matmul
+
+
+def _matmul(
+    a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    kind = _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block)
+    k = a.shape[-1]
+    weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
+    flat = a if a.dim() == 2 else a.reshape(-1, k)
+    scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], -1)
+    how = _activations(kind, block, scale, a_zero_point)
+    out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], weights.n)
+
+
+def _check_matmul(
+    a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    a_zero_point: Tensor | None, block: list[int],
+) -> str:  # fmt: skip
+    k = a.shape[-1]
+    require(
+        a.dtype in CODES and a.dtype == weight.dtype,
+        f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
+    )
+    check_weight(k, weight, weight_scale, block, experts=False)
+    groups = -(-k // block[1]) if block[1] else 1
+    leading = list(a.shape[:-1])
+    if list(a_scale.shape) == [1] and leading != [] and leading != [1]:
+        kind = "tensor"
+    elif list(a_scale.shape) == [*leading, 1] and groups == 1:
+        kind = "token"
+    elif list(a_scale.shape) == [*leading, groups]:
+        kind = "group"
+    elif list(a_scale.shape) == [1]:
+        kind = "tensor"
+    else:
+        raise ValueError(
+            f"expected a_scale of shape [1], {[*leading, 1]} or {[*leading, groups]} for codes {list(a.shape)}, "
+            f"found {list(a_scale.shape)}"
+        )
+    if a_zero_point is not None:
+        require(
+            a_zero_point.numel() == 1 and a.dtype == torch.int8 and kind == "tensor",
+            f"expected a_zero_point [1] with int8 codes and one scale, found {list(a_zero_point.shape)} for {a.dtype}",
+        )
+    if bias is not None:
+        require(
+            list(bias.shape) == [weight.shape[0]],
+            f"expected bias [{weight.shape[0]}], found {list(bias.shape)}",
+        )
+    return kind
+
+
+def _matmul_fake(
+    a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block)
+    return a.new_empty([*a.shape[:-1], weight.shape[0]], dtype=out_dtype)
+
+
+_define(
+    "matmul(Tensor a, Tensor a_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "Tensor? a_zero_point, Tensor? weight_sum, int[] block, ScalarType out_dtype) -> Tensor",
+    _matmul,
+    _matmul_fake,
+)

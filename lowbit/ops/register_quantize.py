@@ -1,0 +1,226 @@
+"""Registration of the operations that quantize: alone, after a norm, after SiLU·mul; and Hadamard."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.ops import cpu, reference
+from lowbit.ops.checks import FLOATS, check_quantize, require
+from lowbit.ops.problem import Activations
+from lowbit.ops.register import _define, _library
+from lowbit.ops.settings import fall_back, settings
+
+
+def _implementation(operation: str, device: torch.device) -> str:
+    if settings.implementation is not None:
+        return settings.implementation
+    if device.type == "cpu":
+        return "cpu"
+    try:
+        from lowbit.kernels.targets import device_target  # type: ignore[import-not-found]
+
+        device_target(device)
+        return "triton"
+    except (ImportError, ValueError) as error:
+        fall_back(operation, str(error))
+        return "reference"
+
+
+def _groups(k: int, group: int) -> int:
+    return -(-k // group) if group else 1
+
+
+def _dynamic(group: int, power_of_2: bool) -> Activations:
+    return Activations(kind="group" if group else "token", group=group, power_of_2=power_of_2)
+
+
+def _quantize_flat(operation: str, x: Tensor, dtype: torch.dtype, how: Activations) -> tuple[Tensor, Tensor]:
+    """x [M, K] → (codes, scale [M, groups])."""
+    name = _implementation(operation, x.device)
+    if name == "triton":
+        from lowbit.ops import triton
+
+        return triton.quantize(x, dtype, how)
+    return cpu.quantize(x, dtype, how) if name == "cpu" else reference.quantize(x, dtype, how)
+
+
+def _quantize(x: Tensor, dtype: torch.dtype, group: int, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    check_quantize(x, dtype, group)
+    flat = x.reshape(-1, x.shape[-1])
+    codes, scale = _quantize_flat("quantize", flat, dtype, _dynamic(group, power_of_2))
+    return codes.view(x.shape), scale.view(*x.shape[:-1], -1) if scale.numel() else _no_scale(x, group)
+
+
+def _no_scale(x: Tensor, group: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], _groups(x.shape[-1], group)], dtype=torch.float32)
+
+
+def _quantize_fake(x: Tensor, dtype: torch.dtype, group: int, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    check_quantize(x, dtype, group)
+    return x.new_empty(x.shape, dtype=dtype), _no_scale(x, group)
+
+
+_define(
+    "quantize(Tensor x, ScalarType dtype, int group, bool power_of_2) -> (Tensor codes, Tensor scale)",
+    _quantize,
+    _quantize_fake,
+)
+
+
+def _quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _check_static(x, scale, zero_point, dtype)
+    how = Activations(kind="tensor", scale=scale, zero=zero_point)
+    codes, _ = _quantize_flat("quantize_static", x.reshape(-1, x.shape[-1]), dtype, how)
+    return codes.view(x.shape)
+
+
+def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
+    check_quantize(x, dtype, 0)
+    require(scale.numel() == 1, f"expected a scale of shape [1], found {list(scale.shape)}")
+    if zero_point is not None:
+        require(
+            dtype == torch.int8 and zero_point.numel() == 1,
+            f"expected zero_point [1] only with int8 codes, found {list(zero_point.shape)} with {dtype}",
+        )
+
+
+def _quantize_static_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    _check_static(x, scale, zero_point, dtype)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+_define(
+    "quantize_static(Tensor x, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
+    _quantize_static,
+    _quantize_static_fake,
+)
+
+
+# ------------------------------------------------------------------------------------- fused
+
+
+def _rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_norm(x, weight, residual, dtype, group)
+    k = x.shape[-1]
+    flat = x.reshape(-1, k)
+    other = None if residual is None else residual.reshape(-1, k)
+    if _implementation("rms_norm_quantize", x.device) == "triton":
+        from lowbit.ops import triton
+
+        codes, scale, total = triton.rms_norm_quantize(flat, weight, eps, other, dtype, group)
+    else:
+        values, total = reference.rms_norm(flat, weight, eps, other)
+        codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group, False))
+        total = total.clone() if residual is None else total
+    return codes.view(x.shape), scale.view([*x.shape[:-1], _groups(k, group)]), total.view(x.shape)
+
+
+def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype, group: int) -> None:
+    check_quantize(x, dtype, group)
+    require(
+        list(weight.shape) == [x.shape[-1]], f"expected weight [{x.shape[-1]}], found {list(weight.shape)}"
+    )
+    if residual is not None:
+        require(
+            residual.shape == x.shape and residual.dtype == x.dtype,
+            f"expected residual {x.dtype} {list(x.shape)} like x, found {residual.dtype} {list(residual.shape)}",
+        )
+
+
+def _rms_norm_quantize_fake(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_norm(x, weight, residual, dtype, group)
+    return x.new_empty(x.shape, dtype=dtype), _no_scale(x, group), x.new_empty(x.shape)
+
+
+_define(
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType dtype, int group) "
+    "-> (Tensor codes, Tensor scale, Tensor total)",
+    _rms_norm_quantize,
+    _rms_norm_quantize_fake,
+)
+
+
+def _silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    _check_silu(x, dtype, group)
+    shape = [*x.shape[:-1], x.shape[-1] // 2]
+    flat = x.reshape(-1, x.shape[-1])
+    if _implementation("silu_mul_quantize", x.device) == "triton":
+        from lowbit.ops import triton
+
+        codes, scale = triton.silu_mul_quantize(flat, dtype, group)
+    else:
+        codes, scale = _quantize_flat(
+            "silu_mul_quantize", reference.silu_mul(flat), dtype, _dynamic(group, False)
+        )
+    return codes.view(shape), scale.view([*shape[:-1], _groups(shape[-1], group)])
+
+
+def _check_silu(x: Tensor, dtype: torch.dtype, group: int) -> None:
+    check_quantize(x, dtype, group)
+    require(x.shape[-1] % 2 == 0, f"expected gate and up side by side, an even width, found {list(x.shape)}")
+
+
+def _silu_mul_quantize_fake(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    _check_silu(x, dtype, group)
+    half = x.new_empty([*x.shape[:-1], x.shape[-1] // 2], dtype=dtype)
+    return half, _no_scale(half, group)
+
+
+_define(
+    "silu_mul_quantize(Tensor x, ScalarType dtype, int group) -> (Tensor codes, Tensor scale)",
+    _silu_mul_quantize,
+    _silu_mul_quantize_fake,
+)
+
+
+# ---------------------------------------------------------------------------------- hadamard
+
+
+def _hadamard(x: Tensor, block: int) -> Tensor:
+    _check_hadamard(x, block)
+    flat = x.reshape(-1, x.shape[-1])
+    name = _implementation("hadamard", x.device)
+    if name == "triton":
+        from lowbit.ops import triton
+
+        return triton.hadamard(flat, block).view(x.shape)
+    return (cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block).view(x.shape)
+
+
+def _check_hadamard(x: Tensor, block: int) -> None:
+    require(
+        x.dim() >= 1 and x.dtype in FLOATS,
+        f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
+    )
+    require(block >= 1 and block & (block - 1) == 0, f"expected a power of two for the block, found {block}")
+    require(
+        x.shape[-1] % block == 0,
+        f"expected a last dimension that {block} divides, found {list(x.shape)}; take a smaller block",
+    )
+
+
+def _hadamard_fake(x: Tensor, block: int) -> Tensor:
+    _check_hadamard(x, block)
+    return x.new_empty(x.shape)
+
+
+_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_fake)
+
+
+def _hadamard_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.block = inputs[1]
+
+
+def _hadamard_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    """The matrix is orthonormal and symmetric: its own transpose."""
+    return torch.ops.lowbit.hadamard(grad, ctx.block), None
+
+
+torch.library.register_autograd(
+    "lowbit::hadamard", _hadamard_backward, setup_context=_hadamard_setup, lib=_library
+)

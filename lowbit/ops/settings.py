@@ -1,0 +1,71 @@
+"""What may run when no kernel takes a problem, and which implementation is asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Implementation = Literal["triton", "cpu", "reference"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "cpu", "reference")
+
+_log = logging.getLogger("lowbit.ops")
+
+
+class NoKernelError(RuntimeError):
+    """No kernel takes this problem, and falling back was made an error."""
+
+
+@dataclass
+class _Settings:
+    fallback: bool
+    implementation: Implementation | None
+
+
+def _from_environment() -> _Settings:
+    refuse = os.environ.get("LOWBIT_NO_FALLBACK", "0").strip().lower() not in ("", "0", "false", "no", "off")
+    return _Settings(fallback=not refuse, implementation=None)
+
+
+settings = _from_environment()
+
+
+def allow_fallback(allowed: bool) -> None:
+    """Whether a problem that no kernel takes may run as dequantize-and-multiply.
+
+    True (the default unless LOWBIT_NO_FALLBACK=1 is set): it does, and says so once per
+    reason in the log of `lowbit.ops`. False: it raises NoKernelError.
+    """
+    settings.fallback = allowed
+
+
+@contextmanager
+def use_implementation(name: Implementation) -> Iterator[None]:
+    """Within the block every operation runs as `triton`, `cpu` or `reference`, whatever the device.
+
+    For tests and for finding faults; `triton` on CPU tensors needs TRITON_INTERPRET=1.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"expected one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
+    before, settings.implementation = settings.implementation, name
+    try:
+        yield
+    finally:
+        settings.implementation = before
+
+
+@cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
+
+
+def fall_back(operation: str, reason: str) -> None:
+    """Record a fallback of `operation`, once per reason, or raise NoKernelError."""
+    message = f"no kernel for lowbit::{operation}: {reason}"
+    if not settings.fallback:
+        raise NoKernelError(f"{message}; falling back is switched off (LOWBIT_NO_FALLBACK or allow_fallback)")
+    _log_once(f"{message}; dequantizing and multiplying instead, which is slow")

@@ -1,0 +1,127 @@
+"""The `triton` implementation: the operations in terms of lowbit.kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import fused  # type: ignore[import-not-found]
+from lowbit.kernels import hadamard as hadamard_kernel  # type: ignore[import-not-found]
+from lowbit.kernels import quantize as quantize_kernels  # type: ignore[import-not-found]
+from lowbit.kernels.matmul import matmul  # type: ignore[import-not-found]
+from lowbit.kernels.matmul_block import matmul_block  # type: ignore[import-not-found]
+from lowbit.kernels.matmul_grouped import matmul_grouped  # type: ignore[import-not-found]
+from lowbit.kernels.matmul_mxfp8 import matmul_mxfp8  # type: ignore[import-not-found]
+from lowbit.kernels.matmul_weight_only import matmul_weight_only  # type: ignore[import-not-found]
+from lowbit.ops.problem import Activations, Weights
+
+
+def linear(
+    x: Tensor,
+    weights: Weights,
+    activations: Activations,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    kernel: str,
+    offsets: Tensor | None = None,
+    routed: Tensor | None = None,
+    weight_sum: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] (floats, or codes with `activations.scale`) → [M, N] by `kernel`, as dispatch chose it."""
+    tensor = weights.tensor
+    if kernel == "matmul_weight_only":
+        if tensor.dtype == torch.int32:
+            tensor = tensor.view(torch.uint8)[:, : weights.k]
+        shape = weights.block if weights.group else None
+        return matmul_weight_only(
+            x, tensor, weights.float_scale(), bias=bias, block_shape=shape, out_dtype=out_dtype
+        )
+    codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
+    floats = not codes and activations.kind == "none"
+    if kernel == "matmul_mxfp8":
+        # The scales of given codes are float32 powers of two, so their exponents are exact.
+        a, a_scale = (x, activations.scale) if codes else quantize(x, tensor.dtype, activations)
+        assert a_scale is not None
+        return matmul_mxfp8(a, tensor, _e8m0(a_scale), _e8m0(weights.scale), bias=bias, out_dtype=out_dtype)
+    if floats:
+        a, a_scale = x, None
+    elif codes:
+        a, a_scale = x, activations.scale
+    else:
+        a, a_scale = quantize(x, tensor.dtype, activations)
+    if kernel == "matmul_grouped":
+        assert offsets is not None
+        return matmul_grouped(
+            a, tensor, offsets.to(torch.int32), a_scale, _expert_scale(weights),
+            block_shape=weights.block if weights.group else None, bias=bias,
+            routed_weight=None if routed is None else routed.to(torch.float32).reshape(-1), out_dtype=out_dtype,
+        )  # fmt: skip
+    assert a_scale is not None
+    if kernel == "matmul_block":
+        return matmul_block(
+            a,
+            tensor,
+            a_scale,
+            weights.float_scale(),
+            bias=bias,
+            block_shape=weights.block,
+            out_dtype=out_dtype,
+        )
+    if activations.zero is not None and weight_sum is None:
+        weight_sum = tensor.sum(1, dtype=torch.int32)
+    return matmul(
+        a, tensor, a_scale, weights.float_scale(), bias=bias, a_zero_point=activations.zero,
+        w_sum=weight_sum, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _expert_scale(weights: Weights) -> Tensor:
+    scale = weights.float_scale()
+    if not weights.block[0]:  # per tensor: [E, 1] → one value per channel
+        scale = scale.unsqueeze(-1).expand(-1, weights.n, 1).contiguous()
+    return scale
+
+
+def _e8m0(scale: Tensor) -> Tensor:
+    """E8M0 bytes as uint8; float32 powers of two give their exponent bits."""
+    if scale.dtype != torch.float32:
+        return scale.view(torch.uint8)
+    return ((scale.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+
+
+def _format(activations: Activations) -> quantize_kernels.ScaleFormat:
+    return "float32-power-of-2" if activations.power_of_2 else "float32"
+
+
+def quantize(x: Tensor, dtype: torch.dtype, activations: Activations) -> tuple[Tensor, Tensor]:
+    """x [M, K] → codes [M, K] of `dtype`, float32 scales [M, groups] ([1] when static)."""
+    if activations.kind == "tensor":
+        scale = activations.static_scale()
+        return quantize_kernels.quantize_static(x, scale, dtype, zero_point=activations.zero), scale
+    if activations.group:
+        return quantize_kernels.quantize_per_group(
+            x, dtype, activations.group, scale_format=_format(activations)
+        )
+    return quantize_kernels.quantize_per_token(x, dtype, scale_format=_format(activations))
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, dtype: torch.dtype, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] → (codes, scale, x + residual)."""
+    codes, scale, total = fused.rms_norm_quantize(
+        x, weight, eps, dtype, residual=residual, group_size=group or None
+    )
+    return codes, scale, x.clone() if total is None else total
+
+
+def silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    """x [M, 2·I] → (codes [M, I], scale)."""
+    gate, up = x.chunk(2, dim=-1)
+    return fused.silu_mul_quantize(gate, up, dtype, group_size=group or None)
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """x [M, K] transformed in blocks along K."""
+    return x.clone() if block == 1 else hadamard_kernel.hadamard(x, block)
