@@ -1,0 +1,62 @@
+"""The command line: one thin file per command. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from lowbit.cli import checkpoint
+
+app = typer.Typer(
+    name="lowbit",
+    help=(
+        "Low-precision quantization of large models: convert, inspect and verify checkpoints.\n\n"
+        "Start with:  lowbit convert SRC OUT --scheme int8   then   lowbit verify OUT --source SRC\n\n"
+        "Exit codes: 0 done, 1 a check failed, 2 bad input or usage."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(checkpoint.convert)
+app.command("plan")(checkpoint.plan)
+app.command("inspect")(checkpoint.inspect)
+app.command("verify")(checkpoint.verify)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lowbit import __version__
+
+        print(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Say the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point. Bad input is one line on standard error and exit code 2."""
+    from lowbit.errors import InputError
+
+    try:
+        app()
+    except InputError as error:
+        if "--json" in sys.argv:
+            from lowbit.cli.output import print_json
+
+            print_json({"error": str(error)})
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(130)

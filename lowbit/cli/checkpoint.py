@@ -1,0 +1,276 @@
+"""`lowbit convert`, `plan`, `inspect` and `verify`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lowbit.checkpoint.plan import Plan
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="Checkpoint directory: *.safetensors and config.json.")
+]
+SchemeName = Annotated[
+    str,
+    typer.Option(
+        "--scheme", "-s",
+        help="int8, int8-block, int8-weight-only, fp8, fp8-block, mxfp8; int8-static, fp8-static (with "
+        "--calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too.",
+    ),
+]  # fmt: skip
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="compressed-tensors (default), or fp8 for HF/DeepSeek block FP8.", show_default=False
+    ),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Leave these modules in float. A module's or parent's name, a glob ('*.o_proj') or 're:…'. Repeatable.",
+        metavar="PATTERN",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Carry these modules byte for byte as the source has them. Repeatable.", metavar="PATTERN"
+    ),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest output file, such as 5GB or 800MB.")]
+CalibrationDir = Annotated[
+    Path | None, typer.Option("--calibration", help="What `lowbit calibrate` wrote.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads; default: one per processor.", show_default=False)
+]
+
+
+def convert(
+    src: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
+    scheme: SchemeName = "int8",
+    format: FormatName = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    max_shard_size: ShardSize = "5GB",
+    calibration: CalibrationDir = None,
+    workers: Workers = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, but write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
+    json: Json = False,
+) -> None:
+    """Rewrite a checkpoint quantized: one pass, constant memory, every other file carried along.
+
+    A run that was killed goes on when the same command is given again. Check the result with
+    `lowbit verify OUT --source SRC`.
+    """
+    from lowbit import api
+    from lowbit.checkpoint.writer import OutputDirectory
+    from lowbit.cli.output import bytes_bar, print_json, say_bytes
+
+    decided = api.plan(
+        src, scheme, format=format, ignore=ignore or (), keep=keep or (), max_shard_size=max_shard_size,
+        calibration=calibration,
+    )  # fmt: skip
+    _warn(decided)
+    if not json:
+        print(_headline(decided))
+    if dry_run:
+        OutputDirectory(out, decided, overwrite=overwrite)
+        if json:
+            print_json({**_summary(decided), "dry_run": True})
+        else:
+            print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
+        return
+    with bytes_bar("converting", decided.source_bytes, quiet=json) as progress:
+        done = api.run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
+    if json:
+        body = {"out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs}
+        print_json({**_summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
+        return
+    if done.resumed_jobs:
+        print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
+    share = decided.output_bytes / max(decided.source_bytes, 1)
+    print(
+        f"wrote {out}: {say_bytes(decided.output_bytes)} ({share:.0%} of the source) in {done.seconds:.1f} s, "
+        f"{done.bytes_per_second / 1e9:.2f} GB/s"
+    )
+
+
+def plan(
+    src: Source,
+    scheme: SchemeName = "int8",
+    format: FormatName = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    max_shard_size: ShardSize = "5GB",
+    calibration: CalibrationDir = None,
+    json: Json = False,
+) -> None:
+    """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
+    from lowbit import api
+    from lowbit.cli.output import print_json, say_bytes, table
+
+    decided = api.plan(
+        src, scheme, format=format, ignore=ignore or (), keep=keep or (), max_shard_size=max_shard_size,
+        calibration=calibration,
+    )  # fmt: skip
+    _warn(decided)
+    modules = _modules(decided)
+    if json:
+        print_json({**_summary(decided), "modules": modules, "files": [s.file for s in decided.shards]})
+        return
+    rows = [
+        [m["name"], "×".join(map(str, m["shape"])), m["before"], m["after"], say_bytes(m["bytes_before"]),
+         say_bytes(m["bytes_after"]), m["why"]]
+        for m in modules
+    ]  # fmt: skip
+    headers = ["tensor", "shape", "from", "to", "bytes", "after", "why"]
+    print(table(headers, rows, right={1, 4, 5}))
+    print()
+    print(_headline(decided))
+    for reason, count in Counter(m["why"] for m in modules if m["why"]).most_common():
+        print(f"  {count:6d}  {reason}")
+    print(
+        f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "
+        f"in {len(decided.shards)} file{'s' * (len(decided.shards) != 1)}"
+    )
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint directory.")], json: Json = False
+) -> None:
+    """Say what a checkpoint is: architecture, tensors by dtype and role, quantization, anything odd."""
+    from lowbit import api
+    from lowbit.cli.output import print_json, say_bytes, say_count, table
+
+    found = api.inspect(path)
+    if json:
+        print_json(found.to_dict())
+        return
+    print(f"{found.path}: {found.architecture} ({found.model_type})")
+    shape = f"{found.layers} layers" + (f", {found.experts} routed experts" if found.experts else "")
+    print(f"{say_count(found.parameters)} parameters, {shape}")
+    print(
+        f"{found.tensors} tensors, {say_bytes(found.nbytes)} in {found.shards} file{'s' * (found.shards != 1)}"
+    )
+    print(f"quantization: {found.quantization or 'none'}")
+    if found.tied_embeddings:
+        print("lm_head is tied to the embedding")
+    print()
+    rows = [
+        [d, str(c["tensors"]), say_count(c["elements"]), say_bytes(c["bytes"])]
+        for d, c in found.dtypes.items()
+    ]
+    print(table(["dtype", "tensors", "elements", "bytes"], rows, right={1, 2, 3}))
+    print()
+    rows = [[r, str(c["modules"]), say_count(c["parameters"])] for r, c in found.roles.items()]
+    print(table(["role", "tensors", "parameters"], rows, right={1, 2}))
+    for note in found.odd:
+        print(f"odd: {note}")
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Converted checkpoint directory.")],
+    source: Annotated[
+        Path | None, typer.Option(help="What it was converted from: the error of each weight is reported.")
+    ] = None,
+    workers: Workers = None,
+    top: Annotated[int, typer.Option(min=0, help="How many of the worst weights to print.")] = 5,
+    json: Json = False,
+) -> None:
+    """Re-read every tensor: headers, shapes, dtypes, finite scales, the manifest's checksums.
+
+    Exit code 1 when something is wrong.
+    """
+    from lowbit import api
+    from lowbit.checkpoint.headers import open_checkpoint
+    from lowbit.cli.output import bytes_bar, print_json, say_bytes, table
+
+    total = open_checkpoint(out).nbytes + (open_checkpoint(source).nbytes if source else 0)
+    with bytes_bar("verifying", total, quiet=json) as progress:
+        found = api.verify(out, source, workers=workers, progress=progress)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(f"{found.path}: {found.tensors} tensors, {say_bytes(found.nbytes)}")
+        for item in found.checked:
+            print(f"  checked {item}")
+        if found.errors:
+            rows = [
+                [e.name, e.scheme, f"{e.sqnr_db:.1f}", f"{e.relative:.3%}", f"{e.largest:.3g}"]
+                for e in found.errors[:top]
+            ]
+            print(table(["worst weights", "scheme", "SQNR dB", "relative", "largest"], rows, right={2, 3, 4}))
+            middle = sorted(e.sqnr_db for e in found.errors)[len(found.errors) // 2]
+            print(f"median SQNR {middle:.1f} dB over {len(found.errors)} weights")
+        for problem in found.problems:
+            print(f"problem: {problem}")
+        print("ok" if found.ok else f"{len(found.problems)} problems")
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _warn(decided: Plan) -> None:
+    from lowbit.cli.output import warn
+
+    for warning in decided.warnings:
+        warn(warning)
+
+
+def _headline(decided: Plan) -> str:
+    quantized = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
+    kept = len(decided.decisions) - sum(quantized.values())
+    target = decided.format.name if decided.format else "plain safetensors"
+    parts = [f"{count} weights to {name}" for name, count in quantized.most_common()] or [
+        "no weight quantized"
+    ]
+    return f"{decided.scheme.name} as {target}: {', '.join(parts)}; {kept} modules kept"
+
+
+def _summary(decided: Plan) -> dict[str, Any]:
+    schemes = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
+    return {
+        "source": str(decided.source.root),
+        "scheme": decided.scheme.name,
+        "format": decided.format.name if decided.format else None,
+        "plan": decided.digest(),
+        "quantized": dict(schemes),
+        "kept": len(decided.decisions) - sum(schemes.values()),
+        "bytes_before": decided.source_bytes,
+        "bytes_after": decided.output_bytes,
+        "warnings": list(decided.warnings),
+    }
+
+
+def _modules(decided: Plan) -> list[dict[str, Any]]:
+    """One row per weight or other tensor: what it is, what it becomes, and why."""
+    rows = []
+    for job in decided.jobs:
+        if job.source is None:
+            continue
+        out = next(iter(job.outputs.values()))
+        module = out.name.removesuffix(".weight").removesuffix(".weight_packed")
+        decision = decided.decisions.get(module)
+        plain = "not a matrix" if job.kind == "copy" else ""
+        why = decision.reason if decision else plain
+        after = str(job.spec) if job.spec else (out.dtype if job.kind != "copy" else f"{out.dtype} as it is")
+        rows.append(
+            {
+                "name": out.name,
+                "shape": list(job.shape),
+                "before": job.source.ref.dtype,
+                "after": after,
+                "bytes_before": job.source_bytes,
+                "bytes_after": sum(o.nbytes for o in job.outputs.values()),
+                "role": decision.role if decision else "other",
+                "why": why,
+            }
+        )
+    return rows

@@ -1,0 +1,85 @@
+"""What the commands share: how numbers are said, the progress bar, and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def say_bytes(count: float) -> str:
+    """1536 → `1.5 kB`; decimal units, as disks and the hub count."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def say_count(count: float) -> str:
+    """134515008 → `134.5 M`."""
+    for unit in ("", " k", " M", " B", " T"):
+        if abs(count) < 1000 or unit == " T":
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def print_json(value: Any) -> None:
+    """One document on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, speed and time left on a terminal; nothing in pipes or when `quiet`.
+
+    Yields a function that any thread may call with the number of bytes just done.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    lock = threading.Lock()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.advance(task, count)
+
+        yield advance
+
+
+def table(headers: list[str], rows: list[list[str]], *, right: set[int] | None = None) -> str:
+    """Plain columns with two spaces between; `right` names columns of numbers."""
+    right = right or set()
+    widths = [max(len(str(r[i])) for r in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: list[str]) -> str:
+        padded = (
+            c.rjust(w) if i in right else c.ljust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), *(line(r) for r in rows)])
