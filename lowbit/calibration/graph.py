@@ -107,7 +107,7 @@ def trace(
             if _same(outputs[name], seen) and seen.shape[-1] == width:
                 mine += _parts(reader, named[reader])
         try:
-            offset, centered = _gain(norm, width)
+            offset, centered = norm_gain(norm, width)
         except ValueError as error:
             refusal = refusal or f"{name}: {error}"
             continue
@@ -141,7 +141,7 @@ def _parts(name: str, module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _gain(norm: nn.Module, width: int) -> tuple[float, bool]:
+def norm_gain(norm: nn.Module, width: int) -> tuple[float, bool]:
     """(offset, centered) of a norm, measured: RMSNorm's output over x/rms(x) is its gain."""
     weight = norm.weight
     assert isinstance(weight, Tensor)

@@ -31,6 +31,10 @@ _ALIASES: tuple[tuple[str, str], ...] = (
 )
 
 
+Override = Callable[[str], Tensor | None]
+"""Checkpoint name → a tensor that takes its place, or None."""
+
+
 class _Stub(nn.Module):
     """Stands for a decoder layer: records what it is called with, returns the hidden states."""
 
@@ -70,7 +74,7 @@ class LayerwiseModel:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        override: Callable[[str], Tensor | None] | None = None,
+        override: Override | None = None,
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -133,11 +137,26 @@ class LayerwiseModel:
             handle.remove()
         return seen[0]
 
-    def load(self, index: int) -> nn.Module:
+    def linear_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
+        layer = copy.deepcopy(self._meta_layers[index])
+        unfuse(layer)
+        prefix = self.layer_name(index)
+        return {
+            f"{prefix}.{n}": tuple(m.weight.shape)
+            for n, m in layer.named_modules()
+            if isinstance(m, nn.Linear)
+        }
+
+    def load(self, index: int, override: Override | None = None) -> nn.Module:
         """Decoder layer `index`, filled from the checkpoint, fused experts taken apart. A fresh module."""
         layer = copy.deepcopy(self._meta_layers[index])
         unfuse(layer)
-        self._fill(layer, self.layer_name(index))
+        mine, self._override = self._override, override or self._override
+        try:
+            self._fill(layer, self.layer_name(index))
+        finally:
+            self._override = mine
         return layer.eval().requires_grad_(False)
 
     @torch.no_grad()

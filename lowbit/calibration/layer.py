@@ -1,0 +1,331 @@
+"""One decoder layer: transform it, look at its inputs, choose ranges, round its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration import fold
+from lowbit.calibration.gptq import RoundingOptions, compensate, round_group
+from lowbit.calibration.graph import LayerGraph, Pair
+from lowbit.calibration.methods import Method
+from lowbit.calibration.observers import observed_range
+from lowbit.calibration.rotation import Rotation, has_hadamard
+from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
+from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
+from lowbit.calibration.statistics import InputStatistics, Wanted
+from lowbit.errors import InputError
+from lowbit.quantize import Quantized, scale_from_range
+from lowbit.scheme import Scheme, TensorSpec
+
+SAMPLE_ROWS = 384
+"""Tokens that searches are scored on."""
+
+
+@dataclass(kw_only=True)
+class CalibratedLayer:
+    """What a calibrated layer becomes, in names relative to the layer."""
+
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    input_scales: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    """Float tensors (norms, biases, weights kept in float) that transforms changed."""
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def transform(layer: nn.Module, graph: LayerGraph, method: Method, rotation: Rotation | None) -> set[str]:
+    """Apply the transforms that need no data; returns the names of tensors that changed."""
+    changed: set[str] = set()
+    if rotation is not None:
+        fold.rotate_residual(layer, graph, rotation)
+        for norm in graph.norms:
+            changed |= {norm.name, *norm.readers}
+        changed |= set(graph.writers)
+    if method.rotate_heads:
+        for pair in graph.pairs:
+            if pair.head_dim and has_hadamard(pair.head_dim):
+                fold.rotate_heads(layer, pair)
+                changed |= {pair.first, pair.second}
+    if method.online_hadamard:
+        fold.rotate_input(layer, online_modules(layer, graph))
+        changed |= set(online_modules(layer, graph))
+    return changed
+
+
+def online_modules(layer: nn.Module, graph: LayerGraph) -> list[str]:
+    """The down projections whose input can be rotated by a Hadamard matrix."""
+    return [
+        n for n in graph.linears
+        if n.rpartition(".")[2] == "down_proj" and has_hadamard(layer.get_submodule(n).in_features)  # type: ignore[arg-type]
+    ]  # fmt: skip
+
+
+def wanted_statistics(method: Method, activations: TensorSpec | None) -> Wanted:
+    static = activations is not None and not activations.dynamic
+    histogram = method.activation_range if static and method.activation_range != "output" else None
+    return Wanted(
+        hessian=method.rounding.rounding != "nearest",
+        cross=method.compensate and activations is not None and activations.dynamic,
+        sample_rows=SAMPLE_ROWS if method.smooth == "search" or method.activation_range == "output" else 0,
+        observer=histogram,
+    )
+
+
+def groups_of(graph: LayerGraph, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(first member, members with a scheme): modules that read one input, those in float left out."""
+    for group in graph.groups:
+        members = tuple(n for n in group if n in schemes)
+        if members:
+            yield members[0], members
+
+
+def smooth(
+    layer: nn.Module,
+    graph: LayerGraph,
+    method: Method,
+    schemes: Mapping[str, Scheme],
+    statistics: Mapping[str, InputStatistics],
+    stored: torch.dtype | None = None,
+) -> tuple[dict[str, Any], set[str]]:
+    """Fold SmoothQuant scales at every joint that has data; returns (report, names of what changed).
+
+    `stored` is the dtype that norms are written in (see `fold.scale_norm`).
+    """
+    report: dict[str, Any] = {}
+    changed: set[str] = set()
+    by_member = {m: (first, ms) for first, ms in groups_of(graph, schemes) for m in ms}
+
+    def choose(
+        first: str, members: tuple[str, ...], tie: Callable[[Tensor], Tensor] | None
+    ) -> Smoothing | None:
+        s = statistics[first]
+        if s.absmax is None:
+            return None
+        weights = [_weight(layer, m) for m in members]
+        scheme = schemes[first]
+        if method.smooth == "search":
+            return search_smoothing(
+                s.rows().to(weights[0]), s.absmax, weights, scheme.weights, scheme.activations, tie=tie
+            )  # fmt: skip
+        weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+        scale = smooth_scale(s.absmax, weight_absmax, float(method.smooth))
+        return Smoothing(
+            scale=tie(scale) if tie else scale, alpha=float(method.smooth), error=0.0, plain_error=0.0
+        )
+
+    def note(name: str, chosen: Smoothing) -> None:
+        report[name] = {"alpha": chosen.alpha, "error": chosen.error, "plain_error": chosen.plain_error}
+
+    if "norm" in method.smooth_joints:
+        for norm in graph.norms:
+            firsts = {by_member[r][0] for r in norm.readers if r in by_member}
+            if len(firsts) != 1:
+                continue  # nothing quantized reads it, or its readers see different tokens (experts)
+            first = firsts.pop()
+            chosen = choose(first, by_member[first][1], None)
+            if chosen is None or chosen.alpha is None:
+                continue
+            applied = fold.scale_norm(layer, norm, chosen.scale, stored)
+            statistics[first].rescale(applied)
+            changed |= {norm.name, *norm.readers}
+            note(norm.name, chosen)
+    for pair in graph.pairs:
+        joint = "v-o" if pair.head_dim else "up-down"
+        if joint not in method.smooth_joints or pair.second not in by_member:
+            continue
+        if joint == "up-down" and method.online_hadamard:
+            continue  # a scale would have to pass through the rotation
+        first, members = by_member[pair.second]
+        chosen = choose(first, members, _tie(pair))
+        if chosen is None or chosen.alpha is None:
+            continue
+        fold.scale_pair(layer, pair, _untie(chosen.scale, pair))
+        statistics[first].rescale(chosen.scale)
+        changed |= {pair.first, pair.second}
+        note(pair.second, chosen)
+    return report, changed
+
+
+def _tie(pair: Pair) -> Callable[[Tensor], Tensor] | None:
+    """Make a scale [second.in] equal for all query heads of one value head: the geometric mean."""
+    if pair.repeat == 1:
+        return None
+    return lambda scale: fold.repeat_heads(_untie(scale, pair), pair)
+
+
+def _untie(scale: Tensor, pair: Pair) -> Tensor:
+    """[second.in] → [first.out]."""
+    if pair.repeat == 1:
+        return scale
+    return scale.view(-1, pair.repeat, pair.head_dim).log().mean(1).exp().reshape(-1)
+
+
+def quantize_weights(
+    layer: nn.Module,
+    graph: LayerGraph,
+    method: Method,
+    schemes: Mapping[str, Scheme],
+    statistics: Mapping[str, InputStatistics],
+    *,
+    min_tokens: int,
+) -> tuple[dict[str, Quantized], dict[str, Any]]:
+    """Round every quantized Linear of the layer, groups that share an input together.
+
+    A group with fewer than `min_tokens` tokens is rounded without its data, and the report says so.
+    """
+    quantized: dict[str, Quantized] = {}
+    report: dict[str, Any] = {}
+    for first, members in groups_of(graph, schemes):
+        s = statistics.get(first)
+        hessian, options = (s.hessian if s is not None else None), method.rounding
+        starved = s is not None and method.rounding.rounding != "nearest" and s.tokens < min_tokens
+        if starved or hessian is None:
+            hessian, options = None, RoundingOptions(rounding="nearest", scale=method.rounding.scale)
+        by_spec: dict[TensorSpec, list[str]] = {}
+        for m in members:
+            spec = schemes[m].weights
+            assert spec is not None  # `schemes` holds quantized modules only
+            by_spec.setdefault(spec, []).append(m)
+        for spec, names in by_spec.items():
+            weights = [_weight(layer, m) for m in names]
+            targets = None
+            if hessian is not None and s is not None and s.cross is not None:
+                targets = [compensate(w, hessian, s.cross, options.damping) for w in weights]
+            for m, rounded in zip(
+                names, round_group(weights, hessian, spec, options, targets=targets), strict=True
+            ):
+                quantized[m] = rounded.quantized
+                report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}
+                if starved and s is not None:
+                    report[m] = {
+                        "tokens": s.tokens,
+                        "fallback": f"rounded without data: fewer than {min_tokens} tokens",
+                    }
+    return quantized, report
+
+
+def input_scales(
+    layer: nn.Module,
+    graph: LayerGraph,
+    method: Method,
+    schemes: Mapping[str, Scheme],
+    statistics: Mapping[str, InputStatistics],
+    quantized: Mapping[str, Quantized],
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Static activation scales [1] (and zero points) of every module whose scheme wants them."""
+    out: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for first, members in groups_of(graph, schemes):
+        spec = schemes[first].activations
+        if spec is None or spec.dynamic:
+            continue
+        s = statistics.get(first)
+        if s is None or s.absmax is None:
+            raise InputError(
+                f"expected data for {first}, found none that reached it; give more samples, "
+                "or use all-experts mode for a mixture of experts"
+            )
+        if method.activation_range == "output":
+            chosen = _least_output_error(layer, s, spec, members, quantized)
+        else:
+            assert s.observer is not None
+            low, high = observed_range(s.observer, method.activation_range, spec, method.percentile)
+            chosen = scale_from_range(low.reshape(1), high.reshape(1), spec)
+        out.update(dict.fromkeys(members, chosen))
+    return out
+
+
+def _least_output_error(
+    layer: nn.Module,
+    s: InputStatistics,
+    spec: TensorSpec,
+    members: tuple[str, ...],
+    quantized: Mapping[str, Quantized],
+) -> tuple[Tensor, Tensor | None]:
+    """The clipped range whose quantized outputs on the sample are nearest to the float ones."""
+    assert s.absmax is not None
+    sample = s.rows().float()
+    reference = torch.cat([_weight(layer, m).float() for m in members])
+    rounded = torch.cat([quantized[m].dequantize().to(sample) for m in members])
+    target = sample @ reference.t()
+    peak = s.absmax.max().reshape(1).float()
+    low, high = -peak, peak
+    if not spec.symmetric:
+        low, high = sample.min().reshape(1), sample.max().reshape(1)
+    best, best_error = scale_from_range(low, high, spec), float("inf")
+    for step in range(40):
+        factor = 0.02 ** (step / 39)
+        scale, zero = scale_from_range(low * factor, high * factor, spec)
+        error = float(
+            (fake_quantize(sample, spec, scale, zero) @ rounded.t() - target).double().square().sum()
+        )
+        if error < best_error:
+            best, best_error = (scale, zero), error
+    return best
+
+
+def correct_biases(
+    layer: nn.Module,
+    statistics: Mapping[str, InputStatistics],
+    graph: LayerGraph,
+    schemes: Mapping[str, Scheme],
+    quantized: Mapping[str, Quantized],
+) -> set[str]:
+    """Add the mean output error of rounding, (W − Wq)·mean(x), to biases that exist.
+
+    Nagel et al., arXiv:1906.04721. Biases are not created: engines take none where the model has none.
+    """
+    changed = set()
+    for first, members in groups_of(graph, schemes):
+        s = statistics.get(first)
+        for m in members:
+            bias = layer.get_submodule(m).bias
+            if not isinstance(bias, Tensor) or s is None or s.total is None:
+                continue
+            delta = _weight(layer, m).double() - quantized[m].dequantize().double().to(bias.device)
+            with torch.no_grad():
+                bias.add_((delta @ s.mean.to(delta)).to(bias))
+            changed.add(m)
+    return changed
+
+
+@torch.no_grad()
+def install(
+    layer: nn.Module,
+    schemes: Mapping[str, Scheme],
+    quantized: Mapping[str, Quantized],
+    scales: Mapping[str, tuple[Tensor | None, Tensor | None]],
+    online: frozenset[str] = frozenset(),
+) -> dict[str, ActivationQuantizer]:
+    """Put dequantized weights into the layer; returns the quantizers of its inputs, to be attached.
+
+    Modules with the same spec and scale share a quantizer, and so the work where they share an input.
+    """
+    for name, q in quantized.items():
+        _weight(layer, name).copy_(q.dequantize())
+    quantizers: dict[str, ActivationQuantizer] = {}
+    shared: dict[tuple, ActivationQuantizer] = {}
+    for name in {*schemes, *online}:
+        spec = schemes[name].activations if name in schemes else None
+        if spec is None and name not in online:
+            continue
+        scale, zero = scales.get(name, (None, None))
+        key = (
+            spec,
+            None if scale is None else float(scale),
+            None if zero is None else int(zero),
+            name in online,
+        )
+        if key not in shared:
+            shared[key] = ActivationQuantizer(spec, scale, zero, hadamard=name in online)
+        quantizers[name] = shared[key]
+    return quantizers
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight

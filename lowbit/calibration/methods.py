@@ -1,0 +1,172 @@
+"""Calibration methods: named combinations of transforms, ranges and roundings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from lowbit.calibration.gptq import ROUNDINGS, RoundingOptions
+from lowbit.calibration.observers import RANGE_METHODS
+from lowbit.errors import InputError
+from lowbit.scheme import Scheme, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What calibration does to a layer, in this order."""
+
+    name: str
+    summary: str = ""
+    rotate: Literal["none", "hadamard", "orthogonal"] = "none"
+    """Rotate the residual stream, folded into the weights."""
+    rotate_heads: bool = False
+    """Rotate every value head, folded into v_proj and o_proj."""
+    online_hadamard: bool = False
+    """Rotate the input of down_proj while running: the engine must do it (a transform_config says so)."""
+    smooth: float | Literal["none", "search"] = "none"
+    """SmoothQuant's α, or searched per joint."""
+    smooth_joints: tuple[str, ...] = ("norm", "v-o", "up-down")
+    """Where scales may move: norm → readers, v → o, up → down."""
+    rounding: RoundingOptions = field(default_factory=lambda: RoundingOptions(rounding="nearest"))
+    compensate: bool = False
+    """Aim the rounding at weights that make up for the rounding of activations."""
+    activation_range: Literal["absmax", "moving-average", "percentile", "mse", "entropy", "output"] = "absmax"
+    """How static activation scales are chosen. `output`: the least output error on sampled tokens."""
+    percentile: float = 99.99
+    bias_correction: bool = False
+    """Put the mean output error into biases that exist."""
+    propagate: bool = True
+    """The next layer sees this one quantized."""
+    seed: int = 0
+    """Of the random rotation."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("rotate", self.rotate, ("none", "hadamard", "orthogonal")),
+            ("rounding", self.rounding.rounding, ROUNDINGS),
+            ("activation_range", self.activation_range, (*RANGE_METHODS, "output")),
+        )
+        for key, value, allowed in checks:
+            if value not in allowed:
+                raise InputError(
+                    f"method {self.name}: expected {key} one of {', '.join(allowed)}, found {value!r}"
+                )
+        if not (self.smooth in ("none", "search") or isinstance(self.smooth, int | float)):
+            raise InputError(
+                f"method {self.name}: expected smooth none, search or a number, found {self.smooth!r}"
+            )
+        if isinstance(self.smooth, int | float) and not 0.0 <= self.smooth <= 1.0:
+            raise InputError(f"method {self.name}: expected 0 ≤ α ≤ 1, found {self.smooth}")
+
+    @property
+    def smooths(self) -> bool:
+        return self.smooth != "none"
+
+    def needs_data(self, scheme: Scheme) -> bool:
+        """False for transforms and roundings that look at weights alone."""
+        return (
+            self.smooths or self.rounding.rounding != "nearest" or self.compensate or scheme.needs_calibration
+        )
+
+    def describe(self) -> str:
+        """One line that says what it does."""
+        parts = []
+        if self.rotate != "none":
+            parts.append(f"{self.rotate} rotation of the residual stream")
+        if self.rotate_heads:
+            parts.append("value heads rotated")
+        if self.online_hadamard:
+            parts.append("online Hadamard before down_proj")
+        if self.smooths:
+            alpha = "searched" if self.smooth == "search" else f"{self.smooth}"
+            parts.append(f"SmoothQuant (α {alpha}) at {', '.join(self.smooth_joints)}")
+        if self.rounding.rounding != "nearest":
+            parts.append(f"{self.rounding.rounding} rounding")
+        if self.rounding.scale != "absmax":
+            parts.append(f"{self.rounding.scale} weight scales")
+        if self.activation_range != "absmax":
+            parts.append(f"{self.activation_range} activation ranges")
+        if self.bias_correction:
+            parts.append("bias correction")
+        return "; ".join(parts) or "plain rounding"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As recipes and manifests store it; `from_dict` reads it back."""
+        out = asdict(self)
+        out.pop("summary")
+        out["smooth_joints"] = list(self.smooth_joints)
+        return out
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any] | str) -> Method:
+        """A preset's name, or a mapping whose `name` is a preset to start from and whose other keys override it.
+
+        Raises InputError naming unknown keys.
+        """
+        if isinstance(data, str):
+            return get_method(data)
+        known = {f.name for f in fields(cls)} - {"summary"}
+        if unknown := sorted(set(data) - known):
+            raise InputError(f"method: unknown keys {unknown}; expected some of {sorted(known)}")
+        changes = dict(data)
+        name = changes.pop("name", "custom")
+        base = METHODS.get(name, cls(name=name))
+        if "rounding" in changes:
+            rounding = changes["rounding"]
+            rounding = {"rounding": rounding} if isinstance(rounding, str) else dict(rounding)
+            allowed = {f.name for f in fields(RoundingOptions)}
+            if unknown := sorted(set(rounding) - allowed):
+                raise InputError(
+                    f"method.rounding: unknown keys {unknown}; expected some of {sorted(allowed)}"
+                )
+            changes["rounding"] = replace(base.rounding, **rounding)
+        if "smooth_joints" in changes:
+            changes["smooth_joints"] = tuple(changes["smooth_joints"])
+        return replace(base, **changes)
+
+
+_GPTQ = RoundingOptions(rounding="gptq")
+
+_PRESETS = (
+    Method(name="absmax", summary="plain rounding; static ranges cover everything seen"),
+    Method(name="moving-average", activation_range="moving-average", summary="static ranges: mean of batch ranges"),
+    Method(name="percentile", activation_range="percentile", summary="static ranges leave the rarest values out"),
+    Method(
+        name="mse", activation_range="mse", rounding=RoundingOptions(rounding="nearest", scale="mse"),
+        summary="ranges of least squared error, weights and static activations",
+    ),
+    Method(name="entropy", activation_range="entropy", summary="static ranges of least KL divergence"),
+    Method(name="smoothquant", smooth=0.5, propagate=False, summary="SmoothQuant, α 0.5"),
+    Method(name="smoothquant-search", smooth="search", summary="SmoothQuant, α searched per joint"),
+    Method(name="gptq", rounding=_GPTQ, summary="GPTQ"),
+    Method(
+        name="descent", rounding=RoundingOptions(rounding="coordinate-descent"),
+        summary="coordinate descent on the layer's output error",
+    ),
+    Method(name="smoothquant-gptq", smooth="search", rounding=_GPTQ, summary="searched SmoothQuant, then GPTQ"),
+    Method(
+        name="rotate", rotate="hadamard", rotate_heads=True, propagate=False,
+        summary="rotations folded into the weights; needs no data",
+    ),
+    Method(
+        name="rotate-gptq", rotate="hadamard", rotate_heads=True, smooth="search", smooth_joints=("up-down",),
+        rounding=_GPTQ, summary="rotations, up→down smoothed, GPTQ: all folded into the weights",
+    ),
+    Method(
+        name="rotate-gptq-online", rotate="hadamard", rotate_heads=True, online_hadamard=True, rounding=_GPTQ,
+        summary="rotations, an online Hadamard before down_proj, GPTQ",
+    ),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {m.name: m for m in _PRESETS}
+
+
+def get_method(name: str) -> Method:
+    """The preset of that name. Raises InputError naming the nearest."""
+    key = name.strip().lower().replace("_", "-")
+    if key not in METHODS:
+        raise InputError(
+            f"unknown method {name!r}: expected best or one of {', '.join(METHODS)}; "
+            f"did you mean {nearest(key, list(METHODS))}?"
+        )
+    return METHODS[key]

@@ -1,0 +1,79 @@
+"""A calibration laid over its source: the float weights and the activation scales that an engine would see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lowbit.calibration.layer import install
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.simulate import ActivationQuantizer
+from lowbit.calibration.store import Calibration
+from lowbit.quantize import Quantized, quantize
+from lowbit.scheme import Scheme
+
+
+class Overlay:
+    """A model as calibrated, layer by layer. `schemes` maps our module names to schemes."""
+
+    def __init__(
+        self, calibration: Calibration, model: LayerwiseModel, schemes: Mapping[str, Scheme]
+    ) -> None:
+        self.calibration, self.model, self.schemes = calibration, model, schemes
+
+    def load(self, index: int) -> tuple[nn.Module, dict[str, ActivationQuantizer]]:
+        """Decoder layer `index` with dequantized weights, and the quantizers of its inputs, to be attached.
+
+        A module without codes in the calibration is rounded from the source, as `convert` does.
+        """
+        prefix = self.model.layer_name(index)
+        layer = self.model.load(index, lambda name: tensor_of(self.calibration, name))
+        schemes = {
+            n.removeprefix(prefix + "."): s for n, s in self.schemes.items() if n.startswith(prefix + ".")
+        }
+        quantized: dict[str, Quantized] = {}
+        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        for name, scheme in schemes.items():
+            disk = self.model.disk_name(f"{prefix}.{name}")
+            if scheme.weights is None:
+                raise ValueError(f"expected a scheme that quantizes weights for {disk}, found {scheme.name}")
+            codes = self.calibration.codes(disk)
+            weight = layer.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            if codes is None:
+                quantized[name] = quantize(weight, scheme.weights, name=disk)
+            else:
+                quantized[name] = Quantized(
+                    codes=_read(self.calibration, f"{disk}.weight"),
+                    scale=_read(self.calibration, f"{disk}.weight_scale"),
+                    zero_point=None, spec=scheme.weights,
+                )  # fmt: skip
+            scales[name] = (
+                _read_if(self.calibration, f"{disk}.input_scale"),
+                _read_if(self.calibration, f"{disk}.input_zero_point"),
+            )
+        report = self.calibration.layers.get(prefix, {})
+        rotated = set(report.get("online_hadamard", []))
+        online = frozenset(
+            n for n, _ in layer.named_modules() if self.model.disk_name(f"{prefix}.{n}") in rotated
+        )
+        return layer, install(layer, schemes, quantized, scales, online)
+
+
+def tensor_of(calibration: Calibration, name: str) -> Tensor | None:
+    """A float tensor that a calibration changed; None for codes (see `Overlay.load`) and what it has not."""
+    entry = calibration.tensors.get(name)
+    if entry is None or entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        return None
+    return _read(calibration, name)
+
+
+def _read(calibration: Calibration, name: str) -> Tensor:
+    with safe_open(calibration.tensors[name].file, framework="pt") as stream:  # type: ignore[no-untyped-call]
+        return stream.get_tensor(name)
+
+
+def _read_if(calibration: Calibration, name: str) -> Tensor | None:
+    return _read(calibration, name) if calibration.has(name) else None

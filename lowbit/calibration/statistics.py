@@ -1,0 +1,149 @@
+"""What calibration remembers of a Linear's input: enough to choose transforms, ranges and codes, and no more.
+
+One pass over the data fills it; transforms that scale or rotate the input afterwards rescale
+the statistics instead of running the layer again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer
+from lowbit.calibration.simulate import fake_quantize
+from lowbit.scheme import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which statistics a method needs."""
+
+    hessian: bool = False
+    cross: bool = False
+    """Also Σ x·x̂ᵀ with x̂ the quantized input; the Hessian is then that of x̂."""
+    sample_rows: int = 0
+    observer: str | None = None
+    """A range method's observer (see `observers`) for static scales."""
+
+    @property
+    def anything(self) -> bool:
+        return self.hessian or self.cross or self.sample_rows > 0 or self.observer is not None
+
+
+@dataclass(kw_only=True)
+class InputStatistics:
+    """Statistics of one input [tokens, K], mergeable."""
+
+    wanted: Wanted
+    spec: TensorSpec | None
+    rows_per_batch: int = 0
+    tokens: int = 0
+    absmax: Tensor | None = None
+    """[K], per channel."""
+    total: Tensor | None = None
+    """[K], float64: sum over tokens."""
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
+    sample: list[Tensor] = field(default_factory=list)
+    observer: RangeObserver | HistogramObserver | None = None
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        if x.shape[0] == 0:
+            return
+        low, high = torch.aminmax(x, dim=0)
+        absmax = torch.maximum(high, -low)
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError("expected finite activations, found NaN or Inf; use dtype float32")
+        self.tokens += x.shape[0]
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        total = x.sum(0, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
+        if self.wanted.observer is not None:
+            self.observer = self.observer or make_observer(self.wanted.observer)
+            self.observer.update(x)
+        if self.wanted.sample_rows:
+            take = min(self.rows_per_batch, x.shape[0])
+            # Always the first token: it carries the massive activations where a model has them.
+            index = torch.linspace(0, x.shape[0] - 1, take).round().long()
+            self.sample.append(x[index.to(x.device)].clone())
+        if self.wanted.cross and self.spec is not None:
+            quantized = fake_quantize(x, self.spec) if self.spec.dynamic else x
+            self.hessian = _add_product(self.hessian, quantized, quantized)
+            self.cross = _add_product(self.cross, x, quantized)
+        elif self.wanted.hessian:
+            self.hessian = _add_product(self.hessian, x, x)
+
+    def merge(self, other: InputStatistics) -> None:
+        """Add what another worker saw."""
+        if other.absmax is None:
+            return
+        self.tokens += other.tokens
+        self.absmax = other.absmax if self.absmax is None else torch.maximum(self.absmax, other.absmax)
+        self.total = other.total if self.total is None else self.total + other.total  # type: ignore[operator]
+        for name in ("hessian", "cross"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, theirs if mine is None else mine + theirs if theirs is not None else mine)
+        self.sample += other.sample
+        if self.observer is None:
+            self.observer = other.observer
+        elif other.observer is not None:
+            self.observer.merge(other.observer)  # type: ignore[arg-type]
+
+    def rows(self) -> Tensor:
+        """[S, K]: the sampled tokens."""
+        return torch.cat(self.sample)
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.total is not None
+        return self.total / max(self.tokens, 1)
+
+    def rescale(self, divisor: Tensor) -> None:
+        """The input is now divided by `divisor` [K]: everything but a histogram follows."""
+        if self.absmax is None:
+            return
+        d = divisor.to(self.absmax)
+        self.absmax = self.absmax / d
+        if self.total is not None:
+            self.total = self.total / d.double()
+        for name in ("hessian", "cross"):
+            if (matrix := getattr(self, name)) is not None:
+                setattr(self, name, matrix / d[:, None] / d[None, :])
+        self.sample = [row / d for row in self.sample]
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + aᵀ·b, in float32 at least."""
+    a, b = (a, b) if a.dtype in (torch.float32, torch.float64) else (a.float(), b.float())
+    if total is None:
+        return a.t() @ b
+    return total.addmm_(a.t(), b)
+
+
+def collect(
+    layer: nn.Module,
+    groups: Mapping[str, InputStatistics],
+    run_batches: Callable[[], None],
+    *,
+    prepare: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> None:
+    """Fill the statistics of the inputs of the named modules while `run_batches` runs the layer.
+
+    `prepare` changes a module's input before it is looked at (an online rotation).
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        change = (prepare or {}).get(name)
+        return lambda _, args: groups[name].update(args[0] if change is None else change(args[0]))
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in groups]
+    try:
+        run_batches()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,174 @@
+"""Evaluate a checkpoint against its reference with one decoder layer of each in memory at a time.
+
+Weights are what is stored, dequantized; activations are rounded as an engine would round them. So
+it works for any scheme, on any machine, for models that do not fit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.activations import ActivationCache
+from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.layer import install
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.overlay import Overlay, tensor_of
+from lowbit.calibration.simulate import ActivationQuantizer, attach
+from lowbit.calibration.source import Source
+from lowbit.calibration.store import Calibration
+from lowbit.checkpoint.rules import Selection
+from lowbit.evaluate.metrics import Agreement
+from lowbit.scheme import Scheme, get_scheme
+
+LoadLayer = Callable[[int], tuple[nn.Module, Mapping[str, ActivationQuantizer]]]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What `evaluate` found."""
+
+    agreement: Agreement
+    compared: bool
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    """‖h − h_ref‖ / ‖h_ref‖ of the hidden states after each layer, in the reference's basis."""
+
+    def to_dict(self) -> dict[str, Any]:
+        out = self.agreement.to_dict(compared=self.compared)
+        if self.layer_errors:
+            out["layer_errors"] = self.layer_errors
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to evaluate, and how its layers come with their activation quantizers."""
+
+    model: LayerwiseModel
+    load: LoadLayer
+
+
+def plain(path: str | Path, **model_options: Any) -> Candidate:
+    """A checkpoint as it is: weights dequantized; activations rounded as its quantization_config says."""
+    model = LayerwiseModel(Source(path), **model_options)
+    stored = stored_modules(model.source)
+
+    def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
+        layer, prefix = model.load(index), model.layer_name(index)
+        schemes: dict[str, Scheme] = {}
+        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        for name, module in layer.named_modules():
+            disk = model.disk_name(f"{prefix}.{name}")
+            if isinstance(module, nn.Linear) and disk in stored and stored[disk].activations is not None:
+                schemes[name] = stored[disk]
+                zero = f"{disk}.input_zero_point"
+                if not stored[disk].activations.dynamic:  # type: ignore[union-attr]
+                    scales[name] = (
+                        model.source.raw(f"{disk}.input_scale").float().reshape(1),
+                        model.source.raw(zero).reshape(1) if model.source.has(zero) else None,
+                    )
+        return layer, install(layer, schemes, {}, scales)
+
+    return Candidate(model=model, load=load)
+
+
+def calibrated(source: str | Path, calibration: Calibration, **model_options: Any) -> Candidate:
+    """A source with a calibration laid over it, as `convert` will write it."""
+    calibration.require()
+    model = LayerwiseModel(
+        Source(source), override=lambda n: tensor_of(calibration, n),
+        config_overrides=dict(calibration.config_overrides), **model_options,
+    )  # fmt: skip
+    schemes = module_schemes(
+        model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration))
+    )
+    overlay = Overlay(calibration, model, schemes)
+    return Candidate(model=model, load=overlay.load)
+
+
+def _overrides(calibration: Calibration) -> dict[str, str]:
+    return {f"re:{_exactly(m)}": s or "float" for m, s in calibration.module_schemes.items()}
+
+
+def _exactly(name: str) -> str:
+    import re
+
+    return re.escape(name) + "$"
+
+
+def stored_modules(source: Source) -> dict[str, Scheme]:
+    """Module → scheme of a quantized checkpoint; empty for one in float."""
+    if not any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale")) for name in source.names):
+        return {}
+    from lowbit import formats
+    from lowbit.checkpoint.headers import open_checkpoint
+
+    checkpoint = open_checkpoint(source.path)
+    return {m: s.scheme for m, s in formats.read(source.config, checkpoint.tensors).items()}
+
+
+@torch.no_grad()
+def evaluate(
+    candidate: Candidate,
+    windows: Sequence[Tensor],
+    reference: Candidate | None = None,
+    *,
+    batch_size: int = 4,
+    memory_limit: int = 4 << 30,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Perplexity of `candidate` on windows of token ids [T]; with a reference also KL, top-1 and layer errors."""
+    batches = make_batches(windows, batch_size)
+    sides = [candidate] if reference is None else [candidate, reference]
+    caches = [ActivationCache(memory_limit // len(sides)) for _ in sides]
+    calls: list[list[tuple[dict[str, Any], ...]]] = [[] for _ in sides]
+    for side, cache, mine in zip(sides, caches, calls, strict=True):
+        for ids in batches:
+            call = side.model.embed(ids)
+            cache.append(call.hidden)
+            mine.append(call.kwargs)
+    basis = None if reference is None else _basis(candidate.model, reference.model)
+    report = Report(agreement=Agreement(), compared=reference is not None)
+    for index in range(len(candidate.model)):
+        if progress:
+            progress(candidate.model.layer_name(index), index, len(candidate.model))
+        for side, cache, mine in zip(sides, caches, calls, strict=True):
+            layer, quantizers = side.load(index)
+            detach = attach(layer, dict(quantizers))
+            try:
+                for batch in range(len(cache)):
+                    cache.replace(batch, side.model.run(layer, index, cache[batch], mine[batch][index]))
+            finally:
+                detach()
+        if reference is not None:
+            report.layer_errors[candidate.model.layer_name(index)] = _distance(caches[0], caches[1], basis)
+    for batch, ids in enumerate(batches):
+        before = None if reference is None else reference.model.head(caches[1][batch])
+        report.agreement.update(candidate.model.head(caches[0][batch]), ids, before)
+    for cache in caches:
+        cache.close()
+    return report
+
+
+def _basis(model: LayerwiseModel, reference: LayerwiseModel) -> Tensor | None:
+    """The rotation between two models' residual streams, read off their embeddings (orthogonal Procrustes)."""
+    a = model.model.get_input_embeddings().weight
+    b = reference.model.get_input_embeddings().weight
+    if a.shape != b.shape or torch.equal(a, b):
+        return None
+    u, _, v = torch.linalg.svd(a.double().t() @ b.double())
+    return u @ v
+
+
+def _distance(a: ActivationCache, b: ActivationCache, basis: Tensor | None) -> float:
+    lost = power = 0.0
+    for x, y in zip(a, b, strict=True):
+        back = x if basis is None else x @ basis.to(x)
+        lost += float((back - y).double().square().sum())
+        power += float(y.double().square().sum())
+    return (lost / max(power, 1e-30)) ** 0.5
