@@ -1,0 +1,372 @@
+"""The experts of a mixture, quantized: stacked in memory for one grouped product, named per expert on disk."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import ops
+from lowbit.formats import Format
+from lowbit.nn.linear import as_stored_scale
+from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
+from lowbit.nn.weights import dequantize_rows, quantize_rows
+from lowbit.quantize import scale_as_float
+from lowbit.scheme import Scheme
+
+PROJECTIONS = ("gate", "up", "down")
+"""What each does: out = down(act(gate(x)) · up(x)). Without a gate: down(act(up(x)))."""
+
+
+class QuantExperts(QuantModule):
+    """Drop-in for transformers' fused experts, called as `experts(hidden, top_k_index, top_k_weights)`.
+
+    hidden [T, H] in a float dtype, indices [T, k], weights [T, k] → [T, H]. An index of
+    `num_experts` (expert parallelism's mark for another rank's expert) contributes nothing.
+
+    Each projection is one stacked buffer [E, N, K] with its scales. The state_dict is that of
+    the checkpoint, one entry per expert: `{i}.{projection}.weight`, `.weight_scale`, … with
+    the projections' names there (`gate_proj, up_proj, down_proj`, or `w1, w3, w2`); loading
+    copies into the stacks. Weights are frozen, as in `QuantLinear`, and so is the treatment
+    of dtypes, gradients and `quantize_activations`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        scheme: Scheme | str,
+        act_fn: Callable[[Tensor], Tensor],
+        projections: Mapping[str, str] | None = None,
+        format: Format | str = "compressed-tensors",
+        names: Mapping[str, str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Uninitialized. `projections` maps gate, up and down to their names on disk."""
+        super().__init__()
+        self.num_experts, self.hidden_size, self.intermediate_size = (
+            num_experts,
+            hidden_size,
+            intermediate_size,
+        )
+        self.scheme, self.format = as_scheme(scheme), as_format(format)
+        if self.scheme.needs_calibration:
+            raise ValueError(
+                f"expected a scheme with dynamic activations for experts, found {self.scheme.name}: every expert sees "
+                "other tokens, and engines run experts with dynamic scales only; use int8 or fp8"
+            )
+        self.quantize_activations = True
+        self.hadamard = 0
+        assert self.scheme.weights is not None
+        self._block = ops.block_of(self.scheme.weights.granularity)
+        self._activations = ops.activations_of(self.scheme)
+        self.act_fn = act_fn
+        self.apply_gate: Callable[..., Tensor] | None = None
+        self.projections = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
+        self.suffixes: dict[str, str] = {}
+        frozen = []
+        for projection, name in self.projections.items():
+            for stored in self.format.tensors(self.scheme, self.shape_of(projection)):
+                suffix = (names or {}).get(stored.content, stored.suffix[1:])
+                self.suffixes[stored.content] = suffix
+                if stored.content == "shape":
+                    continue  # known: written out, never read
+                shape = (num_experts, *stored.shape)
+                buffer = torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
+                self.register_buffer(f"{name}_{suffix}", buffer)
+                frozen.append(f"{name}_{suffix}")
+        self.frozen = tuple(frozen)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        scheme: Scheme | str,
+        *,
+        projections: Mapping[str, str] | None = None,
+        format: Format | str = "compressed-tensors",
+        name: str = "experts",
+    ) -> QuantExperts:
+        """Quantize fused experts (`gate_up_proj` [E, 2I, H] or `up_proj` [E, I, H], `down_proj` [E, H, I]).
+
+        Raises ValueError for a layout that differs (see `refusal`) and for NaN or Inf.
+        """
+        module = cls.like(experts, scheme, projections=projections, format=format)
+        assert module.scheme.weights is not None
+        for projection in module.projections:
+            for i in range(module.num_experts):
+                weight = fused_weight(experts, projection, i)
+                where = f"{name}.{i}.{module.projections[projection]}"
+                codes, scale = quantize_rows(weight, module.scheme.weights, name=where)
+                if "packed" in module.suffixes:
+                    module.stack(projection, "packed")[i] = pack(codes)
+                else:
+                    module.stack(projection, "codes")[i] = codes
+                module.stack(projection, "scale")[i] = scale
+        return module.train(experts.training)
+
+    @classmethod
+    def like(
+        cls,
+        experts: nn.Module,
+        scheme: Scheme | str,
+        *,
+        projections: Mapping[str, str] | None = None,
+        format: Format | str = "compressed-tensors",
+        names: Mapping[str, str] | None = None,
+    ) -> QuantExperts:
+        """Uninitialized, for the shapes, device and gate of a fused module. ValueError where the layout differs."""
+        if problem := refusal(experts):
+            raise ValueError(f"{type(experts).__name__}: {problem}")
+        down, act_fn = _parameter(experts, "down_proj"), experts.act_fn
+        assert callable(act_fn)
+        count, hidden, intermediate = down.shape
+        found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
+        if not getattr(experts, "has_gate", True):
+            found.pop("gate", None)
+        module = cls(
+            count, hidden, intermediate, scheme=scheme, act_fn=act_fn, projections=found,
+            format=format, names=names, device=down.device,
+        )  # fmt: skip
+        gate = getattr(type(experts), "_apply_gate", None)
+        if gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate":
+            # A gate of the model's own (a clamp, say), with the plain attributes that it reads.
+            module.apply_gate = gate
+            for key, value in vars(experts).items():
+                if (
+                    not key.startswith("_")
+                    and not hasattr(module, key)
+                    and isinstance(value, int | float | str)
+                ):
+                    setattr(module, key, value)
+        return module
+
+    def shape_of(self, projection: str) -> tuple[int, int]:
+        """[N, K] of one expert's projection."""
+        down = projection == "down"
+        sizes = (self.hidden_size, self.intermediate_size)
+        return sizes if down else sizes[::-1]
+
+    def stack(self, projection: str, content: str) -> Tensor:
+        """The buffer of a projection's `codes`, `packed` or `scale`, [E, …]."""
+        buffer = self._buffers[f"{self.projections[projection]}_{self.suffixes[content]}"]
+        assert buffer is not None
+        return buffer
+
+    def stored_codes(self, projection: str) -> Tensor:
+        """Codes as stored: int8 or float8_e4m3fn [E, N, K], or packed int32 [E, N, ⌈K/4⌉]."""
+        return self.stack(projection, "packed" if "packed" in self.suffixes else "codes")
+
+    def dequantize(self, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """code · scale of `gate`, `up` or `down`, rounded once to `dtype`: [E, N, K]."""
+        assert self.scheme.weights is not None
+        n, k = self.shape_of(projection)
+        out = torch.empty(self.num_experts, n, k, dtype=dtype, device=self.stored_codes(projection).device)
+        for i in range(self.num_experts):
+            out[i] = self._dequantize_one(projection, i, dtype)
+        return out
+
+    def _dequantize_one(self, projection: str, expert: int, dtype: torch.dtype) -> Tensor:
+        assert self.scheme.weights is not None
+        codes = self.stored_codes(projection)[expert]
+        if codes.dtype == torch.int32:
+            codes = unpack(codes, self.shape_of(projection)[1])
+        scale = scale_as_float(self.stack(projection, "scale")[expert])
+        return dequantize_rows(codes, scale, self.scheme.weights, dtype)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"expected hidden states [T, {self.hidden_size}], found {list(hidden_states.shape)}"
+            )
+        if torch.is_grad_enabled():
+            self.check_frozen()
+        out_dtype = hidden_states.dtype
+        x = autocast_input(hidden_states)
+        tokens, choices = top_k_index.shape
+        chosen = top_k_index.reshape(-1)
+        weights = torch.where(chosen < self.num_experts, top_k_weights.reshape(-1).to(torch.float32), 0.0)
+        chosen = chosen.clamp(max=self.num_experts - 1)
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add(0, chosen.to(torch.int64), torch.ones_like(order))
+        offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
+        middle = self._gated(x[order // choices], offsets)
+        out = self._product("down", middle, offsets).to(torch.float32) * weights[order, None]
+        # Back to the tokens' order, and a sum in a fixed order: index_add is not deterministic on GPUs.
+        out = torch.zeros_like(out).index_copy(0, order, out)
+        return out.view(tokens, choices, self.hidden_size).sum(1).to(out_dtype)
+
+    def _gated(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        up = self._product("up", rows, offsets)
+        if "gate" not in self.projections:
+            return self.act_fn(up)
+        gate = self._product("gate", rows, offsets)
+        if self.apply_gate is not None:
+            return self.apply_gate(self, torch.cat([gate, up], dim=-1))
+        return self.act_fn(gate) * up
+
+    def _product(self, projection: str, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Rows of expert e, offsets[e] … offsets[e + 1], times its projection: [T·k, K] → [T·k, N]."""
+        if projection == "down" and self.hadamard:
+            rows = ops.hadamard(rows, self.hadamard)
+        if not self.quantize_activations:
+            bounds = offsets.tolist()
+            out = rows.new_zeros(rows.shape[0], self.shape_of(projection)[0])
+            for i, (start, end) in enumerate(itertools.pairwise(bounds)):
+                if end > start:
+                    weight = self._dequantize_one(projection, i, rows.dtype)
+                    out[start:end] = nn.functional.linear(rows[start:end], weight)
+            return out
+        return ops.linear_grouped(
+            rows, self.stored_codes(projection), self.stack(projection, "scale"), offsets,
+            activations=self._activations, block=self._block,
+        )  # fmt: skip
+
+    # What follows presents the stacks as the checkpoint's tensors.
+
+    def disk_tensors(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        """(name on disk below this module, buffer, expert, view into the stack)."""
+        for i in range(self.num_experts):
+            for name in self.projections.values():
+                for content, suffix in self.suffixes.items():
+                    buffer = f"{name}_{suffix}"
+                    if content != "shape":
+                        stack = self._buffers[buffer]
+                        assert stack is not None
+                        yield f"{i}.{name}.{suffix}", buffer, i, stack[i]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, _, _, view in self.disk_tensors():
+            destination[prefix + name] = view
+        if "shape" in self.suffixes:
+            for i in range(self.num_experts):
+                for projection, name in self.projections.items():
+                    shape = torch.tensor(self.shape_of(projection), dtype=torch.int64)
+                    destination[f"{prefix}{i}.{name}.{self.suffixes['shape']}"] = shape
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        known = set()
+        for name, buffer, expert, view in list(self.disk_tensors()):
+            known.add(name)
+            value = state_dict.get(prefix + name)
+            if value is None:
+                missing_keys.append(prefix + name)
+                continue
+            value = as_stored_scale(value, view) if buffer.endswith(self.suffixes["scale"]) else value
+            if value.shape != view.shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{name}: expected {list(view.shape)}, found {list(value.shape)}"
+                )
+                continue
+            self.put(buffer, expert, value)
+        if strict:
+            for key in state_dict:
+                name = key[len(prefix) :]
+                shape_of = "shape" in self.suffixes and name.endswith("." + self.suffixes["shape"])
+                if key.startswith(prefix) and name not in known and not shape_of:
+                    unexpected_keys.append(key)
+
+    @torch.no_grad()
+    def put(self, buffer: str, expert: int, value: Tensor) -> None:
+        """Copy one expert's tensor into its stack; a stack on meta becomes real on the value's device."""
+        stack = self._buffers[buffer]
+        assert stack is not None
+        if stack.is_meta and not value.is_meta:
+            stack = torch.empty_like(stack, device=value.device)
+            self._buffers[buffer] = stack
+        stack[expert].copy_(
+            value.view(stack.dtype) if value.element_size() == stack.element_size() else value
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # `experts.3.gate_proj.weight`, as loaders walk to a tensor of the checkpoint.
+        if name.isdigit() and int(name) < self.num_experts:
+            return _Expert(self, int(name))
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, scheme={self.scheme.name}"
+        )
+
+
+class _Expert(nn.Module):
+    """One expert of the stacks, for loaders that set tensors by their dotted name."""
+
+    def __init__(self, experts: QuantExperts, index: int) -> None:
+        super().__init__()
+        for name in experts.projections.values():
+            self._modules[name] = _Projection(experts, index, name)
+
+
+class _Projection(nn.Module):
+    """One expert's projection; a tensor assigned to it is copied into the stack."""
+
+    def __init__(self, experts: QuantExperts, index: int, name: str) -> None:
+        super().__init__()
+        self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
+        for suffix in experts.suffixes.values():
+            stack = experts._buffers.get(f"{name}_{suffix}")
+            self._buffers[suffix] = None if stack is None else stack[index]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        experts = self.__dict__.get("_experts")
+        if experts is None or name not in self._buffers:
+            super().__setattr__(name, value)
+            return
+        buffer = f"{self.__dict__['_name']}_{name}"
+        if buffer in experts._buffers:
+            experts.put(buffer, self.__dict__["_index"], value.data)
+            # transformers' mark of what needs no initialization.
+            experts._buffers[buffer]._is_hf_initialized = True
+
+
+def refusal(experts: nn.Module) -> str:
+    """Why a fused experts module cannot be a QuantExperts, or ""."""
+    down = getattr(experts, "down_proj", None)
+    first = getattr(experts, "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", None)
+    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(first, Tensor) or first.dim() != 3:
+        return "expected fused 3-D experts gate_up_proj [E, 2I, H] (or up_proj) and down_proj [E, H, I]"
+    if getattr(experts, "is_transposed", False):
+        return "its experts are stored [E, in, out]"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up projections are interleaved"
+    if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
+        return "its experts have biases or norms of their own"
+    if not callable(getattr(experts, "act_fn", None)):
+        return "it has no act_fn"
+    extra = [n for n, _ in experts.named_parameters() if n not in ("gate_up_proj", "up_proj", "down_proj")]
+    if extra:
+        return f"it has parameters beside its projections: {', '.join(extra)}"
+    count, hidden, intermediate = down.shape
+    twice = 2 if getattr(experts, "has_gate", True) else 1
+    if tuple(first.shape) != (count, twice * intermediate, hidden):
+        return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
+    return ""
+
+
+def fused_weight(experts: nn.Module, projection: str, expert: int) -> Tensor:
+    """[N, K] of one expert's projection, a view of the fused parameter."""
+    if projection == "down":
+        return _parameter(experts, "down_proj")[expert].detach()
+    if not getattr(experts, "has_gate", True):
+        return _parameter(experts, "up_proj")[expert].detach()
+    both = _parameter(experts, "gate_up_proj")[expert].detach()
+    half = both.shape[0] // 2
+    return both[:half] if projection == "gate" else both[half:]
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,112 @@
+"""transformers loads and saves quantized checkpoints on lowbit's modules.
+
+A config class and a quantizer named `lowbit` go into transformers' own registry. `register`
+also lets them answer for `compressed-tensors` and `fp8` where lowbit runs the scheme; what it
+does not run (4-bit weights, say) stays with transformers' own quantizers. transformers does
+the renaming, mapping of files, dispatch to devices and saving; nothing of it is repeated here.
+
+`import lowbit` calls `register_on_import`, which costs nothing until transformers is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_METHODS = ("compressed-tensors", "fp8")
+_REGISTRY = "transformers.quantizers.auto"
+_replaced: dict[str, Any] = {}
+
+
+class _AfterImport(MetaPathFinder, Loader):
+    """Calls `register` once transformers' registry has been imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _REGISTRY:
+            return None
+        from importlib.machinery import PathFinder
+
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        self._loader = spec.loader
+        spec.loader = self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        module.__spec__.loader = self._loader  # type: ignore[union-attr]
+        register()
+
+
+_finder = _AfterImport()
+
+
+def register_on_import() -> None:
+    """Register now if transformers is there already, else as soon as it is imported."""
+    if _REGISTRY in sys.modules:
+        register()
+    elif _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+
+
+def register_names() -> None:
+    """Put the config and quantizer named `lowbit` into transformers' registry, and nothing else."""
+    from transformers.quantizers import auto
+
+    from lowbit.nn.quantizer import LowbitConfig, LowbitQuantizer
+
+    if "lowbit" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer("lowbit")(LowbitQuantizer)
+        auto.register_quantization_config("lowbit")(LowbitConfig)
+
+
+def register() -> None:
+    """Let `from_pretrained` run compressed-tensors and fp8 checkpoints of 8 bits on lowbit's modules."""
+    from transformers.quantizers import auto
+
+    for method in _METHODS:
+        if method not in _replaced:
+            _replaced[method] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+            mapping: dict[str, Any] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+            mapping[method] = _Answering(method, _replaced[method])
+
+
+class _Answering:
+    """Stands in for transformers' config class of one method: lowbit's own where lowbit runs the scheme."""
+
+    def __init__(self, method: str, own: Any) -> None:
+        self.method, self.own = method, own
+        self.__name__ = own.__name__
+
+    def from_dict(self, config: dict[str, Any], **kwargs: Any) -> Any:
+        # Here and not at registration: this module is imported with transformers still half loaded.
+        from lowbit.nn.quantizer import LowbitConfig, runs
+
+        register_names()
+        if not runs({"quant_method": self.method, **config}):
+            return self.own.from_dict(config, **kwargs)
+        found = LowbitConfig(original=config)
+        return (found, kwargs) if kwargs.pop("return_unused_kwargs", False) else found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def unregister() -> None:
+    """Give `compressed-tensors` and `fp8` back to transformers' own quantizers."""
+    if _finder in sys.meta_path:
+        sys.meta_path.remove(_finder)
+    if _replaced:
+        from transformers.quantizers import auto
+
+        for method, own in _replaced.items():
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = own
+        _replaced.clear()

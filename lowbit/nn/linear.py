@@ -1,0 +1,259 @@
+"""A linear layer on quantized weights. Its state_dict is the checkpoint: same names, dtypes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import ops
+from lowbit.formats import Format
+from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
+from lowbit.nn.weights import dequantize_rows, quantize_rows
+from lowbit.quantize import scale_as_float
+from lowbit.scheme import Scheme
+
+# Scales are used in float32; a published checkpoint may store BF16.
+SCALES = ("scale", "input_scale")
+_COMPUTES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantLinear(QuantModule):
+    """y = x · Wᵀ + b with W quantized, and x quantized as the scheme says.
+
+    x […, in_features] in float32, bfloat16 or float16 (1-D to any number of dimensions, any
+    strides) → […, out_features] in the dtype of x; under autocast, in autocast's. Other float
+    dtypes compute in float32. The epilogue is in float32 and rounds once.
+
+    Buffers are those of the on-disk format: for compressed-tensors `weight` and
+    `weight_scale` (`weight_packed`, `weight_scale`, `weight_shape` when weight-only;
+    `input_scale` and `input_zero_point` when activations are static), for `fp8` `weight` and
+    `weight_scale_inv`; `bias` in float. `.to(device)` moves them; `.half()`, `.bfloat16()` and
+    `.to(dtype)` cast `bias` only. Weights are frozen; a gradient reaches x through the
+    dequantized weight, as if x had not been quantized (a straight-through estimate).
+
+    `quantize_activations = False` multiplies x as it is with the dequantized weight, by
+    `F.linear`: a reference for what quantizing the activations costs. `hadamard` > 0: x is
+    first rotated by a Hadamard matrix of that many columns, for weights that were rotated so.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scheme: Scheme | str,
+        bias: bool = False,
+        format: Format | str = "compressed-tensors",
+        names: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Uninitialized buffers. `dtype` is that of the bias; `names` renames buffers (content → name)."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.format = as_scheme(scheme), as_format(format)
+        self.quantize_activations = True
+        self.hadamard = 0
+        assert self.scheme.weights is not None
+        self._block = ops.block_of(self.scheme.weights.granularity)
+        self._activations = ops.activations_of(self.scheme)
+        self.names: dict[str, str] = {}
+        for stored in self.format.tensors(self.scheme, (out_features, in_features)):
+            name = (names or {}).get(stored.content, stored.suffix[1:])
+            self.names[stored.content] = name
+            # The shape of a packed weight is known already: never left uninitialized.
+            value = (
+                torch.tensor([out_features, in_features], dtype=torch.int64, device=device)
+                if stored.content == "shape"
+                else torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=device)
+            )
+            self.register_buffer(name, value)
+        self.frozen = tuple(self.names.values())
+        self.register_buffer(
+            "bias", torch.empty(out_features, dtype=dtype or torch.get_default_dtype(), device=device)
+        ) if bias else self.register_buffer("bias", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        scheme: Scheme | str,
+        *,
+        format: Format | str = "compressed-tensors",
+        input_scale: Tensor | float | None = None,
+        input_zero_point: Tensor | int | None = None,
+        name: str = "linear",
+    ) -> QuantLinear:
+        """Quantize a `Linear` (or transformers' Conv1D, whose weight is [in, out]) on its own device.
+
+        Weights are quantized as `lowbit.quantize.quantize` does, row block by row block, so that
+        no float32 copy of the whole weight exists. A static scheme needs `input_scale` (and
+        `input_zero_point` when asymmetric) from a calibration. Raises ValueError for NaN or Inf
+        in the weight, naming `name`, and for a scheme that does not fit.
+        """
+        scheme = as_scheme(scheme)
+        weight, bias = linear.weight, getattr(linear, "bias", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise ValueError(f"expected a layer with a 2-D weight, found {type(linear).__name__} in {name}")
+        weight = weight.detach()
+        if is_conv1d(linear):
+            weight = weight.T
+        n, k = weight.shape
+        module = cls(
+            k, n, scheme=scheme, bias=bias is not None, format=format,
+            dtype=bias.dtype if bias is not None else None, device=weight.device,
+        )  # fmt: skip
+        assert scheme.weights is not None
+        codes, scale = quantize_rows(weight, scheme.weights, name=name)
+        module.set_content("codes" if "codes" in module.names else "packed", codes)
+        module.set_content("scale", scale)
+        if bias is not None:
+            module.bias = bias.detach().clone()
+        if scheme.needs_calibration:
+            module._set_static(input_scale, input_zero_point, name)
+        return module.train(linear.training)
+
+    def _set_static(self, scale: Tensor | float | None, zero_point: Tensor | int | None, name: str) -> None:
+        if scale is None:
+            raise ValueError(
+                f"{name}: scheme {self.scheme.name} needs calibrated activation scales, found none; give input_scale, "
+                "or use a scheme with dynamic activations (int8, fp8)"
+            )
+        if "input_zero_point" in self.names and zero_point is None:
+            raise ValueError(f"{name}: scheme {self.scheme.name} is asymmetric: give input_zero_point too")
+        device = self.codes_buffer.device
+        self.set_content("input_scale", torch.as_tensor(scale, dtype=torch.float32, device=device).reshape(1))
+        if "input_zero_point" in self.names:
+            zero = torch.as_tensor(zero_point, device=device).to(torch.int8).reshape(1)
+            self.set_content("input_zero_point", zero)
+
+    def content(self, content: str) -> Tensor | None:
+        """The buffer that holds `codes`, `packed`, `scale`, `input_scale` or `input_zero_point`; None if absent."""
+        name = self.names.get(content)
+        return None if name is None else self._buffers[name]
+
+    def set_content(self, content: str, value: Tensor) -> None:
+        """Put codes (int8 codes are packed here where the layout says so), scales or zero points in place."""
+        if content == "packed" and value.dtype != torch.int32:
+            value = pack(value)
+        self._buffers[self.names[content]] = value
+
+    def expect_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Before loading: give scales the shapes that a checkpoint has (content → shape), [] for [1], say."""
+        for content in SCALES:
+            buffer, shape = self.content(content), shapes.get(content)
+            if buffer is not None and shape is not None and tuple(buffer.shape) != shape:
+                self.set_content(content, buffer.reshape(shape))
+
+    def restore_shapes(self) -> None:
+        """After loading: scales of the shapes that the scheme asks for."""
+        for stored in self.format.tensors(self.scheme, (self.out_features, self.in_features)):
+            buffer = self.content(stored.content)
+            if stored.content in SCALES and buffer is not None and tuple(buffer.shape) != stored.shape:
+                self.set_content(stored.content, buffer.reshape(stored.shape))
+
+    @property
+    def codes_buffer(self) -> Tensor:
+        """The codes as stored: int8 or float8_e4m3fn [N, K], or packed int32 [N, ⌈K/4⌉]."""
+        buffer = self.content("codes")
+        if buffer is None:
+            buffer = self.content("packed")
+        assert buffer is not None
+        return buffer
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 or float8_e4m3fn [N, K]."""
+        stored = self.codes_buffer
+        return unpack(stored, self.in_features) if stored.dtype == torch.int32 else stored
+
+    @property
+    def stored_scale(self) -> Tensor:
+        """The weight's scale as stored: float32, or E8M0 bytes."""
+        scale = self._buffers[self.names["scale"]]
+        assert scale is not None
+        return scale
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight's scale, float32, shaped as the scheme's granularity says."""
+        return scale_as_float(self.stored_scale)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """code · scale, rounded once to `dtype`: [N, K]."""
+        assert self.scheme.weights is not None
+        return dequantize_rows(self.codes, self.scale, self.scheme.weights, dtype)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A trainable Linear of the dequantized weight."""
+        bias = self._buffers["bias"]
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype))
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"expected an input […, {self.in_features}], found {list(x.shape)}")
+        if torch.is_grad_enabled():
+            self.check_frozen()
+        x = autocast_input(x)
+        if x.dtype not in _COMPUTES:
+            return self._compute(self._as_float(x)).to(x.dtype)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        if self.hadamard:
+            x = ops.hadamard(x, self.hadamard)
+        bias = self._buffers["bias"]
+        if not self.quantize_activations:
+            weight = self.dequantize(x.dtype)
+            return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return ops.linear(
+            x, self.codes_buffer, self.stored_scale, bias,
+            activations=self._activations, block=self._block,
+            input_scale=self.content("input_scale"), input_zero_point=self.content("input_zero_point"),
+        )  # fmt: skip
+
+    def _as_float(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float64:
+            raise TypeError(
+                f"expected a float32, bfloat16 or float16 input, found {x.dtype}; "
+                "inputs that are codes already go to lowbit.ops.matmul"
+            )
+        return x.to(torch.float32)
+
+    def extra_repr(self) -> str:
+        bias = self._buffers["bias"] is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"scheme={self.scheme.name}"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Published checkpoints store scales as BF16 or as a scalar; here they are float32 and have their shape.
+        for content in SCALES:
+            key = prefix + self.names.get(content, "\0")
+            if key in state_dict:
+                state_dict[key] = as_stored_scale(state_dict[key], self.content(content))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def as_stored_scale(scale: Tensor, like: Tensor | None) -> Tensor:
+    """A checkpoint's scale in the dtype of the buffer `like`, and in its shape where only ones differ."""
+    if like is None:
+        return scale
+    if scale.dtype in (torch.bfloat16, torch.float16, torch.float64):
+        scale = scale.to(torch.float32)
+    if scale.shape != like.shape and scale.numel() == like.numel():
+        scale = scale.reshape(like.shape)
+    return scale
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, whose weight is [in, out]; recognized without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")

@@ -1,0 +1,94 @@
+"""Load a converted checkpoint into a transformers model that runs on lowbit's modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit.checkpoint.headers import Checkpoint, open_checkpoint
+from lowbit.errors import InputError
+from lowbit.formats import quantization_of, read
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a checkpoint directory, in eval mode.
+
+    Reads what `lowbit.convert` writes, and published compressed-tensors INT8 and FP8 and
+    DeepSeek-style block FP8 checkpoints. The model is built on meta and filled with tensors
+    mapped from the files: quantized weights are never held in full precision, and on a CPU they
+    are read when they are first used (leave the files in place while the model lives). Only the
+    stacks of a mixture's experts are copied.
+
+    `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
+    through accelerate. `dtype` is that of what is not quantized, and of the activations: as
+    stored when None. Raises InputError for a checkpoint that cannot be read or run.
+    """
+    if device is not None and device_map is not None:
+        raise InputError("expected device or device_map, found both; give one of them")
+    checkpoint = open_checkpoint(path)
+    model_class, config = _architecture(checkpoint, trust_remote_code)
+    # An error in the headers is best found before a model is built.
+    if read(checkpoint.config, checkpoint.tensors):
+        config.quantization_config = {
+            "quant_method": "lowbit",
+            "original": quantization_of(checkpoint.config),
+        }
+        _without_inner_config(config)
+    if device is not None and str(device) != "cpu":
+        device_map = {"": device}  # type: ignore[dict-item]
+    more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    return model_class.from_pretrained(
+        str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
+        trust_remote_code=trust_remote_code, local_files_only=True, **more,
+    )  # fmt: skip
+
+
+def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model class, config) that config.json names."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("lowbit.load needs transformers: pip install 'lowbit[models]'") from error
+
+    from lowbit.nn.integration import register_names
+
+    register_names()
+    if not checkpoint.config:
+        raise InputError(f"{checkpoint.root}: expected a config.json that names an architecture, found none")
+    names = checkpoint.config.get("architectures") or []
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(checkpoint.root), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(
+            f"{checkpoint.root}: transformers {transformers.__version__} cannot use this config.json ({error})"
+        ) from error
+    if trust_remote_code and "auto_map" in checkpoint.config:
+        return transformers.AutoModelForCausalLM, config
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name), config
+    raise InputError(
+        f"{checkpoint.root}: expected an architecture that transformers {transformers.__version__} knows, found "
+        f"{names or 'none'} in config.json; update transformers"
+    )
+
+
+def _without_inner_config(config: Any) -> None:
+    """Where a vision-language model's quantization_config lies in its text_config, it has been read."""
+    text = getattr(config, "text_config", None)
+    if text is not None and hasattr(text, "quantization_config"):
+        del text.quantization_config

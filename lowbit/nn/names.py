@@ -1,0 +1,71 @@
+"""What a model's modules are called on disk.
+
+transformers 5 renames while loading (`block_sparse_moe` → `mlp`, `language_model.model` →
+`model.language_model`) and fuses experts; the rules and the user's patterns speak the
+checkpoint's names. The library's own tables are asked, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+_EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
+
+# The names of an expert's projections → what each does.
+ROLES = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+    "w1": "gate", "w3": "up", "w2": "down",
+}  # fmt: skip
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether it is a PreTrainedModel, without importing transformers for others."""
+    return any(
+        c.__module__ == "transformers.modeling_utils" and c.__name__ == "PreTrainedModel"
+        for c in type(model).__mro__
+    )
+
+
+def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Name of a parameter in memory → its names in a saved checkpoint (several for fused experts)."""
+    wanted = list(names)
+    if not is_transformers_model(model):
+        return {name: [name] for name in wanted}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found: dict[str, list[str]] = {}
+    for name in wanted:
+        tensor = _get(model, name)
+        one: dict[str, Any] = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")}
+        try:
+            found[name] = list(revert_weight_conversion(model, one))  # type: ignore[arg-type]
+        except Exception:
+            # A conversion that needs more tensors than this one: such names stay as they are.
+            found[name] = [name]
+    return found
+
+
+def _get(model: nn.Module, name: str) -> torch.Tensor:
+    module, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(module), leaf)
+
+
+def expert_names(disk: Iterable[str]) -> dict[str, str]:
+    """Disk names of fused experts → role (gate, up, down) → projection name; {} when they are fused on disk too."""
+    found: dict[str, str] = {}
+    for name in disk:
+        match = _EXPERT.match(name)
+        if match is None or match["projection"] not in ROLES:
+            return {}
+        found[ROLES[match["projection"]]] = match["projection"]
+    return found
+
+
+def module_of(tensor: str) -> str:
+    """`a.b.weight` → `a.b`; a parameter of another name stands for itself, as in the converter."""
+    return tensor.removesuffix(".weight")

@@ -1,0 +1,307 @@
+"""The transformers quantizer behind `lowbit.load` and `from_pretrained`: swaps modules before weights are read.
+
+Which modules are quantized, and how, is read from the headers of the checkpoint's files, not
+guessed from patterns in the config. What follows is transformers' own loading: the swapped
+modules' buffers have the checkpoint's names, so each tensor finds its place as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.checkpoint.headers import TensorRef, read_header
+from lowbit.errors import InputError
+from lowbit.formats import StoredModule, get_format, read
+from lowbit.granularity import PerGroup, PerTensor, PerToken
+from lowbit.nn.experts import QuantExperts, refusal
+from lowbit.nn.linear import QuantLinear, is_conv1d
+from lowbit.nn.names import ROLES
+from lowbit.nn.stored import QuantModule
+from lowbit.nn.swap import replace_module
+from lowbit.scheme import Scheme
+
+_EXPERT = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
+
+
+class LowbitConfig(QuantizationConfigMixin):
+    """A checkpoint's own `quantization_config`, run by lowbit. It is written back as it was found."""
+
+    def __init__(self, original: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        self.quant_method: Any = "lowbit"
+        self.original = dict(original or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.original)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {}
+
+
+def runs(config: Mapping[str, Any]) -> bool:
+    """Whether lowbit can run a checkpoint with this quantization_config."""
+    if config.get("dequantize") or config.get("run_compressed") is False:
+        return False
+    try:
+        get_format(str(config["quant_method"])).read(config, {})
+    except InputError:
+        return False
+    # Rotations that transformers' own quantizer would apply while running.
+    return not config.get("transform_config")
+
+
+class LowbitQuantizer(HfQuantizer):
+    """Puts QuantLinear and QuantExperts where the checkpoint has codes."""
+
+    requires_calibration = True
+    quantization_config: LowbitConfig
+
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._experts: list[str] = []
+        """Tensor names on disk of experts that are quantized."""
+        self._float_experts: list[str] = []
+        """Modules in memory of fused experts that are not."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        # E8M0 scales kept as bytes must not be cast to numbers.
+        found = param.get_dtype() if hasattr(param, "get_dtype") else ""
+        if found == "F8_E8M0" and dtype == torch.uint8:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        tensors: dict[str, TensorRef] = {}
+        for file in kwargs.get("checkpoint_files") or []:
+            tensors |= read_header(Path(file))[0]
+        if not tensors:
+            raise InputError(
+                "expected the files of a safetensors checkpoint, found none; quantized weights are read from disk"
+            )
+        original = self.quantization_config.original
+        stored = read({"quantization_config": original} if original else {}, tensors)
+        self._swap(model, stored, tensors)
+
+    def _swap(
+        self, model: nn.Module, stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+    ) -> None:
+        find = _Finder(model)
+        experts: dict[str, dict[str, StoredModule]] = {}
+        for name, module in stored.items():
+            check_runnable(name, module)
+            path = find.module(module.weight)
+            if path is not None:
+                _swap_linear(model, path, name, module, tensors, find)
+                continue
+            parent = find.experts(name)
+            if parent is not None:
+                experts.setdefault(parent, {})[name] = module
+        for path, members in experts.items():
+            _swap_experts(model, path, members)
+            self._experts += [t for m in members.values() for t in m.names.values()]
+        self._float_experts = [
+            n for n, m in model.named_modules() if not isinstance(m, QuantModule) and not refusal(m)
+        ]
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        """Without the converters that would fuse quantized experts; those stay for experts in float."""
+        if not self._experts:
+            return weight_conversions
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
+
+        renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
+        renamed = [apply_renamings(name, renamings) for name in self._experts]
+        kept = []
+        for conversion in weight_conversions:
+            if not isinstance(conversion, WeightConverter):
+                kept.append(conversion)
+                continue
+            matched = any(conversion.compiled_sources.search(name) for name in renamed)
+            if not matched:
+                kept.append(conversion)
+                continue
+            for path in self._float_experts:
+                scoped = copy.deepcopy(conversion)
+                # Down to the decoder layer: the patterns begin at the mixture's own name.
+                scope = path.rpartition(".")[0].rpartition(".")[0]
+                scoped.base_model_prefix = model.base_model_prefix
+                scoped.scope_prefix = scope.removeprefix(model.base_model_prefix).removeprefix(".")
+                kept.append(scoped)
+        return kept
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.restore_shapes()
+        # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
+        model.is_quantized = False
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantExperts):
+                raise InputError(f"{name}: experts cannot be dequantized in place; convert with scheme bf16")
+            if isinstance(module, QuantLinear):
+                replace_module(model, name, module.to_linear(dtype or torch.float32))
+        return model
+
+
+class _Finder:
+    """Where a checkpoint's modules are in a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+
+    def _renamed(self, tensor: str) -> str:
+        from transformers.core_model_loading import apply_renamings
+
+        return apply_renamings(tensor, self._renamings)
+
+    def _placed(self, path: str) -> str | None:
+        """With or without the base model's prefix, whichever the model has."""
+        prefix = f"{self._prefix}." if self._prefix else ""
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            if candidate in self.modules:
+                return candidate
+        return None
+
+    def module(self, tensor: str) -> str | None:
+        """The module whose weight is the checkpoint's `tensor`; None where the model has none."""
+        return self._placed(self._renamed(tensor).rpartition(".")[0])
+
+    def experts(self, module: str) -> str | None:
+        """The fused experts that hold the checkpoint's expert projection `module`."""
+        match = _EXPERT.match(self._renamed(module + ".weight").removesuffix(".weight"))
+        if match is None or match[3] not in ROLES:
+            return None
+        path = self._placed(match[1])
+        return path if path is not None and isinstance(_down(self.modules[path]), Tensor) else None
+
+    def reshapes(self, tensor: str) -> bool:
+        """Whether transformers splits, joins or transposes this tensor while loading."""
+        return any(c.compiled_sources.search(self._renamed(tensor)) for c in self._converters)
+
+
+def _down(module: nn.Module) -> Any:
+    return getattr(module, "down_proj", None)
+
+
+def check_runnable(name: str, stored: StoredModule) -> None:
+    """InputError for what lowbit's operations do not compute."""
+    if not stored.spec.symmetric:
+        raise InputError(
+            f"{name}: expected symmetric weights, found a weight zero point; convert it with `lowbit convert` first"
+        )
+
+
+def runnable(scheme: Scheme) -> Scheme:
+    """The scheme as the operations compute it: activations' groups follow the weight's, one scale per token else.
+
+    A published config may ask for groups of activations beside weights with one scale, or for one
+    dynamic scale for a whole batch; a scale per token is finer than either.
+    """
+    activations = scheme.activations
+    if activations is None or scheme.weights is None or not activations.dynamic:
+        return scheme
+    grouped = isinstance(scheme.weights.granularity, PerTensor | PerToken) or not hasattr(
+        scheme.weights.granularity, "cols"
+    )
+    if isinstance(activations.granularity, PerTensor) or (
+        isinstance(activations.granularity, PerGroup)
+        and grouped
+        and not isinstance(scheme.weights.granularity, PerGroup)
+    ):
+        return replace(scheme, activations=replace(activations, granularity=PerToken()))
+    return scheme
+
+
+def _swap_linear(
+    model: nn.Module,
+    path: str,
+    name: str,
+    stored: StoredModule,
+    tensors: Mapping[str, TensorRef],
+    find: _Finder,
+) -> None:
+    module = find.modules[path]
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        raise InputError(
+            f"{name}: expected a Linear for quantized codes, found {type(module).__name__}; "
+            "convert the checkpoint again with --ignore for this module"
+        )
+    if find.reshapes(stored.weight):
+        raise InputError(
+            f"{name}: transformers splits or joins this weight while loading, which codes do not survive; "
+            "convert the checkpoint again with --ignore for this module"
+        )
+    n, _k = stored.shape
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    expected = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
+    if stored.shape != expected and not ("packed" in stored.names and n == expected[0]):
+        raise InputError(
+            f"{name}: expected a weight {list(expected)} for this config, found {list(stored.shape)}; "
+            "config.json and weights do not belong together"
+        )
+    bias = getattr(module, "bias", None)
+    suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in stored.names.items()}
+    new = QuantLinear(
+        expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=format_for(stored),
+        names=suffixes, dtype=weight.dtype, device="meta",
+    )  # fmt: skip
+    new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
+    replace_module(model, path, new)
+    find.modules[path] = new
+
+
+def format_for(stored: StoredModule) -> str:
+    """The format whose tensors these are; names may differ and are taken as found."""
+    return "compressed-tensors" if stored.scheme.name != "fp8-block" else "fp8"
+
+
+def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModule]) -> None:
+    experts = model.get_submodule(path)
+    if problem := refusal(experts):
+        raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
+    first = next(iter(members.values()))
+    schemes = {runnable(m.scheme) for m in members.values()}
+    down = _down(experts)
+    count = down.shape[0] * (3 if getattr(experts, "has_gate", True) else 2)
+    if len(schemes) > 1 or len(members) != count:
+        raise InputError(
+            f"{path}: expected all {count} expert projections quantized alike, found {len(members)} in "
+            f"{len(schemes)} schemes; convert the checkpoint again with one scheme for its experts"
+        )
+    projections = {ROLES[p]: p for p in dict.fromkeys(m.rpartition(".")[2] for m in members)}
+    suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
+    new = QuantExperts.like(
+        experts, next(iter(schemes)), projections=projections, format=format_for(first), names=suffixes
+    )
+    replace_module(model, path, new)

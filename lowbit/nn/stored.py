@@ -1,0 +1,169 @@
+"""A module whose buffers are a quantized weight as it lies on disk: they move, and are never cast or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.formats import Format, get_format
+from lowbit.scheme import Scheme, get_scheme
+
+TORCH_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""safetensors' names of dtypes → torch's."""
+
+# `Module.to(dtype)`, `half()` and their like cast what is floating; seen as integers of the
+# same width, codes and scales are only moved.
+_AS_INTEGER = {
+    torch.float8_e4m3fn: torch.int8,
+    torch.float8_e8m0fnu: torch.uint8,
+    torch.float32: torch.int32,
+}
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+
+
+class QuantModule(nn.Module):
+    """Base of the quantized modules. Buffers named in `frozen` keep their dtype whatever is asked for."""
+
+    frozen: tuple[str, ...] = ()
+    format: Format
+    quantize_activations: bool
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+        def move(tensor: Tensor) -> Tensor:
+            as_integer = _AS_INTEGER.get(tensor.dtype, tensor.dtype)
+            moved = fn(tensor.view(as_integer))
+            if moved.dtype != as_integer:
+                raise TypeError(
+                    f"expected codes and scales to keep {tensor.dtype}, found a conversion to {moved.dtype}; "
+                    "use .to(dtype) or .half(), which leave them alone, or dequantize() for a float weight"
+                )
+            return moved.view(tensor.dtype)
+
+        everything = dict(self._buffers)
+        kept = {name: buffer for name in self.frozen if (buffer := everything[name]) is not None}
+        moved = {name: move(buffer) for name, buffer in kept.items()}
+        for name in self.frozen:
+            del self._buffers[name]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            others = dict(self._buffers)
+            for name in everything:  # in their old order
+                self._buffers[name] = moved.get(name, others.get(name))
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Reached by `module.weight = nn.Parameter(…)` too, which would train codes.
+        if name in self.frozen:
+            raise TypeError(
+                f"{type(self).__name__}.{name} holds codes and cannot be a Parameter: quantized weights are frozen; "
+                "train an adapter beside the layer, or a Linear made from dequantize()"
+            )
+        super().register_parameter(name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantModule:
+        """Codes cannot be trained: True raises TypeError."""
+        if requires_grad:
+            raise TypeError(
+                f"the weights of {type(self).__name__} are codes and stay frozen; gradients flow through it to its "
+                "input: train an adapter beside it, or a Linear made from dequantize()"
+            )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plain pickle cannot hold float8 tensors (torch.save can). A format is stateless: its name will do.
+        buffers = dict(self._buffers)
+        float8 = {n: t.dtype for n, t in buffers.items() if t is not None and t.dtype in _FLOAT8}
+        for name in float8:
+            tensor = buffers[name]
+            assert tensor is not None
+            buffers[name] = tensor.view(torch.uint8)
+        return self.__dict__ | {"_buffers": buffers, "_float8": float8, "format": self.format.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        float8 = state.pop("_float8")
+        super().__setstate__(state)
+        for name, dtype in float8.items():
+            tensor = self._buffers[name]
+            assert tensor is not None
+            self._buffers[name] = tensor.view(dtype)
+        self.format = get_format(state["format"])
+
+    def check_frozen(self) -> None:
+        """TypeError when someone asked for a gradient of codes or scales."""
+        for name in self.frozen:
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.requires_grad:
+                raise TypeError(
+                    f"{type(self).__name__}.{name} requires a gradient, but quantized weights are frozen; "
+                    f"call .{name}.requires_grad_(False)"
+                )
+
+
+@contextmanager
+def float_activations(model: nn.Module) -> Iterator[None]:
+    """Within the block the quantized modules of `model` leave activations unquantized.
+
+    Each then computes `F.linear` with its dequantized weight, so that the model equals, bit for
+    bit, one of dequantized weights: what is missing otherwise is what quantizing activations costs.
+    """
+    modules = [m for m in model.modules() if isinstance(m, QuantModule)]
+    before = [m.quantize_activations for m in modules]
+    try:
+        for module in modules:
+            module.quantize_activations = False
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.quantize_activations = value
+
+
+def as_scheme(scheme: Scheme | str) -> Scheme:
+    """A scheme that quantizes weights; ValueError for one that does not (`bf16`)."""
+    scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    if scheme.weights is None:
+        raise ValueError(
+            f"expected a scheme that quantizes weights, found {scheme.name}; use .to(dtype) for that"
+        )
+    return scheme
+
+
+def as_format(fmt: Format | str) -> Format:
+    return get_format(fmt) if isinstance(fmt, str) else fmt
+
+
+def pack(codes: Tensor) -> Tensor:
+    """int8 [N, K] → int32 [N, ⌈K/4⌉]: bytes of code + 128, the first in the lowest byte; padding is 0."""
+    n, k = codes.shape
+    raw = torch.zeros(n, -(-k // 4) * 4, dtype=torch.uint8, device=codes.device)
+    raw[:, :k] = (codes.to(torch.int16) + 128).to(torch.uint8)
+    return raw.view(torch.int32)
+
+
+def unpack(packed: Tensor, k: int) -> Tensor:
+    """int32 […, ⌈K/4⌉] → int8 […, K], the inverse of `pack`."""
+    raw = packed.contiguous().view(torch.uint8)[..., :k]
+    return (raw.to(torch.int16) - 128).to(torch.int8)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """What `F.linear` would compute in under autocast."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

@@ -1,0 +1,291 @@
+"""Quantize a model in memory: the converter's own rules decide, and each module is swapped in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit.checkpoint.rules import Decision, Selection, decide, pattern_matches, unmatched
+from lowbit.errors import InputError
+from lowbit.formats import Format, Layout
+from lowbit.nn.experts import QuantExperts, refusal
+from lowbit.nn.linear import QuantLinear, is_conv1d
+from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
+from lowbit.nn.stored import QuantModule, as_format, as_scheme
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapReport:
+    """What `quantize_model` did. Names are those in memory."""
+
+    quantized: Mapping[str, str]
+    """Module → scheme."""
+    kept: Mapping[str, str]
+    """Module with a matrix weight → why it stayed in float."""
+    warnings: tuple[str, ...]
+    bytes_before: int
+    """Of all parameters and buffers."""
+    bytes_after: int
+
+    def __str__(self) -> str:
+        schemes = Counter(self.quantized.values())
+        lines = [
+            f"{sum(schemes.values())} modules quantized "
+            f"({', '.join(f'{count} {name}' for name, count in schemes.most_common())}), {len(self.kept)} kept; "
+            f"{self.bytes_before / 1e6:.1f} → {self.bytes_after / 1e6:.1f} MB"
+        ]
+        reasons = Counter(self.kept.values())
+        lines += [f"  kept {count}: {reason}" for reason, count in reasons.most_common()]
+        return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A module that could be swapped."""
+
+    name: str
+    module: nn.Module
+    disk: tuple[str, ...]
+    """The modules that it is on disk: itself, or each expert's projections."""
+    shape: tuple[int, ...]
+    projections: Mapping[str, str] | None = None
+    """Fused experts: gate, up, down → their names on disk."""
+
+
+def quantize_model(
+    model: nn.Module,
+    scheme: Scheme | str,
+    *,
+    ignore: Sequence[str] = (),
+    per_module: Mapping[str, str] | None = None,
+    format: Format | str = "compressed-tensors",
+) -> nn.Module:
+    """Swap Linears, Conv1Ds and experts for quantized ones, in place; returns the model.
+
+    The same rules choose as in `lowbit.convert`, so embeddings, output heads, routers, norms and
+    vision towers stay, and members of a fused group agree. `ignore` and the keys of `per_module`
+    (→ a scheme's name, or `float`) are patterns as there: a module's name or its parent's, a
+    glob, or `re:` and a regex, on names as on disk or in memory. `model.quantization_report`
+    (a `SwapReport`) says what was swapped, what was not, and why.
+
+    One module at a time is quantized, on its device, and its float weight is dropped, so the
+    peak is one module above the model. Of a transformers model the config is updated too:
+    `save_pretrained` writes a checkpoint in `format`. (GPT-2's Conv1D is transposed on the way;
+    saved so, only lowbit loads it.)
+
+    Raises InputError for schemes that need calibration, patterns that are not regular
+    expressions, and weights that are on meta or not finite.
+    """
+    scheme, target = as_scheme(scheme), as_format(format)
+    if scheme.needs_calibration:
+        raise InputError(
+            f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
+            "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
+        )
+    before = _nbytes(model)
+    candidates, unfit = _candidates(model)
+    selection = _selection(candidates, tuple(ignore), dict(per_module or {}))
+    decisions = _decide(model, candidates, scheme, target, selection)
+    quantized: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    layout: dict[str, Scheme] = {}
+    ignored: list[str] = []
+    warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, decisions)]
+    swapped: dict[int, nn.Module] = {}
+    order = list(candidates)
+    candidates.clear()
+    while order:
+        candidate = order.pop(0)
+        decision = decisions[candidate.disk[0]]
+        reason = decision.reason if decision.scheme is None else unfit.get(candidate.name, "")
+        if decision.scheme is None or reason:
+            if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
+                kept[candidate.name] = reason
+                if decision.role not in ("embedding", "norm", "conv"):
+                    ignored += candidate.disk
+            continue
+        new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
+        swapped[id(candidate.module)] = new
+        model = replace_module(model, candidate.name, new)
+        _drop_weights(candidate.module)
+        quantized[candidate.name] = decision.scheme.name
+        layout |= dict.fromkeys(candidate.disk, decision.scheme)
+    if not quantized:
+        warnings.append("no module was quantized")
+    config = getattr(model, "config", None)
+    if is_transformers_model(model) and quantized:
+        _describe(model, config, target, layout, ignored)
+    model.quantization_report = SwapReport(  # type: ignore[assignment]
+        quantized=quantized, kept=kept, warnings=tuple(warnings), bytes_before=before, bytes_after=_nbytes(model)
+    )  # fmt: skip
+    return model
+
+
+def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
+    """(modules with a weight, those that cannot be swapped whatever the rules say → why)."""
+    tied = _tied(model)
+    modules = list(model.named_modules(remove_duplicate=False))
+    fused = {n: m for n, m in modules if _is_fused_experts(m)}
+    weights = {
+        n: m for n, m in modules
+        if isinstance(getattr(m, "weight", None), Tensor) and not isinstance(m, QuantModule) and n not in fused
+    }  # fmt: skip
+
+    def parameter(name: str, leaf: str) -> str:
+        return f"{name}.{leaf}" if name else leaf
+
+    wanted = [parameter(n, "weight") for n in weights]
+    wanted += [parameter(n, p) for n, m in fused.items() for p, _ in m.named_parameters(recurse=False)]
+    disk = tensors_on_disk(model, wanted)
+    found: list[_Candidate] = []
+    unfit: dict[str, str] = {}
+    for name, module in weights.items():
+        on_disk = (module_of(disk[parameter(name, "weight")][0]),)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        found.append(_Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
+        if weight.dim() == 2 and not isinstance(module, nn.Linear) and not is_conv1d(module):
+            unfit[name] = f"a {type(module).__name__}, not a Linear"
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            unfit[name] = f"a {type(module).__name__}, whose weight others may read"
+        elif name in tied and weight.dim() == 2:
+            unfit[name] = f"its weight is tied to {tied[name]}"
+    for name, module in fused.items():
+        tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[parameter(name, p)]]
+        projections = expert_names(tensors)
+        problem = refusal(module)
+        if problem:
+            unfit[name] = problem
+        elif not projections:
+            unfit[name] = "experts fused into one 3-D tensor on disk, which no format here can hold"
+        found.append(
+            _Candidate(
+                name=name,
+                module=module,
+                disk=tuple(module_of(t) for t in tensors),
+                shape=(),
+                projections=projections or None,
+            )
+        )
+    return found, unfit
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    down = module._parameters.get("down_proj")
+    return down is not None and down.dim() == 3
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Module → another module that shares its weight."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append((name, module))
+    found = {}
+    for shared in owners.values():
+        for name, _ in shared:
+            others = [other for other, _ in shared if other != name]
+            if others:
+                found[name] = others[0]
+    return found
+
+
+def _selection(
+    candidates: Sequence[_Candidate], ignore: tuple[str, ...], per_module: dict[str, str]
+) -> Selection:
+    """The user's patterns, with the disk names of what they match in memory only."""
+
+    def more(pattern: str) -> list[str]:
+        return [
+            d for c in candidates for d in c.disk
+            if c.name != d and pattern_matches(pattern, c.name) and not pattern_matches(pattern, d)
+        ]  # fmt: skip
+
+    overrides: dict[str, str] = {}
+    for pattern, name in per_module.items():
+        overrides[pattern] = name
+        overrides |= dict.fromkeys(more(pattern), name)
+    return Selection(ignore=(*ignore, *(d for p in ignore for d in more(p))), overrides=overrides)
+
+
+def _decide(
+    model: nn.Module, candidates: Sequence[_Candidate], scheme: Scheme, target: Format, selection: Selection
+) -> dict[str, Decision]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for c in candidates:
+        if c.projections is None:
+            # A Conv1D is [in, out] here, and a Linear once it is quantized.
+            shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
+            shapes |= dict.fromkeys(c.disk, shape)
+            continue
+        down = c.module.down_proj
+        assert isinstance(down, Tensor)
+        hidden, intermediate = down.shape[1:]
+        downs = {c.projections["down"]}
+        for disk in c.disk:
+            shapes[disk] = (
+                (hidden, intermediate) if disk.rpartition(".")[2] in downs else (intermediate, hidden)
+            )
+    config = _config_dict(model)
+    if any(is_conv1d(c.module) for c in candidates):
+        # What the converter keeps for being stored [in, out] is transposed here.
+        config.pop("model_type", None)
+    return decide(shapes, scheme, selection, config=config, fits=target.refuse)
+
+
+def _config_dict(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+
+
+def _quantized(candidate: _Candidate, scheme: Scheme, target: Format) -> QuantModule:
+    module, name = candidate.module, candidate.name
+    first = next(iter(module.parameters()))
+    if first.is_meta:
+        raise InputError(f"{name}: expected a weight to quantize, found it on meta; load the model first")
+    try:
+        if candidate.projections is not None:
+            return QuantExperts.from_experts(
+                module, scheme, projections=candidate.projections, format=target, name=name
+            )
+        return QuantLinear.from_linear(module, scheme, format=target, name=name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` where `name` is; returns the model (which is `new` itself for the root)."""
+    if not name:
+        return new
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
+def _drop_weights(module: nn.Module) -> None:
+    """Free the float weights now, whoever still holds the module."""
+    for key in list(module._parameters):
+        module._parameters[key] = None
+
+
+def _describe(
+    model: nn.Module, config: Any, target: Format, layout: Mapping[str, Scheme], ignored: Sequence[str]
+) -> None:
+    """Let `save_pretrained` write what the model has become."""
+    if config is not None:
+        config.quantization_config = target.config(
+            Layout(modules=layout, ignored=tuple(ignored), config=_config_dict(model))
+        )
+
+
+def _nbytes(model: nn.Module) -> int:
+    seen: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
