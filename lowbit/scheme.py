@@ -130,8 +130,12 @@ def nearest(word: str, names: list[str]) -> str:
 def get_scheme(name: str) -> Scheme:
     """The preset of that name, or of that compressed-tensors preset name, in any case.
 
-    Raises ValueError naming the nearest presets.
+    One pair differs in case alone: `fp8` is ours, dynamic, and `FP8` the library's name for
+    `fp8-static`. Raises ValueError naming the nearest presets.
     """
+    for preset in _PRESETS:
+        if name.strip() == preset.alias:
+            return preset
     key = name.strip().lower().replace("_", "-")
     if key in SCHEMES:
         return SCHEMES[key]
