@@ -152,6 +152,11 @@ class QuantExperts(QuantModule):
         sizes = (self.hidden_size, self.intermediate_size)
         return sizes if down else sizes[::-1]
 
+    def shape_tensor(self, name: str) -> Tensor:
+        """int64 [2]: what a packed layout stores beside the codes of the projection called `name` on disk."""
+        projection = next(p for p, n in self.projections.items() if n == name)
+        return torch.tensor(self.shape_of(projection), dtype=torch.int64)
+
     def stack(self, projection: str, content: str) -> Tensor:
         """The buffer of a projection's `codes`, `packed` or `scale`, [E, …]."""
         buffer = self._buffers[f"{self.projections[projection]}_{self.suffixes[content]}"]
@@ -246,9 +251,8 @@ class QuantExperts(QuantModule):
             destination[prefix + name] = view
         if "shape" in self.suffixes:
             for i in range(self.num_experts):
-                for projection, name in self.projections.items():
-                    shape = torch.tensor(self.shape_of(projection), dtype=torch.int64)
-                    destination[f"{prefix}{i}.{name}.{self.suffixes['shape']}"] = shape
+                for name in self.projections.values():
+                    destination[f"{prefix}{i}.{name}.{self.suffixes['shape']}"] = self.shape_tensor(name)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -315,9 +319,9 @@ class _Projection(nn.Module):
     def __init__(self, experts: QuantExperts, index: int, name: str) -> None:
         super().__init__()
         self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
-        for suffix in experts.suffixes.values():
+        for content, suffix in experts.suffixes.items():
             stack = experts._buffers.get(f"{name}_{suffix}")
-            self._buffers[suffix] = None if stack is None else stack[index]
+            self._buffers[suffix] = experts.shape_tensor(name) if content == "shape" else stack[index]  # type: ignore[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
         experts = self.__dict__.get("_experts")

@@ -1,0 +1,176 @@
+"""What lowbit's modules are compared with: the same checkpoint in float, by transformers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.formats import quantization_of, read
+from lowbit.granularity import PerTensor
+from lowbit.quantize import choose_scale, dequantize, quantize_with
+from lowbit.scheme import Scheme, TensorSpec
+
+
+def dequantized(out: Path, to: Path) -> Path:
+    """A float32 checkpoint of a quantized one: code · scale written out, tensor by tensor."""
+    source = open_checkpoint(out)
+    tensors: dict[str, Tensor] = {}
+    for shard in source.shards:
+        tensors |= load_file(shard)
+    for name, module in read(source.config, source.tensors).items():
+        taken = {content: tensors.pop(tensor) for content, tensor in module.names.items()}
+        if "packed" in taken:
+            raw = taken["packed"].view(torch.uint8)[:, : module.shape[1]]
+            codes = (raw.to(torch.int16) - 128).to(torch.int8)
+        else:
+            codes = taken["codes"]
+        tensors[name + ".weight"] = dequantize(codes, taken["scale"], module.spec)
+    to.mkdir()
+    floats = {n: t.float().contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
+    save_file(floats, to / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    assert quantization_of(config)
+    config.pop("quantization_config")
+    config.pop("dtype", None)
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@contextmanager
+def activations_quantized(model: nn.Module, schemes: dict[str, Scheme]) -> Iterator[None]:
+    """Within the block every `F.linear` with one of the weights named in `schemes` gets a quantized input.
+
+    Weights are known by their address, so an expert's slice of a fused parameter counts too.
+    """
+    specs: dict[int, TensorSpec] = {}
+    for name, scheme in schemes.items():
+        if scheme.activations is not None:
+            specs[_address(model, name)] = scheme.activations
+    plain = nn.functional.linear
+    seen = set()
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        spec = specs.get(weight.data_ptr())
+        if spec is not None:
+            seen.add(weight.data_ptr())
+            assert not isinstance(spec.granularity, PerTensor)
+            scale, _ = choose_scale(x, spec)
+            x = dequantize(quantize_with(x, scale, spec), scale, spec).to(x.dtype)
+        return plain(x, weight, bias)
+
+    nn.functional.linear = linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = plain
+    assert seen, "no quantized weight was multiplied"
+
+
+def _address(model: nn.Module, name: str) -> int:
+    """Where the weight of module `name` (a fused expert's: `experts.3.up`) begins in memory."""
+    if ".experts." in name and not isinstance(_get(model, name), nn.Linear):
+        path, _, rest = name.partition(".experts.")
+        experts = model.get_submodule(path + ".experts")
+        index, projection = rest.split(".")
+        if projection == "down":
+            return experts.down_proj[int(index)].data_ptr()
+        return experts.gate_up_proj[int(index)].data_ptr()
+    return model.get_submodule(name).weight.data_ptr()
+
+
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
+    """(model class, small config) of an architecture."""
+    t = transformers
+    text: dict = dict(  # noqa: C408  (keyword arguments of a config)
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    match kind:
+        case "llama":
+            return t.LlamaForCausalLM, t.LlamaConfig(**text, tie_word_embeddings=True)
+        case "qwen3":
+            return t.Qwen3ForCausalLM, t.Qwen3Config(**text)
+        case "qwen3-moe":
+            config = t.Qwen3MoeConfig(
+                **text, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0]
+            )
+            return t.Qwen3MoeForCausalLM, config
+        case "mixtral":
+            return t.MixtralForCausalLM, t.MixtralConfig(**text, num_local_experts=4, num_experts_per_tok=2)
+        case "deepseek-v3":
+            config = t.DeepseekV3Config(
+                **{k: v for k, v in text.items() if k not in ("head_dim", "num_key_value_heads")},
+                num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+                v_head_dim=16, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1,
+                moe_intermediate_size=32, first_k_dense_replace=1,
+            )  # fmt: skip
+            return t.DeepseekV3ForCausalLM, config
+        case "gemma":
+            return t.Gemma2ForCausalLM, t.Gemma2Config(**text, sliding_window=16)
+        case "phi":
+            drop = ("head_dim",)
+            return t.PhiForCausalLM, t.PhiConfig(**{k: v for k, v in text.items() if k not in drop})
+        case "gpt2":
+            config = t.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+            return t.GPT2LMHeadModel, config
+        case "bert":
+            config = t.BertConfig(
+                vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=64,
+            )  # fmt: skip
+            return t.BertModel, config
+        case "vision-language":
+            vision = t.CLIPVisionConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                patch_size=8, projection_dim=32,
+            )  # fmt: skip
+            config = t.LlavaConfig(
+                vision_config=vision,
+                text_config=t.LlamaConfig(**text),
+                image_token_index=95,
+                vision_feature_layer=-1,
+            )
+            return t.LlavaForConditionalGeneration, config
+    raise ValueError(kind)
+
+
+def build(kind: str, seed: int = 0) -> nn.Module:
+    """A seeded float32 model of an architecture, its norms and biases away from 1 and 0."""
+    cls, config = tiny(kind)
+    torch.manual_seed(seed)
+    model = cls(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(kind: str, batch: int = 2, length: int = 9) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 90, (batch, length), generator=generator)
+    if kind != "vision-language":
+        return {"input_ids": ids}
+    ids[:, 1:5] = 95  # four patches of 8×8 in an image of 16×16
+    return {"input_ids": ids, "pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    out = model(**batch)
+    return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits

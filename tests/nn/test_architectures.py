@@ -1,0 +1,112 @@
+"""Converted → loaded → logits against the dequantized checkpoint, which transformers runs alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from nn_reference import activations_quantized, build, dequantized, inputs, logits, tiny
+
+import lowbit
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
+
+CONVERTED = [
+    "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
+]  # fmt: skip
+
+
+def quantized_weights(model) -> dict:
+    """Module in memory (each expert's projection by itself) → scheme."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found[name] = module.scheme
+        elif isinstance(module, QuantExperts):
+            found |= {
+                f"{name}.{i}.{p}": module.scheme for i in range(module.num_experts) for p in ("up", "down")
+            }
+    return found
+
+
+def check_against_float(model, float_dir, kind: str) -> None:
+    cls, _ = tiny(kind)
+    reference = cls.from_pretrained(float_dir, dtype=torch.float32, experts_implementation="eager").eval()
+    batch = inputs(kind)
+    want = logits(reference, batch)
+    with float_activations(model):
+        got = logits(model, batch)
+    assert torch.isfinite(want).all()
+    schemes = quantized_weights(model)
+    if any(isinstance(m, QuantExperts) for m in model.modules()):
+        # The same products, but the choices of a token are added up in another order.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(got, want)
+    with activations_quantized(reference, schemes):
+        simulated = logits(reference, batch)
+    got = logits(model, batch)
+    cost = (simulated - want).norm()
+    assert cost > 0
+    # What is left is float rounding, and codes that it tips over.
+    assert (got - simulated).norm() < 0.05 * cost
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_converted_model_equals_the_dequantized_one(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    model = load(tmp_path / "out")
+    assert not any(t.is_meta for t in model.state_dict().values())
+    assert any(isinstance(m, QuantLinear) for m in model.modules())
+    check_against_float(model, dequantized(tmp_path / "out", tmp_path / "float"), kind)
+
+
+@pytest.mark.parametrize("scheme", ["int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"])
+def test_every_scheme_loads(scheme, tmp_path):
+    cls, config = tiny("qwen3-moe")
+    config.hidden_size, config.moe_intermediate_size, config.intermediate_size = 128, 128, 256
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    model = load(tmp_path / "out")
+    assert {s.name for s in quantized_weights(model).values()} >= {scheme}
+    reference = cls.from_pretrained(dequantized(tmp_path / "out", tmp_path / "float"), dtype=torch.float32)
+    batch = inputs("qwen3-moe")
+    with float_activations(model):
+        torch.testing.assert_close(logits(model, batch), logits(reference, batch), rtol=1e-5, atol=1e-6)
+    if scheme != "int8-weight-only":
+        assert not torch.equal(logits(model, batch), logits(reference, batch))
+
+
+@pytest.mark.parametrize("kind", [*CONVERTED, "gpt2"])
+def test_in_memory_equals_converted(kind, tmp_path):
+    """quantize_model chooses what the converter chooses, and makes the same codes; what it saves loads again."""
+    model = build(kind)
+    model.save_pretrained(tmp_path / "src")
+    model = quantize_model(model, "int8")
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    batch = inputs(kind)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    if kind == "gpt2":
+        reference = build(kind)
+        assert (logits(model, batch) - logits(reference, batch)).norm() < 0.05 * logits(
+            reference, batch
+        ).norm()
+        assert len(model.quantization_report.quantized) == 8
+        return
+    assert lowbit.verify(tmp_path / "saved").ok
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    converted = load(tmp_path / "out")
+    mine, theirs = model.state_dict(), converted.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].dtype == theirs[name].dtype, name
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def test_greedy_generation_runs(tmp_path):
+    model = quantize_model(build("llama"), "int8")
+    out = model.generate(**inputs("llama"), max_new_tokens=5, do_sample=False)
+    assert out.shape == (2, 14)
+    assert transformers.PreTrainedModel in type(model).__mro__
