@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -202,53 +202,104 @@ def _gptq(goal: Tensor, h: Tensor, grid: _Grid, options: RoundingOptions) -> Ten
     dead = h.diagonal() <= 0
     h = h + torch.diag(dead.to(h.dtype) * h.diagonal().mean().clamp(min=1e-8))
     upper = inverse_factor(h, options.damping)
-    scales = grid.columns(order).t().contiguous()  # [K, N]: columns are read one after the other
-    work = goal[:, order].t().contiguous()
+    scales = grid.columns(order)
+    work = goal[:, order].contiguous()
     codes = torch.empty_like(work)
+    compiled = _compiled(work, grid)
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)
-        block, errors = work[start:stop], torch.empty_like(work[start:stop])
-        inner = upper[start:stop, start:stop]
-        pivots = inner.diagonal().tolist()
-        for j in range(stop - start):
-            scale = scales[start + j]
-            code = grid.code(block[j] / scale)
-            codes[start + j] = code
-            error = torch.addcmul(block[j], code, scale, value=-1).div_(pivots[j])
-            errors[j] = error
-            if j + 1 < stop - start:
-                block[j + 1 :].addr_(inner[j, j + 1 :], error, alpha=-1)
+        block = _gptq_block_compiled if compiled else _gptq_block
+        codes[:, start:stop], errors = block(
+            work[:, start:stop].contiguous(),
+            scales[:, start:stop].contiguous(),
+            upper[start:stop, start:stop],
+            grid,
+        )
         if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+            work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     out = torch.empty_like(codes)
-    out[order] = codes
-    return out.t().contiguous()
+    out[:, order] = codes
+    return out
+
+
+def _compiled(x: Tensor, grid: _Grid) -> bool:
+    return x.device.type == "cpu" and grid.spec.dtype.name in ("int8", "e4m3fn")
+
+
+def _gptq_block(work: Tensor, scales: Tensor, upper: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """(codes, errors) [N, B] of a block of columns: the loop that `gptq_cpu` compiles."""
+    columns, scales_t = work.t().contiguous(), scales.t().contiguous()
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    pivots = upper.diagonal().tolist()
+    for j, pivot in enumerate(pivots):
+        codes[j] = grid.code(columns[j] / scales_t[j])
+        errors[j] = (columns[j] - codes[j] * scales_t[j]) / pivot
+        columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return codes.t(), errors.t()
+
+
+def _gptq_block_compiled(work: Tensor, scales: Tensor, upper: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    from lowbit.calibration.gptq_cpu import gptq_block
+
+    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    gptq_block(
+        work.numpy(), scales.numpy(), upper.contiguous().numpy(), _kind(grid), _largest(grid), codes.numpy(),
+        errors.numpy(),
+    )  # fmt: skip
+    return codes, errors
+
+
+def _kind(grid: _Grid) -> int:
+    return 0 if grid.spec.dtype.kind == "int" else 1
+
+
+def _largest(grid: _Grid) -> Any:
+    import numpy
+
+    return numpy.float32(grid.spec.dtype.max)
 
 
 def _descend(codes: Tensor, goal: Tensor, h: Tensor, grid: _Grid, sweeps: int, block: int = 128) -> Tensor:
     """Coordinate descent from `codes`: every column moves to its best code while the others stand."""
-    columns = goal.shape[1]
-    codes_t, goal_t = codes.t().contiguous(), goal.t()
-    diagonal = h.diagonal().clamp(min=1e-12).tolist()
+    codes, columns = codes.clone(), goal.shape[1]
+    scales = grid.columns(torch.arange(columns, device=goal.device))
+    visit = _descend_block_compiled if _compiled(codes, grid) else _descend_block
     for _ in range(sweeps):
-        delta = (grid.values(codes_t.t()) - goal).t().contiguous()  # [K, N]
-        gradient = h @ delta
+        gradient = (grid.values(codes) - goal) @ h
         for start in range(0, columns, block):
             stop = min(start + block, columns)
-            moved = torch.zeros_like(delta[start:stop])
-            local, inner = gradient[start:stop].clone(), h[start:stop, start:stop]
-            for j in range(stop - start):
-                k = start + j
-                scale = grid.column(k)
-                current = codes_t[k] * scale
-                code = grid.code((current - local[j] / diagonal[k]) / scale)
-                step = code * scale - current
-                codes_t[k] = code
-                moved[j] = step
-                local.addr_(inner[:, j], step)
-            gradient.addmm_(h[:, start:stop], moved)
-    del goal_t
-    return codes_t.t().contiguous()
+            part = codes[:, start:stop].contiguous()
+            moved = visit(
+                part, scales[:, start:stop].contiguous(), gradient[:, start:stop].contiguous(),
+                h[start:stop, start:stop].contiguous(), grid,
+            )  # fmt: skip
+            codes[:, start:stop] = part
+            gradient.addmm_(moved, h[start:stop])
+    return codes
+
+
+def _descend_block(codes: Tensor, scales: Tensor, gradient: Tensor, h: Tensor, grid: _Grid) -> Tensor:
+    """Visit the columns of a block once: `codes` [N, B] in place; returns how much the values moved."""
+    moved = torch.zeros_like(codes)
+    diagonal = h.diagonal().clamp(min=1e-12)
+    for j in range(codes.shape[1]):
+        current = codes[:, j] * scales[:, j]
+        codes[:, j] = grid.code((current - gradient[:, j] / diagonal[j]) / scales[:, j])
+        moved[:, j] = codes[:, j] * scales[:, j] - current
+        gradient.addr_(moved[:, j], h[j])
+    return moved
+
+
+def _descend_block_compiled(
+    codes: Tensor, scales: Tensor, gradient: Tensor, h: Tensor, grid: _Grid
+) -> Tensor:
+    from lowbit.calibration.gptq_cpu import descend_block
+
+    moved = torch.zeros_like(codes)
+    descend_block(
+        codes.numpy(), scales.numpy(), gradient.numpy(), h.numpy(), _kind(grid), _largest(grid), moved.numpy()
+    )  # fmt: skip
+    return moved
 
 
 def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -88,7 +88,7 @@ class LayerwiseModel:
             if hasattr(config, key):
                 setattr(config, key, value)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self.config = config
         self.layers_name, layers = find_layers(self.model)
@@ -172,9 +172,9 @@ class LayerwiseModel:
         forward = base.forward
         # The model's own forward does what comes after its body (softcapping, logit scales).
         normed = final_norm(base)(hidden.to(self.device))
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        base.forward = lambda *a, **k: BaseModelOutputWithPast(last_hidden_state=normed)  # type: ignore[method-assign,assignment]
+        base.forward = lambda *a, **k: MoeModelOutputWithPast(last_hidden_state=normed)  # type: ignore[method-assign,assignment]
         try:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             return self.model(input_ids=ids, use_cache=False).logits
@@ -252,10 +252,16 @@ class LayerwiseModel:
             buffers = [n for n, b in part.named_buffers(recurse=False) if b.is_meta]
             if not buffers:
                 continue
-            part.to_empty(device=self.device, recurse=False)
             for buffer in buffers:
-                getattr(part, buffer).fill_(torch.nan if getattr(part, buffer).is_floating_point() else -1)
+                empty = torch.empty_like(getattr(part, buffer), device=self.device)
+                part._buffers[buffer] = empty.fill_(torch.nan if empty.is_floating_point() else -1)
+            # The same function would draw the part's parameters at random: let it have others.
+            parameters = dict(part._parameters)
+            for key, parameter in parameters.items():
+                if parameter is not None:
+                    part._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
             self.model._init_weights(part)
+            part._parameters.update(parameters)
             bad = [b for b in buffers if not bool(torch.isfinite(getattr(part, b).float()).all())]
             if bad:
                 raise ValueError(

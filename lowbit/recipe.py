@@ -1,0 +1,149 @@
+"""One readable file that says how a model is quantized: scheme, exceptions, method, data.
+
+    scheme: int8
+    ignore: [lm_head]
+    overrides:
+      "re:.*layers\\.0\\..*": fp8
+      "*.down_proj": float
+    method: rotate-gptq            # or a mapping: {name: gptq, rounding: {act_order: false}}
+    data: {path: prompts.jsonl, samples: 128, length: 2048, seed: 0}
+
+`calibrate`, `convert` and `search` read and write it, as YAML or JSON. Unknown keys, schemes
+and methods are errors that name the nearest right one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import InputError
+from lowbit.scheme import Scheme, get_scheme, nearest
+
+KEYS = ("version", "scheme", "ignore", "keep", "overrides", "method", "data", "notes")
+_DATA_KEYS = ("path", "samples", "length", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A validated recipe."""
+
+    scheme: str
+    """Name of the main scheme."""
+    ignore: tuple[str, ...] = ()
+    """Patterns of modules that stay in float (see `checkpoint.rules.Selection`)."""
+    keep: tuple[str, ...] = ()
+    """Patterns of modules that are carried as found."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Pattern → scheme name or `float`; the first that matches decides."""
+    method: str | Mapping[str, Any] | None = None
+    """A method's name, or a mapping of its settings; None: plain rounding."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """`path`, `samples`, `length`, `seed`."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What whoever wrote it wants to tell; `search` leaves its curve here. Not interpreted."""
+
+    def __post_init__(self) -> None:
+        get_scheme(self.scheme)
+        for pattern, name in self.overrides.items():
+            if name != "float":
+                try:
+                    get_scheme(name)
+                except ValueError as error:
+                    raise InputError(f"recipe: override {pattern!r}: {error}") from error
+        if unknown := sorted(set(self.data) - set(_DATA_KEYS)):
+            raise InputError(f"recipe: data: unknown keys {unknown}; expected some of {list(_DATA_KEYS)}")
+
+    def get_scheme(self) -> Scheme:
+        return get_scheme(self.scheme)
+
+    def selection(self) -> Any:
+        """The `checkpoint.rules.Selection` of this recipe."""
+        from lowbit.checkpoint.rules import Selection
+
+        return Selection(ignore=self.ignore, keep=self.keep, overrides=dict(self.overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The file's content; empty parts are left out."""
+        out: dict[str, Any] = {"version": 1, "scheme": self.scheme}
+        for key in ("ignore", "keep"):
+            if getattr(self, key):
+                out[key] = list(getattr(self, key))
+        for key in ("overrides", "data", "notes"):
+            if getattr(self, key):
+                out[key] = dict(getattr(self, key))
+        if self.method is not None:
+            out["method"] = self.method if isinstance(self.method, str) else dict(self.method)
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON for `.json`, as YAML otherwise."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            return
+        import yaml
+
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def recipe_from(data: Any, where: str = "recipe") -> Recipe:
+    """A parsed YAML or JSON document → Recipe. Raises InputError naming what is wrong."""
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where}: expected a mapping with a scheme, found {type(data).__name__}")
+    for key in data:
+        if key not in KEYS:
+            raise InputError(
+                f"{where}: unknown key {key!r}; did you mean {nearest(str(key), list(KEYS))}? "
+                f"Known: {', '.join(KEYS)}"
+            )
+    if data.get("version", 1) != 1:
+        raise InputError(f"{where}: expected version 1, found {data['version']!r}; use a newer lowbit")
+    if not isinstance(data.get("scheme"), str):
+        raise InputError(
+            f"{where}: expected `scheme`, the name of one (int8, fp8, …), found {data.get('scheme')!r}"
+        )
+    lists, mappings = {}, {}
+    for key in ("ignore", "keep"):
+        value = data.get(key) or []
+        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+            raise InputError(f"{where}: expected a list of patterns for {key}, found {value!r}")
+        lists[key] = tuple(value)
+    for key in ("overrides", "data", "notes"):
+        value = data.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: expected a mapping for {key}, found {value!r}")
+        mappings[key] = dict(value)
+    if any(not isinstance(v, str) for v in mappings["overrides"].values()):
+        raise InputError(
+            f"{where}: expected a scheme's name or float for every override, found {mappings['overrides']}"
+        )
+    method = data.get("method")
+    if method is not None and not isinstance(method, str | Mapping):
+        raise InputError(f"{where}: expected a method's name or a mapping, found {method!r}")
+    try:
+        return Recipe(
+            scheme=get_scheme(data["scheme"]).name, ignore=lists["ignore"], keep=lists["keep"],
+            overrides=mappings["overrides"], method=method, data=mappings["data"], notes=mappings["notes"],
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(str(error) if str(error).startswith("recipe") else f"{where}: {error}") from error
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a YAML or JSON file. Raises InputError naming file and key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"expected a recipe at {path}, found none: {error}") from error
+    import yaml
+
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"expected YAML or JSON in {path}, found: {error}") from error
+    return recipe_from(data, str(path))

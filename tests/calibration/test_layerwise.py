@@ -1,0 +1,175 @@
+"""One layer at a time gives the logits of the whole model, and transforms leave them alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+from lowbit.calibration import fold, layer
+from lowbit.calibration.activations import ActivationCache
+from lowbit.calibration.calibrate import rotate_outside
+from lowbit.calibration.graph import trace
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.methods import Method
+from lowbit.calibration.rotation import make_rotation
+from lowbit.calibration.simulate import ActivationQuantizer, attach
+from lowbit.calibration.source import Source
+
+MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2")
+
+
+@pytest.fixture(autouse=True)
+def double_norms(monkeypatch):
+    """transformers' RMSNorm computes in float32 whatever comes in, which would hide what is checked here."""
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    for module in (modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm, modeling_qwen3.Qwen3RMSNorm,
+                   modeling_qwen3_moe.Qwen3MoeRMSNorm, modeling_mixtral.MixtralRMSNorm):  # fmt: skip
+        monkeypatch.setattr(module, "forward", forward)
+
+
+def whole_logits(path, ids, dtype=torch.float64) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager").eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def graph_of(model: LayerwiseModel, module, index: int, hidden, kwargs):
+    return trace(module, lambda m: model.run(m, index, hidden, kwargs), hidden.shape[-1], model.config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layerwise_logits_are_those_of_the_whole_model(checkpoints, windows, name):
+    ids = torch.stack(windows[:2])
+    model = LayerwiseModel(Source(checkpoints[name]), dtype=torch.float64)
+    call = model.embed(ids)
+    hidden = call.hidden
+    for index in range(len(model)):
+        hidden = model.run(model.load(index), index, hidden, call.kwargs[index])
+    expected = whole_logits(checkpoints[name], ids)
+    # Experts are summed in another order than transformers' fused ones.
+    assert torch.allclose(model.head(hidden), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("transform", ["rotation", "orthogonal", "heads", "online", "norm", "pairs"])
+def test_transforms_leave_float64_logits_unchanged(checkpoints, windows, name, transform):
+    """To 1e-9, through every layer, the embeddings and the head."""
+    ids = torch.stack(windows[:2])
+    model = LayerwiseModel(Source(checkpoints[name]), dtype=torch.float64)
+    rotation = None
+    if transform in ("rotation", "orthogonal"):
+        kind = "hadamard" if transform == "rotation" else "orthogonal"
+        rotation = make_rotation(48, kind, seed=3)
+        rotate_outside(model, rotation, torch.float32)
+    method = Method(
+        name="t", rotate_heads=transform == "heads", online_hadamard=transform == "online",
+    )  # fmt: skip
+    call = model.embed(ids)
+    hidden = call.hidden
+    generator = torch.Generator().manual_seed(1)
+    changes = 0
+    for index in range(len(model)):
+        module = model.load(index)
+        graph = graph_of(model, module, index, hidden, call.kwargs[index])
+        before = {n: p.clone() for n, p in module.named_parameters()}
+        layer.transform(module, graph, method, rotation)
+        if transform == "norm":
+            for norm in graph.norms:
+                width = module.get_submodule(norm.name).weight.shape[0]
+                fold.scale_norm(module, norm, torch.rand(width, generator=generator).double() + 0.5)
+        if transform == "pairs":
+            for pair in graph.pairs:
+                width = module.get_submodule(pair.first).weight.shape[0]
+                fold.scale_pair(module, pair, torch.rand(width, generator=generator).double() + 0.5)
+        changes += sum(not torch.equal(before[n], p) for n, p in module.named_parameters())
+        online = layer.online_modules(module, graph) if transform == "online" else []
+        detach = attach(module, {n: ActivationQuantizer(None, hadamard=True) for n in online})
+        hidden = model.run(module, index, hidden, call.kwargs[index])
+        detach()
+    assert changes >= len(model)  # a transform that does nothing is no test
+    logits, expected = model.head(hidden), whole_logits(checkpoints[name], ids)
+    # A router's softmax is float32 in transformers: a rotated input moves it by an ulp of that.
+    limit = 1e-5 if name in ("qwen3_moe", "mixtral") else 1e-9
+    assert float((logits - expected).abs().max()) < limit * float(expected.abs().max())
+
+
+def test_a_residual_stream_that_cannot_be_rotated_is_refused(checkpoints, windows):
+    model = LayerwiseModel(Source(checkpoints["gemma2"]), dtype=torch.float64)
+    call = model.embed(torch.stack(windows[:1]))
+    module = model.load(0)
+    graph = graph_of(model, module, 0, call.hidden, call.kwargs[0])
+    assert "added to the residual stream" in graph.rotation_refusal
+    with pytest.raises(ValueError, match="without rotation"):
+        fold.rotate_residual(module, graph, make_rotation(48, "hadamard", 0))
+
+
+def test_the_graph_of_a_layer_is_what_the_architecture_says(checkpoints, windows):
+    model = LayerwiseModel(Source(checkpoints["qwen3_moe"]), dtype=torch.float64)
+    call = model.embed(torch.stack(windows[:1]))
+    module = model.load(1)
+    graph = graph_of(model, module, 1, call.hidden, call.kwargs[1])
+    readers = {n.name: set(n.readers) for n in graph.norms}
+    assert readers["input_layernorm"] == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+    experts = {f"mlp.experts.{i}.{p}_proj" for i in range(4) for p in ("gate", "up")}
+    assert readers["post_attention_layernorm"] == {"mlp.gate", *experts}
+    assert set(graph.writers) == {"self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(4))}
+    assert {len(g) for g in graph.groups if "self_attn.q_proj" in g} == {3}
+
+
+def test_activation_cache_spills_and_reads_back(tmp_path):
+    cache = ActivationCache(1000, tmp_path)
+    items = [torch.randn(10, 20) for _ in range(4)]  # 800 bytes each: one fits
+    for item in items:
+        cache.append(item)
+    assert cache.bytes_in_memory == 800 and cache.bytes_spilled == 2400
+    cache.replace(3, items[0] * 2)
+    assert torch.equal(cache[2], items[2]) and torch.equal(cache[3], items[0] * 2)
+    with pytest.raises(ValueError, match="expected shape"):
+        cache.replace(0, torch.zeros(3))
+    cache.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_block_fp8_checkpoint_is_decoded(checkpoints, windows, tmp_path):
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from lowbit.granularity import PerBlock
+    from lowbit.quantize import quantize
+    from lowbit.scheme import get_scheme
+
+    spec = get_scheme("fp8-block").weights
+    tensors = load_file(checkpoints["qwen3"] / "model.safetensors")
+    out, expected = {}, {}
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "layers" in name:
+            q = quantize(tensor, spec)
+            assert q.spec.granularity == PerBlock(128, 128)
+            out[name], out[name + "_scale_inv"] = q.codes, q.scale
+            expected[name] = q.dequantize()
+        else:
+            out[name] = tensor
+    shutil.copytree(checkpoints["qwen3"], tmp_path / "fp8")
+    save_file(out, tmp_path / "fp8" / "model.safetensors")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    model = LayerwiseModel(Source(tmp_path / "fp8"))
+    module = model.load(0)
+    found = module.get_submodule("mlp.down_proj").weight
+    assert torch.equal(found, expected["model.layers.0.mlp.down_proj.weight"])
+    del out["model.layers.1.mlp.down_proj.weight_scale_inv"]
+    save_file(out, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(ValueError, match="expected a scale beside"):
+        LayerwiseModel(Source(tmp_path / "fp8")).load(1)
