@@ -70,18 +70,19 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
         codes = source[start : start + count]
         top = np.uint8(0)
         for i in range(count):
-            code = np.uint32(codes[i])
-            magnitude = (code & np.uint32(0x7F)) << np.uint32(20)
+            top = max(top, codes[i] & np.uint8(0x7F))
+        if top == np.uint8(0x7F):
+            return False
+        for i in range(count):
+            magnitude = (np.uint32(codes[i]) & np.uint32(0x7F)) << np.uint32(20)
+            # No float32 denormals on the way: a subnormal code gets the exponent of 2⁻⁶ here,
+            # and below it loses that leading 1 again.
             subnormal = np.uint32(1 << 23) if magnitude < np.uint32(1 << 23) else np.uint32(0)
             bits[i] = magnitude + np.uint32(120 << 23) + subnormal
-            top = max(top, codes[i] & np.uint8(0x7F))
         for i in range(count):
             code = np.uint32(codes[i])
-            # A subnormal code was given the exponent of 2⁻⁶; now it loses that leading 1 again.
             values[i] -= np.float32(2.0**-6) if (code & np.uint32(0x78)) == 0 else np.float32(0.0)
             bits[i] |= (code & np.uint32(0x80)) << np.uint32(24)
-        if top == np.uint8(0x7F):
-            worst = _INF_BITS
     elif kind == INT8:
         signed = source.view(np.int8)[start : start + count]
         for i in range(count):
