@@ -49,10 +49,17 @@ def load(
     if device is not None and str(device) != "cpu":
         device_map = {"": device}  # type: ignore[dict-item]
     more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    return model_class.from_pretrained(
+    model, info = model_class.from_pretrained(
         str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
-        trust_remote_code=trust_remote_code, local_files_only=True, **more,
+        trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True, **more,
     )  # fmt: skip
+    # transformers would go on with random values in their place.
+    if absent := sorted([*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])]):
+        raise InputError(
+            f"{checkpoint.root}: expected every tensor of {model_class.__name__}, found {len(absent)} missing or of "
+            f"another shape (first: {absent[0]}); the checkpoint is incomplete: fetch or convert it again"
+        )
+    return model
 
 
 def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:

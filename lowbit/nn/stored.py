@@ -62,18 +62,18 @@ class QuantModule(nn.Module):
             super()._apply(fn, recurse)
         finally:
             others = dict(self._buffers)
+            self._buffers.clear()
             for name in everything:  # in their old order
                 self._buffers[name] = moved.get(name, others.get(name))
         return self
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        # Reached by `module.weight = nn.Parameter(…)` too, which would train codes.
-        if name in self.frozen:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.frozen:
             raise TypeError(
                 f"{type(self).__name__}.{name} holds codes and cannot be a Parameter: quantized weights are frozen; "
                 "train an adapter beside the layer, or a Linear made from dequantize()"
             )
-        super().register_parameter(name, param)
+        super().__setattr__(name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> QuantModule:
         """Codes cannot be trained: True raises TypeError."""

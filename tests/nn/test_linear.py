@@ -1,0 +1,271 @@
+"""QuantLinear against the float64 oracle, and through everything that a module goes through."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from lowbit.errors import InputError
+from lowbit.nn import QuantLinear, float_activations, quantize_model
+from lowbit.quantize import choose_scale, dequantize, quantize, quantize_with
+from lowbit.scheme import SCHEMES
+
+DYNAMIC = ["int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"]
+
+
+def make(
+    k: int, n: int, scheme: str, *, bias: bool = True, seed: int = 0, **kw
+) -> tuple[nn.Linear, QuantLinear]:
+    torch.manual_seed(seed)
+    linear = nn.Linear(k, n, bias=bias)
+    return linear, QuantLinear.from_linear(linear, scheme, **kw)
+
+
+def oracle(x: torch.Tensor, linear: nn.Linear, scheme: str) -> torch.Tensor:
+    """float64: quantize and dequantize both sides, multiply."""
+    spec = SCHEMES[scheme]
+    w = quantize(linear.weight.detach(), spec.weights).dequantize().double()
+    x = x.float()
+    if spec.activations is not None and x.numel():
+        scale, _ = choose_scale(x, spec.activations)
+        x = dequantize(quantize_with(x, scale, spec.activations), scale, spec.activations)
+    out = x.double() @ w.T
+    return out if linear.bias is None else out + linear.bias.detach().double()
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+@pytest.mark.parametrize(("k", "n"), [(64, 32), (130, 70), (257, 33)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_oracle(scheme, k, n, bias):
+    linear, quant = make(k, n, scheme, bias=bias)
+    x = torch.randn(7, k)
+    want = oracle(x, linear, scheme)
+    torch.testing.assert_close(quant(x).double(), want, rtol=1e-5, atol=2e-6)
+    # It does quantize the activations, and says what that costs.
+    with float_activations(quant):
+        unquantized = quant(x)
+    assert torch.equal(unquantized, nn.functional.linear(x, quant.dequantize(), linear.bias))
+    assert (
+        torch.equal(unquantized, quant(x)) == (scheme == "int8-weight-only") or scheme == "int8-weight-only"
+    )
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_state_dict_is_the_format(scheme):
+    _, quant = make(256, 128, scheme)
+    stored = quant.format.tensors(quant.scheme, (128, 256))
+    found = {name: tuple(t.shape) for name, t in quant.state_dict().items()}
+    assert found == {**{s.suffix[1:]: s.shape for s in stored}, "bias": (128,)}
+    if scheme == "fp8-block":
+        _, quant = make(256, 128, scheme, format="fp8")
+        assert set(quant.state_dict()) == {"weight", "weight_scale_inv", "bias"}
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to dtype", "to device and dtype"])
+def test_casts_touch_the_bias_only(scheme, cast):
+    _, quant = make(130, 70, scheme)
+    before = {n: t.clone() for n, t in quant.state_dict().items()}
+    outer = nn.Sequential(quant)
+    if cast == "to dtype":
+        outer.to(torch.float16)
+    elif cast == "to device and dtype":
+        outer.to("cpu", torch.bfloat16)
+    else:
+        getattr(outer, cast)()
+    assert list(quant.state_dict()) == list(before)
+    for name, tensor in outer[0].state_dict().items():
+        if name == "bias":
+            assert tensor.dtype != torch.float32
+        else:
+            assert tensor.dtype == before[name].dtype, name
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
+    x = torch.randn(3, 130, dtype=torch.bfloat16)
+    assert quant(x).dtype == torch.bfloat16
+
+
+def test_type_that_would_cast_codes_is_refused():
+    _, quant = make(64, 32, "fp8")
+    with pytest.raises(TypeError, match="keep"):
+        quant.type(torch.float16)
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_round_trips(scheme):
+    _, quant = make(128, 48, scheme)
+    x = torch.randn(5, 128)
+    want = quant(x)
+    buffer = io.BytesIO()
+    torch.save(quant, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(quant), pickle.loads(pickle.dumps(quant)), torch.load(buffer, weights_only=False)]
+    fresh = QuantLinear(128, 48, scheme=scheme, bias=True, device="meta")
+    tensors = load_safetensors(save_safetensors(quant.state_dict()))
+    fresh.load_state_dict(tensors, assign=True)
+    assert not any(t.is_meta for t in fresh.state_dict().values())
+    empty = QuantLinear(128, 48, scheme=scheme, bias=True)
+    empty.load_state_dict(quant.state_dict())
+    moved = QuantLinear(128, 48, scheme=scheme, bias=True, device="meta").to_empty(device="cpu")
+    moved.load_state_dict(quant.state_dict())
+    for other in (*copies, fresh, empty, moved):
+        assert torch.equal(other(x), want)
+    saved = io.BytesIO()
+    torch.save(quant.state_dict(), saved)
+    saved.seek(0)
+    assert torch.load(saved, weights_only=True).keys() == quant.state_dict().keys()
+
+
+def test_wrong_shapes_are_refused():
+    _, quant = make(64, 32, "int8")
+    other = QuantLinear(64, 33, scheme="int8", bias=True)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(quant.state_dict())
+    with pytest.raises(ValueError, match="expected an input"):
+        quant(torch.randn(2, 63))
+    with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
+        quant(torch.ones(2, 64, dtype=torch.int8))
+
+
+def test_scales_of_published_checkpoints():
+    """BF16 scales and per-tensor scales of shape [] become float32 of the right shape."""
+    _, quant = make(64, 32, "int8")
+    state = quant.state_dict()
+    state["weight_scale"] = state["weight_scale"].bfloat16()
+    fresh = QuantLinear(64, 32, scheme="int8", bias=True, device="meta")
+    fresh.load_state_dict(state, assign=True)
+    assert fresh.weight_scale.dtype == torch.float32
+    _, static = make(64, 32, "fp8-static", input_scale=0.01)
+    state = static.state_dict()
+    state["weight_scale"], state["input_scale"] = (
+        state["weight_scale"].reshape(()),
+        state["input_scale"].reshape(()),
+    )
+    fresh = QuantLinear(64, 32, scheme="fp8-static", bias=True, device="meta")
+    fresh.load_state_dict(state, assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(fresh(x), static(x))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_shapes_of_inputs(scheme):
+    _, quant = make(96, 40, scheme)
+    rows = torch.randn(24, 96)
+    want = quant(rows)
+    for shape in ((24,), (4, 6), (2, 3, 4), (2, 3, 2, 2)):
+        assert torch.equal(quant(rows.view(*shape, 96)), want.view(*shape, 40))
+    assert torch.equal(quant(rows[0]), want[0])
+    assert quant(rows[:0]).shape == (0, 40)
+    assert quant(rows.view(4, 6, 96)[:, :0]).shape == (4, 0, 40)
+    assert torch.equal(quant(rows.T.contiguous().T), want)
+    wide = torch.randn(24, 192)
+    wide[:, ::2] = rows
+    assert torch.equal(quant(wide[:, ::2]), want)
+    assert torch.equal(quant(rows.view(4, 6, 96).transpose(0, 1)), want.view(4, 6, 40).transpose(0, 1))
+    assert torch.equal(quant(rows.double()), want.double())
+    assert torch.equal(quant(rows.expand(2, 24, 96))[1], want)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_autocast(scheme):
+    _, quant = make(96, 40, scheme)
+    x = torch.randn(5, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quant(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, quant(x.bfloat16()))
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_gradient_reaches_the_input_only(scheme):
+    _, quant = make(96, 40, scheme)
+    x = torch.randn(3, 5, 96, requires_grad=True)
+    grad = torch.randn(3, 5, 40)
+    quant(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ quant.dequantize())
+    assert list(quant.parameters()) == []
+
+
+def test_weights_are_frozen():
+    _, quant = make(96, 40, "fp8")
+    with pytest.raises(TypeError, match="frozen"):
+        quant.requires_grad_()
+    with pytest.raises(TypeError, match="frozen"):
+        quant.weight = nn.Parameter(torch.randn(40, 96))
+    quant.weight_scale.requires_grad_()
+    with pytest.raises(TypeError, match="frozen"):
+        quant(torch.randn(2, 96))
+    quant.requires_grad_(False)
+    linear = quant.to_linear()
+    assert linear.weight.requires_grad
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
+def test_compiles_whole_with_dynamic_rows(scheme):
+    _, quant = make(128, 40, scheme)
+    model = nn.Sequential(quant, nn.SiLU())
+    traced = []
+
+    def backend(graph, example):
+        traced.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (2, 5, 9):
+        x = torch.randn(rows, 128)
+        assert torch.equal(compiled(x), model(x))
+    assert len(traced) == 1, "compiled again for another number of rows"
+
+
+@pytest.mark.slow
+def test_inductor():
+    _, quant = make(128, 40, "int8")
+    model = nn.Sequential(quant, nn.SiLU())
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_static_activations():
+    linear, quant = make(64, 32, "int8-static", input_scale=0.05)
+    x = torch.randn(6, 64)
+    codes = torch.round(x.double() / 0.05).clamp(-127, 127)
+    want = codes * quant.input_scale.double() @ quant.dequantize().double().T + linear.bias.double()
+    torch.testing.assert_close(quant(x).double(), want, rtol=1e-5, atol=1e-6)
+    _, asymmetric = make(64, 32, "int8-static-asym", input_scale=0.03, input_zero_point=-20)
+    codes = (torch.round(x.double() / asymmetric.input_scale.double()) - 20).clamp(-128, 127)
+    values = (codes + 20) * asymmetric.input_scale.double()
+    want = values @ asymmetric.dequantize().double().T + asymmetric.bias.double()
+    torch.testing.assert_close(asymmetric(x).double(), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="input_scale"):
+        make(64, 32, "int8-static")
+
+
+def test_not_finite_weights_are_named():
+    linear = nn.Linear(32, 16)
+    linear.weight.data[3, 4] = float("nan")
+    with pytest.raises(InputError, match=r"proj.*nan at \[3, 4\]"):
+        quantize_model(nn.ModuleDict({"proj": linear}), "int8")
+    with pytest.raises(ValueError, match="quantizes weights"):
+        QuantLinear.from_linear(nn.Linear(32, 16), "bf16")
+
+
+def test_row_blocks_change_nothing(monkeypatch):
+    import lowbit.nn.weights as weights
+
+    w = torch.randn(300, 200)
+    for scheme in ("int8", "int8-block", "fp8-static", "mxfp8", "int8-weight-only"):
+        spec = SCHEMES[scheme].weights
+        want = quantize(w, spec)
+        monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1500)
+        codes, scale = weights.quantize_rows(w, spec)
+        assert torch.equal(codes.view(torch.uint8), want.codes.view(torch.uint8))
+        assert torch.equal(scale, want.scale)
+        got = weights.dequantize_rows(codes, scale, spec, torch.bfloat16)
+        assert torch.equal(got, want.dequantize().bfloat16())

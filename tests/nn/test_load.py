@@ -1,0 +1,268 @@
+"""What `load` and `from_pretrained` read: published formats, shards, several layers of naming, bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from nn_reference import build, dequantized, inputs, logits, tiny
+from safetensors.torch import load_file, save_file
+
+import lowbit
+from lowbit.errors import InputError
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, load
+from lowbit.nn.integration import register, unregister
+from lowbit.quantize import quantize
+from lowbit.scheme import SCHEMES
+
+
+@pytest.fixture
+def on_lowbit():
+    register()
+    yield
+    unregister()
+
+
+def published_compressed_tensors(kind: str, preset: str, path) -> None:
+    """A checkpoint quantized and saved by the compressed-tensors library itself."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        apply_quantization_config,
+        preset_name_to_scheme,
+    )
+
+    model = build(kind)
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    apply_quantization_config(model, config)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme") and hasattr(module, "weight_scale"):
+            weight = module.weight.detach()
+            limit = 127.5 if scheme.weights.type == "int" else 448.0
+            dims = (1,) if module.weight_scale.numel() > 1 else (0, 1)
+            scale = weight.abs().amax(dims, keepdim=True) / limit
+            module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+            if hasattr(module, "input_scale"):
+                module.input_scale.data.fill_(0.02)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(path)
+    compressor.update_config(str(path))
+
+
+@pytest.mark.parametrize("preset", ["W8A8", "FP8_DYNAMIC", "FP8"])
+def test_published_compressed_tensors(preset, tmp_path):
+    published_compressed_tensors("llama", preset, tmp_path / "out")
+    unregister()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert not any(isinstance(m, QuantLinear) for m in theirs.modules())
+    mine = load(tmp_path / "out", dtype=torch.float32)
+    assert sum(isinstance(m, QuantLinear) for m in mine.modules()) == 14
+    batch = inputs("llama")
+    want = logits(theirs, batch)
+    unquantized = logits(build("llama"), batch)
+    theirs_off, mine_off = (want - unquantized).norm(), (logits(mine, batch) - unquantized).norm()
+    # Both quantize activations; theirs multiplies dequantized values in float32.
+    if preset == "W8A8":
+        # Their scale of activations is absmax / 127.5 and ours absmax / 127: other codes, of the same quality.
+        assert mine_off < 1.1 * theirs_off
+    else:
+        assert (logits(mine, batch) - want).norm() < 0.1 * theirs_off
+    reference = transformers.LlamaForCausalLM.from_pretrained(
+        dequantized(tmp_path / "out", tmp_path / "float"), dtype=torch.float32
+    )
+    with float_activations(mine):
+        assert torch.equal(logits(mine, batch), logits(reference, batch))
+
+
+def block_fp8(path, kind: str = "deepseek-v3") -> None:
+    """A DeepSeek-style checkpoint: block FP8 with `weight_scale_inv`, some scales in another shard."""
+    cls, config = tiny(kind)
+    config.hidden_size, config.intermediate_size, config.moe_intermediate_size = 128, 192, 128
+    torch.manual_seed(3)
+    cls(config).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    spec = SCHEMES["fp8-block"].weights
+    first, second = {}, {}
+    for name, tensor in tensors.items():
+        keep = tensor.dim() != 2 or any(w in name for w in ("embed", "lm_head", "norm", "mlp.gate."))
+        if keep:
+            first[name] = tensor
+            continue
+        q = quantize(tensor, spec)
+        first[name], second[name + "_scale_inv"] = q.codes, q.scale
+    (path / "model.safetensors").unlink()
+    save_file(first, path / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file(second, path / "model-00002-of-00002.safetensors", {"format": "pt"})
+    where = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    where |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_published_block_fp8(tmp_path):
+    block_fp8(tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert any(isinstance(m, QuantExperts) for m in model.modules())
+    names = set(model.state_dict())
+    on_disk = {k for f in (tmp_path / "out").glob("*.safetensors") for k in load_file(f)}
+    assert names == on_disk
+    cls, _ = tiny("deepseek-v3")
+    reference = cls.from_pretrained(dequantized(tmp_path / "out", tmp_path / "float"), dtype=torch.float32)
+    batch = inputs("deepseek-v3")
+    with float_activations(model):
+        torch.testing.assert_close(logits(model, batch), logits(reference, batch), rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    assert lowbit.verify(tmp_path / "again").ok
+    assert torch.equal(logits(load(tmp_path / "again"), batch), logits(model, batch))
+    # And it converts: int8 from the codes, in one step.
+    lowbit.convert(tmp_path / "out", tmp_path / "int8", scheme="int8")
+    load(tmp_path / "int8")
+
+
+def test_nothing_is_held_in_full_precision(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    model = load(tmp_path / "out")
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(quantized) == 14
+    for name, tensor in model.state_dict().items():
+        if name.rpartition(".")[0] in quantized and name.endswith(".weight"):
+            assert tensor.dtype == torch.int8
+            # Mapped from the file, not copied: its storage is the file's.
+            assert (
+                tensor.untyped_storage().nbytes()
+                >= (tmp_path / "out/model.safetensors").stat().st_size - 10**6
+            )
+
+
+def test_mixed_precision(tmp_path):
+    """Experts of one layer in float, the others quantized; and another scheme for attention."""
+    cls, config = tiny("qwen3-moe")
+    config.mlp_only_layers, config.num_hidden_layers = [], 3
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / "src")
+    lowbit.convert(
+        tmp_path / "src", tmp_path / "out", scheme="int8", ignore=["model.layers.1.mlp"],
+        overrides={"*.self_attn.*": "fp8"},
+    )  # fmt: skip
+    model = load(tmp_path / "out")
+    kinds = [type(layer.mlp.experts) is QuantExperts for layer in model.model.layers]
+    assert kinds == [True, False, True]
+    assert model.model.layers[0].self_attn.q_proj.scheme.name == "fp8"
+    reference = cls.from_pretrained(dequantized(tmp_path / "out", tmp_path / "float"), dtype=torch.float32)
+    batch = inputs("qwen3-moe")
+    with float_activations(model):
+        torch.testing.assert_close(logits(model, batch), logits(reference, batch), rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), batch), logits(model, batch))
+    assert set(load_file(tmp_path / "again/model.safetensors")) == set(
+        load_file(tmp_path / "out/model.safetensors")
+    )
+
+
+def test_from_pretrained_runs_on_lowbit(on_lowbit, tmp_path):
+    build("mixtral").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="fp8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert any(isinstance(m, QuantExperts) for m in model.modules())
+    batch = inputs("mixtral")
+    want = logits(model, batch)
+    assert torch.equal(want, logits(load(tmp_path / "out"), batch))
+    model.save_pretrained(tmp_path / "again")
+    assert lowbit.verify(tmp_path / "again").ok
+    assert torch.equal(logits(load(tmp_path / "again"), batch), want)
+    assert logits(model.half().float(), batch).dtype == torch.float32
+    unregister()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "src")
+    assert not any(isinstance(m, QuantLinear) for m in theirs.modules())
+
+
+def test_what_lowbit_does_not_run_stays_with_transformers(on_lowbit):
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    four_bits = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
+        },
+    }  # fmt: skip
+    config = AutoQuantizationConfig.from_dict(four_bits)
+    assert type(config).__name__ == "CompressedTensorsConfig"
+    four_bits["config_groups"]["group_0"]["weights"]["num_bits"] = 8
+    config = AutoQuantizationConfig.from_dict(four_bits)
+    assert type(config).__name__ == "LowbitConfig"
+    assert config.to_dict() == four_bits
+
+
+HOOK = """
+import sys
+from lowbit.nn.integration import register_on_import
+register_on_import()
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(sorted({type(m).__name__ for m in model.modules() if "Quant" in type(m).__name__}))
+"""
+
+
+def test_registers_when_transformers_is_imported(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    done = subprocess.run(
+        [sys.executable, "-c", HOOK, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['QuantLinear']"
+
+
+def test_device_map(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    batch = inputs("llama")
+    want = logits(load(tmp_path / "out"), batch)
+    for where in ({"device": "cpu"}, {"device_map": "cpu"}, {"device_map": "auto"}):
+        assert torch.equal(logits(load(tmp_path / "out", **where), batch), want)
+    with pytest.raises(InputError, match="found both"):
+        load(tmp_path / "out", device="cpu", device_map="auto")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match="found nothing there"):
+        load(tmp_path / "absent")
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
+    with pytest.raises(InputError, match="NoSuchModel"):
+        load(tmp_path / "out")
+    file.write_text(json.dumps(config | {"intermediate_size": 80}))
+    with pytest.raises(InputError, match=r"config\.json and weights do not belong together"):
+        load(tmp_path / "out")
+    file.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="weight_scale"):
+        load(tmp_path / "out")
+
+
+def test_missing_tensors_are_an_error(tmp_path):
+    """transformers would initialize what a checkpoint lacks and warn."""
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    del tensors["model.layers.0.input_layernorm.weight"]
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.0\.input_layernorm\.weight"):
+        load(tmp_path / "out")
