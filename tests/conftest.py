@@ -3,5 +3,11 @@ transformers import it too; so the choice is made here, before any test module i
 """
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Test modules share `sample_models`; pytest's importlib mode puts no test directory on the path.
+sys.path.insert(0, str(Path(__file__).parent))

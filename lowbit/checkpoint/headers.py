@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _encodable(name: str) -> bool:
+    """JSON can escape half a surrogate pair, which is no text and cannot be written again."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -164,7 +170,9 @@ def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -
     if not isinstance(entry, dict):
         raise refuse(f"expected an object for tensor {name!r}, found a {type(entry).__name__}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_BYTES:
+    if not _encodable(name):
+        raise refuse(f"expected a name in UTF-8, found {name!r}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise refuse(f"expected a known dtype for tensor {name!r}, found {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(d) for d in shape):
         raise refuse(f"expected a list of sizes as shape of {name!r}, found {shape!r}")
@@ -195,9 +203,13 @@ def _shard_below(root: Path, name: Any, index: Path) -> Path:
             f"{index}: expected file names inside {root}, found {name!r}; do not trust this index"
         )
     file = root / name
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except OSError:  # such as a name too long for the file system
+        found = False
+    if not found:
         raise InputError(
-            f"{index}: names the file {name!r}, which is missing; fetch the whole checkpoint again"
+            f"{index}: names the file {name!r:.80}, which is missing; fetch the whole checkpoint again"
         )
     return file
 
@@ -219,7 +231,10 @@ def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, 
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: expected a weight_map of tensor names to files, found {weight_map!r:.80}")
-    files = {name: _shard_below(root, name, index) for name in dict.fromkeys(weight_map.values())}
+    files: dict[str, Path] = {}
+    for name in weight_map.values():
+        if not isinstance(name, str) or name not in files:
+            files[name] = _shard_below(root, name, index)
     tensors = _read_shards(sorted(files.values()))
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != files[file]:
@@ -232,6 +247,33 @@ def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, 
             f"{len(unlisted)} tensors lie in shards but not in the index (first: {unlisted[0]}); they are taken along"
         )
     return tensors, sorted(files.values())
+
+
+def _shards_without_index(root: Path, found: list[Path], notes: list[str]) -> list[Path]:
+    """`model.safetensors` alone where there is one, as loaders do; else all, if none is missing."""
+    if root / "model.safetensors" in found:
+        if extra := [f.name for f in found if f.name != "model.safetensors"]:
+            notes.append(f"files beside model.safetensors are left out: {', '.join(extra)}")
+        return [root / "model.safetensors"]
+    numbered = [m for f in found if (m := re.search(r"-(\d+)-of-(\d+)\.safetensors$", f.name))]
+    for total in {int(m[2]) for m in numbered}:
+        have = {int(m[1]) for m in numbered if int(m[2]) == total}
+        if missing := sorted(set(range(1, min(total, 100_000) + 1)) - have):
+            raise InputError(
+                f"{root}: expected {total} shards, found {len(have)} (number {missing[0]} is missing); "
+                "fetch the whole checkpoint again"
+            )
+    return found
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    for key in ("text_config", "quantization_config", "compression_config"):
+        if not isinstance(config.get(key), dict | None):
+            raise InputError(
+                f"{file}: expected an object as {key}, found a {type(config[key]).__name__}; fetch it again"
+            )
+    return config
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -248,7 +290,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{root}: expected a checkpoint directory, found a file{hint}")
 
     notes: list[str] = []
-    found = sorted(root.glob("*.safetensors"))
+    # macOS leaves a `._name` beside each file that it copies; no shard's name begins with a dot.
+    found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith("."))
     indexes = sorted(root.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
         raise InputError(
@@ -259,7 +302,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if extra := [f.name for f in found if f not in shards]:
             notes.append(f"files that the index does not name are left out: {', '.join(extra)}")
     elif found:
-        tensors, shards = _read_shards(found), found
+        shards = _shards_without_index(root, found, notes)
+        tensors = _read_shards(shards)
     else:
         pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
@@ -272,7 +316,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{root}: expected tensors, found {len(shards)} empty files")
 
     config_file = root / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = _read_config(config_file) if config_file.is_file() else {}
     if not config:
         notes.append("no config.json: the architecture is unknown")
     skip = {*found, *indexes, config_file, root / MANIFEST}
