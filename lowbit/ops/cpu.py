@@ -57,6 +57,7 @@ _ELEMENT = {A_I16: 2, A_U8: 1, A_F32: 4, A_BF16: 2, A_I8_BYTES: 1, A_E4M3_BYTES:
 _CHUNK = {A_I16: 2048, A_U8: 4096, A_F32: 512, A_BF16: 1024}
 _BLOCK_ROWS, _BLOCK_COLS = 64, 48
 _PARALLEL_FROM = 1 << 16  # elements to prepare before threads are worth waking
+_PARALLEL_PRODUCT = 1 << 18  # multiplications that are worth it
 _WORKSPACE_KEPT = 64 << 20
 
 _local = threading.local()
@@ -67,8 +68,9 @@ def _have_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
+@cache
 def instructions() -> Instructions:
-    """What products use here; `portable` where numba is missing."""
+    """What products use here; `portable` where numba is missing. The environment is read once."""
     found = detect()
     return found if _have_numba() else Instructions(name="portable")
 
@@ -233,12 +235,12 @@ def linear(
     ones_bytes = _up(row_bytes, 64) if unsigned else 0
     scale_bytes = _up(4 * rows * layout.groups, 64)
     height = min(_BLOCK_ROWS // tile.rows * tile.rows, _up(rows, tile.rows))
-    threads = torch.get_num_threads()
-    width = min(_BLOCK_COLS, _up(-(-n // (4 * threads)), 12))
+    threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
+    width = min(_BLOCK_COLS, _up(-(-n // (4 * threads)), 24))
     chunk = min(_up(_CHUNK[kind], step), layout.padded)
     slot = _up(
         8 * height * width
-        + 12 * width
+        + 16 * width
         + width * chunk * (1 if mode == MODE_INT8 or unsigned or kind == A_I16 else element),
         64,
     )

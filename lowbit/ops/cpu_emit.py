@@ -63,19 +63,32 @@ def _store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def _reduce(builder: Any, vector: Any, add: Any) -> Any:
-    """Sum of the lanes by halving: a fixed order, the same at every call."""
-    lanes = vector.type.count
-    while lanes > 1:
+def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(_vec(I32, len(lanes)), lanes))
+
+
+def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
+    """The sums of the lanes of 4 vectors, as one vector of 4: a fixed order, the same at every call.
+
+    Pairs are interleaved and added twice, which leaves [Σx, Σy, Σz, Σw] per 128 bits; a third
+    of the shuffles that four separate sums need.
+    """
+    lanes = vectors[0].type.count
+    quads = range(0, lanes, 4)
+    low = [q + i + s for q in quads for i in (0, 1) for s in (0, lanes)]
+    high = [q + i + s for q in quads for i in (2, 3) for s in (0, lanes)]
+    xy, zw = (
+        add(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
+        for x, y in (vectors[:2], vectors[2:])
+    )
+    first = [q + i + s for q in quads for s in (0, lanes) for i in (0, 1)]
+    second = [q + i + s for q in quads for s in (0, lanes) for i in (2, 3)]
+    total = add(_shuffle(builder, xy, zw, first), _shuffle(builder, xy, zw, second))
+    while lanes > 4:
         lanes //= 2
-        low, high = (
-            builder.shuffle_vector(
-                vector, vector, ir.Constant(_vec(I32, lanes), list(range(start, start + lanes)))
-            )
-            for start in (0, lanes)
-        )
-        vector = add(low, high)
-    return builder.extract_element(vector, ir.Constant(I32, 0))
+        halves = (_shuffle(builder, total, total, list(range(s, s + lanes))) for s in (0, lanes))
+        total = add(*halves)
+    return total
 
 
 class _Step:
@@ -91,31 +104,50 @@ class _Step:
         self.acc_lanes = self.bits // 32
         self.acc = _vec(F32 if self.name in ("fma", "dpbf16") else I32, self.acc_lanes)
         self.elements = step_elements(kind)
+        self.nan_codes: Any = None
         self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "dpbf16": 2}[self.name]
         self.b_bytes = {"": self.a_bytes, "i8": 1, "u8": 1, "e4m3": 1}[self.storage]
         if self.name in ("pmaddwd", "dpbusd"):
             self.b_bytes = 1
 
     def load_a(self, builder: Any, address: Any) -> Any:
-        if self.name == "fma":
-            return _load(builder, address, self.acc)
-        if self.name == "pmaddwd":
-            return _load(builder, address, _vec(I16, self.elements))
-        if self.name == "dpbusd":
-            return _load(builder, address, self.acc)
-        return _load(builder, address, _vec(BF16, self.elements))
+        """One vector; for `fma` with decoding, the two float vectors that match a half's worth."""
+        if self.name == "fma" and self.storage:
+            second = builder.add(address, ir.Constant(I64, 4 * self.acc_lanes))
+            return [_load(builder, address, self.acc), _load(builder, second, self.acc)]
+        kind = {"fma": self.acc, "dpbusd": self.acc, "pmaddwd": _vec(I16, self.elements)}
+        return _load(builder, address, kind.get(self.name, _vec(BF16, self.elements)))
 
     def load_b(self, builder: Any, address: Any) -> Any:
         if self.name == "pmaddwd":
             return builder.sext(_load(builder, address, _vec(I8, self.elements)), _vec(I16, self.elements))
-        if self.name == "fma" and self.storage:
-            raw = _load(builder, address, _vec(I8, self.elements))
+        if self.storage:
+            return self._decode(builder, _load(builder, address, _vec(I8, self.elements)))
+        return self.load_a(builder, address)
+
+    def _decode(self, builder: Any, raw: Any) -> list:
+        """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.
+
+        NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
+        decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
+        and `finish` looks at that.
+        """
+        halves = [list(range(s, s + self.acc_lanes)) for s in (0, self.acc_lanes)]
+        if self.storage != "e4m3":
             if self.storage == "u8":  # int8 plus 128: flipping the top bit takes it off
                 raw = builder.xor(raw, _splat(ir.Constant(I8, -128), self.elements))
-            if self.storage in ("i8", "u8"):
-                return builder.sitofp(builder.sext(raw, _vec(I32, self.elements)), self.acc)
-            return _e4m3_to_f32(builder, raw)
-        return self.load_a(builder, address)
+            parts = (_shuffle(builder, raw, raw, half) for half in halves)
+            return [builder.sitofp(builder.sext(part, _vec(I32, self.acc_lanes)), self.acc) for part in parts]
+        wide = builder.sext(raw, _vec(I16, self.elements))
+        bits = builder.and_(
+            builder.shl(wide, _splat(ir.Constant(I16, 7), self.elements)),
+            _splat(ir.Constant(I16, -0x4080), self.elements),  # 0xBF80: sign, exponent, mantissa
+        )
+        magnitude = builder.and_(bits, _splat(ir.Constant(I16, 0x7FFF), self.elements))
+        greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
+        self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
+        parts = (_shuffle(builder, bits, bits, half) for half in halves)
+        return [builder.fpext(builder.bitcast(part, _vec(F16, self.acc_lanes)), self.acc) for part in parts]
 
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
         if self.name == "pmaddwd":
@@ -127,16 +159,31 @@ class _Step:
             return _call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, operands)
         if self.name == "dpbf16":
             return _call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, a, b])
-        return _call(builder, f"llvm.fma.v{self.acc_lanes}f32", self.acc, [a, b, acc])
+        pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
+        for x, y in pairs:
+            acc = _call(builder, f"llvm.fma.v{self.acc_lanes}f32", self.acc, [x, y, acc])
+        return acc
+
+    def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
+        """Sums of one column, after the loop: what decoding left out."""
+        if self.storage != "e4m3":
+            return sums
+        found = builder.icmp_unsigned("==", nan_codes, _splat(ir.Constant(I16, 0x3F80), self.elements))
+        any_nan = builder.icmp_unsigned(
+            "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
+        )
+        scaled = builder.fmul(sums, _splat(ir.Constant(F32, 256.0), self.acc_lanes))
+        return builder.select(any_nan, _splat(ir.Constant(F32, float("nan")), self.acc_lanes), scaled)
 
     def add(self, builder: Any) -> Any:
         return builder.fadd if self.acc.element is F32 else builder.add
 
 
 def step_elements(kind: str) -> int:
-    """Elements of K that one instruction of `kind` consumes."""
-    name = kind.partition(":")[0]
-    return int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "dpbf16": 16}[name[:-3]]
+    """Elements of K that one step of `kind` consumes."""
+    name, _, storage = kind.partition(":")
+    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "dpbf16": 16}[name[:-3]]
+    return 2 * once if storage else once
 
 
 def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
@@ -182,7 +229,8 @@ def tile(typingctx, kind, mr, nr, a, lda, b, ldb, c, ldc, k):  # type: ignore[no
         b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
         entry = builder.block
         body, done = builder.append_basic_block("tile.k"), builder.append_basic_block("tile.done")
-        zero = ir.Constant(step.acc, None)
+        zero, no_nan = ir.Constant(step.acc, None), ir.Constant(_vec(I16, step.elements), None)
+        tracks_nan = step.storage == "e4m3"
         nonempty = builder.icmp_signed(">", k, ir.Constant(I64, 0))
         builder.cbranch(nonempty, body, done)
 
@@ -190,36 +238,111 @@ def tile(typingctx, kind, mr, nr, a, lda, b, ldb, c, ldc, k):  # type: ignore[no
         position = builder.phi(I64)
         position.add_incoming(ir.Constant(I64, 0), entry)
         phis = [[builder.phi(step.acc) for _ in range(cols)] for _ in range(rows)]
+        nan_phis = [builder.phi(no_nan.type) for _ in range(cols if tracks_nan else 0)]
         offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
         sums = [list(row) for row in phis]
-        b_vectors = [step.load_b(builder, builder.add(row, offset_b)) for row in b_rows]
+        nans: list = [None] * cols
+        b_vectors = []
+        for j, row in enumerate(b_rows):
+            step.nan_codes = nan_phis[j] if tracks_nan else None
+            b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
+            nans[j] = step.nan_codes
         for i, row in enumerate(a_rows):
             a_vector = step.load_a(builder, builder.add(row, offset_a))
             for j, b_vector in enumerate(b_vectors):
                 sums[i][j] = step.accumulate(builder, sums[i][j], a_vector, b_vector)
         following = builder.add(position, ir.Constant(I64, step.elements))
-        position.add_incoming(following, builder.block)
-        for i in range(rows):
-            for j in range(cols):
-                phis[i][j].add_incoming(zero, entry)
-                phis[i][j].add_incoming(sums[i][j], builder.block)
         last = builder.block
+        position.add_incoming(following, last)
+        loop_values = [(phis[i][j], zero, sums[i][j]) for i in range(rows) for j in range(cols)]
+        loop_values += [(phi, no_nan, nans[j]) for j, phi in enumerate(nan_phis)]
+        for phi, start, value in loop_values:
+            phi.add_incoming(start, entry)
+            phi.add_incoming(value, last)
         builder.cbranch(builder.icmp_signed("<", following, k), body, done)
 
         builder.position_at_end(done)
-        add = step.add(builder)
-        for i in range(rows):
-            for j in range(cols):
-                total = builder.phi(step.acc)
-                total.add_incoming(zero, entry)
-                total.add_incoming(sums[i][j], last)
-                sums[i][j] = total
+        ended = []
+        for _, start, value in loop_values:
+            phi = builder.phi(value.type)
+            phi.add_incoming(start, entry)
+            phi.add_incoming(value, last)
+            ended.append(phi)
+        totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
+        totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
+        add, element = step.add(builder), step.acc.element
         for i in range(rows):
             row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for j in range(cols):
+            for j in range(0, cols, 4):
+                width = min(4, cols - j)
+                four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
+                values = _reduce4(builder, four, add)
                 address = builder.add(row_address, ir.Constant(I64, 4 * j))
-                value = _reduce(builder, sums[i][j], add)
-                _store(builder, add(_load(builder, address, step.acc.element), value), address)
+                if width == 4:
+                    _store(builder, add(_load(builder, address, values.type), values), address)
+                    continue
+                for at in range(width):
+                    value = builder.extract_element(values, ir.Constant(I32, at))
+                    there = builder.add(address, ir.Constant(I64, 4 * at))
+                    _store(builder, add(_load(builder, there, element), value), there)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+SCALE_LANES = 8
+
+
+@intrinsic(prefer_literal=True)
+def scale_row(typingctx, integer, add, sums, zero, columns, a_scale, w_scale, out, n):  # type: ignore[no-untyped-def]
+    """out[j] (+)= float32(sums[j] − zero · columns[j]) · a_scale · w_scale[j], and sums[j] = 0.
+
+    `integer` (else sums are float32 and there is no zero point) and `add` are compile-time
+    constants. Addresses; n is a multiple of SCALE_LANES. By hand because numba computes in
+    int64, which does not vectorize.
+    """
+    if not (isinstance(integer, types.Literal) and isinstance(add, types.Literal)):
+        return None
+    whole, adds = bool(integer.literal_value), bool(add.literal_value)
+    wide, real = _vec(I32, SCALE_LANES), _vec(F32, SCALE_LANES)
+    signature = types.void(
+        integer, add, types.int64, types.int32, types.int64, types.float32, *[types.int64] * 3
+    )
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        sums, zero, columns, a_scale, w_scale, out, n = args[2:]
+
+        def spread(value: Any, kind: Any) -> Any:
+            one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+            return _shuffle(builder, one, one, [0] * SCALE_LANES)
+
+        zeros, a_scales = spread(zero, wide), spread(a_scale, real)
+        entry = builder.block
+        body, done = builder.append_basic_block("scale"), builder.append_basic_block("scale.done")
+        builder.cbranch(builder.icmp_signed(">", n, ir.Constant(I64, 0)), body, done)
+        builder.position_at_end(body)
+        position = builder.phi(I64)
+        position.add_incoming(ir.Constant(I64, 0), entry)
+        offset = builder.mul(position, ir.Constant(I64, 4))
+        at = builder.add(sums, offset)
+        if whole:
+            total = _load(builder, at, wide)
+            correction = builder.mul(zeros, _load(builder, builder.add(columns, offset), wide))
+            value = builder.sitofp(builder.sub(total, correction), real)
+        else:
+            value = _load(builder, at, real)
+        value = builder.fmul(
+            builder.fmul(value, a_scales), _load(builder, builder.add(w_scale, offset), real)
+        )
+        target = builder.add(out, offset)
+        if adds:
+            value = builder.fadd(_load(builder, target, real), value)
+        _store(builder, value, target)
+        _store(builder, ir.Constant(wide, None), at)
+        following = builder.add(position, ir.Constant(I64, SCALE_LANES))
+        position.add_incoming(following, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, n), body, done)
+        builder.position_at_end(done)
         return context.get_dummy_value()
 
     return signature, codegen

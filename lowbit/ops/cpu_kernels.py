@@ -27,6 +27,7 @@ from numba import carray, cfunc, njit, types
 
 from lowbit.ops import cpu_emit
 from lowbit.ops.cpu_emit import (
+    SCALE_LANES,
     bf16_to_f32,
     bits_to_f32,
     e4m3_code,
@@ -40,6 +41,7 @@ from lowbit.ops.cpu_emit import (
     pointer,
     round_code,
     round_e4m3,
+    scale_row,
     tile,
 )
 from lowbit.ops.cpu_params import (
@@ -346,13 +348,15 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_cols: int) -> Any:
         size = block_rows * block_cols
         memory = p[M_SCRATCH] + slot * p[M_SLOT_BYTES]
         accumulators = carray(pointer(memory), size, np.int32)
-        real = carray(pointer(memory), size, np.float32)
         totals = carray(pointer(memory + 4 * size), size, np.float32)
         sums = carray(pointer(memory + 8 * size), block_cols, np.int32)
         weights_scale = carray(pointer(memory + 8 * size + 4 * block_cols), block_cols, np.float32)
-        line = carray(pointer(memory + 8 * size + 8 * block_cols), block_cols, np.float32)
-        panel = memory + 8 * size + 12 * block_cols
+        sums_at, w_scales_at = memory + 8 * size, memory + 8 * size + 4 * block_cols
+        scale_at = carray(pointer(memory + 8 * size + 8 * block_cols), block_cols, np.int64)
+        panel = memory + 8 * size + 16 * block_cols
+        scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
 
+        w_scale = carray(pointer(p[M_W_SCALE]), 1 << 62, np.float32)
         while True:
             task = fetch_add(base + 8 * M_NEXT, 1)
             if task >= tasks:
@@ -361,11 +365,14 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_cols: int) -> Any:
             which = task % p[M_BLOCK_COUNT]
             expert, row0, rows = blocks[which, 0], blocks[which, 1], blocks[which, 2]
             cols = min(block_cols, n_all - n0)
+            padded_cols = (cols + SCALE_LANES - 1) // SCALE_LANES * SCALE_LANES
             used = (rows + tile_rows - 1) // tile_rows * tile_rows * block_cols
             accumulators[:used] = 0
             if per_group:
                 totals[:used] = 0
             w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
+            for j in range(cols):
+                scale_at[j] = expert * p[M_W_SCALE_EXPERT] + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
             a0 = p[M_A] + row0 * a_row
             for g in range(groups):
                 in_group = min(group, k_all - g * group)
@@ -463,50 +470,32 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_cols: int) -> Any:
                             )
                             j += 1
                 if per_group:
-                    w_scale = carray(pointer(p[M_W_SCALE]), 1 << 62, np.float32)
                     for j in range(cols):
-                        weights_scale[j] = w_scale[
-                            expert * p[M_W_SCALE_EXPERT]
-                            + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
-                            + g * p[M_W_SCALE_GROUP]
-                        ]
+                        weights_scale[j] = w_scale[scale_at[j] + g * p[M_W_SCALE_GROUP]]
                     for i in range(rows):
                         a_scale = np.float32(1.0)
                         if p[M_A_SCALE] != 0:
-                            scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
                             a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW] + g * p[M_A_SCALE_GROUP]]
-                        at = i * block_cols
-                        for j in range(cols):
-                            if integer:
-                                value = np.float32(np.int32(accumulators[at + j] - zero * sums[j]))
-                            else:
-                                value = real[at + j]
-                            totals[at + j] += value * a_scale * weights_scale[j]
-                    accumulators[:used] = 0
+                        at = memory + 4 * i * block_cols
+                        scale_row(
+                            integer, True, at, zero, sums_at, a_scale, w_scales_at, at + 4 * size, padded_cols
+                        )
             if not per_group:
-                w_scale = carray(pointer(p[M_W_SCALE]), 1 << 62, np.float32)
                 for j in range(cols):
-                    weights_scale[j] = w_scale[
-                        expert * p[M_W_SCALE_EXPERT] + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
-                    ]
+                    weights_scale[j] = w_scale[scale_at[j]]
             out_element = 4 if p[M_OUT_DTYPE] != F16 and p[M_OUT_DTYPE] != BF16 else 2
             for i in range(rows):
-                at = i * block_cols
                 if per_group:
-                    for j in range(cols):
-                        line[j] = totals[at + j]
+                    line = carray(pointer(memory + 4 * size + 4 * i * block_cols), block_cols, np.float32)
                 else:
                     a_scale = np.float32(1.0)
                     if p[M_A_SCALE] != 0:
-                        scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
                         a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW]]
-                    for j in range(cols):
-                        value = (
-                            np.float32(np.int32(accumulators[at + j] - zero * sums[j]))
-                            if integer
-                            else real[at + j]
-                        )
-                        line[j] = value * a_scale * weights_scale[j]
+                    at = memory + 4 * i * block_cols
+                    scale_row(
+                        integer, False, at, zero, sums_at, a_scale, w_scales_at, at + 4 * size, padded_cols
+                    )
+                    line = carray(pointer(at + 4 * size), block_cols, np.float32)
                 if p[M_BIAS] != 0:
                     bias = carray(pointer(p[M_BIAS] + 4 * (expert * p[M_BIAS_EXPERT] + n0)), cols, np.float32)
                     for j in range(cols):

@@ -124,8 +124,11 @@ def _run(
             weight_sum=weight_sum,
         )
     bounds = None if offsets is None else _bounds(offsets, x.shape[0])
-    function: Any = {"cpu": cpu.linear, "reference": reference.linear, "dequantize": _dequantized}[name]
-    return function(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
+    if name == "cpu":
+        return cpu.linear(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
+    if name == "reference":
+        return reference.linear(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
+    return _dequantized(x, weights, activations, bias, out_dtype, bounds, routed)
 
 
 def _bounds(offsets: Tensor, rows: int) -> list[int]:
