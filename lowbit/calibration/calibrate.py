@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lowbit.calibration import fold, store
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.distributed import merge_statistics, my_share, rank, wait_for_all
+from lowbit.calibration.distributed import merge_observers, merge_statistics, my_share, rank, wait_for_all
 from lowbit.calibration.experts import UnfusedExperts
 from lowbit.calibration.graph import LayerGraph, norm_gain, trace
+from lowbit.calibration.kv_cache import KVCache, KVObserver, KVQuantizer, attentions, watched
 from lowbit.calibration.layer import (
     correct_biases,
     groups_of,
@@ -77,6 +78,7 @@ class _Run:
     small: tuple[dict[str, Any], ...]
     small_shape: tuple[int, int]
     has_data: bool
+    kv_cache: KVCache | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, what: str, start: float) -> None:
@@ -107,6 +109,7 @@ def calibrate(
     windows: Sequence[Tensor],
     *,
     selection: Selection | None = None,
+    kv_cache: KVCache | None = None,
     options: RunOptions | None = None,
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -124,7 +127,7 @@ def calibrate(
         raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; calibration has nothing to do"
         )
-    if not windows and method.needs_data(scheme):
+    if not windows and (kv_cache is not None or method.needs_data(scheme)):
         raise InputError(
             f"expected data for method {method.name} with scheme {scheme.name}, found none; pass --data"
         )
@@ -139,6 +142,8 @@ def calibrate(
         "source": {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)},
         "tool": _version(),
     }
+    if kv_cache is not None:
+        settings["kv_cache"] = asdict(kv_cache)
     writer = store.Writer(out, settings, overwrite=overwrite) if rank() == 0 else None
     wait_for_all()
     done = set(store.load_manifest(Path(out))["layers"])
@@ -150,6 +155,7 @@ def calibrate(
         if writer is not None and store.MODEL_PART not in done:
             writer.write(store.MODEL_PART, {model.disk_name(n): t for n, t in outside.items()})
     run = _start(model, method, schemes, options, rotation, windows)
+    run.kv_cache = kv_cache
     for index in range(len(model)):
         name = model.layer_name(index)
         if progress:
@@ -276,9 +282,16 @@ def _calibrate_layer(run: _Run, index: int, *, need_output: bool) -> tuple[dict[
     activations = next((s.activations for s in schemes.values()), None)
     wanted = wanted_statistics(method, activations)
     statistics: dict[str, InputStatistics] = {}
+    kv = {} if run.kv_cache is None else {n: KVObserver(run.kv_cache) for n, _ in attentions(layer)}
     prepare: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(online, apply_hadamard)
-    if wanted.anything or method.smooths or (activations is not None and not activations.dynamic):
-        statistics = _collect(run, layer, index, graph, schemes, wanted, prepare)
+    for module in experts.values():
+        module.token_counts.zero_()  # tracing and checking ran a few tokens too
+    if kv or wanted.anything or method.smooths or (activations is not None and not activations.dynamic):
+        with watched(layer, dict(kv)):
+            statistics = _collect(run, layer, index, graph, schemes, wanted, prepare)
+        merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
+    tokens = {n: {"tokens": m.token_counts.tolist()} for n, m in experts.items() if int(m.token_counts.sum())}
+    kv_scales = {n: observer.scales() for n, observer in kv.items()}
     run.timed("statistics", start)
 
     start = time.perf_counter()
@@ -305,11 +318,14 @@ def _calibrate_layer(run: _Run, index: int, *, need_output: bool) -> tuple[dict[
     if method.bias_correction:
         changed |= correct_biases(layer, statistics, graph, schemes, quantized)
     report["modules"] = errors
-    if experts:
-        report["experts"] = {n: {"tokens": m.token_counts.tolist()} for n, m in experts.items()}
+    if tokens:
+        report["experts"] = tokens
     if online:
         report["online_hadamard"] = [model.disk_name(f"{prefix}.{n}") for n in sorted(online)]
     tensors = _tensors(run, prefix, layer, quantized, scales, changed)
+    for name, pair in kv_scales.items():
+        for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
+            tensors[f"{model.disk_name(f'{prefix}.{name}')}.{leaf}"] = scale.float().cpu()
     run.timed("rounding", start)
 
     start = time.perf_counter()
@@ -320,7 +336,11 @@ def _calibrate_layer(run: _Run, index: int, *, need_output: bool) -> tuple[dict[
             quantizers = install(layer, schemes, quantized, scales, online)
         else:
             quantizers = install(layer, {}, {}, {}, online)
-        _advance(run, layer, index, quantizers)
+        hooks = {}
+        if method.propagate and run.kv_cache is not None:
+            hooks = {n: KVQuantizer(run.kv_cache, *pair) for n, pair in kv_scales.items()}
+        with watched(layer, dict(hooks)):
+            _advance(run, layer, index, quantizers)
     run.timed("output", start)
     return tensors, report
 
@@ -392,7 +412,8 @@ def _replay(run: _Run, index: int, calibration: store.Calibration) -> None:
     """Run a layer that an earlier run finished, from what that run wrote."""
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
-    _advance(run, layer, index, quantizers)
+    with watched(layer, overlay.kv_hooks(layer, index)):
+        _advance(run, layer, index, quantizers)
 
 
 def _tensors(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from lowbit.calibration.observers import HistogramObserver, RangeObserver
 from lowbit.calibration.statistics import InputStatistics
 
 
@@ -52,3 +53,18 @@ def merge_statistics(statistics: Mapping[str, InputStatistics]) -> None:
             assert part is not None
             merged.merge(part)
         statistics[name].__dict__.update(merged.__dict__)
+
+
+def merge_observers(observers: Sequence[RangeObserver | HistogramObserver]) -> None:
+    """The same for observers alone, in place."""
+    if workers() == 1:
+        return
+    for observer in observers:
+        parts: list[RangeObserver | HistogramObserver | None] = [None] * workers()
+        dist.all_gather_object(parts, observer)
+        merged = parts[0]
+        assert merged is not None
+        for part in parts[1:]:
+            assert part is not None
+            merged.merge(part)  # type: ignore[arg-type]
+        observer.__dict__.update(merged.__dict__)

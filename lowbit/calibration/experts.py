@@ -37,7 +37,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def __init__(self, experts: list[Expert]) -> None:
         super().__init__(experts)
-        self.token_counts = torch.zeros(len(experts), dtype=torch.int64)
+        self.token_counts = torch.zeros(len(experts), dtype=torch.int64, device="cpu")
 
     @classmethod
     def like(cls, fused: nn.Module) -> UnfusedExperts:

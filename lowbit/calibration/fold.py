@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.graph import LayerGraph, Norm, Pair
 from lowbit.calibration.rotation import Rotation, apply_hadamard
+from lowbit.errors import InputError
 
 
 def _weight(layer: nn.Module, name: str) -> nn.Parameter:
@@ -93,9 +94,9 @@ def rotate_heads(layer: nn.Module, pair: Pair) -> None:
 
 @torch.no_grad()
 def rotate_residual(layer: nn.Module, graph: LayerGraph, rotation: Rotation) -> None:
-    """h → h·Q around a whole layer. Norm gains are folded first. Raises ValueError where it is not exact."""
+    """h → h·Q around a whole layer. Norm gains are folded first. Raises InputError where it is not exact."""
     if graph.rotation_refusal:
-        raise ValueError(
+        raise InputError(
             f"expected a residual stream that can be rotated, found {graph.rotation_refusal}; "
             "use a method without rotation"
         )

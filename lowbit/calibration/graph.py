@@ -105,7 +105,8 @@ def trace(
         mine = []
         for reader, seen in inputs.items():
             if _same(outputs[name], seen) and seen.shape[-1] == width:
-                mine += _parts(reader, named[reader])
+                # With all experts seeing all tokens, an expert's Linear layers are seen on their own too.
+                mine += [part for part in _parts(reader, named[reader]) if part not in mine]
         try:
             offset, centered = norm_gain(norm, width)
         except ValueError as error:

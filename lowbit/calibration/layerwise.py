@@ -27,7 +27,7 @@ _ALIASES: tuple[tuple[str, str], ...] = (
     (r"\.mlp\.experts\.(\d+)\.gate_proj", r".block_sparse_moe.experts.\1.w1"),
     (r"\.mlp\.experts\.(\d+)\.down_proj", r".block_sparse_moe.experts.\1.w2"),
     (r"\.mlp\.experts\.(\d+)\.up_proj", r".block_sparse_moe.experts.\1.w3"),
-    (r"\.mlp\.gate\.", r".block_sparse_moe.gate."),
+    (r"\.mlp\.gate(?=\.|$)", r".block_sparse_moe.gate"),
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lowbit.calibration.kv_cache import KVCache, KVHook, KVQuantizer, attentions
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import ActivationQuantizer
@@ -60,6 +61,19 @@ class Overlay:
             n for n, _ in layer.named_modules() if self.model.disk_name(f"{prefix}.{n}") in rotated
         )
         return layer, install(layer, schemes, quantized, scales, online)
+
+    def kv_hooks(self, layer: nn.Module, index: int) -> dict[str, KVHook]:
+        """What rounds the layer's keys and values (see `kv_cache.watched`); empty without KV scales."""
+        if not self.calibration.kv_cache:
+            return {}
+        cache = KVCache(**self.calibration.kv_cache)
+        hooks: dict[str, KVHook] = {}
+        for name, _ in attentions(layer):
+            disk = self.model.disk_name(f"{self.model.layer_name(index)}.{name}")
+            if self.calibration.has(f"{disk}.k_scale"):
+                k, v = (_read(self.calibration, f"{disk}.{leaf}") for leaf in ("k_scale", "v_scale"))
+                hooks[name] = KVQuantizer(cache, k, v)
+        return hooks
 
 
 def tensor_of(calibration: Calibration, name: str) -> Tensor | None:

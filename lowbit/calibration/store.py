@@ -74,6 +74,8 @@ class Calibration:
     data: Mapping[str, Any]
     source: Mapping[str, Any]
     """`fingerprint` (see `fingerprint`) and the path that it had."""
+    kv_cache: Mapping[str, Any]
+    """`dtype` (e4m3fn, int8), `per_head`, `method` of calibrated KV scales; empty when there are none."""
     config_overrides: Mapping[str, Any]
     """Merged into the output's config.json, e.g. {"tie_word_embeddings": false}."""
     layers: Mapping[str, Any]
@@ -208,6 +210,7 @@ def read(path: str | Path) -> Calibration:
     return Calibration(
         path=path, scheme=manifest["scheme"], module_schemes=manifest.get("module_schemes", {}),
         method=manifest.get("method", {}), data=manifest.get("data", {}), source=manifest.get("source", {}),
+        kv_cache=manifest.get("kv_cache", {}),
         config_overrides=manifest.get("config_overrides", {}), layers=manifest["layers"],
         complete=bool(manifest.get("complete", False)), tensors=tensors,
     )  # fmt: skip
@@ -299,7 +302,7 @@ class Writer:
         number = part.rpartition(".")[2]
         name = f"layer-{int(number):05d}.safetensors" if number.isdigit() else f"layer-{part}.safetensors"
         aside = self.path / f".{name}.part"
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, aside)
+        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside)
         aside.replace(self.path / name)
         self.manifest["layers"][part] = {"file": name, **(report or {})}
         self._save()

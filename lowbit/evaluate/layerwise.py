@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
@@ -51,6 +52,7 @@ class Candidate:
 
     model: LayerwiseModel
     load: LoadLayer
+    kv_hooks: Callable[[nn.Module, int], dict[str, KVHook]] = lambda layer, index: {}
 
 
 def plain(path: str | Path, **model_options: Any) -> Candidate:
@@ -88,7 +90,7 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
         model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration))
     )
     overlay = Overlay(calibration, model, schemes)
-    return Candidate(model=model, load=overlay.load)
+    return Candidate(model=model, load=overlay.load, kv_hooks=overlay.kv_hooks)
 
 
 def _overrides(calibration: Calibration) -> dict[str, str]:
@@ -141,8 +143,9 @@ def evaluate(
             layer, quantizers = side.load(index)
             detach = attach(layer, dict(quantizers))
             try:
-                for batch in range(len(cache)):
-                    cache.replace(batch, side.model.run(layer, index, cache[batch], mine[batch][index]))
+                with watched(layer, side.kv_hooks(layer, index)):
+                    for batch in range(len(cache)):
+                        cache.replace(batch, side.model.run(layer, index, cache[batch], mine[batch][index]))
             finally:
                 detach()
         if reference is not None:

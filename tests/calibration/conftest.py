@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     LlamaConfig,
@@ -14,7 +15,6 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 COMMON = {
     "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -1,0 +1,142 @@
+"""Scales of a quantized KV cache: what attention receives, keys after the rotary embedding, is observed.
+
+Works through transformers' table of attention functions, so for every architecture that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
+from lowbit.dtypes import DTYPES
+from lowbit.errors import InputError
+from lowbit.granularity import PerTensor
+from lowbit.quantize import dequantize, quantize_with, scale_from_range
+from lowbit.scheme import TensorSpec
+
+_NAME = "lowbit_kv_cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """How keys and values are stored: symmetric, static scales."""
+
+    dtype: str
+    """`e4m3fn` or `int8`."""
+    per_head: bool = False
+    """One scale per KV head instead of one per layer."""
+    method: str = "absmax"
+    """A range method of `observers`."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("e4m3fn", "int8"):
+            raise InputError(f"expected a KV cache of e4m3fn or int8, found {self.dtype!r}")
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(dtype=DTYPES[self.dtype], granularity=PerTensor())
+
+    @classmethod
+    def parse(cls, text: str) -> KVCache:
+        """`fp8`, `int8`, `fp8-head` or `int8-head`."""
+        name, _, rest = text.partition("-")
+        if name not in ("fp8", "int8") or rest not in ("", "head"):
+            raise InputError(f"expected a KV cache of fp8, int8, fp8-head or int8-head, found {text!r}")
+        return cls(dtype="e4m3fn" if name == "fp8" else "int8", per_head=rest == "head")
+
+
+class KVObserver:
+    """Statistics of one attention's keys and values [B, heads, T, D]."""
+
+    def __init__(self, cache: KVCache) -> None:
+        dim = 1 if cache.per_head else None
+        self.cache = cache
+        self.keys: RangeObserver | HistogramObserver = make_observer(cache.method, dim)
+        self.values: RangeObserver | HistogramObserver = make_observer(cache.method, dim)
+
+    def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys.update(key)
+        self.values.update(value)
+        return key, value
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """(k_scale, v_scale), float32 [1] or [heads]."""
+        found = []
+        for observer in (self.keys, self.values):
+            low, high = observed_range(observer, self.cache.method, self.cache.spec)
+            found.append(scale_from_range(low, high, self.cache.spec)[0])
+        return found[0], found[1]
+
+
+class KVQuantizer:
+    """Rounds keys and values as a quantized cache would."""
+
+    def __init__(self, cache: KVCache, k_scale: Tensor, v_scale: Tensor) -> None:
+        self.cache, self.k_scale, self.v_scale = cache, k_scale, v_scale
+
+    def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._round(key, self.k_scale), self._round(value, self.v_scale)
+
+    def _round(self, x: Tensor, scale: Tensor) -> Tensor:
+        if scale.numel() == 1:
+            codes = quantize_with(x, scale, self.cache.spec)
+            return dequantize(codes, scale, self.cache.spec).to(x.dtype)
+        heads = [self._round(x[:, h], scale[h : h + 1]) for h in range(scale.numel())]
+        return torch.stack(heads, dim=1)
+
+
+KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Attention modules whose cache holds the keys and values that k_proj and v_proj make."""
+    for name, module in layer.named_modules():
+        if isinstance(getattr(module, "k_proj", None), nn.Linear) and hasattr(module, "v_proj"):
+            yield name, module
+
+
+@contextmanager
+def watched(layer: nn.Module, hooks: dict[str, KVHook]) -> Iterator[None]:
+    """While inside, keys and values of the named attention modules go through their hooks."""
+    if not hooks:
+        yield
+        return
+    _register()
+    changed: list[tuple[Any, str]] = []
+    for name, hook in hooks.items():
+        module: Any = layer.get_submodule(name)
+        module._lowbit_kv = (hook, module.config._attn_implementation)
+        changed.append((module, module.config._attn_implementation))
+    for module, _ in changed:
+        module.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        for module, implementation in changed:
+            module.config._attn_implementation = implementation
+            del module._lowbit_kv
+
+
+def _register() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if _NAME not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    import sys
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    hook, implementation = module._lowbit_kv
+    key, value = hook(key, value)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return attend(module, query, key, value, *args, **kwargs)

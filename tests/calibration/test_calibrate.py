@@ -1,0 +1,251 @@
+"""Whole calibrations of tiny models: what is written, that it helps, that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lowbit.calibration import calibrate as module
+from lowbit.calibration import store
+from lowbit.calibration.calibrate import RunOptions, calibrate
+from lowbit.calibration.gptq import RoundingOptions
+from lowbit.calibration.kv_cache import KVCache
+from lowbit.calibration.methods import METHODS, Method
+from lowbit.checkpoint.rules import Selection
+from lowbit.errors import InputError
+from lowbit.evaluate.layerwise import calibrated, evaluate, plain
+from lowbit.scheme import get_scheme
+
+
+def kl(source, calibration, windows) -> float:
+    report = evaluate(calibrated(source, calibration), windows, plain(source))
+    assert len(report.layer_errors) == 3
+    assert all(0 < e < 1 for e in report.layer_errors.values())
+    return report.agreement.mean_kl
+
+
+def tensors_of(calibration) -> dict[str, torch.Tensor]:
+    out = {}
+    for name, entry in calibration.tensors.items():
+        with safe_open(entry.file, framework="pt") as stream:
+            out[name] = stream.get_tensor(name)
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "mixtral", "gemma2"])
+@pytest.mark.parametrize("method", ["gptq", "smoothquant-gptq", "rotate-gptq", "rotate-gptq-online"])
+def test_methods_beat_rounding(checkpoints, windows, tmp_path, name, method):
+    source, scheme = checkpoints[name], get_scheme("int8")
+    if name == "gemma2" and method.startswith("rotate"):
+        with pytest.raises(InputError, match="without rotation"):
+            calibrate(source, tmp_path / "m", scheme, METHODS[method], windows)
+        return
+    rounded = calibrate(source, tmp_path / "r", scheme, METHODS["absmax"], [])
+    found = calibrate(source, tmp_path / "m", scheme, METHODS[method], windows)
+    assert found.complete
+    assert bool(found.config_overrides) == (name == "llama" and method.startswith("rotate"))
+    # SmoothQuant is chosen for what its sample loses; models without outliers gain nothing from it.
+    margin = 1.1 if method.startswith("smooth") else 1.0
+    assert kl(source, found, windows[:4]) < margin * kl(source, rounded, windows[:4])
+    with safe_open(source / "model.safetensors", framework="pt") as stream:
+        known = set(stream.keys()) | {"lm_head.weight"}
+    suffixes = ("weight_scale", "input_scale")
+    assert {n for n in found.tensors if not n.endswith(suffixes)} <= known  # the checkpoint's own names
+
+
+@pytest.mark.parametrize(
+    "scheme", ["fp8", "int8-block", "int8-weight-only", "mxfp8", "fp8-static", "int8-static-asym"]
+)
+def test_every_scheme_calibrates(checkpoints, windows, tmp_path, scheme):
+    source = checkpoints["llama"]
+    found = calibrate(source, tmp_path / "c", get_scheme(scheme), METHODS["smoothquant-gptq"], windows)
+    tensors = tensors_of(found)
+    module_name = "model.layers.1.mlp.down_proj"
+    spec = get_scheme(scheme).weights
+    assert tensors[f"{module_name}.weight"].dtype == spec.dtype.torch_dtype
+    assert (f"{module_name}.input_scale" in tensors) == get_scheme(scheme).needs_calibration
+    assert (f"{module_name}.input_zero_point" in tensors) == (scheme == "int8-static-asym")
+    assert kl(source, found, windows[:4]) < 0.05
+
+
+@pytest.mark.parametrize("ranges", ["absmax", "moving-average", "percentile", "mse", "entropy", "output"])
+def test_static_ranges(checkpoints, windows, tmp_path, ranges):
+    method = replace(METHODS["absmax"], activation_range=ranges, percentile=99.9)
+    found = calibrate(checkpoints["qwen3"], tmp_path / "c", get_scheme("int8-static"), method, windows)
+    names = set(found.tensors)
+    assert names == {f"{m}.input_scale" for m in found.modules()} and len(names) == 3 * 7
+    scales = tensors_of(found)
+    layer = "model.layers.0"
+    q, k, v = (float(scales[f"{layer}.self_attn.{p}_proj.input_scale"]) for p in "qkv")
+    assert q == k == v  # engines run the three as one matmul
+    assert kl(checkpoints["qwen3"], found, windows[:4]) < 0.2
+
+
+def test_static_absmax_scales_cover_what_was_seen(checkpoints, windows, tmp_path):
+    found = calibrate(
+        checkpoints["qwen3"], tmp_path / "c", get_scheme("int8-static"),
+        replace(METHODS["absmax"], propagate=False), windows,
+    )  # fmt: skip
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["qwen3"], dtype=torch.float32).eval()
+    seen = {}
+    for i in range(3):
+        name = f"model.layers.{i}.mlp.down_proj"
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, n=name: seen.__setitem__(n, max(seen.get(n, 0.0), float(args[0].abs().max())))
+        )
+    with torch.no_grad():
+        model(torch.stack(windows))
+    scales = tensors_of(found)
+    for name, peak in seen.items():
+        assert float(scales[f"{name}.input_scale"]) * 127 == pytest.approx(peak, rel=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path, monkeypatch):
+    source, scheme = checkpoints["qwen3_moe"], get_scheme("int8-static")
+    for method in (METHODS["gptq"], METHODS["smoothquant"]):
+        whole = calibrate(source, tmp_path / f"whole-{method.name}", scheme, method, windows)
+        original, calls = module._calibrate_layer, []
+
+        def dies(run, index, *, need_output, original=original, calls=calls):
+            calls.append(index)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return original(run, index, need_output=need_output)
+
+        monkeypatch.setattr(module, "_calibrate_layer", dies)
+        out = tmp_path / f"killed-{method.name}"
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(source, out, scheme, method, windows)
+        assert not store.read(out).complete
+        before = (out / "layer-00001.safetensors").stat().st_mtime_ns
+        resumed = calibrate(source, out, scheme, method, windows)
+        assert calls[3:] == ([2] if method.propagate else [0, 1, 2])
+        assert resumed.complete and (out / "layer-00001.safetensors").stat().st_mtime_ns == before
+        monkeypatch.setattr(module, "_calibrate_layer", original)
+        expected, found = tensors_of(whole), tensors_of(resumed)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            if tensor.dtype == torch.int8:
+                assert (tensor == found[name]).double().mean() > 0.99, name
+            else:
+                assert torch.allclose(tensor.float(), found[name].float(), rtol=1e-3), name
+
+
+def test_spilling_and_batches_do_not_change_the_result(checkpoints, windows, tmp_path):
+    source, scheme = checkpoints["llama"], get_scheme("int8-static")
+    a = calibrate(source, tmp_path / "a", scheme, METHODS["absmax"], windows)
+    options = RunOptions(memory_limit=1, batch_size=3, spill_directory=str(tmp_path))
+    b = calibrate(source, tmp_path / "b", scheme, METHODS["absmax"], windows, options=options)
+    x, y = tensors_of(a), tensors_of(b)
+    assert x.keys() == y.keys() and all(torch.allclose(x[n], y[n], rtol=1e-5) for n in x)
+
+
+def test_prompts_of_different_lengths(checkpoints, windows, tmp_path):
+    uneven = [w[: 20 + i] for i, w in enumerate(windows)]
+    found = calibrate(checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["gptq"], uneven)
+    assert found.complete
+
+
+def test_experts_report_tokens_and_starved_ones_fall_back(checkpoints, windows, tmp_path):
+    source, scheme = checkpoints["qwen3_moe"], get_scheme("int8")
+    options = RunOptions(all_experts=False, min_tokens=300)
+    routed = calibrate(source, tmp_path / "a", scheme, METHODS["gptq"], windows, options=options)
+    everyone = calibrate(source, tmp_path / "b", scheme, METHODS["gptq"], windows)
+    fallbacks = 0
+    for calibration, all_seen in ((routed, False), (everyone, True)):
+        for layer in calibration.layers.values():
+            tokens = layer["experts"]["mlp.experts"]["tokens"]
+            assert sum(tokens) == 12 * 48 * 2  # tokens × experts per token
+            for i, seen in enumerate(tokens):
+                report = layer["modules"][f"mlp.experts.{i}.down_proj"]
+                starved = seen < 300 and not all_seen
+                assert ("fallback" in report) == starved
+                if starved:
+                    fallbacks += 1
+                    assert report["tokens"] == seen and "without data" in report["fallback"]
+    assert fallbacks > 0
+    assert "model.layers.0.mlp.gate" not in everyone.modules()
+
+
+def test_mixtral_tensors_have_the_names_of_its_checkpoint(checkpoints, windows, tmp_path):
+    found = calibrate(
+        checkpoints["mixtral"], tmp_path / "c", get_scheme("int8"), METHODS["gptq"], windows[:4]
+    )
+    with safe_open(checkpoints["mixtral"] / "model.safetensors", framework="pt") as stream:
+        disk = set(stream.keys())
+    assert {f"{m}.weight" for m in found.modules()} <= disk
+    assert len(found.modules()) == 3 * (4 + 4 * 3)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8-head"])
+def test_kv_scales(checkpoints, windows, tmp_path, kind):
+    cache = KVCache.parse(kind)
+    found = calibrate(
+        checkpoints["qwen3"], tmp_path / "c", get_scheme("int8"), METHODS["absmax"], windows, kv_cache=cache
+    )
+    tensors = tensors_of(found)
+    for i in range(3):
+        for leaf in ("k_scale", "v_scale"):
+            scale = tensors[f"model.layers.{i}.self_attn.{leaf}"]
+            assert scale.shape == ((2,) if cache.per_head else (1,)) and (scale > 0).all()
+    # Qwen3 normalizes its keys: after the rotary embedding no key is longer than √d·max|gain|.
+    gain = safe_open(checkpoints["qwen3"] / "model.safetensors", framework="pt").get_tensor(
+        "model.layers.0.self_attn.k_norm.weight"
+    )
+    top = cache.spec.dtype.max * float(tensors["model.layers.0.self_attn.k_scale"].max())
+    assert 0.5 < top < 4.0 * float(gain.abs().max()) * 1.5
+    without = calibrate(checkpoints["qwen3"], tmp_path / "w", get_scheme("int8"), METHODS["absmax"], [])
+    a, b = kl(checkpoints["qwen3"], found, windows[:4]), kl(checkpoints["qwen3"], without, windows[:4])
+    assert b < a < b + 0.05  # the cache's rounding is simulated, and costs little
+
+
+def test_mixed_schemes_and_exceptions(checkpoints, windows, tmp_path):
+    selection = Selection(ignore=("*.o_proj",), overrides={"re:.*layers\\.1\\..*": "fp8"})
+    found = calibrate(
+        checkpoints["llama"],
+        tmp_path / "c",
+        get_scheme("int8"),
+        METHODS["gptq"],
+        windows,
+        selection=selection,
+    )
+    assert found.scheme_of("model.layers.0.mlp.down_proj") == "int8"
+    assert found.scheme_of("model.layers.1.mlp.down_proj") == "fp8"
+    assert found.scheme_of("model.layers.0.self_attn.o_proj") is None
+    assert found.codes("model.layers.1.mlp.down_proj").dtype == "F8_E4M3"
+    assert not found.has("model.layers.0.self_attn.o_proj.weight")
+    assert kl(checkpoints["llama"], found, windows[:4]) < 0.05
+
+
+def test_bias_correction_moves_existing_biases(checkpoints, windows, tmp_path):
+    method = replace(METHODS["absmax"], name="b", bias_correction=True, smooth=0.5)
+    found = calibrate(checkpoints["qwen2"], tmp_path / "c", get_scheme("int8"), method, windows)
+    biases = {n for n in found.tensors if n.endswith(".bias")}
+    assert biases == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}
+
+
+def test_what_cannot_be_done_is_said(checkpoints, windows, tmp_path):
+    with pytest.raises(InputError, match="--data"):
+        calibrate(checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["gptq"], [])
+    with pytest.raises(InputError, match="bf16"):
+        calibrate(checkpoints["llama"], tmp_path / "c", get_scheme("bf16"), METHODS["gptq"], windows)
+    with pytest.raises(InputError, match="rotate-gptq"):
+        Method.from_dict("rotate-gptk")
+    with pytest.raises(InputError, match="unknown keys"):
+        Method.from_dict({"name": "gptq", "alpha": 0.5})
+    with pytest.raises(InputError, match="α"):
+        Method.from_dict({"name": "smoothquant", "smooth": 1.5})
+
+
+def test_methods_survive_json():
+    for method in METHODS.values():
+        again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
+        assert replace(again, summary="") == replace(method, summary="")
+    custom = Method.from_dict({"name": "gptq", "rounding": {"act_order": False}, "smooth": 0.3})
+    assert custom.rounding == RoundingOptions(rounding="gptq", act_order=False) and custom.smooth == 0.3
