@@ -89,7 +89,7 @@ def qwen3_moe(*, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> tuple[Te
 
 
 def deepseek_v3(*, dtype: torch.dtype = torch.bfloat16, seed: int = 2) -> tuple[Tensors, dict[str, Any]]:
-    """MLA (96 ragged rows in kv_a), a dense layer, a MoE layer, and the MTP layer beyond the last."""
+    """MLA (160 ragged rows in kv_a), a dense layer, a MoE layer, and the MTP layer beyond the last."""
     make, hidden, experts = _maker(seed, dtype), 128, 4
     tensors = {"model.embed_tokens.weight": make(64, hidden)}
 
@@ -98,9 +98,9 @@ def deepseek_v3(*, dtype: torch.dtype = torch.bfloat16, seed: int = 2) -> tuple[
             f"{at}.self_attn.q_a_proj.weight": make(128, hidden),
             f"{at}.self_attn.q_a_layernorm.weight": torch.ones(128, dtype=dtype),
             f"{at}.self_attn.q_b_proj.weight": make(192, 128),
-            f"{at}.self_attn.kv_a_proj_with_mqa.weight": make(96, hidden),
-            f"{at}.self_attn.kv_a_layernorm.weight": torch.ones(64, dtype=dtype),
-            f"{at}.self_attn.kv_b_proj.weight": make(256, 64),
+            f"{at}.self_attn.kv_a_proj_with_mqa.weight": make(160, hidden),
+            f"{at}.self_attn.kv_a_layernorm.weight": torch.ones(128, dtype=dtype),
+            f"{at}.self_attn.kv_b_proj.weight": make(256, 128),
             f"{at}.self_attn.o_proj.weight": make(hidden, 128),
             f"{at}.input_layernorm.weight": torch.ones(hidden, dtype=dtype),
             f"{at}.post_attention_layernorm.weight": torch.ones(hidden, dtype=dtype),
@@ -140,7 +140,7 @@ def deepseek_v3(*, dtype: torch.dtype = torch.bfloat16, seed: int = 2) -> tuple[
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": hidden,
         "intermediate_size": 256, "moe_intermediate_size": 128, "n_routed_experts": experts,
         "n_shared_experts": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
-        "num_attention_heads": 4, "vocab_size": 64, "q_lora_rank": 128, "kv_lora_rank": 64,
+        "num_attention_heads": 4, "vocab_size": 64, "q_lora_rank": 128, "kv_lora_rank": 128,
         "qk_rope_head_dim": 32, "torch_dtype": str(dtype).removeprefix("torch."),
         "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
     }  # fmt: skip

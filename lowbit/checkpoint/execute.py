@@ -28,6 +28,8 @@ COPY_BYTES = 4 << 20
 FLUSH_BYTES = 32 << 20
 
 _PLAIN_OUT = {"BF16": loops.TO_BF16, "F16": loops.TO_F16, "F32": loops.TO_F32}
+# The smallest magnitudes that round to infinity.
+_LIMITS = {"F16": 65520.0, "BF16": float(np.uint32(0x7F7F8000).view(np.float32))}
 _NO_SCALE = np.empty((0, 0), np.float32)
 
 Progress = Callable[[int], None]
@@ -68,9 +70,8 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
         return raw.view(np.float16).astype(np.float32)
     if dtype in ("F8_E8M0", "U8"):
         exponents = raw.astype(np.uint32)
-        # 2⁻¹²⁷ is subnormal, and 255 is NaN, whose bits are those of an infinity here.
-        bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)
-        return bits.view(np.float32)
+        bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)  # 2⁻¹²⁷ is subnormal
+        return np.where(exponents == 255, np.uint32(0x7FC00000), bits).view(np.float32)
     raise InputError(f"expected scales in F32, BF16, F16 or E8M0, found {dtype}")
 
 
@@ -148,7 +149,7 @@ class Worker:
         assert job.source is not None
         ref, (out,) = job.source.ref, job.outputs.values()
         if ref.dtype not in FLOATS:
-            scale = to_float(read_bytes(ref), ref.dtype)
+            scale = read_scale(Source(ref=ref, scale=ref)).reshape(-1)
             self._write(out, 0, scale.view(np.uint8))
             self._progress(ref.nbytes)
             return {out.name: xxhash.xxh3_128_hexdigest(scale.tobytes())}
@@ -164,8 +165,8 @@ class Worker:
                 part, kind, 1, count, _NO_SCALE, 1, 1, 0, codes, out_kind, count,
                 self._floats("scales", 1).reshape(1, 1), 1, count, False, False, self._floats("values", count),
             )  # fmt: skip
-            if bad < 0 and out_kind == loops.TO_F16:
-                bad = 0 if _has_infinity(codes) else -1
+            if bad < 0 and out.dtype in _LIMITS:
+                bad = 0 if _has_infinity(codes, out.dtype) else -1
             if bad >= 0:
                 raise self._not_finite(job, part, kind, start, count, _NO_SCALE, 0, out.dtype)
             digest.update(codes.data)
@@ -206,8 +207,8 @@ class Worker:
                 part, kind, count, cols, source_scale, *source.block, row, codes, out_kind, out_cols,
                 part_scales, tile_rows, tile_cols, given, power_of_2, values,
             )  # fmt: skip
-            if bad < 0 and out_kind == loops.TO_F16:
-                bad = 0 if _has_infinity(codes) else -1
+            if bad < 0 and out.dtype in _LIMITS:
+                bad = 0 if _has_infinity(codes, out.dtype) else -1
             if bad >= 0:
                 raise self._not_finite(
                     job, part, kind, row * cols, count * cols, source_scale, row, out.dtype
@@ -253,6 +254,8 @@ class Worker:
                 part, kind, count, cols, source_scale, *job.source.block, row, self._floats("values", cols)
             )
             if bad >= 0:
+                raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
+            if not np.isfinite(largest):  # scales of the source can push a value out of float32
                 raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
             peak = max(peak, np.float32(largest))
         scale = np.float32(peak / np.float32(job.spec.dtype.max))
@@ -318,11 +321,13 @@ class Worker:
         index = np.arange(first, first + count)
         if scale.size:
             block_rows, block_cols = job.source.block
-            values = values * scale[(index // cols) // block_rows, (index % cols) // block_cols]
-        limit = 65520.0 if out_dtype == "F16" else np.inf
+            with np.errstate(over="ignore"):
+                values = values * scale[(index // cols) // block_rows, (index % cols) // block_cols]
+        limit = _LIMITS.get(out_dtype, np.inf)
         at = int(np.flatnonzero(~(np.abs(values) < limit))[0])
         position = [int(i) for i in np.unravel_index(first + at, job.shape)] if job.shape else []
-        expected = "values that float16 can hold" if np.isfinite(values[at]) else "finite values"
+        narrow = "float16" if out_dtype == "F16" else "bfloat16"
+        expected = f"values that {narrow} can hold" if np.isfinite(values[at]) else "finite values"
         return InputError(
             f"{job.source.ref.name}: expected {expected}, found {values[at]} at {position}; "
             "repair the source, or keep this weight as it is with --keep"
@@ -345,8 +350,10 @@ def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
     return to_float(part, names[kind])
 
 
-def _has_infinity(codes: np.ndarray) -> bool:
-    return bool(((codes.view(np.uint16) & 0x7FFF) >= 0x7C00).any())
+def _has_infinity(codes: np.ndarray, dtype: str) -> bool:
+    """Whether finite values were rounded out of the range of F16 or BF16."""
+    infinity = 0x7C00 if dtype == "F16" else 0x7F80
+    return bool(((codes.view(np.uint16) & 0x7FFF) >= infinity).any())
 
 
 def _out_kind(job: Job, out: OutTensor) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.jobs import module_of
 from lowbit.checkpoint.rules import role_of
+from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
 
 
@@ -49,7 +50,7 @@ class Inspection:
 def inspect_checkpoint(path: str | Path) -> Inspection:
     """Read the headers below `path` and say what is there. InputError when they do not fit together."""
     source = open_checkpoint(path)
-    stored = read(source.config, source.tensors)
+    stored, unread = _stored(source)
     text = source.config.get("text_config") or {}
     scales = {n for m in stored.values() for c, n in m.names.items() if c not in ("codes", "packed")}
 
@@ -86,15 +87,23 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         layers=max(numbers) + 1 if numbers else 0,
         experts=max(experts) + 1 if experts else _fused_experts(source),
         tied_embeddings=bool(source.config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        odd=(*source.notes, *_odd(source, stored)),
+        odd=(*source.notes, *unread, *_odd(source, stored)),
         other_files=tuple(str(f) for f in source.others),
     )
 
 
+def _stored(source: Checkpoint) -> tuple[dict[str, StoredModule], list[str]]:
+    """The quantized modules; a quantization that cannot be converted is still worth describing."""
+    try:
+        return read(source.config, source.tensors), []
+    except InputError as error:
+        return {}, [f"cannot be converted: {error}"]
+
+
 def _quantization(source: Checkpoint, stored: Mapping[str, StoredModule]) -> str:
-    if not stored:
-        return ""
     method = str(quantization_of(source.config).get("quant_method", "not declared in config.json"))
+    if not stored:
+        return method if quantization_of(source.config) else ""
     schemes = Counter(f"{m.scheme.name} ({m.spec})" for m in stored.values())
     return f"{method}: " + "; ".join(f"{count} × {name}" for name, count in schemes.most_common())
 

@@ -238,7 +238,13 @@ class Planner:
 
     def _source(self, stored: StoredModule | None, anchor: str) -> Source:
         if stored is None:
-            return Source(ref=self.source.tensors[anchor])
+            ref = self.source.tensors[anchor]
+            if ref.dtype not in FLOATS:
+                raise InputError(
+                    f"{ref.name}: expected a weight in {', '.join(FLOATS)}, found {ref.dtype}; cast it in the source, "
+                    "or carry it as it is with --keep"
+                )
+            return Source(ref=ref)
         return Source(
             ref=self.source.tensors[stored.weight],
             packed="packed" in stored.names,

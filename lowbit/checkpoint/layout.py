@@ -67,16 +67,18 @@ def assign(
 ) -> tuple[list[Shard], dict[str, OutTensor]]:
     """Put groups of tensors (what belongs to one module stays together) into shards, in order.
 
-    A shard is closed when the next group would not fit; a single group may exceed the limit.
-    Within a shard tensors lie by falling item size, so that each is aligned to its dtype.
+    A shard is closed when the next group, with its share of the header, would not fit; a single
+    group may exceed the limit. Within a shard tensors lie by falling item size, so that each is
+    aligned to its dtype. Raises InputError when two tensors have one name.
     """
+    _refuse_duplicates(groups)
     bins: list[list[OutTensor]] = [[]]
-    filled = 0
+    filled = _HEADER_BYTES
     for group in groups:
-        size = sum(t.nbytes for t in group)
+        size = sum(t.nbytes + _entry_bytes(t) for t in group)
         if bins[-1] and filled + size > max_shard_bytes:
             bins.append([])
-            filled = 0
+            filled = _HEADER_BYTES
         bins[-1].extend(group)
         filled += size
     shards, placed = [], {}
@@ -90,6 +92,29 @@ def assign(
         shards.append(shard)
         placed.update(refs)
     return shards, placed
+
+
+# Length, metadata and padding of a header, and what two offsets take at most.
+_HEADER_BYTES, _OFFSET_DIGITS = 64, 32
+
+
+def _entry_bytes(t: OutTensor) -> int:
+    """At most what a tensor takes in the header."""
+    shape = ",".join(map(str, t.shape))
+    text = f'{json.dumps(t.name)}:{{"dtype":"{t.dtype}","shape":[{shape}],"data_offsets":[,]}},'
+    return len(text) + _OFFSET_DIGITS
+
+
+def _refuse_duplicates(groups: Sequence[Sequence[OutTensor]]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        for t in group:
+            if t.name in seen:
+                raise InputError(
+                    f"{t.name}: expected a name that is free for the output, but the source already has a tensor "
+                    "of that name; remove what is left of an earlier quantization from the source"
+                )
+            seen.add(t.name)
 
 
 def _lay_out(file: str, number: int, tensors: list[OutTensor]) -> tuple[Shard, dict[str, OutTensor]]:

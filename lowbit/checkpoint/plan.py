@@ -180,7 +180,16 @@ def _decisions(
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
-    return decide(shapes, scheme, selection, config=source.config, fits=target.refuse, left_in_float=left)
+    already = {name: module.spec for name, module in stored.items()}
+    return decide(
+        shapes,
+        scheme,
+        selection,
+        config=source.config,
+        fits=target.refuse,
+        left_in_float=left,
+        already=already,
+    )
 
 
 def _with_tied_head(ignored: tuple[str, ...], source: Checkpoint) -> tuple[str, ...]:
@@ -208,9 +217,8 @@ def _config(
             if holder.get(key) == found:
                 holder.pop(key)
     if scheme.float_dtype is not None:
-        for key in ("torch_dtype", "dtype"):
-            if key in config:
-                config[key] = scheme.float_dtype
+        for holder in (config, config.get("text_config") or {}):
+            holder.update({k: scheme.float_dtype for k in ("torch_dtype", "dtype") if k in holder})
     if replacements:
         config.update(replacements.config_overrides)
     if target is not None:

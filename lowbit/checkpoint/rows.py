@@ -209,7 +209,7 @@ def convert_rows(
     plain = out_kind >= TO_BF16
     one = np.empty(1, np.float32)
     # Tiles of one row share its decoding; taller tiles are decoded one by one, to stay in cache.
-    strip = cols if tile_rows == 1 else tile_cols
+    strip = max(cols, 1) if tile_rows == 1 else tile_cols
     for top in range(0, rows, tile_rows):
         bottom = min(rows, top + tile_rows)
         for left in range(0, cols, strip):

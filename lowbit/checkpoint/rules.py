@@ -11,10 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowbit.errors import InputError
-from lowbit.scheme import Scheme, get_scheme
+from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 
 class Rule(NamedTuple):
@@ -183,12 +184,14 @@ def decide(
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, fused: "",
     left_in_float: frozenset[str] = frozenset(),
+    already: Mapping[str, TensorSpec] = MappingProxyType({}),
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
-    `left_in_float` names the modules that an already quantized source did not quantize; its
-    makers knew why. Members of a fused group end with one scheme. Where `fits` refuses the
-    scheme for a shape, the nearest scheme with a scale per channel is used, else it is kept.
+    `left_in_float` names the modules that an already quantized source did not quantize (its
+    makers knew why), `already` how it has the others. Members of a fused group end with one
+    scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale per
+    channel is used, else it is kept.
     """
     check_patterns(selection)
     decisions = {
@@ -199,7 +202,7 @@ def decide(
     for module in decisions:
         groups[fused_key(module) or (module,)].append(module)
     for members in groups.values():
-        _make_fit(members, weights, decisions, fits)
+        _make_fit(members, weights, decisions, fits, already)
         _make_agree(members, decisions)
     return decisions
 
@@ -247,12 +250,18 @@ def _make_fit(
     weights: Mapping[str, tuple[int, ...]],
     decisions: dict[str, Decision],
     fits: Fits,
+    already: Mapping[str, TensorSpec],
 ) -> None:
-    """Replace a scheme that does not fit one member's shape, for all members at once."""
+    """Replace a scheme that does not fit one member's shape, for all members at once.
+
+    Ragged blocks of fused weights that the source has so already are carried: what its makers
+    ship, engines load.
+    """
     fused = len(members) > 1 and not _EXPERT.match(members[0])
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
-        problem = next((p for m in having if (p := fits(scheme, weights[m], fused))), "")
+        ours = {m: fused and already.get(m) != scheme.weights for m in having}
+        problem = next((p for m in having if (p := fits(scheme, weights[m], ours[m]))), "")
         if not problem:
             continue
         other = per_channel(scheme)

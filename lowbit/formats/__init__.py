@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule
 from lowbit.formats.hf_fp8 import HfFp8
 from lowbit.scheme import nearest
+
+_FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8())}
 
@@ -47,12 +50,39 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
-    """The quantized modules of a checkpoint, given its config.json and headers; {} for one in float."""
+    """The quantized modules of a checkpoint, given its config.json and headers; {} for one in float.
+
+    InputError for a quantization that cannot be read in full: what is left out would be carried
+    along under a config that no longer describes it.
+    """
     quantization = quantization_of(config)
-    if quantization:
-        method = str(quantization.get("quant_method", "compressed-tensors"))
-        return get_format(method).read(quantization, tensors)
-    return _read_undeclared(tensors)
+    found = _read_declared(quantization, tensors) if quantization else _read_undeclared(tensors)
+    taken = {name for module in found.values() for name in module.names.values()}
+    for name, info in tensors.items():
+        if info.dtype in _FLOAT8 and name not in taken:
+            raise InputError(
+                f"{name}: found {info.dtype} codes {list(info.shape)} that cannot be read; expected FP8 in E4M3 "
+                "matrices named '….weight' with a scale: dequantize the checkpoint with its own tools first"
+            )
+    return found
+
+
+def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+    method = quantization.get("quant_method", "compressed-tensors")
+    if not isinstance(method, str) or method not in FORMATS:
+        raise InputError(
+            f"quantization_config: expected quant_method {' or '.join(FORMATS)}, found {method!r}; "
+            "start from the model in float, or dequantize it with its own tools first"
+        )
+    try:
+        return FORMATS[method].read(quantization, tensors)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:
+        raise InputError(
+            f"quantization_config: expected the keys and types of {method}, found something else ({error}); "
+            "fetch config.json again"
+        ) from error
 
 
 def _read_undeclared(tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

@@ -108,6 +108,12 @@ class CompressedTensors:
             scale = module + ".weight_scale"
             if scale not in tensors:
                 raise missing_scale(name, scale, info.dtype)
+            for extra in ("weight_zero_point", "weight_g_idx"):
+                if f"{module}.{extra}" in tensors:
+                    raise InputError(
+                        f"{module}.{extra}: expected symmetric weights in the order of their columns, found a zero "
+                        "point or a column order, which are not read; dequantize with compressed-tensors first"
+                    )
             contents["scale"] = scale
             for extra in ("input_scale", "input_zero_point"):
                 if f"{module}.{extra}" in tensors:
@@ -223,7 +229,8 @@ def _group_for(module: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:
         if any(t.startswith("re:") and re.match(t[3:], module) for t in targets):
             return scheme
     for targets, scheme in groups:
-        if any(not t.startswith("re:") and "." not in t for t in targets):
+        # Class names begin with a capital; `lm_head` has no dot either, and is a module.
+        if any(t[:1].isupper() for t in targets):
             return scheme
     raise InputError(f"{module}: expected a config group that targets it, found none in quantization_config")
 

@@ -6,7 +6,7 @@ name, the stored scale multiplies, as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ class HfFp8:
     loaded_by = "vLLM, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
-        return scheme.name == "fp8-block"
+        return scheme.weights == get_scheme("fp8-block").weights
 
     def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
         if not self.holds(scheme):
@@ -59,10 +59,7 @@ class HfFp8:
         block = config.get("weight_block_size")
         if block is not None and (not isinstance(block, list | tuple) or len(block) != 2):
             raise InputError(f"quantization_config: expected weight_block_size [rows, cols], found {block!r}")
-        scheme = get_scheme("fp8-block")
-        assert scheme.weights is not None
-        granularity = PerBlock(*block) if block else PerTensor()
-        scheme = replace(scheme, weights=replace(scheme.weights, granularity=granularity))
+        scheme = _scheme_of(block)
         found: dict[str, StoredModule] = {}
         for name, info in tensors.items():
             if info.dtype != "F8_E4M3" or not name.endswith(".weight") or len(info.shape) != 2:
@@ -76,6 +73,19 @@ class HfFp8:
             check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
             found[module] = StoredModule(shape=shape, scheme=scheme, names={"codes": name, "scale": scale})
         return found
+
+
+def _scheme_of(block: Sequence[int] | None) -> Scheme:
+    """The preset for 128×128 blocks; without blocks there is one scale per weight."""
+    preset = get_scheme("fp8-block")
+    assert preset.weights is not None
+    if block is None:
+        weights = replace(preset.weights, granularity=PerTensor())
+        return replace(get_scheme("fp8"), name="fp8-tensor", weights=weights, alias=None)
+    weights = replace(preset.weights, granularity=PerBlock(*block))
+    if weights == preset.weights:
+        return preset
+    return replace(preset, name=f"fp8-block-{block[0]}x{block[1]}", weights=weights, alias=None)
 
 
 def block_problem(scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
