@@ -84,6 +84,14 @@ def contiguous_rows(a: Tensor) -> Tensor:
     return a if a.stride(-1) == 1 or a.shape[-1] <= 1 else a.contiguous()
 
 
+def rows_aligned(*tensors: Tensor) -> bool:
+    """True where every row of every tensor starts at a multiple of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
 def row_scale(name: str, scale: Tensor, rows: int) -> tuple[Tensor, int]:
     """A float32 scale [rows, 1], [rows], [1] or [] → (contiguous, scale mode of tile.py)."""
     check_dtype(name, scale, (torch.float32,))

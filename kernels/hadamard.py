@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOATS, check_dtype, contiguous_rows, require
-from .targets import core_count, device_target
+from .targets import device_target
 
 _ELEMENTS = 2048
 
@@ -24,27 +24,26 @@ def hadamard_kernel(
     x_ptr, out_ptr, rows, blocks, factor, stride_xm, stride_om,
     ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes tiles of ROWS rows × one block of SIZE = 2^STAGES elements.
+    """Each program takes ROWS rows × one block of SIZE = 2^STAGES elements.
 
     Every stage is the same: neighbours become their sum and difference, sums to the first half
     and differences to the second. That moves each index bit one place to the right, so after
     STAGES stages every bit was transformed once and is back in its place.
     """
-    tiles = tl.cdiv(rows, ROWS) * blocks
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        row = tile // blocks * ROWS
-        column = tile % blocks * SIZE
-        offsets = tl.arange(0, ROWS)[:, None]
-        mask = offsets < rows - row
-        x = tl.load(
-            x_ptr + tl.cast(row, tl.int64) * stride_xm + column + offsets * stride_xm + tl.arange(0, SIZE)[None, :],
-            mask=mask, other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        for _ in tl.static_range(STAGES):
-            left, right = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
-            x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (ROWS, SIZE))
-        out = out_ptr + tl.cast(row, tl.int64) * stride_om + column + offsets * stride_om
-        tl.store(out + tl.arange(0, SIZE)[None, :], (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
+    tile = tl.program_id(0)
+    row = tile // blocks * ROWS
+    column = tile % blocks * SIZE
+    offsets = tl.arange(0, ROWS)[:, None]
+    mask = offsets < rows - row
+    x = tl.load(
+        x_ptr + tl.cast(row, tl.int64) * stride_xm + column + offsets * stride_xm + tl.arange(0, SIZE)[None, :],
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    for _ in tl.static_range(STAGES):
+        left, right = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (ROWS, SIZE))
+    out = out_ptr + tl.cast(row, tl.int64) * stride_om + column + offsets * stride_om
+    tl.store(out + tl.arange(0, SIZE)[None, :], (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tensor:
@@ -72,13 +71,17 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     if x.numel() == 0:
         return out
     target = device_target(x.device)
+    require(
+        target.backend != "npu",
+        "expected an NVIDIA or AMD device: Ascend's compiler cannot place the transform's interleaved "
+        "halves; multiply by the Hadamard matrix with torch.matmul there",
+    )
     rows = max(1, _ELEMENTS // block_size)
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)
-    options = {} if target.backend == "npu" else {"num_warps": 4}
-    hadamard_kernel[(core_count(x.device) if target.backend == "npu" else tiles,)](
+    hadamard_kernel[(tiles,)](
         flat, out, flat.shape[0], k // block_size,
         1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
-        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, **options,
+        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4,
     )  # fmt: skip
     return out

@@ -178,6 +178,16 @@ def weight_bytes(w: Tensor, target: Target, dtype: str) -> tuple[Tensor, int]:
     return w.view(torch.int8), 1
 
 
+def loadable(scale: Tensor, target: Target) -> Tensor:
+    """Scales [rows, groups] as the target loads them: group-major on Ascend, else as they are.
+
+    Reading a column of them with a long stride overflows Ascend's buffer. Stored so, nothing is copied.
+    """
+    if target.backend != "npu" or scale.stride(-2) == 1:
+        return scale
+    return scale.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def launch_inner(
     a: Tensor,
     w: Tensor,
@@ -202,6 +212,10 @@ def launch_inner(
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n) * split
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     inside = modes.groups > 0
+    if a_scale is not None:
+        a_scale = loadable(a_scale, target)
+    if modes.groups == 2:
+        w_scale = loadable(w_scale, target)
     inner_kernel[grid](
         a, w, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
         *((0, 0) if a_scale is None else a_scale.stride()),

@@ -60,11 +60,14 @@ def choose_launch(
     target: Target,
     group_n: int = 0,
     group_k: int = 0,
+    aligned: bool = True,
 ) -> LaunchParameters:
     """Launch parameters for one problem: the tuned entry, or else the heuristic. Pure.
 
     m: tokens; for `matmul_grouped` the mean per expert. group_n, group_k: the weight's block,
     where scales lie inside the sum: no tile and no step of K is larger; 0: no such limit.
+    aligned: rows start at multiples of 16 bytes (`checks.rows_aligned`); where they do not,
+    elements are loaded one by one: no descriptors, and smaller steps, to spare registers.
     Raises ValueError with the `refusal` where there is one.
     """
     reason = refusal(kernel, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
@@ -72,6 +75,11 @@ def choose_launch(
         raise ValueError(reason)
     tuned = tuned_parameters(kernel, m=m, n=n, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
     chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, target)
+    if not aligned and target.backend != "npu":
+        chosen = replace(
+            chosen, block_n=min(chosen.block_n, 128), block_k=min(chosen.block_k, 64),
+            promote_k=min(chosen.promote_k, 64), tma=False,
+        )  # fmt: skip
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
 
@@ -90,25 +98,43 @@ def _heuristic(
     eight_bit = a_dtype in ("int8", "e4m3fn", "e4m3fnuz")
     fp8 = eight_bit and a_dtype != "int8"
     if target.backend == "npu":
-        block_m, block_n, block_k = (min(m, 128), 128, 128) if eight_bit else (min(m, 64), 128, 64)
-        chosen = LaunchParameters(block_m=block_m, block_n=block_n, block_k=block_k, persistent=True)
-    elif target.backend == "hip":
-        block_k = 64 if target.arch == "gfx942" else 128
+        # 192 KiB of unified buffer; scales inside the sum need room beside the accumulator.
         chosen = LaunchParameters(
-            block_m=min(m, 128), block_n=128 if m > 32 else 64, block_k=block_k,
-            num_warps=8 if m > 64 else 4, num_stages=2,
-        )  # fmt: skip
-    else:
-        large = m > 64
+            block_m=min(m, 128 if eight_bit else 64),
+            block_n=64 if group_k else 128,
+            block_k=128 if eight_bit else 64,
+            persistent=True,
+        )
+    elif target.backend == "hip":
         chosen = LaunchParameters(
             block_m=min(m, 128),
-            block_n=128 if large else 64,
+            block_n=128 if m > 32 else 64,
+            block_k=64 if target.arch == "gfx942" else 128,
+            num_warps=8 if m > 64 else 4,
+            num_stages=2,
+        )
+    else:
+        # Below 64 rows Triton has no fp8 instruction on sm90 and sm100 and converts to fp16.
+        rows = max(m, 64) if fp8 and target.name in ("sm90", "sm100") else m
+        promote = fp8 and target.name == "sm90" and group_k == 0
+        # Promotion keeps two accumulators: with 256 columns they would not fit the registers.
+        wide = target.name == "sm90" and kernel == "matmul" and m >= 256 and not promote
+        large = rows > 64
+        chosen = LaunchParameters(
+            block_m=min(rows, 128),
+            block_n=256 if wide else 128 if large else 64,
             block_k=128 if eight_bit else 64,
             num_warps=8 if large else 4,
             num_stages=3 if large else 4,
-            promote_k=128 if fp8 and target.name == "sm90" and group_k == 0 else 0,
+            promote_k=128 if promote else 0,
             tma=target.tma and large and kernel == "matmul",
         )
+    if a_dtype == "float32":
+        # Three bf16 summands of each activation are held at once.
+        block_k = min(chosen.block_k, 32 if target.backend == "npu" else 64)
+        chosen = replace(chosen, block_m=min(m, 64), block_n=64, block_k=block_k, num_warps=4)
+    if kernel == "matmul_mxfp8" and target.name == "sm100":
+        chosen = replace(chosen, block_m=128, block_n=128, num_warps=8)
     return replace(chosen, split_k=_split_k(kernel, m, n, k, chosen, target))
 
 

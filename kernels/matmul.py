@@ -22,9 +22,10 @@ from .checks import (
     dtype_name,
     require,
     row_scale,
+    rows_aligned,
 )
 from .launch import choose_launch
-from .matmul_tma import matmul_tma, takes_tma
+from .matmul_tma import matmul_tma
 from .split import add_splits
 from .targets import core_count, device_target
 from .tile import finish_tile, multiply_tile, tile_position
@@ -161,12 +162,14 @@ def matmul(
         return out.zero_() if bias is None else out.copy_(bias)
 
     a = contiguous_rows(a)
-    target = device_target(a.device)
+    target, aligned = device_target(a.device), rows_aligned(a, w)
     if launch is None:
         name = dtype_name(a.dtype)
-        launch = choose_launch("matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target)
+        launch = choose_launch(
+            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=aligned
+        )
     modes = {"A_SCALE": a_mode, "W_SCALE": w_mode, "A_ZERO": zero_mode, "HAS_BIAS": bias is not None}
-    if launch.tma and takes_tma(a, w):
+    if launch.tma and aligned:
         return matmul_tma(a, w, out, a_scale, w_scale, bias, a_zero_point, w_sum, launch, target, modes)
 
     split = launch.split_k

@@ -15,6 +15,7 @@ from .checks import (
     contiguous_rows,
     dtype_name,
     require,
+    rows_aligned,
 )
 from .inner import launch_inner, weight_scale_modes
 from .launch import choose_launch
@@ -61,16 +62,13 @@ def matmul_block(
         return out
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    target = device_target(a.device)
+    a, target = contiguous_rows(a), device_target(a.device)
     if launch is None:
         launch = choose_launch(
             "matmul_block", m=m, n=n, k=k, a_dtype=dtype_name(a.dtype), w_dtype=dtype_name(w.dtype),
-            target=target, group_n=block_shape[0], group_k=block_shape[1],
+            target=target, group_n=block_shape[0], group_k=block_shape[1], aligned=rows_aligned(a, w),
         )  # fmt: skip
-    if target.backend == "npu" and a_scale.stride(0) != 1:
-        # A long stride between rows of scales overflows Ascend's buffer: store them K-block-major.
-        a_scale = a_scale.t().contiguous().t()
     return launch_inner(
-        contiguous_rows(a), w, a_scale, w_scale, bias, out, modes,
+        a, w, a_scale, w_scale, bias, out, modes,
         a_decode=0, w_decode=0, convert=False, launch=launch, target=target,
     )  # fmt: skip

@@ -23,8 +23,9 @@ from .checks import (
     contiguous_rows,
     dtype_name,
     require,
+    rows_aligned,
 )
-from .inner import scaled_tile, weight_bytes, weight_scale_modes
+from .inner import loadable, scaled_tile, weight_bytes, weight_scale_modes
 from .launch import choose_launch
 from .targets import core_count, device_target
 from .tuned_tables import LaunchParameters
@@ -173,10 +174,14 @@ def matmul_grouped(
         launch = choose_launch(
             "matmul_grouped", m=-(-tokens // experts), n=n, k=k, a_dtype=dtype_name(a.dtype),
             w_dtype=dtype_name(w.dtype), target=target,
-            group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
+            group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k, aligned=rows_aligned(a, w),
         )  # fmt: skip
-    if not modes.groups:
+    if modes.groups == 0:
         w_scale = w_scale.contiguous()
+    elif modes.groups == 2:
+        w_scale = loadable(w_scale, target)
+    if modes.groups and a_scale is not None:
+        a_scale = loadable(a_scale, target)
     codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
     slots = tokens // launch.block_m + experts
     tiles = slots * triton.cdiv(n, launch.block_n)

@@ -56,14 +56,6 @@ def matmul_tma_kernel(
         )
 
 
-def takes_tma(a: Tensor, w: Tensor) -> bool:
-    """True where descriptors can describe both: bases and row strides are multiples of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1
-        for t in (a, w)
-    )
-
-
 def matmul_tma(
     a: Tensor,
     w: Tensor,
@@ -77,7 +69,7 @@ def matmul_tma(
     target: Target,
     modes: dict[str, Any],
 ) -> Tensor:
-    """Fill and return `out`; arguments as `matmul` has checked them, with `takes_tma(a, w)`."""
+    """Fill and return `out`; arguments as `matmul` has checked them; rows of a and w must be aligned."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (m, k), n = a.shape, w.shape[0]

@@ -20,6 +20,7 @@ from .checks import (
     contiguous_rows,
     dtype_name,
     require,
+    rows_aligned,
 )
 from .inner import launch_inner, weight_bytes, weight_scale_modes
 from .launch import choose_launch
@@ -65,14 +66,15 @@ def matmul_weight_only(
         return out
     if k == 0:
         return out.zero_() if bias is None else out.copy_(bias)
-    target = device_target(x.device)
+    x, target = contiguous_rows(x), device_target(x.device)
     if launch is None:
         launch = choose_launch(
             "matmul_weight_only", m=m, n=n, k=k, a_dtype=dtype_name(x.dtype), w_dtype=dtype_name(w.dtype),
             target=target, group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
+            aligned=rows_aligned(x, w),
         )  # fmt: skip
     codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
     return launch_inner(
-        contiguous_rows(x), codes, None, w_scale if modes.groups else w_scale.contiguous(), bias, out, modes,
+        x, codes, None, w_scale if modes.groups else w_scale.contiguous(), bias, out, modes,
         a_decode=0, w_decode=decode, convert=True, launch=launch, target=target,
     )  # fmt: skip

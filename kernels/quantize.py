@@ -49,11 +49,10 @@ def scale_exponent(scale):
 
 
 @triton.jit
-def scale_of(absmax, has_nan, MAX: tl.constexpr, FORMAT: tl.constexpr):
-    """(scale as float32, scale as stored) of an absolute maximum; NaN anywhere gives NaN."""
-    scale = tl.div_rn(absmax, tl.zeros_like(absmax) + MAX)
+def scale_of(quotient, has_nan, FORMAT: tl.constexpr):
+    """(scale as float32, scale as stored) of absmax / max; NaN anywhere in the tile gives NaN."""
     # The smallest normal float32: below it (all-zero rows too) the scale is 1, never 0/0.
-    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    scale = tl.where(quotient < 1.1754943508222875e-38, 1.0, quotient)
     scale = tl.where(has_nan > 0, float("nan"), scale)
     stored = scale
     if FORMAT > 0:
@@ -95,13 +94,16 @@ def quantize_rows_kernel(
     HAS_ZERO: tl.constexpr, INTEGER: tl.constexpr, MAX: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes rows pid, pid + programs, …, BLOCK elements at a time (BLOCK ≥ GROUP).
+    """Each program takes rows pid, pid + programs, …, BLOCK elements at a time.
 
-    The passes of a row (sum of squares, maximum, codes) read it again from the cache: it is
-    simpler than keeping it in registers, and rows of any length work.
+    A block is seen as [BLOCK // GROUP, GROUP], also where groups share a scale (Ascend's
+    buffers overflow for one long row). The passes of a row (sum of squares, maximum, codes)
+    read it again from the cache: it is simpler than keeping it in registers, and rows of any
+    length work.
     """
     DTYPE: tl.constexpr = codes_ptr.dtype.element_ty
-    GROUPS_PER_BLOCK: tl.constexpr = BLOCK // GROUP
+    gs = tl.arange(0, BLOCK // GROUP)
+    inside = gs[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     for row in range(tl.program_id(0), M, tl.num_programs(0)):
         x_row = x_ptr + tl.cast(row, tl.int64) * stride_xm
         other_row = other_ptr
@@ -111,11 +113,11 @@ def quantize_rows_kernel(
         scale_row = scale_ptr
         if MODE > 0:
             scale_row = scale_ptr + tl.cast(row, tl.int64) * stride_sm
-        inverse_rms = 1.0
+        inverse_rms = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.float32)
         if SOURCE == 2:
-            squares = tl.zeros((BLOCK,), dtype=tl.float32)
+            squares = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.float32)
             for k in range(0, K, BLOCK):
-                ks = k + tl.arange(0, BLOCK)
+                ks = k + inside
                 x = tl.load(x_row + ks, mask=ks < K, other=0.0)
                 value = x.to(tl.float32)
                 if HAS_RESIDUAL:
@@ -124,46 +126,40 @@ def quantize_rows_kernel(
                     tl.store(sum_ptr + tl.cast(row, tl.int64) * K + ks, total, mask=ks < K)
                     value = total.to(tl.float32)
                 squares += value * value
-            inverse_rms = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
-        zero = 0.0
-        if MODE == 0:
-            scale = tl.load(scale_ptr)
-            if HAS_ZERO:
-                zero = tl.load(zero_ptr).to(tl.float32)
-        elif MODE == 1:
-            largest = tl.zeros((BLOCK,), dtype=tl.float32)
-            nans = tl.zeros((BLOCK,), dtype=tl.int32)
+            inverse_rms += 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
+        if MODE == 1:
+            largest = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.float32)
+            nans = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.int32)
             for k in range(0, K, BLOCK):
-                ks = k + tl.arange(0, BLOCK)
+                ks = k + inside
                 value = load_values(
                     x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
                 )
                 # A maximum may drop NaN: it is looked for apart.
                 nans = tl.maximum(nans, (value != value).to(tl.int32))
                 largest = tl.maximum(largest, tl.where(value != value, 0.0, tl.abs(value)))
-            scale, stored = scale_of(tl.max(largest, axis=0), tl.max(nans, axis=0), MAX, FORMAT)
-            tl.store(scale_row, stored)
+            # Divided before it is reduced, and then repeated for every group, because Ascend's
+            # compiler dies on scalar divisions. Rounding is monotonic: the maximum is the same.
+            quotient = tl.div_rn(largest, tl.zeros_like(largest) + MAX)
+            row_quotient = tl.max(tl.max(quotient, axis=1), axis=0) + tl.zeros_like(gs).to(tl.float32)
+            row_nans = tl.max(tl.max(nans, axis=1), axis=0) + tl.zeros_like(gs)
+            scale, stored = scale_of(row_quotient, row_nans, FORMAT)
+            tl.store(scale_row + gs, stored, mask=gs < 1)
+        elif MODE == 0:
+            scale = tl.zeros((BLOCK // GROUP,), dtype=tl.float32) + tl.load(scale_ptr)
         for k in range(0, K, BLOCK):
+            ks = k + inside
+            value = load_values(x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL)
             if MODE == 2:
-                gs = tl.arange(0, GROUPS_PER_BLOCK)
-                ks = k + (gs * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-                value = load_values(
-                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
-                )
                 nans = tl.max((value != value).to(tl.int32), axis=1)
                 largest = tl.max(tl.where(value != value, 0.0, tl.abs(value)), axis=1)
-                scale, stored = scale_of(largest, nans, MAX, FORMAT)
+                quotient = tl.div_rn(largest, tl.zeros_like(largest) + MAX)
+                scale, stored = scale_of(quotient, nans, FORMAT)
                 group = k // GROUP + gs
                 tl.store(scale_row + group * stride_sg, stored, mask=group * GROUP < K)
-                scaled = tl.div_rn(value, tl.zeros_like(value) + scale[:, None])
-            else:
-                ks = k + tl.arange(0, BLOCK)
-                value = load_values(
-                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
-                )
-                scaled = tl.div_rn(value, tl.zeros_like(value) + scale)
+            scaled = tl.div_rn(value, tl.zeros_like(value) + scale[:, None])
             if HAS_ZERO:
-                scaled = tl.where(scaled != scaled, 0.0, scaled) + zero
+                scaled = tl.where(scaled != scaled, 0.0, scaled) + tl.load(zero_ptr).to(tl.float32)
                 codes = encode_codes(scaled, -128.0, 127.0, DTYPE, INTEGER)
             else:
                 codes = encode_codes(scaled, -MAX, MAX, DTYPE, INTEGER)
@@ -216,7 +212,7 @@ def quantize_rows(
     if k == 0:
         return codes, scale.fill_(127 if scale_format == "e8m0" else 1) if mode != STATIC else scale
     block, options = row_block(k, target)
-    group = triton.next_power_of_2(group_size) if mode == GROUPS else block
+    group = group_size if mode == GROUPS else min(block, 128)
     strides = scale.stride() if mode != STATIC else (0, 0)
     quantize_rows_kernel[(min(m, 65_535 if target.backend != "npu" else core_count(x.device)),)](
         x, other, weight, total, codes, scale, zero_point, m, k, eps,
@@ -230,8 +226,7 @@ def quantize_rows(
 
 def row_block(k: int, target: Target) -> tuple[int, dict[str, int]]:
     """(elements per step, launch options) for kernels that walk along a row of K elements."""
-    limit = 2048 if target.backend == "npu" else 4096
-    block = min(triton.next_power_of_2(max(k, 32)), limit)
+    block = min(triton.next_power_of_2(max(k, 32)), 2048)
     if target.backend == "npu":
         return block, {}
     return block, {"num_warps": max(1, min(8, block // (target.warp_size * 8))), "enable_fp_fusion": False}

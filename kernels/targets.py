@@ -7,6 +7,8 @@ looks at a device does so when a kernel is called, never at import.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -84,6 +86,8 @@ _SAME_AS = {87: "sm86", 103: "sm100", 110: "sm100", 121: "sm120"}
 # What the interpreter pretends to be. Any target would do: the arithmetic is the same.
 INTERPRETED_AS = "sm90"
 
+_pretended: Target | None = None
+
 
 def get_target(name: str) -> Target:
     """The target of that name. Raises ValueError naming those that exist."""
@@ -97,11 +101,24 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
 
 
+@contextmanager
+def pretending(target: Target) -> Iterator[None]:
+    """Within, every device is `target`: to record or interpret what would be launched there."""
+    global _pretended
+    before, _pretended = _pretended, target
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def device_target(device: torch.device) -> Target:
     """The target of the device that a tensor lies on.
 
     Raises ValueError for a CPU tensor outside the interpreter and for an unknown device.
     """
+    if _pretended is not None:
+        return _pretended
     if device.type == "cpu" and interpreting():
         return TARGETS[INTERPRETED_AS]
     if device.type in ("cuda", "npu"):
@@ -127,9 +144,13 @@ def _accelerator_target(kind: str, index: int) -> Target:
     return TARGETS[name]
 
 
-@cache
 def core_count(device: torch.device) -> int:
     """Multiprocessors of this device: the grid of a persistent kernel."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return _cuda_cores(device.index or 0)
     return device_target(device).cores
+
+
+@cache
+def _cuda_cores(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

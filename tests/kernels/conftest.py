@@ -74,11 +74,3 @@ interpreter.InterpreterBuilder.create_dot = _create_dot
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def interpret_as(monkeypatch: pytest.MonkeyPatch):
-    """Let the interpreter stand for another target: `interpret_as("sm80")`."""
-    from lowbit.kernels import targets
-
-    return lambda name: monkeypatch.setattr(targets, "INTERPRETED_AS", name)
