@@ -23,6 +23,14 @@ def workers() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def join_workers() -> None:
+    """Join the process group when started by `torchrun`; nothing otherwise."""
+    import os
+
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
 def wait_for_all() -> None:
     if workers() > 1:
         dist.barrier()

@@ -168,6 +168,10 @@ class LayerwiseModel:
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last layer → logits [B, T, vocabulary], as the model's own forward does."""
+        return self.head_with_grad(hidden)
+
+    def head_with_grad(self, hidden: Tensor) -> Tensor:
+        """`head`, differentiable."""
         base = self.base
         forward = base.forward
         # The model's own forward does what comes after its body (softcapping, logit scales).

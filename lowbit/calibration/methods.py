@@ -153,6 +153,11 @@ _PRESETS = (
         rounding=_GPTQ, summary="rotations, up→down smoothed, GPTQ: all folded into the weights",
     ),
     Method(
+        name="rotate-gptq-static", rotate="hadamard", rotate_heads=True, smooth="search", smooth_joints=("up-down",),
+        rounding=_GPTQ, activation_range="output",
+        summary="as rotate-gptq, static ranges of least output error",
+    ),
+    Method(
         name="rotate-gptq-online", rotate="hadamard", rotate_heads=True, online_hadamard=True, rounding=_GPTQ,
         summary="rotations, an online Hadamard before down_proj, GPTQ",
     ),
@@ -170,3 +175,20 @@ def get_method(name: str) -> Method:
             f"did you mean {nearest(key, list(METHODS))}?"
         )
     return METHODS[key]
+
+
+def best_method(scheme: Scheme) -> Method:
+    """The recommended combination for a scheme. Its `name` and `describe()` say what it is.
+
+    Rotation makes activations Gaussian, which integers like; a float format's codes are denser near
+    zero and lose by it, so float schemes keep their outliers.
+    """
+    if scheme.weights is None:
+        raise InputError(f"expected a scheme that quantizes weights, found {scheme.name}")
+    if scheme.activations is None:
+        return METHODS["gptq"]
+    if scheme.weights.dtype.kind != "int":
+        return replace(METHODS["gptq"], activation_range="absmax")
+    if scheme.needs_calibration:
+        return METHODS["rotate-gptq-static"]
+    return METHODS["rotate-gptq"]

@@ -80,6 +80,8 @@ class Calibration:
     """Merged into the output's config.json, e.g. {"tie_word_embeddings": false}."""
     layers: Mapping[str, Any]
     """Report per part: file, errors, tokens per expert, fallbacks."""
+    seconds: Mapping[str, float]
+    """Time spent per phase, of the run that finished it."""
     complete: bool
     tensors: Mapping[str, StoredTensor]
 
@@ -212,6 +214,7 @@ def read(path: str | Path) -> Calibration:
         method=manifest.get("method", {}), data=manifest.get("data", {}), source=manifest.get("source", {}),
         kv_cache=manifest.get("kv_cache", {}),
         config_overrides=manifest.get("config_overrides", {}), layers=manifest["layers"],
+        seconds=manifest.get("seconds", {}),
         complete=bool(manifest.get("complete", False)), tensors=tensors,
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection
 from lowbit.evaluate.metrics import Agreement
+from lowbit.quantize import quantize
 from lowbit.scheme import Scheme, get_scheme
 
 LoadLayer = Callable[[int], tuple[nn.Module, Mapping[str, ActivationQuantizer]]]
@@ -75,6 +76,26 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
                         model.source.raw(zero).reshape(1) if model.source.has(zero) else None,
                     )
         return layer, install(layer, schemes, {}, scales)
+
+    return Candidate(model=model, load=load)
+
+
+def rounded(
+    source: str | Path, scheme: Scheme, selection: Selection | None = None, **model_options: Any
+) -> Candidate:
+    """A checkpoint as plain conversion to `scheme` would make it, without writing it. Dynamic activations only."""
+    model = LayerwiseModel(Source(source), **model_options)
+    schemes = module_schemes(model, scheme, selection or Selection())
+
+    def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
+        layer, prefix = model.load(index), model.layer_name(index) + "."
+        mine = {n.removeprefix(prefix): s for n, s in schemes.items() if n.startswith(prefix)}
+        quantized = {}
+        for name, s in mine.items():
+            weight = layer.get_submodule(name).weight
+            if isinstance(weight, Tensor) and s.weights is not None:
+                quantized[name] = quantize(weight, s.weights, name=prefix + name)
+        return layer, install(layer, mine, quantized, {})
 
     return Candidate(model=model, load=load)
 

@@ -1,0 +1,285 @@
+"""Mixed precision: which modules take which scheme, for the least KL divergence under a budget of bits.
+
+Changing a module's output y by Δ changes the model's distribution by KL ≈ ½·E[(g·Δ)²], g the
+gradient of the log-likelihood of tokens drawn from the model's own distribution (the Fisher
+information: Choi et al., arXiv:1612.01543, here with the whole Δ instead of a diagonal). One
+backward sweep, a decoder layer at a time, so gives the cost of every module under every
+scheme. Costs add up, and the choice is a knapsack solved on its convex hull.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.activations import ActivationCache
+from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.simulate import fake_quantize
+from lowbit.calibration.source import Source
+from lowbit.checkpoint.rules import Selection, fused_key
+from lowbit.errors import InputError
+from lowbit.quantize import quantize
+from lowbit.recipe import Recipe
+from lowbit.scheme import Scheme, get_scheme
+
+FLOAT = "float"
+FLOAT_BITS = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Modules that must share a scheme, since engines run them as one matmul."""
+
+    modules: tuple[str, ...]
+    """Names in the checkpoint."""
+    elements: int
+    cost: Mapping[str, float]
+    """Scheme name (or `float`: 0) → predicted KL, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One point of the curve."""
+
+    bits: float
+    """Mean bits per quantizable weight."""
+    kl: float
+    """Predicted."""
+    schemes: tuple[str, ...]
+    """One per unit."""
+
+
+def bits_of(name: str) -> float:
+    if name == FLOAT:
+        return FLOAT_BITS
+    weights = get_scheme(name).weights
+    return FLOAT_BITS if weights is None else float(weights.dtype.bits)
+
+
+def sensitivities(
+    source: str | Path,
+    windows: Sequence[Tensor],
+    candidates: Sequence[str] = ("int8", "fp8"),
+    *,
+    selection: Selection | None = None,
+    device: str = "cpu",
+    batch_size: int = 4,
+    memory_limit: int = 4 << 30,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Unit]:
+    """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T]."""
+    schemes = [get_scheme(c) for c in candidates]
+    for scheme in schemes:
+        if scheme.weights is None or scheme.needs_calibration:
+            raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
+    model = LayerwiseModel(Source(source), device=device)
+    quantizable = module_schemes(model, schemes[0], selection or Selection())
+    total = 2 * len(model)
+    batches = make_batches(windows, batch_size)
+    if not batches:
+        raise InputError("expected data to search on, found none; pass --data")
+    states = [ActivationCache(memory_limit // (len(model) + 1)) for _ in range(len(model) + 1)]
+    calls = []
+    for ids in batches:
+        call = model.embed(ids)
+        states[0].append(call.hidden)
+        calls.append(call.kwargs)
+    for index in range(len(model)):
+        if progress:
+            progress(model.layer_name(index), index, total)
+        layer = model.load(index)
+        for batch, hidden in enumerate(states[index]):
+            states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [_head_gradient(model, hidden, generator) for hidden in states[-1]]
+    costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for index in reversed(range(len(model))):
+        if progress:
+            progress(model.layer_name(index), total - 1 - index, total)
+        layer, prefix = model.load(index), model.layer_name(index) + "."
+        names = [n.removeprefix(prefix) for n in quantizable if n.startswith(prefix)]
+        rounded = {n: _rounded(layer, n, schemes) for n in names}
+        for batch, hidden in enumerate(states[index]):
+            gradients[batch], seen = _layer_gradient(
+                layer, hidden, calls[batch][index], gradients[batch], names
+            )
+            for name, calls_of in seen.items():
+                for x, y, g in calls_of:
+                    for scheme, weight in zip(schemes, rounded[name], strict=True):
+                        q = x if scheme.activations is None else fake_quantize(x, scheme.activations)
+                        change = ((nn.functional.linear(q, weight) - y) * g).sum(-1).double().square().sum()
+                        costs[prefix + name][scheme.name] += 0.5 * float(change)
+        states[index].close()
+    tokens = sum(int(b.numel()) for b in batches)
+    return _units(model, quantizable, costs, [s.name for s in schemes], tokens)
+
+
+def _head_gradient(model: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """∂/∂h of Σ log p(token drawn from p), one sequence at a time to bound the logits."""
+    grads = []
+    for row in hidden:
+        h = row[None].detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            log_p = torch.log_softmax(model.head_with_grad(h).float(), dim=-1)[0]
+            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+            log_p.gather(1, drawn).sum().backward()
+        assert h.grad is not None
+        grads.append(h.grad)
+    return torch.cat(grads)
+
+
+def _layer_gradient(
+    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], gradient: Tensor, names: Sequence[str]
+) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
+    """(gradient at the layer's input, name → [(input, output without bias, gradient at the output)])."""
+    kept: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
+            out.retain_grad()
+            kept.append((name, args[0].detach(), out))
+
+        return hook
+
+    handles = [layer.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+    try:
+        with torch.enable_grad():
+            h = hidden.detach().clone().requires_grad_(True)
+            out = layer(h, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            out.backward(gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for name, x, y in kept:
+        if y.grad is not None:
+            bias = layer.get_submodule(name).bias
+            plain = y.detach() if not isinstance(bias, Tensor) else y.detach() - bias
+            seen[name].append((x, plain, y.grad))
+    assert h.grad is not None
+    return h.grad, seen
+
+
+def _rounded(layer: nn.Module, name: str, schemes: Sequence[Scheme]) -> list[Tensor]:
+    weight = layer.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return [quantize(weight, s.weights, name=name).dequantize().to(weight) for s in schemes if s.weights]
+
+
+def _units(
+    model: LayerwiseModel,
+    quantizable: Mapping[str, Scheme],
+    costs: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    tokens: int,
+) -> list[Unit]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(len(model)):
+        shapes |= model.linear_shapes(index)
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for ours in quantizable:
+        disk = model.disk_name(ours)
+        groups[fused_key(disk) or (disk,)].append(ours)
+    units = []
+    for members in groups.values():
+        cost = {n: sum(costs[m].get(n, 0.0) for m in members) / tokens for n in names}
+        units.append(
+            Unit(
+                modules=tuple(model.disk_name(m) for m in members),
+                elements=sum(shapes[m][0] * shapes[m][1] for m in members),
+                cost={**cost, FLOAT: 0.0},
+            )
+        )
+    return units
+
+
+def curve(units: Sequence[Unit]) -> list[Choice]:
+    """The best choices from fewest bits to most: every unit starts at its cheapest among the smallest
+    schemes, then the step with the most KL saved per bit is taken, one after the other."""
+    total = sum(u.elements for u in units)
+    smallest = min(bits_of(n) for u in units for n in u.cost)
+    chosen = []
+    for unit in units:
+        least = min(bits_of(n) for n in unit.cost)
+        chosen.append(min((n for n in unit.cost if bits_of(n) == least), key=unit.cost.__getitem__))
+    steps: list[tuple[float, int, str]] = []
+    for i, unit in enumerate(units):
+        steps += [(rate, i, name) for rate, name in _hull(unit, chosen[i])]
+    points = [_point(units, chosen, total)]
+    for _, i, name in sorted(steps, key=lambda s: -s[0]):
+        chosen[i] = name
+        points.append(_point(units, chosen, total))
+    assert smallest <= points[0].bits <= points[-1].bits <= FLOAT_BITS
+    return points
+
+
+def _hull(unit: Unit, start: str) -> list[tuple[float, str]]:
+    """Steps (KL saved per bit, scheme) along the lower convex hull of one unit, steepest first."""
+    steps: list[tuple[float, str]] = []
+    current = start
+    while True:
+        better = [n for n in unit.cost if bits_of(n) > bits_of(current) and unit.cost[n] < unit.cost[current]]
+        if not better:
+            return steps
+
+        def rate(n: str, current: str = current) -> float:
+            return (unit.cost[current] - unit.cost[n]) / ((bits_of(n) - bits_of(current)) * unit.elements)
+
+        best = max(better, key=rate)
+        steps.append((rate(best), best))
+        current = best
+
+
+def _point(units: Sequence[Unit], chosen: Sequence[str], total: int) -> Choice:
+    bits = sum(bits_of(n) * u.elements for n, u in zip(chosen, units, strict=True)) / max(total, 1)
+    return Choice(
+        bits=bits, kl=sum(u.cost[n] for n, u in zip(chosen, units, strict=True)), schemes=tuple(chosen)
+    )
+
+
+def pick(points: Sequence[Choice], *, budget: float | None = None, max_kl: float | None = None) -> Choice:
+    """The most accurate point within `budget` mean bits, or the smallest with KL ≤ `max_kl`.
+
+    Raises InputError naming what is possible.
+    """
+    if (budget is None) == (max_kl is None):
+        raise InputError("expected either a budget of bits or a largest KL, found both or neither")
+    if budget is not None:
+        within = [p for p in points if p.bits <= budget + 1e-9]
+        if not within:
+            raise InputError(f"expected a budget of at least {points[0].bits:.2f} bits, found {budget}")
+        return min(within, key=lambda p: (p.kl, p.bits))
+    enough = [p for p in points if max_kl is not None and p.kl <= max_kl]
+    return enough[0] if enough else points[-1]
+
+
+def recipe_of(units: Sequence[Unit], choice: Choice, points: Sequence[Choice]) -> Recipe:
+    """A recipe with the most common scheme as the main one and overrides for the rest."""
+    weight: dict[str, int] = defaultdict(int)
+    for unit, name in zip(units, choice.schemes, strict=True):
+        weight[name] += unit.elements if name != FLOAT else 0
+    main = max(weight, key=lambda n: weight[n])
+    overrides = {
+        module: name
+        for unit, name in zip(units, choice.schemes, strict=True)
+        for module in unit.modules
+        if name != main
+    }
+    if main == FLOAT:
+        raise InputError("expected a budget below 16 bits, found one that leaves every module in float")
+    step = max(1, len(points) // 32)
+    notes = {
+        "bits": round(choice.bits, 4), "predicted_kl": float(f"{choice.kl:.4g}"),
+        "curve": [[round(p.bits, 3), float(f"{p.kl:.4g}")] for p in points[::step]],
+        "uniform": {n: float(f"{sum(u.cost[n] for u in units):.4g}") for n in units[0].cost if n != FLOAT},
+    }  # fmt: skip
+    return Recipe(scheme=main, overrides=overrides, notes=notes)

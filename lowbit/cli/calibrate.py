@@ -1,0 +1,182 @@
+"""`lowbit calibrate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def calibrate(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint directory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="CALIB", help="New directory for the calibration.")
+    ] = None,
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help="Scheme to calibrate for.")] = "int8",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="best, or a method; --list-methods says what each does.")
+    ] = "best",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Which samples, and which random rotation.")] = 0,
+    alpha: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="SmoothQuant's α, in place of the method's.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Also calibrate KV-cache scales: fp8, int8, fp8-head or int8-head.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules in float. Repeatable.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON recipe: scheme, exceptions, method, data. Replaces those options."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1, …")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
+    memory_limit: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="GB", help="Hidden states kept in memory; the rest goes to disk."),
+    ] = 4.0,
+    spill: Annotated[
+        Path | None, typer.Option(help="Where hidden states go; default: the temporary directory.")
+    ] = None,
+    routed_only: Annotated[
+        bool, typer.Option("--routed-only", help="Experts see only tokens that the router sends them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another calibration in CALIB.")
+    ] = False,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="Say what every method does.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Choose scales, transforms and roundings on data, one decoder layer in memory at a time.
+
+    Then:  lowbit convert SRC OUT --scheme SCHEME --calibration CALIB
+
+    A run that was killed goes on when the same command is given again. Under `torchrun` the data
+    is shared among the workers.
+    """
+    from dataclasses import replace
+
+    from lowbit.calibration.calibrate import RunOptions
+    from lowbit.calibration.calibrate import calibrate as run
+    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.calibration.distributed import join_workers, rank
+    from lowbit.calibration.kv_cache import KVCache
+    from lowbit.calibration.methods import METHODS, Method, best_method, get_method
+    from lowbit.cli.output import print_json
+    from lowbit.errors import InputError
+    from lowbit.recipe import Recipe, load_recipe
+
+    if list_methods:
+        rows = {m.name: m.describe() for m in METHODS.values()}
+        print_json(rows) if json else print("\n".join(f"{n:20} {d}" for n, d in rows.items()))
+        return
+    if out is None:
+        raise InputError("expected where to write, found no --out; give one, such as -o CALIB")
+    wanted = (
+        load_recipe(recipe)
+        if recipe
+        else Recipe(
+            scheme=scheme,
+            ignore=tuple(ignore or ()),
+            method=method,
+            data={"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {},
+        )
+    )
+    target = wanted.get_scheme()
+    chosen_name = wanted.method or "best"
+    chosen: Method
+    if chosen_name == "best":
+        chosen = best_method(target)
+    else:
+        chosen = (
+            get_method(chosen_name) if isinstance(chosen_name, str) else Method.from_dict(dict(chosen_name))
+        )
+    if alpha is not None:
+        chosen = replace(chosen, smooth=alpha)
+    chosen = replace(chosen, seed=int(wanted.data.get("seed", seed)))
+    join_workers()
+    windows: list[Any] = []
+    if wanted.data.get("path"):
+        windows = load_windows(
+            wanted.data["path"], load_tokenizer(src), samples=int(wanted.data.get("samples", 128)),
+            length=int(wanted.data.get("length", 2048)), seed=int(wanted.data.get("seed", 0)),
+        )  # fmt: skip
+    quiet = json or rank() != 0
+    if not quiet:
+        tokens = sum(int(w.numel()) for w in windows)
+        print(f"{target.name} with {chosen.name}: {chosen.describe()}")
+        print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
+    options = RunOptions(
+        device=device, batch_size=batch_size, memory_limit=int(memory_limit * 1e9), all_experts=not routed_only,
+        spill_directory=str(spill) if spill else None,
+    )  # fmt: skip
+    with steps_bar("calibrating", quiet=quiet) as progress:
+        found = run(
+            src, out, target, chosen, windows, selection=wanted.selection(), options=options,
+            kv_cache=KVCache.parse(kv_cache) if kv_cache else None, data=dict(wanted.data),
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if rank() != 0:
+        return
+    report = summary(found)
+    if json:
+        print_json(report)
+        return
+    print(f"wrote {out}: {report['modules']} modules in {report['layers']} layers, {report['seconds']:.1f} s")
+    if report["error"] is not None:
+        print(
+            f"squared output error of weights: {report['error']:.2e}, rounding {report['nearest_error']:.2e} (mean)"
+        )
+    for name in report["fallbacks"][:10]:
+        print(f"rounded without data: {name}")
+    if report["online_hadamard"]:
+        print("the engine must rotate the input of down_proj (transform_config in config.json says so)")
+    print(f"next: lowbit convert {src} OUT --scheme {target.name} --calibration {out}")
+
+
+@contextmanager
+def steps_bar(label: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over layers with the time left on a terminal; nothing in pipes or when `quiet`."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def summary(calibration: Any) -> dict[str, Any]:
+    """What a finished calibration tells in a few numbers."""
+    errors, fallbacks, online = [], [], []
+    for layer, report in calibration.layers.items():
+        for module, entry in report.get("modules", {}).items():
+            if "fallback" in entry:
+                fallbacks.append(f"{layer}.{module}: {entry['fallback']}")
+            elif entry.get("nearest_error"):
+                errors.append((entry["error"], entry["nearest_error"]))
+        online += report.get("online_hadamard", [])
+    mean = [sum(column) / len(errors) for column in zip(*errors, strict=True)] if errors else [None, None]
+    return {
+        "path": str(calibration.path), "scheme": calibration.scheme, "method": dict(calibration.method),
+        "data": dict(calibration.data), "modules": len(calibration.modules()),
+        "layers": sum(1 for n in calibration.layers if n != "model"), "error": mean[0], "nearest_error": mean[1],
+        "fallbacks": fallbacks, "online_hadamard": online, "seconds": sum(calibration.seconds.values()),
+        "seconds_by_phase": dict(calibration.seconds),
+    }  # fmt: skip

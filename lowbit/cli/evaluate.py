@@ -1,0 +1,82 @@
+"""`lowbit eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to evaluate, quantized or not.")],
+    data: Annotated[Path, typer.Option(help="Text file, .jsonl of prompts, or a directory of them.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="SRC", help="What it was made from: KL, top-1 and layer errors against it."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="CALIB", help="Evaluate OUT with this calibration laid over it, unconverted."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 64,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 4,
+    max_kl: Annotated[float | None, typer.Option(help="Exit code 1 when the mean KL is above this.")] = None,
+    max_change: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Exit code 1 when perplexity rises by more than this."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Perplexity, and against a reference the KL divergence, top-1 agreement and each layer's error.
+
+    Activations are rounded as an engine would. One decoder layer of each model is in memory at a time.
+    """
+    from lowbit.calibration import store
+    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.cli.calibrate import steps_bar
+    from lowbit.cli.output import print_json
+    from lowbit.errors import InputError
+    from lowbit.evaluate.layerwise import calibrated, plain
+    from lowbit.evaluate.layerwise import evaluate as run
+
+    if (max_kl is not None or max_change is not None) and reference is None and calibration is None:
+        raise InputError("expected --reference SRC for --max-kl and --max-change, found none")
+    windows = load_windows(data, load_tokenizer(reference or out), samples=samples, length=length, seed=seed)
+    if calibration is not None:
+        found = store.read(calibration)
+        found.require(fingerprint=store.fingerprint(out))
+        candidate = calibrated(out, found, device=device)
+        reference = reference or out
+    else:
+        candidate = plain(out, device=device)
+    before = plain(reference, device=device) if reference is not None else None
+    with steps_bar("evaluating", quiet=json) as progress:
+        report = run(candidate, windows, before, batch_size=batch_size, progress=progress)
+    result = report.to_dict()
+    too_far = []
+    if max_kl is not None and result["kl"] > max_kl:
+        too_far.append(f"KL {result['kl']:.5f} is above {max_kl}")
+    if max_change is not None and result["perplexity_change"] * 100 > max_change:
+        too_far.append(f"perplexity rose by {result['perplexity_change']:.2%}, more than {max_change} %")
+    if json:
+        print_json({**result, "passed": not too_far})
+    else:
+        print(f"tokens             {result['tokens']}")
+        print(f"perplexity         {result['perplexity']:.4f}")
+        if before is not None:
+            print(
+                f"  of the reference {result['reference_perplexity']:.4f} ({result['perplexity_change']:+.2%})"
+            )
+            print(f"KL divergence      {result['kl']:.5f} nats per token")
+            print(f"top-1 agreement    {result['top1_agreement']:.2%}")
+            print("error of hidden states after each layer:")
+            for name, error in report.layer_errors.items():
+                print(f"  {name:24} {error:.4f}")
+        for line in too_far:
+            print(f"FAILED: {line}")
+    if too_far:
+        raise typer.Exit(1)

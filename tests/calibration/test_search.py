@@ -1,0 +1,96 @@
+"""Mixed precision: predictions agree with measurement, the choice is the best there is, the recipe is valid."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from lowbit.calibration.search import FLOAT, Unit, bits_of, curve, pick, recipe_of, sensitivities
+from lowbit.checkpoint.rules import Selection
+from lowbit.errors import InputError
+from lowbit.evaluate.layerwise import evaluate, plain, rounded
+from lowbit.recipe import Recipe, load_recipe, recipe_from
+from lowbit.scheme import get_scheme
+
+
+def test_predicted_kl_is_the_measured_one(checkpoints, windows):
+    """Within a factor, for one module alone and for the whole model."""
+    source = checkpoints["llama"]
+    units = sensitivities(source, windows, ["int8", "fp8"])
+    assert len(units) == 3 * 4 and {len(u.modules) for u in units} == {1, 2, 3}
+    for name in ("int8", "fp8"):
+        predicted = sum(u.cost[name] for u in units)
+        report = evaluate(rounded(source, get_scheme(name)), windows, plain(source))
+        assert predicted == pytest.approx(report.agreement.mean_kl, rel=0.5)
+    worst = max(units, key=lambda u: u.cost["fp8"])
+    others = [f"re:(?!({'|'.join(worst.modules)})$).*"]
+    alone = rounded(source, get_scheme("fp8"), Selection(ignore=tuple(others)))
+    report = evaluate(alone, windows, plain(source))
+    assert worst.cost["fp8"] == pytest.approx(report.agreement.mean_kl, rel=0.6)
+
+
+def test_sensitivities_of_experts(checkpoints, windows):
+    units = sensitivities(checkpoints["qwen3_moe"], windows[:4], ["int8"])
+    assert {len(u.modules) for u in units} == {1, 3, 12}
+    assert all(u.cost["int8"] > 0 for u in units)
+
+
+def test_the_curve_is_optimal_at_its_points():
+    g = torch.Generator().manual_seed(0)
+    units = []
+    for i in range(5):
+        a, b = torch.rand(2, generator=g).tolist()
+        units.append(Unit(modules=(f"m{i}",), elements=100 + 50 * i, cost={"int8": a, "fp8": b, FLOAT: 0.0}))
+    total = sum(u.elements for u in units)
+    points = curve(units)
+    everything = []
+    for names in itertools.product(("int8", "fp8", FLOAT), repeat=5):
+        bits = sum(bits_of(n) * u.elements for n, u in zip(names, units, strict=True)) / total
+        everything.append((bits, sum(u.cost[n] for n, u in zip(names, units, strict=True))))
+    for point in points:
+        assert point.kl == pytest.approx(min(k for b, k in everything if b <= point.bits + 1e-9))
+    assert pick(points, budget=8.0).kl == pytest.approx(
+        sum(min(u.cost["int8"], u.cost["fp8"]) for u in units)
+    )
+    assert pick(points, budget=16.0).kl == 0.0
+    assert pick(points, max_kl=points[2].kl).bits == points[2].bits
+    with pytest.raises(InputError, match="at least 8"):
+        pick(points, budget=4.0)
+    with pytest.raises(InputError, match="both or neither"):
+        pick(points)
+    recipe = recipe_of(units, points[2], points)
+    assert sum(name == FLOAT for name in recipe.overrides.values()) == 2
+
+
+def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
+    recipe = Recipe(
+        scheme="int8", ignore=("lm_head",), overrides={"*.down_proj": "float", "re:.*0.*": "fp8"},
+        method={"name": "gptq", "rounding": {"act_order": False}}, data={"path": "x.txt", "samples": 4},
+    )  # fmt: skip
+    for suffix in ("yaml", "json"):
+        recipe.save(tmp_path / f"r.{suffix}")
+        assert load_recipe(tmp_path / f"r.{suffix}") == recipe
+    assert recipe.selection().overrides == {"*.down_proj": "float", "re:.*0.*": "fp8"}
+    assert recipe_from({"scheme": "W8A8"}).scheme == "int8"
+    wrong = [
+        ({"schem": "int8"}, "scheme"),
+        ({"scheme": "int9"}, "int8"),
+        ({}, "expected `scheme`"),
+        ({"scheme": "int8", "overrides": {"a": "fp9"}}, "fp8"),
+        ({"scheme": "int8", "ignore": "lm_head"}, "list of patterns"),
+        ({"scheme": "int8", "data": {"pth": 1}}, "pth"),
+        ({"scheme": "int8", "version": 2}, "version 1"),
+        ([1], "mapping"),
+    ]
+    for data, message in wrong:
+        with pytest.raises(InputError, match=message):
+            recipe_from(data)
+    (tmp_path / "bad.yaml").write_text("scheme: [")
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.json").write_text(json.dumps({"scheme": "int8", "methd": "gptq"}))
+    with pytest.raises(InputError, match="method"):
+        load_recipe(tmp_path / "bad.json")
