@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.checkpoint.rules import Decision, Selection, decide, pattern_matches, unmatched
+from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
 from lowbit.errors import InputError
 from lowbit.formats import Format, Layout
 from lowbit.nn.experts import QuantExperts, refusal
@@ -89,13 +89,14 @@ def quantize_model(
         )
     before = _nbytes(model)
     candidates, unfit = _candidates(model)
-    selection = _selection(candidates, tuple(ignore), dict(per_module or {}))
+    selection, given = _selection(candidates, tuple(ignore), dict(per_module or {}))
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
     layout: dict[str, Scheme] = {}
     ignored: list[str] = []
-    warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, decisions)]
+    names = [*decisions, *(c.name for c in candidates)]
+    warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, names)]
     swapped: dict[int, nn.Module] = {}
     order = list(candidates)
     candidates.clear()
@@ -103,6 +104,8 @@ def quantize_model(
         candidate = order.pop(0)
         decision = decisions[candidate.disk[0]]
         reason = decision.reason if decision.scheme is None else unfit.get(candidate.name, "")
+        if (pattern := given.get(reason.removeprefix("--ignore "))) is not None:
+            reason = f"--ignore {pattern}"
         if decision.scheme is None or reason:
             if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
                 kept[candidate.name] = reason
@@ -168,7 +171,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
                 name=name,
                 module=module,
                 disk=tuple(module_of(t) for t in tensors),
-                shape=(),
+                shape=tuple(module.down_proj.shape),
                 projections=projections or None,
             )
         )
@@ -178,6 +181,12 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
 def _is_fused_experts(module: nn.Module) -> bool:
     down = module._parameters.get("down_proj")
     return down is not None and down.dim() == 3
+
+
+def _down(experts: nn.Module) -> Tensor:
+    down = experts.down_proj
+    assert isinstance(down, Tensor)
+    return down
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -198,20 +207,24 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 def _selection(
     candidates: Sequence[_Candidate], ignore: tuple[str, ...], per_module: dict[str, str]
-) -> Selection:
-    """The user's patterns, with the disk names of what they match in memory only."""
+) -> tuple[Selection, dict[str, str]]:
+    """(the user's patterns, with the disk names of what they match in memory only; those names → pattern)."""
+    given: dict[str, str] = {}
 
     def more(pattern: str) -> list[str]:
-        return [
+        found = [
             d for c in candidates for d in c.disk
             if c.name != d and pattern_matches(pattern, c.name) and not pattern_matches(pattern, d)
         ]  # fmt: skip
+        given.update(dict.fromkeys(found, pattern))
+        return found
 
+    check_patterns(Selection(ignore=ignore, overrides=per_module))
     overrides: dict[str, str] = {}
     for pattern, name in per_module.items():
         overrides[pattern] = name
         overrides |= dict.fromkeys(more(pattern), name)
-    return Selection(ignore=(*ignore, *(d for p in ignore for d in more(p))), overrides=overrides)
+    return Selection(ignore=(*ignore, *(d for p in ignore for d in more(p))), overrides=overrides), given
 
 
 def _decide(
@@ -224,9 +237,7 @@ def _decide(
             shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
             shapes |= dict.fromkeys(c.disk, shape)
             continue
-        down = c.module.down_proj
-        assert isinstance(down, Tensor)
-        hidden, intermediate = down.shape[1:]
+        hidden, intermediate = _down(c.module).shape[1:]
         downs = {c.projections["down"]}
         for disk in c.disk:
             shapes[disk] = (

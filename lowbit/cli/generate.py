@@ -1,0 +1,67 @@
+"""`lowbit generate`: text from a converted checkpoint, on lowbit's modules."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
+
+
+def generate(
+    out: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Give the prompt as a user's message in the chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is above 0.")] = 0,
+    dtype: DTypeName = "auto",
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
+    from lowbit.cli.models import open_model
+    from lowbit.cli.output import print_json
+
+    model, tokenizer, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
+    import time
+
+    import torch
+    from transformers import TextStreamer
+
+    from lowbit.errors import InputError
+    from lowbit.nn.speed import weight_bytes
+
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{out}: expected a chat template for --chat, found none; leave --chat out")
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")
+    ids = ids.to(model.device)
+    count = ids["input_ids"].shape[1]
+    if not count:
+        raise InputError("expected a prompt of at least one token, found none; give --prompt some text")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        made = model.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    spent = time.perf_counter() - start
+    new = made[0, count:]
+    if json:
+        print_json({
+            "prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": count,
+            "new_tokens": int(new.numel()), "seconds": round(spent, 3),
+            "tokens_per_second": round(new.numel() / spent, 2), "load_seconds": round(seconds, 3), "weight_bytes": weight_bytes(model),
+        })  # fmt: skip

@@ -1,0 +1,93 @@
+"""What `generate` and `bench` share: options, and opening a checkpoint to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint directory.")]
+DTypeName = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of activations and of what is not quantized: auto (as stored), float32, bfloat16, float16.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, …; default: an accelerator if there is one.", show_default=False),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; default: torch's own.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """A dtype by name; None for `auto`. InputError for others."""
+    import torch
+
+    from lowbit.errors import InputError
+
+    if name not in DTYPES:
+        raise InputError(f"expected --dtype to be one of {', '.join(DTYPES)}, found {name!r}")
+    return None if name == "auto" else getattr(torch, name)
+
+
+def open_model(path: Path, *, dtype: str, device: str | None, threads: int | None) -> tuple[Any, Any, float]:
+    """(model, tokenizer, seconds to load). Quiet but for errors."""
+    import time
+
+    from lowbit.checkpoint.headers import open_checkpoint
+
+    open_checkpoint(path)  # an error in the path is said before torch is loaded
+    quiet_transformers()
+    import torch
+
+    from lowbit.errors import InputError
+    from lowbit.nn import load
+
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = torch_dtype(dtype)
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if found is None else str(found)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
+    start = time.perf_counter()
+    model = load(path, dtype=wanted, device=device)
+    seconds = time.perf_counter() - start
+    return model, open_tokenizer(path), seconds
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; InputError when it has none."""
+    from transformers import AutoTokenizer
+
+    from lowbit.errors import InputError
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: expected a tokenizer beside the weights ({reason}); copy its files there"
+        ) from error
+
+
+def quiet_transformers() -> None:
+    """No progress bars or advice from transformers on standard error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

