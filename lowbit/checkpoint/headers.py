@@ -30,6 +30,8 @@ FLOATS = ("BF16", "F16", "F32")
 
 # Written by a conversion, of that conversion: never carried into the next one.
 MANIFEST = "lowbit_manifest.json"
+# Where a conversion works until it is done.
+PARTIAL = ".lowbit-partial"
 # Other copies of the weights (and pickles): not carried along.
 WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -311,7 +313,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
                 "opened: save the model as safetensors first"
             )
-        raise InputError(f"{root}: expected *.safetensors files, found none")
+        if (root / PARTIAL).is_dir():
+            raise InputError(
+                f"{root}: expected *.safetensors files, found an unfinished conversion; run `lowbit convert` again "
+                "as it was to finish it"
+            )
+        raise InputError(f"{root}: expected *.safetensors files, found none; check the path")
     if not tensors:
         raise InputError(f"{root}: expected tensors, found {len(shards)} empty files")
 

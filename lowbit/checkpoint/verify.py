@@ -62,11 +62,10 @@ class Verification:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: an infinite SQNR becomes null."""
+        """JSON-ready: JSON has no infinity and no NaN, so these become null."""
         body = asdict(self) | {"ok": self.ok}
         for error in body["errors"]:
-            if math.isinf(error["sqnr_db"]):
-                error["sqnr_db"] = None
+            error |= {k: None for k in ("sqnr_db", "relative", "largest") if not math.isfinite(error[k])}
         return body
 
 
@@ -79,22 +78,31 @@ def verify_checkpoint(
 ) -> Verification:
     """Check a converted checkpoint by reading all of it again.
 
-    Problems that make it unreadable raise InputError; those found in what was read are listed.
+    Whatever is wrong with it is listed as a problem; where headers or config cannot be read,
+    that is the only one. InputError when there is no checkpoint at `path`, or `source` is not one.
     """
-    checkpoint = open_checkpoint(path)
-    stored = read(checkpoint.config, checkpoint.tensors)
+    origin = open_checkpoint(source) if source is not None else None
+    if not any(Path(path).glob("*.safetensors")):
+        open_checkpoint(path)  # says what is there instead
+    try:
+        checkpoint = open_checkpoint(path)
+        stored = read(checkpoint.config, checkpoint.tensors)
+        manifest = _manifest(checkpoint)
+    except InputError as error:
+        return Verification(
+            path=str(path), tensors=0, nbytes=0, problems=(str(error),), checked=("headers and config",)
+        )
     problems: list[str] = []
     checked = [f"headers of {len(checkpoint.shards)} shards", f"shapes of {len(stored)} quantized modules"]
 
-    manifest = _manifest(checkpoint)
     if manifest is None:
         checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
     else:
-        problems += _names(manifest, checkpoint)
-        checked.append("checksums of all tensors")
+        problems += _against(manifest, checkpoint)
+        checked.append("names, dtypes, shapes and checksums of all tensors against the manifest")
 
     bound_to = {m.names["scale"] for m in stored.values()}
-    sums: Mapping[str, str] = manifest["tensors"] if manifest else {}
+    sums = {name: entry["checksum"] for name, entry in manifest.items()} if manifest else {}
 
     def look(ref: TensorRef) -> list[str]:
         return _check_tensor(ref, sums.get(ref.name), ref.name in bound_to, progress)
@@ -107,8 +115,7 @@ def verify_checkpoint(
     checked.append("finite floats")
 
     errors: tuple[TensorError, ...] = ()
-    if source is not None:
-        origin = open_checkpoint(source)
+    if origin is not None:
         errors, missing = _errors(checkpoint, stored, origin, workers, progress)
         problems += missing
         checked.append(f"error of {len(errors)} weights against {origin.root}")
@@ -119,19 +126,32 @@ def verify_checkpoint(
 
 
 def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the manifest says of each tensor, by name; None where there is no manifest."""
     file = checkpoint.root / MANIFEST
     if not file.is_file():
         return None
-    manifest = read_json(file)
-    if not isinstance(manifest.get("tensors"), dict):
-        raise InputError(f"{file}: expected checksums under 'tensors', found none; convert again")
-    return manifest
+    tensors = read_json(file).get("tensors")
+    if not isinstance(tensors, dict) or not all(
+        isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"} for t in tensors.values()
+    ):
+        raise InputError(
+            f"{file}: expected dtype, shape and checksum of each tensor, found others; convert again"
+        )
+    return tensors
 
 
-def _names(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
-    listed, present = set(manifest["tensors"]), set(checkpoint.tensors)
+def _against(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """Names, dtypes and shapes that differ from what was written."""
+    listed, present = set(manifest), set(checkpoint.tensors)
     problems = [f"{n}: in the manifest, but in no shard" for n in sorted(listed - present)]
-    return problems + [f"{n}: in a shard, but not in the manifest" for n in sorted(present - listed)]
+    problems += [f"{n}: in a shard, but not in the manifest" for n in sorted(present - listed)]
+    for name in sorted(listed & present):
+        ref, entry = checkpoint.tensors[name], manifest[name]
+        if (ref.dtype, list(ref.shape)) != (entry["dtype"], entry["shape"]):
+            problems.append(
+                f"{name}: expected {entry['dtype']} {entry['shape']} as written, found {ref.dtype} {list(ref.shape)}"
+            )
+    return problems
 
 
 def _check_tensor(ref: TensorRef, checksum: str | None, is_scale: bool, progress: Progress) -> list[str]:
@@ -196,10 +216,21 @@ def _errors(
             missing.append(f"{module}: {list(now.shape)} here, but {list(shape)} in the source")
             continue
         pairs.append((module, shape, there, _stored_source(now, checkpoint), now.scheme.name))
+    errors: list[TensorError] = []
+
+    def compare(pair: tuple[str, tuple[int, int], Source, Source, str]) -> TensorError | str:
+        try:
+            return _error(*pair, progress=progress)
+        except InputError as error:  # such as a scale that is not finite
+            return str(error)
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = pool.map(lambda p: _error(*p, progress=progress), pairs)
-        errors = sorted(results, key=lambda e: e.sqnr_db)
-    return tuple(errors), missing
+        for found in pool.map(compare, pairs):
+            if isinstance(found, str):
+                missing.append(found)
+            else:
+                errors.append(found)
+    return tuple(sorted(errors, key=lambda e: e.sqnr_db)), missing
 
 
 def _stored_source(module: StoredModule, checkpoint: Checkpoint) -> Source:

@@ -1,8 +1,9 @@
 """The output directory: work under OUT/.lowbit-partial, then show everything at once.
 
-Order at the end: shards are synced and renamed, then the index, the other files of the
-model, the manifest, and config.json last. A directory without config.json is no model to
-any loader, so a killed run never looks finished.
+At the end everything is written and synced there first; then it is renamed, the shards
+before the index, the other files and the manifest, and config.json last. A directory without
+config.json is no model to any loader, so a killed run never looks finished. A run that was
+killed between two renames moves the files back and goes on.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.headers import MANIFEST
+from lowbit.checkpoint.headers import MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import read_journal
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
 
-PARTIAL = ".lowbit-partial"
 JOURNAL = "journal.jsonl"
+# Stands in PARTIAL while finished files are moved out of it.
+FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
+# Below PARTIAL, the source's other files, whose names are not ours to choose.
+OTHERS = Path("others")
 
 
 class OutputDirectory:
@@ -31,12 +36,16 @@ class OutputDirectory:
 
     def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False) -> None:
         """Check that OUT can be used, without touching it. InputError when it cannot."""
-        self.out, self.plan = out, plan
-        self.partial = out / PARTIAL
+        # `a/../b` names b only after links are followed, and only if a is there.
+        self.out = out.resolve() if ".." in out.parts else out
+        self.plan = plan
+        self.partial = self.out / PARTIAL
         self.digest = plan.digest()
         self._overwrite = overwrite
         self._created: list[Path] = []
         self._descriptors: list[int] = []
+        self._shown: list[Path] = []
+        self._lock = -1
         self.resuming = False
         self._check()
 
@@ -63,7 +72,8 @@ class OutputDirectory:
                     f"{self.out}: holds an unfinished conversion of another source or with other settings; "
                     "run it again as it was to finish it, or give --overwrite to begin anew"
                 )
-        if found - {PARTIAL} and not self._overwrite:
+        finishing = self.resuming and (self.partial / FINISHING).exists()
+        if found - {PARTIAL} and not self._overwrite and not finishing:
             raise InputError(
                 f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
                 "choose another, or give --overwrite"
@@ -78,10 +88,16 @@ class OutputDirectory:
         """Create the shards at their full size, headers written; file descriptors by shard number."""
         try:
             self._make_directories()
+            self._lock = _lock(self.out)
+        except OSError as error:
+            self.discard()
+            raise self.explain(error) from error
+        try:
             self._check_space()
             if not self.resuming and self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir(exist_ok=True)
+            self._move_back()
             for shard in self.plan.shards:
                 self._descriptors.append(_create(self.partial / shard.file, shard, keep=self.resuming))
         except OSError as error:
@@ -117,34 +133,66 @@ class OutputDirectory:
                 f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
                 "What was written has been removed: free some space, or choose another disk"
             )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and self._is_output(error.filename):
             return InputError(
                 f"{self.out}: no permission to write here ({error.strerror}); choose another place"
             )
-        return InputError(f"{error.filename or self.out}: {error.strerror or error}")
+        return InputError(
+            f"{error.filename or self.out}: {error.strerror or error}; check the file and the disk, and run again"
+        )
+
+    def _is_output(self, filename: str | bytes | int | None) -> bool:
+        """Whether an error is about OUT and not about a file of the source."""
+        return not isinstance(filename, str) or self.plan.source.root not in Path(filename).parents
 
     def finish(self, checksums: Mapping[str, str]) -> dict[str, Any]:
         """Show the result under its final names; returns the manifest."""
         for fd in self._descriptors:
             os.fsync(fd)
         self._close()
+        manifest = self._manifest(checksums)
+        files = [Path(shard.file) for shard in self.plan.shards]
+        if len(self.plan.shards) > 1:
+            _write_json(self.partial / INDEX, self._index())
+            files.append(Path(INDEX))
+        for file in self.plan.source.others:
+            (self.partial / OTHERS / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.plan.source.root / file, self.partial / OTHERS / file)
+        _write_json(self.partial / MANIFEST, manifest)
+        if self.plan.config:
+            _write_json(self.partial / "config.json", self.plan.config)
+        (self.partial / FINISHING).touch()
+        _sync_directory(self.partial)
         if self._overwrite:
             self._remove_old()
-        for shard in self.plan.shards:
-            (self.partial / shard.file).replace(self.out / shard.file)
-        if len(self.plan.shards) > 1:
-            _write_json(self.out / INDEX, self._index())
+        for file in files:
+            self._show(file, file)
         for file in self.plan.source.others:
-            (self.out / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.plan.source.root / file, self.out / file)
-        manifest = self._manifest(checksums)
-        _write_json(self.out / MANIFEST, manifest)
+            self._show(OTHERS / file, file)
+        self._show(Path(MANIFEST), Path(MANIFEST))
         _sync_directory(self.out)
         if self.plan.config:
-            _write_json(self.out / "config.json", self.plan.config)
+            self._show(Path("config.json"), Path("config.json"))
+        self._shown = []
         shutil.rmtree(self.partial)
         _sync_directory(self.out)
+        self._release()
         return manifest
+
+    def _show(self, hidden: Path, file: Path) -> None:
+        (self.out / file).parent.mkdir(parents=True, exist_ok=True)
+        (self.partial / hidden).replace(self.out / file)
+        self._shown.append(self.out / file)
+
+    def _move_back(self) -> None:
+        """Undo the renames of a run that was killed among them; config.json goes first."""
+        if not (self.partial / FINISHING).exists():
+            return
+        (self.out / "config.json").unlink(missing_ok=True)
+        for shard in self.plan.shards:
+            if not (self.partial / shard.file).exists() and (self.out / shard.file).exists():
+                (self.out / shard.file).replace(self.partial / shard.file)
+        (self.partial / FINISHING).unlink()
 
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each."""
@@ -169,13 +217,23 @@ class OutputDirectory:
             "format": self.plan.format.name if self.plan.format else None,
             "calibration": self.plan.calibration or None,
             "checksum": "xxh3-128",
-            "tensors": {name: checksums[name] for shard in self.plan.shards for name in shard.names},
+            "tensors": {
+                t.name: {"dtype": t.dtype, "shape": list(t.shape), "checksum": checksums[t.name]}
+                for job in self.plan.jobs
+                for t in job.outputs.values()
+            },
         }
 
     def discard(self) -> None:
         """Remove what this run wrote, and the directories that it made."""
         self._close()
+        for file in reversed(self._shown):
+            file.unlink(missing_ok=True)
+            for parent in file.relative_to(self.out).parents[:-1]:
+                with suppress(OSError):  # not empty
+                    (self.out / parent).rmdir()
         shutil.rmtree(self.partial, ignore_errors=True)
+        self._release()
         for path in reversed(self._created):
             try:
                 path.rmdir()
@@ -185,11 +243,40 @@ class OutputDirectory:
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""
         self._close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _close(self) -> None:
         for fd in self._descriptors:
             os.close(fd)
         self._descriptors = []
+
+
+def _lock(directory: Path) -> int:
+    """Keep other conversions out of a directory until the returned descriptor is closed.
+
+    Raises InputError when one is at work there. −1 where the file system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return -1
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise InputError(
+            f"{directory}: another conversion is writing here; wait for it, or choose another place"
+        ) from None
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
 
 
 def _create(file: Path, shard: Shard, *, keep: bool) -> int:
@@ -203,7 +290,9 @@ def _create(file: Path, shard: Shard, *, keep: bool) -> int:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                     raise
         os.ftruncate(fd, shard.nbytes)
-        os.pwrite(fd, shard.header, 0)
+        written = 0
+        while written < len(shard.header):
+            written += os.pwrite(fd, shard.header[written:], written)
     except OSError:
         os.close(fd)
         raise

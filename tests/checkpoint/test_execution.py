@@ -1,0 +1,474 @@
+"""Running a plan: the same bytes however it is run, nothing left after a failure, resuming after a kill."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sample_models import block_fp8, deepseek_v3, llama, load, same_bits, write
+
+import lowbit
+from lowbit.checkpoint import execute, writer
+from lowbit.checkpoint.headers import PARTIAL
+from lowbit.checkpoint.journal import read_journal
+from lowbit.errors import InputError
+
+FILES = {"tokenizer.json": "{}", "code/modeling.py": "pass"}
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    return write(tmp_path / "src", *deepseek_v3(), files=FILES, place=lambda n: len(n) % 2)
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mxfp8", "bf16"])
+def test_the_bytes_do_not_depend_on_workers(src, tmp_path, scheme):
+    results = []
+    for workers in (1, 2, 7):
+        lowbit.convert(src, tmp_path / f"out{workers}", scheme, workers=workers, max_shard_size="200KB")
+        results.append(everything(tmp_path / f"out{workers}"))
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_tensors_do_not_depend_on_the_size_of_shards(src, tmp_path):
+    lowbit.convert(src, tmp_path / "a", "int8-block")
+    lowbit.convert(src, tmp_path / "b", "int8-block", max_shard_size="100KB")
+    a, b = load(tmp_path / "a"), load(tmp_path / "b")
+    assert set(a) == set(b) and all(same_bits(a[n], b[n]) for n in a)
+    sums = [json.loads((tmp_path / x / "lowbit_manifest.json").read_text())["tensors"] for x in "ab"]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("block_bytes", [8, 1000, 1 << 16])
+@pytest.mark.parametrize("scheme", ["int8", "int8-block", "int8-weight-only", "fp8-block", "mxfp8", "fp16"])
+def test_the_bytes_do_not_depend_on_row_blocks(tmp_path, monkeypatch, scheme, block_bytes):
+    """A tensor of many row blocks equals one that is read at once, from BF16 and from block FP8."""
+    for name, (tensors, config) in {"bf16": llama(), "fp8": block_fp8(*llama())}.items():
+        src = write(tmp_path / name, tensors, config)
+        lowbit.convert(src, tmp_path / f"{name}-whole", scheme)
+        monkeypatch.setattr(execute, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(execute, "COPY_BYTES", max(block_bytes, 64))
+        lowbit.convert(src, tmp_path / f"{name}-parts", scheme)
+        monkeypatch.undo()
+        assert everything(tmp_path / f"{name}-whole") == everything(tmp_path / f"{name}-parts")
+
+
+def test_the_manifest_says_where_it_comes_from(src, tmp_path):
+    import xxhash
+
+    done = lowbit.convert(src, tmp_path / "out", "int8")
+    manifest = json.loads((tmp_path / "out" / "lowbit_manifest.json").read_text())
+    assert manifest == done.manifest
+    assert manifest["lowbit_version"] == lowbit.__version__
+    assert manifest["plan"] == done.plan.digest() and len(manifest["plan"]) == 32
+    assert manifest["source"]["fingerprint"] == done.plan.source.fingerprint()
+    assert (manifest["scheme"], manifest["format"]) == ("int8", "compressed-tensors")
+    written = load(tmp_path / "out")
+    assert set(manifest["tensors"]) == set(written)
+    for name, t in written.items():
+        data = t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        entry = manifest["tensors"][name]
+        assert entry["checksum"] == xxhash.xxh3_128_hexdigest(data) and entry["shape"] == list(t.shape)
+
+
+def test_progress_adds_up_to_the_source(src, tmp_path):
+    for scheme in ("int8", "bf16", "int8-block"):
+        seen: list[int] = []
+        done = lowbit.convert(src, tmp_path / scheme, scheme, progress=seen.append, workers=2)
+        constants = sum(len(j.data) for j in done.plan.jobs)
+        assert sum(seen) == done.plan.source_bytes - constants
+
+
+# --- killed and resumed -----------------------------------------------------------------------
+
+RUN = """
+import os, sys, time
+from lowbit.checkpoint import execute
+import lowbit
+write = execute.Worker._write
+def slow(self, out, start, data):
+    write(self, out, start, data)
+    time.sleep(0.02)
+execute.Worker._write = slow
+print("ready", flush=True)
+lowbit.convert(sys.argv[1], sys.argv[2], "int8", workers=2, max_shard_size="200KB")
+"""
+
+
+def start(src: Path, out: Path, code: str = RUN) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(src), str(out)], env=environment, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_jobs(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(read_journal(out / PARTIAL / "journal.jsonl")[1]) < count:
+        assert time.monotonic() < deadline, "the conversion did not get going"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+def test_a_stopped_run_never_looks_finished_and_resumes(src, tmp_path, sig):
+    out = tmp_path / "out"
+    process = start(src, out)
+    wait_for_jobs(out, 10)
+    process.send_signal(sig)
+    process.wait(60)
+    assert [p.name for p in out.iterdir()] == [PARTIAL]
+    with pytest.raises(InputError, match="unfinished conversion; run `lowbit convert` again"):
+        lowbit.verify(out)
+    before = len(read_journal(out / PARTIAL / "journal.jsonl")[1])
+    done = lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    assert 10 <= done.resumed_jobs <= before
+    lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
+    assert everything(out) == everything(tmp_path / "fresh")
+    assert not (out / PARTIAL).exists()
+
+
+@pytest.fixture
+def stopped(src, tmp_path) -> Path:
+    """OUT of a run that was killed after most of its jobs."""
+    out = tmp_path / "out"
+    process = start(src, out)
+    wait_for_jobs(out, 40)
+    process.kill()
+    process.wait(60)
+    return out
+
+
+def test_a_damaged_partial_is_made_again(src, tmp_path, stopped):
+    shards = sorted((stopped / PARTIAL).glob("*.safetensors"))
+    raw = bytearray(shards[0].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shards[0].write_bytes(raw)
+    shards[1].unlink()
+    journal = stopped / PARTIAL / "journal.jsonl"
+    journal.write_text(journal.read_text() + '{"job": 1, "check')  # torn
+    recorded = len(read_journal(journal)[1])
+    done = lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
+    assert 0 < done.resumed_jobs < recorded
+    lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
+    assert everything(stopped) == everything(tmp_path / "fresh")
+
+
+def test_other_settings_do_not_mix_with_a_partial(src, stopped, tmp_path):
+    with pytest.raises(
+        InputError, match=r"unfinished conversion of another source or with other settings.*--overwrite"
+    ):
+        lowbit.convert(src, stopped, "fp8")
+    assert (stopped / PARTIAL).is_dir()
+    done = lowbit.convert(src, stopped, "fp8", overwrite=True)
+    assert done.resumed_jobs == 0
+    lowbit.convert(src, tmp_path / "fresh", "fp8")
+    assert everything(stopped) == everything(tmp_path / "fresh")
+
+
+def test_a_changed_source_does_not_resume(src, stopped):
+    os.utime(src / "model-00001-of-00002.safetensors", ns=(5, 5))
+    with pytest.raises(InputError, match="another source or with other settings"):
+        lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
+
+
+@pytest.mark.parametrize("renames", range(1, 10, 2))
+def test_killed_between_two_renames(src, tmp_path, monkeypatch, renames):
+    """Whatever stands under final names then, config.json does not; and the run can be finished."""
+    out = tmp_path / "out"
+    show, count = writer.OutputDirectory._show, 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(self, hidden, file):
+        nonlocal count
+        count += 1
+        if count > renames:
+            raise Killed
+        show(self, hidden, file)
+
+    monkeypatch.setattr(writer.OutputDirectory, "_show", dying)
+    monkeypatch.setattr(writer.OutputDirectory, "discard", lambda self: self.abandon())
+    with pytest.raises(Killed):
+        lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    assert len([p for p in out.rglob("*") if p.is_file() and PARTIAL not in p.parts]) == renames
+    done = lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    assert done.resumed_jobs == len(done.plan.jobs)
+    lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
+    assert everything(out) == everything(tmp_path / "fresh")
+
+
+def test_config_is_shown_last(src, tmp_path, monkeypatch):
+    order: list[str] = []
+    show = writer.OutputDirectory._show
+    monkeypatch.setattr(
+        writer.OutputDirectory, "_show", lambda self, a, b: (order.append(str(b)), show(self, a, b))[1]
+    )
+    lowbit.convert(src, tmp_path / "out", "int8", max_shard_size="200KB")
+    assert order[-1] == "config.json" and order[-2] == "lowbit_manifest.json"
+    index = order.index("model.safetensors.index.json")
+    assert all(name.endswith(".safetensors") for name in order[:index])
+
+
+def test_two_conversions_into_one_place(src, tmp_path):
+    out = tmp_path / "out"
+    process = start(src, out)
+    try:
+        wait_for_jobs(out, 3)
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="another conversion is writing here"):
+                lowbit.convert(src, out, "int8", max_shard_size="200KB", overwrite=overwrite)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+    assert lowbit.verify(out).ok
+
+
+# --- failures leave nothing -------------------------------------------------------------------
+
+
+def no_space(*args, **kw):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def after(count: int, then, otherwise):
+    lock, calls = threading.Lock(), 0
+
+    def call(*args, **kw):
+        nonlocal calls
+        with lock:
+            calls += 1
+            late = calls > count
+        return (then if late else otherwise)(*args, **kw)
+
+    return call
+
+
+POINTS = {
+    "reserving": (os, "posix_fallocate", 1),
+    "writing": (os, "pwrite", 30),
+    "syncing": (os, "fsync", 1),
+    "carrying files": (shutil, "copyfile", 1),
+    "writing json": (json, "dump", 1),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "count"), POINTS.values(), ids=POINTS)
+def test_a_full_disk_leaves_nothing(src, tmp_path, monkeypatch, module, name, count):
+    monkeypatch.setattr(module, name, after(count, no_space, getattr(module, name)))
+    with pytest.raises(
+        InputError, match=r"the disk is full; .* GB are needed\. .*free some space, or choose"
+    ):
+        lowbit.convert(src, tmp_path / "a" / "b" / "out", "int8", max_shard_size="200KB")
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 3, 7, 9])
+def test_a_failure_among_the_renames_leaves_nothing(src, tmp_path, monkeypatch, renames):
+    out = tmp_path / "out"
+    out.mkdir()
+    failing = after(renames, no_space, writer.OutputDirectory._show)
+    monkeypatch.setattr(writer.OutputDirectory, "_show", lambda *a: failing(*a))
+    with pytest.raises(InputError, match="the disk is full"):
+        lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    assert list(out.iterdir()) == []
+
+
+def test_a_small_file_system(tmp_path, src):
+    """A real one, where mounting is allowed: refused before any work, and full in the midst of it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(InputError, match=r"expected .* GB of free disk space, found .* GB; free some"):
+            lowbit.convert(src, small / "out", "int8")
+        assert list(small.iterdir()) == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer.OutputDirectory, "_check_space", lambda self: None)
+            with pytest.raises(InputError, match="the disk is full"):
+                lowbit.convert(src, small / "out", "int8")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def test_a_limit_on_file_size(tmp_path, src):
+    """RLIMIT_FSIZE is the kernel's own way of saying EFBIG in the midst of a file."""
+    code = (
+        "import resource, signal, sys, lowbit\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: lowbit.convert(sys.argv[1], sys.argv[2], 'int8')\n"
+        "except lowbit.InputError as error: print(error); sys.exit(2)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(src), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "File too large" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_too_little_space_is_refused_before_any_work(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match=r"expected 0\.00 GB of free disk space, found 0\.00 GB; free some"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_no_permission_to_write(src, tmp_path, monkeypatch, code):
+    def refuse(self, *args, **kw):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"out: no permission to write here \(.*\); choose another place"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_write_for_real(src, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(InputError, match="no permission to write here"):
+        lowbit.convert(src, locked / "out", "int8")
+
+
+def test_an_unreadable_file_of_the_source_is_named_as_such(src, tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(InputError, match=r"src/.*: Permission denied; check the file"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):
+    def nothing(fd, buffers, offset):
+        return 0
+
+    monkeypatch.setattr(os, "preadv", nothing)
+    with pytest.raises(InputError, match="the file ended; it changed while reading"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_short_reads_and_writes_are_continued(src, tmp_path, monkeypatch):
+    """The kernel may transfer less than asked for."""
+    lowbit.convert(src, tmp_path / "whole", "int8")
+    preadv, pwrite = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, b, at: preadv(fd, [memoryview(b[0])[:1000]], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, b, at: pwrite(fd, memoryview(b)[:1000], at))
+    lowbit.convert(src, tmp_path / "parts", "int8")
+    monkeypatch.undo()
+    assert everything(tmp_path / "whole") == everything(tmp_path / "parts")
+
+
+def test_an_error_in_one_job_stops_the_others(tmp_path):
+    tensors, config = llama(layers=6)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    src = write(tmp_path / "src", tensors, config)
+    seen: list[int] = []
+    with pytest.raises(InputError, match=r"found nan at \[0, 0\]"):
+        lowbit.convert(src, tmp_path / "out", "int8", workers=2, progress=seen.append)
+    assert not (tmp_path / "out").exists()
+
+
+# --- where OUT may be -------------------------------------------------------------------------
+
+
+def test_out_must_be_empty_or_new(src, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    lowbit.convert(src, out, "int8")
+    first = everything(out)
+    with pytest.raises(InputError, match=r"expected an empty directory, found 5 entries .*--overwrite"):
+        lowbit.convert(src, out, "int8")
+    assert everything(out) == first
+    lowbit.convert(src, out, "fp8", overwrite=True, max_shard_size="200KB")
+    lowbit.convert(src, tmp_path / "fresh", "fp8", max_shard_size="200KB")
+    assert everything(out) == everything(tmp_path / "fresh")
+
+
+def test_overwrite_replaces_checkpoints_only(src, tmp_path):
+    precious = tmp_path / "home"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    with pytest.raises(
+        InputError, match="--overwrite replaces a checkpoint, found a directory that holds none"
+    ):
+        lowbit.convert(src, precious, "int8", overwrite=True)
+    assert everything(precious) == {"thesis.tex": b"x"}
+
+
+@pytest.mark.parametrize("where", ["", "sub/deep", "link", "../src", "sub/../.."])
+def test_out_equal_to_inside_or_around_the_source(src, tmp_path, where):
+    if where == "link":
+        (tmp_path / "link").symlink_to(src)
+        target = tmp_path / "link" / "out"
+    else:
+        target = src / where
+    before = everything(src)
+    for overwrite in (False, True):
+        with pytest.raises(
+            InputError, match=r"outside the source|holds the source|expected an empty directory"
+        ):
+            lowbit.convert(src, target, "int8", overwrite=overwrite)
+    assert everything(src) == before
+
+
+def test_out_a_file(src, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(InputError, match="expected a directory or nothing, found a file"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    with pytest.raises(InputError):
+        lowbit.convert(src, tmp_path / "out" / "below", "int8")
+
+
+@pytest.mark.slow
+def test_offsets_beyond_four_gigabytes(tmp_path):
+    """A sparse source with a weight that begins beyond 2³² bytes: what is read there is what lies there."""
+    import struct
+
+    rows, cols = 32, 64
+    tail = torch.randn(rows, cols).to(torch.bfloat16)
+    big = (2**32 + 4096) // 2 // cols
+    size = big * cols * 2
+    header = {
+        "a.embed_tokens.weight": {"dtype": "BF16", "shape": [big, cols], "data_offsets": [0, size]},
+        "b.weight": {"dtype": "BF16", "shape": [rows, cols], "data_offsets": [size, size + tail.numel() * 2]},
+    }
+    text = json.dumps(header).encode()
+    src = tmp_path / "src"
+    src.mkdir()
+    with (src / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.seek(size, 1)
+        stream.write(tail.view(torch.uint8).numpy().tobytes())
+    plan = lowbit.plan(src, "int8")
+    job = next(j for j in plan.jobs if j.kind == "quantize")
+    assert job.source is not None and job.source.ref.offset > 2**32
+    read = execute.read_bytes(job.source.ref)
+    assert bytes(read) == tail.view(torch.uint8).numpy().tobytes()
+    assert max(o.offset for j in plan.jobs for o in j.outputs.values()) > 2**32
