@@ -6,12 +6,12 @@ import sys
 
 import typer
 
-from lowbit.cli import checkpoint
+from lowbit.cli import bench, calibrate, checkpoint, convert, evaluate, generate, search
 
 app = typer.Typer(
     name="lowbit",
     help=(
-        "Low-precision quantization of large models: convert, inspect and verify checkpoints.\n\n"
+        "Low-precision quantization of large models: convert, calibrate, verify and run checkpoints.\n\n"
         "Start with:  lowbit convert SRC OUT --scheme int8   then   lowbit verify OUT --source SRC\n\n"
         "Exit codes: 0 done, 1 a check failed, 2 bad input or usage."
     ),
@@ -21,10 +21,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("convert")(checkpoint.convert)
+app.command("convert")(convert.convert)
 app.command("plan")(checkpoint.plan)
 app.command("inspect")(checkpoint.inspect)
 app.command("verify")(checkpoint.verify)
+app.command("calibrate")(calibrate.calibrate)
+app.command("eval")(evaluate.evaluate)
+app.command("search")(search.search)
+app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 
 
 def _version(wanted: bool) -> None:

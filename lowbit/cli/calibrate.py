@@ -6,9 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lowbit.calibration.calibrate import RunOptions
+    from lowbit.calibration.store import Calibration
+    from lowbit.recipe import Recipe
 
 
 def calibrate(
@@ -65,14 +70,9 @@ def calibrate(
     A run that was killed goes on when the same command is given again. Under `torchrun` the data
     is shared among the workers.
     """
-    from dataclasses import replace
-
     from lowbit.calibration.calibrate import RunOptions
-    from lowbit.calibration.calibrate import calibrate as run
-    from lowbit.calibration.data import load_tokenizer, load_windows
-    from lowbit.calibration.distributed import join_workers, rank
-    from lowbit.calibration.kv_cache import KVCache
-    from lowbit.calibration.methods import METHODS, Method, best_method, get_method
+    from lowbit.calibration.distributed import rank
+    from lowbit.calibration.methods import METHODS
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
@@ -93,15 +93,58 @@ def calibrate(
             data={"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {},
         )
     )
+    options = RunOptions(
+        device=device, batch_size=batch_size, memory_limit=int(memory_limit * 1e9), all_experts=not routed_only,
+        spill_directory=str(spill) if spill else None,
+    )  # fmt: skip
+    found = run_recipe(
+        src,
+        out,
+        wanted,
+        alpha=alpha,
+        seed=seed,
+        kv_cache=kv_cache,
+        options=options,
+        overwrite=overwrite,
+        quiet=json,
+    )
+    if rank() != 0:
+        return
+    report = summary(found)
+    if json:
+        print_json(report)
+        return
+    print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
+
+
+def run_recipe(
+    src: Path,
+    out: Path,
+    wanted: Recipe,
+    *,
+    alpha: float | None = None,
+    seed: int = 0,
+    kv_cache: str | None = None,
+    options: RunOptions | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Calibration:
+    """Calibrate as a recipe says, with a progress bar, and say what was done (unless `quiet`)."""
+    from dataclasses import replace
+
+    from lowbit.calibration.calibrate import calibrate as run
+    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.calibration.distributed import join_workers, rank
+    from lowbit.calibration.kv_cache import KVCache
+    from lowbit.calibration.methods import Method, best_method, get_method
+
     target = wanted.get_scheme()
-    chosen_name = wanted.method or "best"
+    name = wanted.method or "best"
     chosen: Method
-    if chosen_name == "best":
+    if name == "best":
         chosen = best_method(target)
     else:
-        chosen = (
-            get_method(chosen_name) if isinstance(chosen_name, str) else Method.from_dict(dict(chosen_name))
-        )
+        chosen = get_method(name) if isinstance(name, str) else Method.from_dict(dict(name))
     if alpha is not None:
         chosen = replace(chosen, smooth=alpha)
     chosen = replace(chosen, seed=int(wanted.data.get("seed", seed)))
@@ -112,27 +155,23 @@ def calibrate(
             wanted.data["path"], load_tokenizer(src), samples=int(wanted.data.get("samples", 128)),
             length=int(wanted.data.get("length", 2048)), seed=int(wanted.data.get("seed", 0)),
         )  # fmt: skip
-    quiet = json or rank() != 0
+    quiet = quiet or rank() != 0
     if not quiet:
         tokens = sum(int(w.numel()) for w in windows)
         print(f"{target.name} with {chosen.name}: {chosen.describe()}")
         print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
-    options = RunOptions(
-        device=device, batch_size=batch_size, memory_limit=int(memory_limit * 1e9), all_experts=not routed_only,
-        spill_directory=str(spill) if spill else None,
-    )  # fmt: skip
     with steps_bar("calibrating", quiet=quiet) as progress:
         found = run(
             src, out, target, chosen, windows, selection=wanted.selection(), options=options,
             kv_cache=KVCache.parse(kv_cache) if kv_cache else None, data=dict(wanted.data),
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    if rank() != 0:
-        return
-    report = summary(found)
-    if json:
-        print_json(report)
-        return
+    if not quiet:
+        _say(out, summary(found))
+    return found
+
+
+def _say(out: Path, report: dict[str, Any]) -> None:
     print(f"wrote {out}: {report['modules']} modules in {report['layers']} layers, {report['seconds']:.1f} s")
     if report["error"] is not None:
         print(
@@ -142,7 +181,6 @@ def calibrate(
         print(f"rounded without data: {name}")
     if report["online_hadamard"]:
         print("the engine must rotate the input of down_proj (transform_config in config.json says so)")
-    print(f"next: lowbit convert {src} OUT --scheme {target.name} --calibration {out}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`lowbit convert`, `plan`, `inspect` and `verify`."""
+"""`lowbit plan`, `inspect` and `verify`, and the options that `convert` shares with them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import typer
 
 if TYPE_CHECKING:
     from lowbit.checkpoint.plan import Plan
+    from lowbit.recipe import Recipe
 
 Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="Checkpoint directory: *.safetensors and config.json.")
 ]
 SchemeName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--scheme", "-s",
         help="int8, int8-block, int8-weight-only, fp8, fp8-block, mxfp8; int8-static, fp8-static (with "
-        "--calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too.",
+        "--calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too. Default: int8.",
+        show_default=False,
     ),
 ]  # fmt: skip
 FormatName = Annotated[
@@ -45,86 +47,44 @@ ShardSize = Annotated[str, typer.Option(help="Largest output file, such as 5GB o
 CalibrationDir = Annotated[
     Path | None, typer.Option("--calibration", help="What `lowbit calibrate` wrote.", show_default=False)
 ]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        help="YAML or JSON: scheme, exceptions, mixed precision, method, data.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads; default: one per processor.", show_default=False)
 ]
 
 
-def convert(
-    src: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
-    scheme: SchemeName = "int8",
-    format: FormatName = None,
-    ignore: Ignore = None,
-    keep: Keep = None,
-    max_shard_size: ShardSize = "5GB",
-    calibration: CalibrationDir = None,
-    workers: Workers = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, but write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
-    json: Json = False,
-) -> None:
-    """Rewrite a checkpoint quantized: one pass, constant memory, every other file carried along.
-
-    A run that was killed goes on when the same command is given again. Check the result with
-    `lowbit verify OUT --source SRC`.
-    """
-    from lowbit import api
-    from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import bytes_bar, print_json, say_bytes
-
-    decided = api.plan(
-        src, scheme, format=format, ignore=ignore or (), keep=keep or (), max_shard_size=max_shard_size,
-        calibration=calibration,
-    )  # fmt: skip
-    _warn(decided)
-    if not json:
-        print(_headline(decided))
-    if dry_run:
-        OutputDirectory(out, decided, overwrite=overwrite)
-        if json:
-            print_json({**_summary(decided), "dry_run": True})
-        else:
-            print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
-        return
-    with bytes_bar("converting", decided.source_bytes, quiet=json) as progress:
-        done = api.run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
-    if json:
-        body = {"out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs}
-        print_json({**_summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
-        return
-    if done.resumed_jobs:
-        print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
-    share = decided.output_bytes / max(decided.source_bytes, 1)
-    print(
-        f"wrote {out}: {say_bytes(decided.output_bytes)} ({share:.0%} of the source) in {done.seconds:.1f} s, "
-        f"{done.bytes_per_second / 1e9:.2f} GB/s"
-    )
-
-
 def plan(
     src: Source,
-    scheme: SchemeName = "int8",
+    scheme: SchemeName = None,
     format: FormatName = None,
     ignore: Ignore = None,
     keep: Keep = None,
     max_shard_size: ShardSize = "5GB",
     calibration: CalibrationDir = None,
+    recipe: RecipeFile = None,
     json: Json = False,
 ) -> None:
     """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
     from lowbit import api
     from lowbit.cli.output import print_json, say_bytes, table
 
+    wanted = wanted_recipe(recipe, scheme, ignore, keep)
     decided = api.plan(
-        src, scheme, format=format, ignore=ignore or (), keep=keep or (), max_shard_size=max_shard_size,
-        calibration=calibration,
+        src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
+        max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    _warn(decided)
+    print_warnings(decided)
     modules = _modules(decided)
     if json:
-        print_json({**_summary(decided), "modules": modules, "files": [s.file for s in decided.shards]})
+        print_json({**summary(decided), "modules": modules, "files": [s.file for s in decided.shards]})
         return
     rows = [
         [m["name"], "×".join(map(str, m["shape"])), m["before"], m["after"], say_bytes(m["bytes_before"]),
@@ -134,7 +94,7 @@ def plan(
     headers = ["tensor", "shape", "from", "to", "bytes", "after", "why"]
     print(table(headers, rows, right={1, 4, 5}))
     print()
-    print(_headline(decided))
+    print(headline(decided))
     for reason, count in Counter(m["why"] for m in modules if m["why"]).most_common():
         print(f"  {count:6d}  {reason}")
     print(
@@ -218,14 +178,35 @@ def verify(
         raise typer.Exit(1)
 
 
-def _warn(decided: Plan) -> None:
+def wanted_recipe(
+    recipe: Path | None, scheme: str | None, ignore: list[str] | None, keep: list[str] | None
+) -> Recipe:
+    """The recipe of a file, or the one that the options spell out. Both for the same thing is an error."""
+    from lowbit.errors import InputError
+    from lowbit.recipe import Recipe, load_recipe
+    from lowbit.scheme import get_scheme
+
+    if recipe is not None:
+        if scheme or ignore or keep:
+            raise InputError(
+                "expected --recipe alone, found --scheme, --ignore or --keep beside it; put them into the recipe"
+            )
+        return load_recipe(recipe)
+    try:
+        name = get_scheme(scheme or "int8").name
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return Recipe(scheme=name, ignore=tuple(ignore or ()), keep=tuple(keep or ()))
+
+
+def print_warnings(decided: Plan) -> None:
     from lowbit.cli.output import warn
 
     for warning in decided.warnings:
         warn(warning)
 
 
-def _headline(decided: Plan) -> str:
+def headline(decided: Plan) -> str:
     quantized = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
     kept = len(decided.decisions) - sum(quantized.values())
     target = decided.format.name if decided.format else "plain safetensors"
@@ -235,7 +216,7 @@ def _headline(decided: Plan) -> str:
     return f"{decided.scheme.name} as {target}: {', '.join(parts)}; {kept} modules kept"
 
 
-def _summary(decided: Plan) -> dict[str, Any]:
+def summary(decided: Plan) -> dict[str, Any]:
     schemes = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
     return {
         "source": str(decided.source.root),

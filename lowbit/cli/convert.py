@@ -1,0 +1,130 @@
+"""`lowbit convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowbit.cli.checkpoint import (
+    CalibrationDir,
+    FormatName,
+    Ignore,
+    Json,
+    Keep,
+    RecipeFile,
+    SchemeName,
+    ShardSize,
+    Source,
+    Workers,
+    headline,
+    print_warnings,
+    summary,
+    wanted_recipe,
+)
+
+if TYPE_CHECKING:
+    from lowbit.recipe import Recipe
+
+
+def convert(
+    src: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
+    scheme: SchemeName = None,
+    format: FormatName = None,
+    ignore: Ignore = None,
+    keep: Keep = None,
+    max_shard_size: ShardSize = "5GB",
+    calibration: CalibrationDir = None,
+    recipe: RecipeFile = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibrate first, with this method (`lowbit calibrate --list-methods`), in one step."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text, .jsonl or directory for --method.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
+    workers: Workers = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, but write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
+    json: Json = False,
+) -> None:
+    """Rewrite a checkpoint quantized: one pass, constant memory, every other file carried along.
+
+    A run that was killed goes on when the same command is given again. Check the result with
+    `lowbit verify OUT --source SRC`.
+    """
+    from lowbit import api
+    from lowbit.checkpoint.writer import OutputDirectory
+    from lowbit.cli.output import bytes_bar, print_json, say_bytes
+    from lowbit.errors import InputError
+
+    wanted = wanted_recipe(recipe, scheme, ignore, keep)
+    if method or (wanted.method and calibration is None):
+        if calibration is not None:
+            raise InputError(
+                "expected --calibration or --method, found both; a calibration has its method already"
+            )
+        if dry_run:
+            raise InputError(
+                "expected --dry-run without --method: calibrating is the work; plan with --calibration afterwards"
+            )
+        calibration = _calibrate(src, out, wanted, method, data, samples, length, quiet=json)
+    elif data is not None:
+        raise InputError("expected --method beside --data, found none; --method best is the recommended one")
+    decided = api.plan(
+        src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
+        max_shard_size=max_shard_size, calibration=calibration,
+    )  # fmt: skip
+    print_warnings(decided)
+    if not json:
+        print(headline(decided))
+    if dry_run:
+        OutputDirectory(out, decided, overwrite=overwrite)
+        if json:
+            print_json({**summary(decided), "dry_run": True})
+        else:
+            print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
+        return
+    with bytes_bar("converting", decided.source_bytes, quiet=json) as progress:
+        done = api.run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
+    if json:
+        body = {"out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs}
+        print_json({**summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
+        return
+    if done.resumed_jobs:
+        print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
+    share = decided.output_bytes / max(decided.source_bytes, 1)
+    print(
+        f"wrote {out}: {say_bytes(decided.output_bytes)} ({share:.0%} of the source) in {done.seconds:.1f} s, "
+        f"{done.bytes_per_second / 1e9:.2f} GB/s"
+    )
+
+
+def _calibrate(
+    src: Path,
+    out: Path,
+    wanted: Recipe,
+    method: str | None,
+    data: Path | None,
+    samples: int,
+    length: int,
+    *,
+    quiet: bool,
+) -> Path:
+    """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
+    from dataclasses import replace
+
+    from lowbit.cli.calibrate import run_recipe
+
+    directory = out.with_name(out.name + ".calibration")
+    changes: dict[str, object] = {"method": method or wanted.method}
+    if data is not None:
+        changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
+    run_recipe(src, directory, replace(wanted, **changes), quiet=quiet)  # type: ignore[arg-type]
+    return directory
