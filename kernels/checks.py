@@ -25,6 +25,10 @@ MAX_K_INT8 = 131_071
 MAX_K_INT8_ZERO_POINT = 65_793
 
 
+# Offsets inside a tile of 256 rows are int32.
+MAX_ROW_STRIDE = 2**23
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`int8`, `e4m3fn`, `bfloat16`: the names that launch tables use."""
     return _NAMES.get(dtype, str(dtype).removeprefix("torch."))
@@ -71,6 +75,10 @@ def check_weight_rows(w: Tensor) -> None:
         f"expected a weight with contiguous rows, found strides {list(w.stride())}; "
         "pass it as stored, [N, K], and not as a transposed view",
     )
+    require(
+        w.stride(-2) <= MAX_ROW_STRIDE,
+        f"expected a weight whose rows are at most {MAX_ROW_STRIDE} elements apart, found {w.stride(-2)}",
+    )
 
 
 def check_device(a: Tensor, **others: Tensor | None) -> None:
@@ -81,7 +89,8 @@ def check_device(a: Tensor, **others: Tensor | None) -> None:
 
 def contiguous_rows(a: Tensor) -> Tensor:
     """`a` itself where its last dimension is contiguous (rows may be strided), else a copy."""
-    return a if a.stride(-1) == 1 or a.shape[-1] <= 1 else a.contiguous()
+    plain = (a.stride(-1) == 1 or a.shape[-1] <= 1) and a.stride(0) <= MAX_ROW_STRIDE
+    return a if plain else a.contiguous()
 
 
 def rows_aligned(*tensors: Tensor) -> bool:

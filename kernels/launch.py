@@ -77,8 +77,8 @@ def choose_launch(
     chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, target)
     if not aligned and target.backend != "npu":
         chosen = replace(
-            chosen, block_n=min(chosen.block_n, 128), block_k=min(chosen.block_k, 64),
-            promote_k=min(chosen.promote_k, 64), tma=False,
+            chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 128),
+            block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
         )  # fmt: skip
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
