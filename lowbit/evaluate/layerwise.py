@@ -143,40 +143,72 @@ def evaluate(
     *,
     batch_size: int = 4,
     memory_limit: int = 4 << 30,
+    reference_states: Sequence[Tensor] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Perplexity of `candidate` on windows of token ids [T]; with a reference also KL, top-1 and layer errors."""
+    """Perplexity of `candidate` on windows of token ids [T]; with a reference also KL, top-1 and layer errors.
+
+    `reference_states` are the reference's `final_states` on the same windows and batch size: with them it
+    does not run again, and there are no layer errors.
+    """
     batches = make_batches(windows, batch_size)
-    sides = [candidate] if reference is None else [candidate, reference]
-    caches = [ActivationCache(memory_limit // len(sides)) for _ in sides]
-    calls: list[list[tuple[dict[str, Any], ...]]] = [[] for _ in sides]
-    for side, cache, mine in zip(sides, caches, calls, strict=True):
-        for ids in batches:
-            call = side.model.embed(ids)
-            cache.append(call.hidden)
-            mine.append(call.kwargs)
-    basis = None if reference is None else _basis(candidate.model, reference.model)
+    again = reference is not None and reference_states is None
+    sides = [candidate, reference] if again and reference is not None else [candidate]
+    streams = [_Stream.start(side, batches, memory_limit // len(sides)) for side in sides]
+    basis = _basis(candidate.model, reference.model) if again and reference is not None else None
     report = Report(agreement=Agreement(), compared=reference is not None)
     for index in range(len(candidate.model)):
+        name = candidate.model.layer_name(index)
         if progress:
-            progress(candidate.model.layer_name(index), index, len(candidate.model))
-        for side, cache, mine in zip(sides, caches, calls, strict=True):
-            layer, quantizers = side.load(index)
-            detach = attach(layer, dict(quantizers))
-            try:
-                with watched(layer, side.kv_hooks(layer, index)):
-                    for batch in range(len(cache)):
-                        cache.replace(batch, side.model.run(layer, index, cache[batch], mine[batch][index]))
-            finally:
-                detach()
-        if reference is not None:
-            report.layer_errors[candidate.model.layer_name(index)] = _distance(caches[0], caches[1], basis)
+            progress(name, index, len(candidate.model))
+        for stream in streams:
+            stream.advance(index)
+        if again:
+            report.layer_errors[name] = _distance(streams[0].cache, streams[1].cache, basis)
+    before: Sequence[Tensor] | ActivationCache | None = streams[1].cache if again else reference_states
     for batch, ids in enumerate(batches):
-        before = None if reference is None else reference.model.head(caches[1][batch])
-        report.agreement.update(candidate.model.head(caches[0][batch]), ids, before)
-    for cache in caches:
-        cache.close()
+        expected = None if reference is None or before is None else reference.model.head(before[batch])
+        report.agreement.update(candidate.model.head(streams[0].cache[batch]), ids, expected)
+    for stream in streams:
+        stream.cache.close()
     return report
+
+
+def final_states(candidate: Candidate, windows: Sequence[Tensor], *, batch_size: int = 4) -> list[Tensor]:
+    """Hidden states [B, T, H] after the last layer, one tensor per batch."""
+    stream = _Stream.start(candidate, make_batches(windows, batch_size), 1 << 40)
+    for index in range(len(candidate.model)):
+        stream.advance(index)
+    return list(stream.cache)
+
+
+@dataclass(kw_only=True)
+class _Stream:
+    """The hidden states of all batches on their way through a model."""
+
+    side: Candidate
+    cache: ActivationCache
+    calls: list[tuple[dict[str, Any], ...]]
+
+    @classmethod
+    def start(cls, side: Candidate, batches: Sequence[Tensor], memory_limit: int) -> _Stream:
+        stream = cls(side=side, cache=ActivationCache(memory_limit), calls=[])
+        for ids in batches:
+            call = side.model.embed(ids)
+            stream.cache.append(call.hidden)
+            stream.calls.append(call.kwargs)
+        return stream
+
+    def advance(self, index: int) -> None:
+        layer, quantizers = self.side.load(index)
+        detach = attach(layer, dict(quantizers))
+        try:
+            with watched(layer, self.side.kv_hooks(layer, index)):
+                for batch in range(len(self.cache)):
+                    out = self.side.model.run(layer, index, self.cache[batch], self.calls[batch][index])
+                    self.cache.replace(batch, out)
+        finally:
+            detach()
 
 
 def _basis(model: LayerwiseModel, reference: LayerwiseModel) -> Tensor | None:

@@ -1,0 +1,55 @@
+"""Calibrate with llm-compressor, for comparison; runs in a virtual environment that has it.
+
+    PEER_PYTHON scripts/calibrate_peer.py SRC OUT --method gptq --ids windows.pt
+
+`--ids` holds token ids [samples, length] as bench_calibration.py writes them, so that both see the same data.
+Prints one JSON line: seconds (loading the model and saving apart) and peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("src")
+parser.add_argument("out")
+parser.add_argument(
+    "--method", choices=["rounding", "gptq", "smoothquant", "smoothquant-gptq"], required=True
+)
+parser.add_argument("--ids", required=True)
+arguments = parser.parse_args()
+
+import torch  # noqa: E402  (after argparse, so that --help is quick)
+from datasets import Dataset  # noqa: E402
+from llmcompressor import oneshot  # noqa: E402
+from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
+from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+try:
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+except ImportError:
+    from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+
+model = AutoModelForCausalLM.from_pretrained(arguments.src, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(arguments.src)
+ids = torch.load(arguments.ids, weights_only=True)
+common = {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}
+recipe = {
+    "rounding": [QuantizationModifier(**common)],
+    "gptq": [GPTQModifier(**common)],
+    "smoothquant": [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**common)],
+    "smoothquant-gptq": [SmoothQuantModifier(smoothing_strength=0.5), GPTQModifier(**common)],
+}[arguments.method]
+data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+start = time.perf_counter()
+more = {} if arguments.method == "rounding" else {"dataset": data, "num_calibration_samples": len(data)}
+oneshot(model=model, recipe=recipe, tokenizer=tokenizer, max_seq_length=ids.shape[1], **more)
+seconds = time.perf_counter() - start
+model.save_pretrained(arguments.out, save_compressed=True)
+tokenizer.save_pretrained(arguments.out)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
