@@ -387,7 +387,9 @@ def _collect(
         )
         for first, _ in groups_of(graph, schemes)
     }
-    collect(layer, statistics, lambda: _run_all(run, layer, index), prepare=prepare)
+    collect(
+        layer, statistics, lambda: _run_all(run, layer, index), prepare=prepare, by_output=graph.writers,
+    )  # fmt: skip
     merge_statistics(statistics)
     return statistics
 

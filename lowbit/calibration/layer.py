@@ -17,7 +17,7 @@ from lowbit.calibration.observers import observed_range
 from lowbit.calibration.rotation import Rotation, has_hadamard
 from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
 from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
-from lowbit.calibration.statistics import InputStatistics, Wanted
+from lowbit.calibration.statistics import InputStatistics, Wanted, token_errors
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized, scale_from_range
 from lowbit.scheme import Scheme, TensorSpec
@@ -255,15 +255,16 @@ def _least_output_error(
     low, high = -peak, peak
     if not spec.symmetric:
         low, high = sample.min().reshape(1), sample.max().reshape(1)
-    best, best_error = scale_from_range(low, high, spec), float("inf")
-    for step in range(40):
-        factor = 0.02 ** (step / 39)
+    best, best_error, factor = scale_from_range(low, high, spec), float("inf"), 1.0
+    while factor > 1e-3:
         scale, zero = scale_from_range(low * factor, high * factor, spec)
-        error = float(
-            (fake_quantize(sample, spec, scale, zero) @ rounded.t() - target).double().square().sum()
-        )
+        lost = fake_quantize(sample, spec, scale, zero) @ rounded.t() - target
+        error = float(token_errors(lost, target))
         if error < best_error:
             best, best_error = (scale, zero), error
+        elif error > 4 * best_error:
+            break  # clipping has taken over
+        factor *= 0.92
     return best
 
 

@@ -31,6 +31,9 @@ def fake_quantize(
         step = torch.maximum(high, -low).float() / spec.dtype.max
         step = torch.where(step < torch.finfo(torch.float32).tiny, torch.ones_like(step), step)
         return (x.float() / step).round_().clamp_(-spec.dtype.max, spec.dtype.max).mul_(step).to(x.dtype)
+    if scale is not None and scale.numel() == 1 and spec.dtype.kind == "int" and spec.symmetric:
+        step = scale.float().reshape(())
+        return (x.float() / step).round_().clamp_(-spec.dtype.max, spec.dtype.max).mul_(step).to(x.dtype)
     if scale is None:
         if not spec.dynamic:
             raise ValueError(f"expected a scale for static activations ({spec}), found none; calibrate first")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.calibration.simulate import fake_quantize
+from lowbit.calibration.statistics import token_errors
 from lowbit.quantize import choose_scale, dequantize, quantize_with
 from lowbit.scheme import TensorSpec
 
@@ -53,7 +54,7 @@ def output_error(
     activation_spec: TensorSpec | None,
     reference: Sequence[Tensor],
 ) -> float:
-    """Squared error of the quantized outputs against `reference`, relative to it, summed over the layers.
+    """Squared error of the quantized outputs against `reference`, relative to it per token (see `token_errors`).
 
     Static activations get the range of the sample.
     """
@@ -61,7 +62,7 @@ def output_error(
     if activation_spec is not None:
         scale, zero = (None, None) if activation_spec.dynamic else choose_scale(sample, activation_spec)
         x = fake_quantize(sample, activation_spec, scale, zero)
-    lost = power = 0.0
+    lost = []
     for weight, target in zip(weights, reference, strict=True):
         rounded = weight
         if weight_spec is not None:
@@ -69,9 +70,8 @@ def output_error(
             rounded = dequantize(quantize_with(weight, scale, weight_spec), scale, weight_spec).to(
                 weight.dtype
             )
-        lost += float((x @ rounded.t() - target).double().square().sum())
-        power += float(target.double().square().sum())
-    return lost / max(power, 1e-30)
+        lost.append(x @ rounded.t() - target)
+    return float(token_errors(torch.cat(lost, dim=-1), torch.cat(list(reference), dim=-1)))
 
 
 def search_smoothing(

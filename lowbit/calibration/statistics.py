@@ -6,7 +6,7 @@ the statistics instead of running the layer again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -48,13 +48,28 @@ class InputStatistics:
     hessian: Tensor | None = None
     cross: Tensor | None = None
     sample: list[Tensor] = field(default_factory=list)
+    typical: float | None = None
+    """Median squared length of the module's output over the first batch; None: tokens count alike."""
     observer: RangeObserver | HistogramObserver | None = None
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, output: Tensor | None = None) -> None:
+        """Take a batch of inputs […, K]. With the module's `output` […, N], tokens are weighted by it.
+
+        A few tokens (the first of a sequence, mostly) produce outputs hundreds of times longer than all
+        others (massive activations: Sun et al., arXiv:2402.17762). The norm that follows takes that
+        length away again, so an error counts relative to it; unweighted, those tokens would
+        decide every sum of squares.
+        """
         x = x.reshape(-1, x.shape[-1])
         if x.shape[0] == 0:
             return
+        weight = None
+        if output is not None and (self.wanted.hessian or self.wanted.cross):
+            power = output.reshape(-1, output.shape[-1]).float().square().sum(-1)
+            if self.typical is None:
+                self.typical = float(power.median().clamp(min=1e-30))
+            weight = (1.0 / (1.0 + power / self.typical)).to(x.dtype)[:, None]
         low, high = torch.aminmax(x, dim=0)
         absmax = torch.maximum(high, -low)
         if not bool(torch.isfinite(absmax).all()):
@@ -73,10 +88,11 @@ class InputStatistics:
             self.sample.append(x[index.to(x.device)].clone())
         if self.wanted.cross and self.spec is not None:
             quantized = fake_quantize(x, self.spec) if self.spec.dynamic else x
-            self.hessian = _add_product(self.hessian, quantized, quantized)
-            self.cross = _add_product(self.cross, x, quantized)
+            weighted = quantized if weight is None else quantized * weight
+            self.hessian = _add_product(self.hessian, weighted, quantized)
+            self.cross = _add_product(self.cross, x, weighted)
         elif self.wanted.hessian:
-            self.hessian = _add_product(self.hessian, x, x)
+            self.hessian = _add_product(self.hessian, x if weight is None else x * weight, x)
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another worker saw."""
@@ -131,19 +147,36 @@ def collect(
     run_batches: Callable[[], None],
     *,
     prepare: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    by_output: Collection[str] = (),
 ) -> None:
     """Fill the statistics of the inputs of the named modules while `run_batches` runs the layer.
 
-    `prepare` changes a module's input before it is looked at (an online rotation).
+    `prepare` changes a module's input before it is looked at (an online rotation). `by_output` names
+    modules that write into the residual stream: their tokens are weighted (see `update`).
     """
 
     def hook(name: str) -> Callable[..., None]:
         change = (prepare or {}).get(name)
-        return lambda _, args: groups[name].update(args[0] if change is None else change(args[0]))
 
-    handles = [layer.get_submodule(name).register_forward_pre_hook(hook(name)) for name in groups]
+        def watch(_: nn.Module, args: tuple, out: Tensor) -> None:
+            x = args[0] if change is None else change(args[0])
+            groups[name].update(x, out if name in by_output else None)
+
+        return watch
+
+    handles = [layer.get_submodule(name).register_forward_hook(hook(name)) for name in groups]
     try:
         run_batches()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def token_errors(lost: Tensor, target: Tensor) -> Tensor:
+    """Squared error of outputs `lost` [S, N], relative to `target` [S, N], averaged over tokens; a scalar.
+
+    Per token, and against at least a typical token's length, for the reason that `update` gives.
+    """
+    power = target.double().square().sum(-1)
+    floor = power.median().clamp(min=1e-30)
+    return (lost.double().square().sum(-1) / (power + floor)).mean() * 2.0
