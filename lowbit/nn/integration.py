@@ -27,10 +27,9 @@ class _AfterImport(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != _REGISTRY:
             return None
-        from importlib.machinery import PathFinder
-
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+        spec = next((s for s in specs if s is not None), None)
         if spec is None or spec.loader is None:
             return spec
         self._loader = spec.loader

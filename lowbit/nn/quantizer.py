@@ -101,6 +101,11 @@ class LowbitQuantizer(HfQuantizer):
         original = self.quantization_config.original
         stored = read({"quantization_config": original} if original else {}, tensors)
         self._swap(model, stored, tensors)
+        # Scales of a quantized KV cache: transformers' cache is in float, so they are neither used nor kept.
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(k|v)_scale$"}
+        if original.get("kv_cache_scheme"):
+            original["kv_cache_scheme"] = None
 
     def _swap(
         self, model: nn.Module, stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
@@ -301,7 +306,10 @@ def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModul
         )
     projections = {ROLES[p]: p for p in dict.fromkeys(m.rpartition(".")[2] for m in members)}
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
-    new = QuantExperts.like(
-        experts, next(iter(schemes)), projections=projections, format=format_for(first), names=suffixes
-    )
+    try:
+        new = QuantExperts.like(
+            experts, next(iter(schemes)), projections=projections, format=format_for(first), names=suffixes
+        )
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
     replace_module(model, path, new)

@@ -171,7 +171,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
                 name=name,
                 module=module,
                 disk=tuple(module_of(t) for t in tensors),
-                shape=tuple(module.down_proj.shape),
+                shape=tuple(_down(module).shape),
                 projections=projections or None,
             )
         )

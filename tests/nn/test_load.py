@@ -266,3 +266,22 @@ def test_missing_tensors_are_an_error(tmp_path):
     save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"layers\.0\.input_layernorm\.weight"):
         load(tmp_path / "out")
+
+
+def test_scales_of_a_kv_cache_are_passed_over(tmp_path, caplog):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="fp8")
+    want = logits(load(tmp_path / "out"), inputs("llama"))
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    tensors |= {f"model.layers.{i}.self_attn.{x}_scale": torch.ones(1) for i in (0, 1) for x in "kv"}
+    save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {
+        "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
+    }  # fmt: skip
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "out")
+    assert "UNEXPECTED" not in caplog.text
+    assert torch.equal(logits(model, inputs("llama")), want)
+    model.save_pretrained(tmp_path / "again")
+    assert lowbit.verify(tmp_path / "again").ok
