@@ -50,4 +50,31 @@ def compile_kernels(
     raise typer.Exit(subprocess.run(arguments, env=environment).returncode)
 
 
-# `explain` goes here: which implementation and launch parameters a problem would get, or the refusal.
+@app.command("explain")
+def explain_problem(
+    m: Annotated[int, typer.Option(help="Tokens: rows of the activations.")],
+    n: Annotated[int, typer.Option(help="Output features: rows of the weight.")],
+    k: Annotated[int, typer.Option(help="Input features: columns of both.")],
+    scheme: Annotated[str, typer.Option(help="int8, fp8, fp8-block, …: as `lowbit convert` takes it.")],
+    target: Annotated[str, typer.Option(help="a100, h100, mi300x, ascend910b, cpu, …")],
+    dtype: Annotated[
+        str, typer.Option(help="Of activations and output: bfloat16, float16, float32.")
+    ] = "bfloat16",
+    experts: Annotated[int, typer.Option(min=0, help="Above 0: a grouped product over so many experts.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the decision as one object.")] = False,
+) -> None:
+    """Say which kernel would run a product, with what launch parameters, or why none does.
+
+    Asks no device. Exit code 1 where no kernel takes the problem.
+    """
+    from lowbit.ops.explain import as_text, explain
+
+    found = explain(m=m, n=n, k=k, scheme=scheme, target=target, activation_dtype=dtype, experts=experts)
+    if json:
+        from lowbit.cli.output import print_json
+
+        print_json(found)
+    else:
+        print(as_text(found))
+    if "refusal" in found:
+        raise typer.Exit(1)

@@ -218,13 +218,13 @@ def linear(
 
         return cpu_portable.linear(x, weights, activations, bias, out_dtype, offsets=offsets, routed=routed)
     from lowbit.ops import cpu_kernels
-    from lowbit.ops.cpu_emit import step_elements
+    from lowbit.ops.cpu_emit import operand_step
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     tensor = weights.tensor if weights.tensor.is_contiguous() else weights.tensor.contiguous()
     w_scale = weights.float_scale()
     tile, kind, mode = _tile_for(x, weights, activations, rows)
-    step, element = step_elements(tile.kind), _ELEMENT[kind]
+    step, element = operand_step(tile.kind), _ELEMENT[kind]
     layout = _Layout.of(k, activations.group or weights.group, step)
     codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
 

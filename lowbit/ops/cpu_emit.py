@@ -186,6 +186,11 @@ def step_elements(kind: str) -> int:
     return 2 * once if storage else once
 
 
+def operand_step(kind: str) -> int:
+    """What the operand's rows are padded to: a whole step, also where `fma` decodes while loading."""
+    return step_elements(f"{kind}:i8" if kind.startswith("fma") else kind)
+
+
 def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
     """<n x i8> or i8 → float32: the bits moved into a half (exact, subnormals too), times 2⁸.
 
@@ -442,10 +447,13 @@ def _clamp(builder: Any, x: Any, low: float, high: float) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, high_c), high_c, x)
 
 
+def _emit_zero_if_nan(builder: Any, x: Any) -> Any:
+    return builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(F32, 0.0), x)
+
+
 def _emit_round_code(builder: Any, x: Any) -> Any:
-    """float32 → int32 in −128 … 127, half to even, NaN → 0."""
-    number = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(F32, 0.0), x)
-    rounded = _call(builder, "llvm.roundeven.f32", F32, [_clamp(builder, number, -128.0, 127.0)])
+    """float32 that is no NaN → int32 in −128 … 127, half to even."""
+    rounded = _call(builder, "llvm.roundeven.f32", F32, [_clamp(builder, x, -128.0, 127.0)])
     return builder.fptosi(rounded, I32)
 
 
@@ -495,6 +503,7 @@ f32_to_bf16 = _elementwise(types.float32, types.uint16, _emit_f32_to_bf16)
 e4m3_to_f32 = _elementwise(types.uint8, types.float32, _e4m3_to_f32)
 magnitude_bits = _elementwise(types.float32, types.int32, _emit_magnitude_bits)
 bits_to_f32 = _elementwise(types.int32, types.float32, _emit_bits_to_f32)
+zero_if_nan = _elementwise(types.float32, types.float32, _emit_zero_if_nan)
 round_code = _elementwise(types.float32, types.int32, _emit_round_code)
 round_e4m3 = _elementwise(types.float32, types.float32, _emit_round_e4m3)
 e4m3_code = _elementwise(types.float32, types.uint8, _emit_e4m3_code)

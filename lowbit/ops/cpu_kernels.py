@@ -43,6 +43,7 @@ from lowbit.ops.cpu_emit import (
     round_e4m3,
     scale_row,
     tile,
+    zero_if_nan,
 )
 from lowbit.ops.cpu_params import (
     A_BF16,
@@ -168,17 +169,17 @@ def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, 
         if kind == A_I16:
             wide = carray(pointer(target), padded, np.int16)
             for i in range(n):
-                wide[i] = np.int16(max(round_code(values[i] / scale + shift), low) - zero)
+                wide[i] = np.int16(max(round_code(zero_if_nan(values[i] / scale) + shift), low) - zero)
             wide[n:padded] = 0
         elif kind == A_U8:
             unsigned = carray(pointer(target), padded, np.uint8)
             for i in range(n):
-                unsigned[i] = np.uint8(max(round_code(values[i] / scale + shift), low) + 128)
+                unsigned[i] = np.uint8(max(round_code(zero_if_nan(values[i] / scale) + shift), low) + 128)
             unsigned[n:padded] = 0
         else:
             codes = carray(pointer(target), padded, np.int8)
             for i in range(n):
-                codes[i] = np.int8(max(round_code(values[i] / scale + shift), low))
+                codes[i] = np.int8(max(round_code(zero_if_nan(values[i] / scale) + shift), low))
             codes[n:padded] = 0
         return
     if mode == MODE_E4M3:
@@ -311,7 +312,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_cols: int) -> Any:
     source = stamp()
     integer = kind.startswith(("pmaddwd", "dpbusd"))
     unsigned = kind.startswith("dpbusd")
-    step = cpu_emit.step_elements(kind)
+    step = cpu_emit.operand_step(kind)
     operand = (
         A_I16
         if kind.startswith("pmaddwd")

@@ -64,7 +64,7 @@ class Refusal:
     reason: str
 
 
-_FLOATS = ("float16", "bfloat16", "float32")
+FLOAT_NAMES = ("float16", "bfloat16", "float32")
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +149,7 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     a_dtype = weight if quantizes else problem.activation_dtype
     note = ""
     why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
-    if why_not and quantizes and weight == "e4m3fn" and problem.activation_dtype in _FLOATS:
+    if why_not and quantizes and weight == "e4m3fn" and problem.activation_dtype in FLOAT_NAMES:
         # A target without this fp8 still reads it: the kernel decodes the bytes, and
         # activations are simply not quantized.
         kernel = "matmul_grouped" if problem.experts else "matmul_weight_only"
@@ -158,14 +158,27 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
         why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
     if why_not:
         return Refusal(reason=why_not)
-    rows = max(problem.m // problem.experts, 1) if problem.experts else problem.m
+    rows = -(-problem.m // problem.experts) if problem.experts else problem.m
+    group = problem.weight_group
+    blocks = {"group_n": problem.block[0] if group and problem.block[0] > 1 else 0, "group_k": group}
     launch = choose_launch(
-        kernel, m=max(rows, 1), n=max(problem.n, 1), k=max(problem.k, 1), a_dtype=a_dtype, w_dtype=weight,
-        target=target, group_n=problem.block[0] or 128, group_k=problem.weight_group or problem.block[1] or 128,
-    )  # fmt: skip
+        kernel,
+        m=max(rows, 1),
+        n=max(problem.n, 1),
+        k=max(problem.k, 1),
+        a_dtype=a_dtype,
+        w_dtype=weight,
+        target=target,
+        **({} if kernel == "matmul" else _mxfp8_blocks(target) if kernel == "matmul_mxfp8" else blocks),
+    )
     return Decision(
         implementation="triton", kernel=kernel, multiplies=f"{a_dtype} × {weight}", launch=launch, note=note
     )
+
+
+def _mxfp8_blocks(target) -> dict[str, int]:  # type: ignore[no-untyped-def]
+    """Where the matrix unit scales, no tile needs to fit the groups."""
+    return {"group_n": 0, "group_k": 0 if target.scaled_dot else 32}
 
 
 def bucketed(problem: Problem) -> Problem:

@@ -1,0 +1,110 @@
+"""Accelerators: what they multiply natively, their memory, bandwidth and peak, and what suits them.
+
+Figures are the vendors' public ones for dense products; None where there is none, or none that
+is certain. They serve estimates and defaults: what a kernel really reaches is in the benchmarks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from lowbit.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One card (or `cpu`)."""
+
+    name: str
+    """As the command line takes it: `h100`."""
+    title: str
+    arch: str
+    """Its name in lowbit.kernels.targets (`sm90`), or `cpu`."""
+    memory_gb: int | None
+    bandwidth: int | None
+    """GB/s of its memory."""
+    bf16: int | None
+    """TFLOP/s."""
+    int8: int | None
+    """TOP/s; None where int8 is not multiplied natively."""
+    fp8: int | None
+    """TFLOP/s; None where fp8 is not multiplied natively."""
+    scheme: str
+    """The scheme to take when nothing is said: the best that the card multiplies natively."""
+    format: str = "compressed-tensors"
+    """The checkpoint format to take when nothing is said: one that its engines read."""
+
+    def native(self, weight_dtype: str) -> bool:
+        """Whether `int8` or `e4m3fn` is multiplied without being decoded first."""
+        if self.arch == "cpu":
+            return weight_dtype == "int8"
+        return (self.int8 if weight_dtype == "int8" else self.fp8) is not None
+
+    def peak(self, weight_dtype: str) -> int | None:
+        """TFLOP/s (or TOP/s) of W8A8 products; of bf16 where the dtype is not native."""
+        known = {"int8": self.int8, "e4m3fn": self.fp8}.get(weight_dtype)
+        return known if known is not None else self.bf16
+
+    def compute_bound_from(self, weight_dtype: str) -> int | None:
+        """The M from which a product with 8-bit weights is bound by arithmetic, not by memory.
+
+        2·M·N·K operations against N·K bytes: M = peak / (2 · bandwidth).
+        """
+        peak = self.peak(weight_dtype)
+        if peak is None or not self.bandwidth:
+            return None
+        return round(peak * 1000 / (2 * self.bandwidth))
+
+
+def _card(name: str, title: str, arch: str, memory: int, bandwidth: int, bf16: int, int8: int | None,
+          fp8: int | None, scheme: str) -> Accelerator:  # fmt: skip
+    return Accelerator(
+        name=name, title=title, arch=arch, memory_gb=memory, bandwidth=bandwidth, bf16=bf16, int8=int8, fp8=fp8,
+        scheme=scheme,
+    )  # fmt: skip
+
+
+ACCELERATORS: dict[str, Accelerator] = {
+    a.name: a
+    for a in (
+        _card("a10", "NVIDIA A10", "sm86", 24, 600, 125, 250, None, "int8"),
+        _card("a100", "NVIDIA A100 80GB SXM", "sm80", 80, 2039, 312, 624, None, "int8"),
+        _card("a800", "NVIDIA A800 80GB SXM", "sm80", 80, 2039, 312, 624, None, "int8"),
+        _card("l4", "NVIDIA L4", "sm89", 24, 300, 121, 242, 242, "fp8"),
+        _card("l40s", "NVIDIA L40S", "sm89", 48, 864, 362, 733, 733, "fp8"),
+        _card("h20", "NVIDIA H20", "sm90", 96, 4000, 148, 296, 296, "fp8"),
+        _card("h100", "NVIDIA H100 SXM", "sm90", 80, 3350, 989, 1979, 1979, "fp8"),
+        _card("h800", "NVIDIA H800 SXM", "sm90", 80, 3350, 989, 1979, 1979, "fp8"),
+        _card("h200", "NVIDIA H200", "sm90", 141, 4800, 989, 1979, 1979, "fp8"),
+        _card("b200", "NVIDIA B200", "sm100", 180, 8000, 2250, 4500, 4500, "fp8"),
+        _card("mi300x", "AMD Instinct MI300X", "gfx942", 192, 5300, 1307, 2615, 2614, "fp8"),
+        _card("mi325x", "AMD Instinct MI325X", "gfx942", 256, 6000, 1307, 2615, 2614, "fp8"),
+        _card("mi355x", "AMD Instinct MI355X", "gfx950", 288, 8000, 2500, 5000, 5000, "fp8"),
+        _card("ascend910b", "Ascend 910B2", "ascend910b", 64, 1600, 354, 708, None, "int8"),
+        Accelerator(
+            name="cpu", title="x86-64 or other processor", arch="cpu", memory_gb=None, bandwidth=None,
+            bf16=None, int8=None, fp8=None, scheme="int8",
+        ),
+    )
+}  # fmt: skip
+
+_ALIASES = {
+    "910b": "ascend910b",
+    "ascend-910b": "ascend910b",
+    "910b2": "ascend910b",
+    "ascend910b2": "ascend910b",
+}
+
+
+def get_accelerator(name: str) -> Accelerator:
+    """The accelerator of that name, in any case. Raises InputError naming the nearest."""
+    key = name.strip().lower().replace(" ", "").replace("_", "-")
+    key = _ALIASES.get(key, key)
+    if key in ACCELERATORS:
+        return ACCELERATORS[key]
+    near = difflib.get_close_matches(key, list(ACCELERATORS), n=3, cutoff=0.4)
+    raise InputError(
+        f"unknown target {name!r}: expected one of {', '.join(ACCELERATORS)}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+    )

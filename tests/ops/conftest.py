@@ -1,0 +1,42 @@
+"""Implementations of the CPU path that this machine can run, and random operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowbit.ops import cpu, cpu_isa, dispatch
+
+ISAS = cpu_isa.available()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _pin(name: str, monkeypatch) -> Iterator[str]:
+    monkeypatch.setenv("LOWBIT_CPU_ISA", name)
+    cpu.instructions.cache_clear()
+    dispatch.choose.cache_clear()
+    assert cpu.instructions().name == name
+    yield name
+    monkeypatch.undo()
+    cpu.instructions.cache_clear()
+    dispatch.choose.cache_clear()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> Iterator[str]:
+    """Each instruction set in turn, pinned."""
+    yield from _pin(request.param, monkeypatch)
+
+
+@pytest.fixture(
+    params=list(dict.fromkeys((ISAS[0], *(name for name in ISAS if name in ("avx2", "portable")))))
+)
+def path(request, monkeypatch) -> Iterator[str]:
+    """The best instruction set, AVX2 and none: those between differ in integer tiles only."""
+    yield from _pin(request.param, monkeypatch)

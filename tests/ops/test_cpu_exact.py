@@ -1,0 +1,225 @@
+"""int8 products against an int64 oracle, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from lowbit import ops
+from lowbit.ops import cpu, cpu_isa
+from lowbit.ops.cpu_isa import Instructions
+
+# kernels.md, section 7, thinned: every M and every (N, K) occurs.
+MS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 257)
+NKS = ((1, 16), (16, 32), (100, 100), (576, 496), (971, 3884))
+SHAPES = [(m, *nk) for m in (1, 17) for nk in NKS] + [(m, 100, 100) for m in MS] + [(64, 971, 496)]
+
+
+def product(a: torch.Tensor, w: torch.Tensor, zero: int = 0) -> torch.Tensor:
+    """int64 [M, N], then rounded to float32 once, as int32 → float32 does."""
+    return ((a.long() - zero) @ w.long().T).to(torch.float32)
+
+
+def codes(*shape: int, low: int = -127, high: int = 127) -> torch.Tensor:
+    return torch.randint(low, high + 1, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_product_of_codes_is_exact(isa, m, n, k):
+    a, w = codes(m, k, low=-128), codes(n, k, low=-128)
+    out = ops.matmul(a, torch.ones(1), w, torch.ones(n, 1), block=(1, 0), out_dtype=torch.float32)
+    assert torch.equal(out, product(a, w))
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("k", [31, 2048, 10_000])
+def test_extreme_codes_do_not_saturate(isa, m, k):
+    """u8 255 × 127 in every pair is where 16-bit intermediates overflow."""
+    for a_code, w_code in itertools.product((-128, -127, 127), repeat=2):
+        a = torch.full((m, k), a_code, dtype=torch.int8)
+        w = torch.full((13, k), w_code, dtype=torch.int8)
+        out = ops.matmul(a, torch.ones(1), w, torch.ones(13, 1), block=(1, 0), out_dtype=torch.float32)
+        assert torch.equal(out, product(a, w)), (a_code, w_code)
+
+
+@pytest.mark.parametrize("zero", [-128, -17, 0, 127])
+@pytest.mark.parametrize("m", [1, 33])
+def test_zero_point_is_exact(isa, m, zero):
+    a, w = codes(m, 300, low=-128), codes(50, 300, low=-128)
+    out = ops.matmul(
+        a, torch.ones(1), w, torch.ones(50, 1), block=(1, 0), out_dtype=torch.float32,
+        a_zero_point=torch.tensor([zero], dtype=torch.int8),
+    )  # fmt: skip
+    assert torch.equal(out, product(a, w, zero))
+
+
+def test_distance_to_the_zero_point_reaches_255(isa):
+    a, w = torch.full((3, 4096), -128, dtype=torch.int8), torch.full((7, 4096), 127, dtype=torch.int8)
+    zero = torch.tensor([127], dtype=torch.int8)
+    out = ops.matmul(
+        a, torch.ones(1), w, torch.ones(7, 1), block=(1, 0), out_dtype=torch.float32, a_zero_point=zero
+    )
+    assert torch.equal(out, product(a, w, 127))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 100, 100), (17, 971, 496), (130, 16, 3884)])
+def test_dynamic_linear_equals_its_definition(isa, m, n, k, dtype):
+    """Written out here once more, apart from the reference: quantize, multiply, scale, add, cast."""
+    x, w = torch.randn(m, k).to(dtype), codes(n, k)
+    scale, bias = torch.rand(n, 1) + 0.01, torch.randn(n).to(dtype)
+    a_scale = x.float().abs().amax(1, keepdim=True) / 127
+    a = (x.float() / a_scale).round().to(torch.int8)
+    expected = (product(a, w) * a_scale * scale.T + bias.float()).to(dtype)
+    assert torch.equal(ops.linear(x, w, scale, bias, activations="token", block=(1, 0)), expected)
+
+
+def test_rows_at_the_end_of_memory_are_not_read_past():
+    """The last row of a ragged weight ends at a page that must not be touched."""
+    mmap = pytest.importorskip("mmap")
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, 4 * page)
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if libc.mprotect(ctypes.c_void_p(address + 3 * page), page, 0):
+        pytest.skip("memory cannot be protected here")
+    n, k = 29, 37
+    whole = torch.frombuffer(memory, dtype=torch.int8)
+    w = whole[3 * page - n * k : 3 * page].view(n, k)
+    w.copy_(codes(n, k))
+    for m in (1, 5):
+        a = codes(m, k)
+        for activations, x in (("none", a.float()), ("codes", a)):
+            if activations == "none":
+                out = ops.linear(x, w, torch.ones(n, 1), activations="none", block=(1, 0))
+            else:
+                out = ops.matmul(a, torch.ones(1), w, torch.ones(n, 1), block=(1, 0), out_dtype=torch.float32)
+            assert torch.equal(out, product(a, w))
+    libc.mprotect(ctypes.c_void_p(address + 3 * page), page, 3)
+
+
+def test_threads_may_enter_at_once():
+    w, scale = codes(200, 512), torch.rand(200, 1)
+    inputs = [torch.randn(20 + i, 512) for i in range(6)]
+    expected = [ops.linear(x, w, scale, activations="token", block=(1, 0)) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(
+                ops.linear(inputs[i], w, scale, activations="token", block=(1, 0)), expected[i]
+            ):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_number_of_threads_does_not_change_the_result():
+    x, w, scale = torch.randn(70, 640), torch.randn(300, 640).to(torch.float8_e4m3fn), torch.rand(300, 1)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.linear(x, w, scale, activations="token", block=(1, 0)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_forked_child_works():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    code = (
+        "import os, torch\n"
+        "from lowbit import ops\n"
+        "torch.set_num_threads(2)\n"
+        "w = torch.randint(-127, 128, (600, 600), dtype=torch.int8); s = torch.rand(600, 1)\n"
+        "x = torch.randn(9, 600)\n"
+        "run = lambda: ops.linear(x, w, s, activations='token', block=(1, 0))\n"
+        "before = run()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    torch.set_num_threads(1)\n"  # what DataLoader's workers do; torch's own OpenMP needs it
+        "    os._exit(0 if torch.equal(run(), before) else 3)\n"
+        "_, status = os.waitpid(pid, 0)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(status))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=100, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_code_compiled_for_an_avx2_processor_is_exact():
+    """The same tests where LLVM may use no AVX-512 at all, as on an AVX2-only machine."""
+    if "avx2" not in cpu_isa.available():
+        pytest.skip("no AVX2 here")
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "haswell",
+        "LOWBIT_CPU_ISA": "avx2",
+        "OMP_NUM_THREADS": "2",
+    }
+    chosen = f"{__file__}::test_extreme_codes_do_not_saturate"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "avx2", chosen]
+    done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pinning_an_instruction_set(monkeypatch):
+    monkeypatch.setenv("LOWBIT_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match="avx512_vnni, avx_vnni, avx512bw, avx2, portable, found 'sse9'"):
+        cpu_isa.detect()
+    monkeypatch.setattr(cpu_isa, "available", lambda: ("avx2", "portable"))
+    monkeypatch.setenv("LOWBIT_CPU_ISA", "avx512_vnni")
+    with pytest.raises(RuntimeError, match="has only avx2, portable"):
+        cpu_isa.detect()
+    monkeypatch.delenv("LOWBIT_CPU_ISA")
+    assert cpu_isa.detect() == Instructions(name="avx2")
+
+
+def test_without_numba_the_portable_path_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "_have_numba", lambda: False)
+    cpu.instructions.cache_clear()
+    try:
+        assert cpu.instructions().name == "portable"
+    finally:
+        cpu.instructions.cache_clear()
+
+
+def test_importing_lowbit_ops_loads_neither_numba_nor_triton():
+    code = "import sys, lowbit.ops; raise SystemExit(bool({'numba', 'triton'} & set(sys.modules)))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, env=environment).returncode == 0
+
+
+def test_the_second_process_compiles_nothing():
+    """The cache on disk is found again; numba counts a hit for every compiled loop."""
+    code = (
+        "import torch\n"
+        "from lowbit import ops\n"
+        "from lowbit.ops import cpu_kernels, cpu, cpu_isa\n"
+        "x, w = torch.randn(2, 64), torch.ones(8, 64, dtype=torch.int8)\n"
+        "ops.linear(x, w, torch.ones(8, 1), activations='token', block=(1, 0))\n"
+        "tile = cpu_isa.integer_tile(cpu.instructions())\n"
+        "loops = [cpu_kernels.prepare(), cpu_kernels.matmul(tile.kind, 'i8', tile.rows, tile.cols)]\n"
+        "raise SystemExit(0 if all(loop.cache_hits == 1 for loop in loops) else 3)\n"
+    )
+    if cpu.instructions().name == "portable":
+        pytest.skip("nothing is compiled here")
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,187 @@
+"""What runs where, why not, and that nothing falls back unseen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowbit import ops
+from lowbit.errors import InputError
+from lowbit.ops import cpu, dispatch, settings
+from lowbit.ops.cpu_isa import Instructions
+from lowbit.ops.dispatch import Decision, Problem, Refusal, choose
+from lowbit.ops.explain import as_text, explain, problem_of
+from lowbit.scheme import SCHEMES, get_scheme
+from lowbit.targets import ACCELERATORS, get_accelerator
+
+QUANTIZED = [name for name, scheme in SCHEMES.items() if scheme.weights is not None]
+
+
+def problem(scheme: str, **changes) -> Problem:
+    return replace(problem_of(get_scheme(scheme), m=16, n=7168, k=2048), **changes)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "kernel", "multiplies"),
+    [
+        ("int8", "sm80", "matmul", "int8 × int8"),
+        ("int8", "ascend910b", "matmul", "int8 × int8"),
+        ("int8-block", "sm80", "matmul_block", "int8 × int8"),
+        ("int8-weight-only", "sm90", "matmul_weight_only", "bfloat16 × int8"),
+        ("fp8", "sm90", "matmul", "e4m3fn × e4m3fn"),
+        ("fp8-block", "sm90", "matmul_block", "e4m3fn × e4m3fn"),
+        ("mxfp8", "sm100", "matmul_mxfp8", "e4m3fn × e4m3fn"),
+    ],
+)
+def test_kernel_of_each_scheme(scheme, target, kernel, multiplies):
+    chosen = choose(problem(scheme), target)
+    assert isinstance(chosen, Decision)
+    assert (chosen.implementation, chosen.kernel, chosen.multiplies) == ("triton", kernel, multiplies)
+    assert chosen.note == "" and chosen.launch is not None
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-block"])
+@pytest.mark.parametrize("target", ["sm80", "gfx942", "ascend910b"])
+def test_fp8_is_decoded_where_it_is_not_native_and_says_so(scheme, target):
+    """A block-FP8 checkpoint runs unconverted on an A100."""
+    chosen = choose(problem(scheme), target)
+    assert isinstance(chosen, Decision)
+    assert chosen.kernel == "matmul_weight_only" and chosen.multiplies == "bfloat16 × e4m3fn"
+    assert "decoded in the kernel" in chosen.note
+    experts = choose(problem(scheme, experts=8), target)
+    assert isinstance(experts, Decision) and experts.kernel == "matmul_grouped"
+
+
+def test_every_scheme_has_an_answer_on_every_accelerator():
+    for name in QUANTIZED:
+        for target in ACCELERATORS:
+            found = explain(m=16, n=7168, k=2048, scheme=name, target=target)
+            assert ("refusal" in found) != ("kernel" in found)
+            assert as_text(found)
+            if "kernel" in found and target != "cpu":
+                assert found["bound"] == "memory" and found["floor_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"k": 200_000}, "int32 sum"),
+        ({"weight_dtype": "uint8"}, "packed int8 weights"),
+        ({"zero_point": True}, "a zero point belongs to static int8"),
+        ({"block": (128, 128)}, "a scale per 128 along K need activations per group"),
+        ({"activations": "group"}, "how long a group is"),
+    ],
+)
+def test_refusals_say_why(changes, reason):
+    chosen = choose(problem("int8", **changes), "sm90")
+    assert isinstance(chosen, Refusal) and reason in chosen.reason
+
+
+def test_cpu_names_its_tile(path):
+    chosen = choose(problem("int8"), "cpu")
+    assert isinstance(chosen, Decision) and chosen.implementation == "cpu"
+    expected = {
+        "avx512_vnni": "dpbusd512",
+        "avx512bw": "pmaddwd512",
+        "avx_vnni": "dpbusd256",
+        "avx2": "pmaddwd256",
+    }
+    assert chosen.kernel.startswith(expected.get(path, "portable"))
+    assert chosen.multiplies == "int8 × int8"
+
+
+def test_one_row_is_decoded_while_loading(monkeypatch):
+    monkeypatch.setattr(cpu, "instructions", lambda: Instructions(name="avx512_vnni", bfloat16=True))
+    dispatch.choose.cache_clear()
+    try:
+        assert choose(problem("fp8", m=1), "cpu").kernel.startswith("fma512")
+        assert choose(problem("fp8", m=2), "cpu").kernel.startswith("dpbf16512")
+        assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith(
+            "fma512"
+        )
+    finally:
+        dispatch.choose.cache_clear()
+
+
+def test_decisions_are_made_per_bucket():
+    assert dispatch.bucketed(problem("int8", m=17)).m == 32
+    assert dispatch.bucketed(problem("int8", m=1)).m == 1
+    assert dispatch.bucketed(problem("int8", m=0)).m == 1
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """A product that no kernel takes: the dispatcher is made to refuse it."""
+    monkeypatch.setattr(dispatch, "choose", lambda problem, target: Refusal(reason="made up for a test"))
+    settings._log_once.cache_clear()
+    w = torch.randint(-127, 128, (12, 64), dtype=torch.int8)
+    x, scale = torch.randn(5, 64), torch.rand(12, 1)
+    yield (
+        lambda: ops.linear(x, w, scale, activations="token", block=(1, 0)),
+        x.double() @ (w.double() * scale).T,
+    )
+    settings._log_once.cache_clear()
+    ops.allow_fallback(True)
+
+
+def test_a_fallback_is_logged_once_and_right(refused, caplog):
+    run, exact = refused
+    with caplog.at_level(logging.WARNING, logger="lowbit.ops"):
+        out = run()
+        run()
+    assert [record.message.count("made up for a test") for record in caplog.records] == [1]
+    assert float((out - exact).norm() / exact.norm()) < 0.02
+
+
+def test_a_fallback_can_be_made_an_error(refused):
+    run, _ = refused
+    ops.allow_fallback(False)
+    with pytest.raises(ops.NoKernelError, match=r"lowbit::linear: made up for a test.*LOWBIT_NO_FALLBACK"):
+        run()
+
+
+@pytest.mark.parametrize(("value", "allowed"), [("1", False), ("true", False), ("0", True), ("", True)])
+def test_the_environment_forbids_fallbacks(monkeypatch, value, allowed):
+    monkeypatch.setenv("LOWBIT_NO_FALLBACK", value)
+    assert settings._from_environment().fallback is allowed
+
+
+def test_unknown_names_are_input_errors():
+    with pytest.raises(InputError, match="did you mean h100"):
+        explain(m=1, n=1, k=1, scheme="int8", target="h10O")
+    with pytest.raises(InputError, match="unknown scheme"):
+        explain(m=1, n=1, k=1, scheme="int9", target="h100")
+    with pytest.raises(InputError, match="quantizes nothing"):
+        explain(m=1, n=1, k=1, scheme="bf16", target="h100")
+    with pytest.raises(InputError, match="expected m of at least 1"):
+        explain(m=0, n=1, k=1, scheme="int8", target="h100")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "m"), [("a100", "int8", 153), ("h20", "e4m3fn", 37), ("h100", "e4m3fn", 295),
+                             ("h200", "int8", 206), ("mi300x", "int8", 247), ("ascend910b", "int8", 221)],
+)  # fmt: skip
+def test_roofline_turns_where_the_published_figures_say(name, dtype, m):
+    assert get_accelerator(name.upper()).compute_bound_from(dtype) == m
+
+
+def test_every_accelerator_is_a_compilation_target_and_defaults_are_native():
+    from lowbit.kernels.targets import TARGETS
+
+    for accelerator in ACCELERATORS.values():
+        assert accelerator.arch == "cpu" or accelerator.arch in TARGETS
+        spec = get_scheme(accelerator.scheme).weights
+        assert spec is not None and accelerator.native(spec.dtype.name)
+        if accelerator.arch != "cpu":
+            assert (TARGETS[accelerator.arch].fp8 is not None) == (accelerator.fp8 is not None)
+
+
+def test_use_implementation_rejects_unknown_names():
+    with (
+        pytest.raises(ValueError, match="expected one of triton, cpu, reference, found 'cuda'"),
+        ops.use_implementation("cuda"),
+    ):
+        pass

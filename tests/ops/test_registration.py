@@ -1,0 +1,134 @@
+"""The operations under torch.library's own check, torch.compile and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from lowbit import ops
+
+L = torch.ops.lowbit
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+
+def operands(k: int = 64, n: int = 24) -> dict:
+    return {
+        "x": torch.randn(5, k),
+        "int8": torch.randint(-127, 128, (n, k), dtype=INT8),
+        "fp8": torch.randn(n, k).to(FP8),
+        "channel": torch.rand(n, 1),
+        "bias": torch.randn(n),
+    }
+
+
+# test_schema multiplies its inputs in their own dtype, which torch cannot do for fp8: int8 here.
+CALLS = {
+    "linear": lambda o: (
+        L.linear,
+        (o["x"], o["int8"], o["channel"], o["bias"], None, None, None, "token", [1, 0]),
+    ),
+    "linear static": lambda o: (
+        L.linear,
+        (
+            o["x"], o["int8"], o["channel"], None, torch.tensor([0.02]), torch.tensor([3], dtype=INT8), None,
+            "tensor", [1, 0],
+        ),
+    ),
+    "linear weight-only": lambda o: (
+        L.linear,
+        (o["x"], o["int8"], o["channel"], None, None, None, None, "none", [1, 0]),
+    ),
+    "linear_grouped": lambda o: (
+        L.linear_grouped,
+        (
+            o["x"], torch.stack([o["int8"]] * 2), torch.stack([o["channel"]] * 2),
+            torch.tensor([0, 2, 5], dtype=torch.int32), None, torch.rand(5), "token", [1, 0],
+        ),
+    ),
+    "matmul": lambda o: (
+        L.matmul, (o["int8"][:3], torch.rand(3, 1), o["int8"], o["channel"], None, None, None, [1, 0], torch.bfloat16)
+    ),
+    "dequantize": lambda o: (L.dequantize, (o["int8"], o["channel"], [1, 0], 64, torch.bfloat16)),
+    "quantize": lambda o: (L.quantize, (o["x"].view(1, 5, 64), INT8, 32, True)),
+    "quantize_static": lambda o: (L.quantize_static, (o["x"], torch.tensor([0.1]), None, FP8)),
+    "rms_norm_quantize": lambda o: (L.rms_norm_quantize, (o["x"], torch.rand(64), 1e-6, None, INT8, 0)),
+    "silu_mul_quantize": lambda o: (L.silu_mul_quantize, (o["x"], INT8, 0)),
+    "hadamard": lambda o: (L.hadamard, (o["x"], 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    operation, arguments = CALLS[name](operands())
+    # aot_dispatch_dynamic is what torch.compile(fullgraph=True) below does for all of them.
+    opcheck(
+        operation.default,
+        arguments,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "hadamard"])
+def test_opcheck_with_gradients(name):
+    o = operands()
+    o["x"].requires_grad_()
+    o["bias"].requires_grad_()
+    operation, arguments = CALLS[name](o)
+    opcheck(operation.default, arguments)
+
+
+def test_one_graph_serves_any_number_of_rows():
+    o = operands()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x):
+        h = ops.linear(x, o["int8"], o["channel"], o["bias"], activations="token", block=(1, 0)).relu()
+        codes, scale = ops.quantize(h, INT8)
+        return ops.hadamard(h[..., :16], 16), codes, scale
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for rows in (2, 3, 7, 30):
+        x = torch.randn(rows, 64)
+        for got, expected in zip(compiled(x), layer(x), strict=True):
+            assert torch.equal(got, expected)
+    assert len(graphs) == 1
+
+
+def test_compiled_training_step_equals_the_eager_one():
+    o = operands()
+    x = o["x"].requires_grad_()
+
+    def loss(x):
+        return ops.linear(x, o["fp8"], o["channel"], activations="token", block=(1, 0)).square().sum()
+
+    loss(x).backward()
+    eager, x.grad = x.grad, None
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(x).backward()
+    assert torch.equal(x.grad, eager)
+
+
+@pytest.mark.parametrize(
+    ("weight", "block", "shape"),
+    [("int8", (1, 0), (24, 1)), ("fp8", (16, 32), (2, 2)), ("fp8", (0, 0), (1,))],
+)
+def test_gradient_is_that_of_the_dequantized_weight(weight, block, shape):
+    o = operands()
+    scale, grad = torch.rand(shape), torch.randn(2, 5, 24)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    bias = o["bias"].requires_grad_()
+    activations = "group" if block[1] else "token"
+    ops.linear(x, o[weight], scale, bias, activations=activations, block=block).backward(grad)
+    w = ops.dequantize(o[weight], scale, block=block, k=64)
+    torch.testing.assert_close(x.grad, grad @ w, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad, grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_hadamard_is_hadamard():
+    x, grad = torch.randn(3, 32, requires_grad=True), torch.randn(3, 32)
+    ops.hadamard(x, 16).backward(grad)
+    assert torch.equal(x.grad, ops.hadamard(grad, 16))
