@@ -70,6 +70,8 @@ def calibrate(
     A run that was killed goes on when the same command is given again. Under `torchrun` the data
     is shared among the workers.
     """
+    from dataclasses import replace
+
     from lowbit.calibration.calibrate import RunOptions
     from lowbit.calibration.distributed import rank
     from lowbit.calibration.methods import METHODS
@@ -86,9 +88,54 @@ def calibrate(
     given = {"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {}
     if recipe:
         wanted = load_recipe(recipe)
-        wanted = replace(wanted, data=wanted.data or given)
+        wanted = wanted if wanted.data else replace(wanted, data=given)
     else:
         wanted = Recipe(scheme=scheme, ignore=tuple(ignore or ()), method=method, data=given)
+    options = RunOptions(
+        device=device, batch_size=batch_size, memory_limit=int(memory_limit * 1e9), all_experts=not routed_only,
+        spill_directory=str(spill) if spill else None,
+    )  # fmt: skip
+    found = run_recipe(
+        src,
+        out,
+        wanted,
+        alpha=alpha,
+        seed=seed,
+        kv_cache=kv_cache,
+        options=options,
+        overwrite=overwrite,
+        quiet=json,
+    )
+    if rank() != 0:
+        return
+    report = summary(found)
+    if json:
+        print_json(report)
+        return
+    print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
+
+
+def run_recipe(
+    src: Path,
+    out: Path,
+    wanted: Recipe,
+    *,
+    alpha: float | None = None,
+    seed: int = 0,
+    kv_cache: str | None = None,
+    options: RunOptions | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Calibration:
+    """Calibrate as a recipe says, with a progress bar, and say what was done (unless `quiet`)."""
+    from dataclasses import replace
+
+    from lowbit.calibration.calibrate import calibrate as run
+    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.calibration.distributed import join_workers, rank
+    from lowbit.calibration.kv_cache import KVCache
+    from lowbit.calibration.methods import Method, best_method, get_method
+
     target = wanted.get_scheme()
     name = wanted.method or "best"
     chosen: Method
