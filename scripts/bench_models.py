@@ -186,7 +186,7 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     made: dict[str, list[list[int]]] = {}
 
-    def look(name: str, model: Any) -> None:
+    def look(name: str, model: Any) -> dict[str, Any]:
         begin = time.perf_counter()
         score = perplexity(model, ids, length=512)
         made[name] = []
@@ -195,30 +195,57 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             with torch.inference_mode():
                 out = model.generate(**batch, max_new_tokens=24, min_new_tokens=24, do_sample=False)
             made[name].append(out[0, batch["input_ids"].shape[1] :].tolist())
-        rows.append({"model": name, "perplexity": score, "seconds": time.perf_counter() - begin})
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        rows.append({"model": name, "perplexity": score})
+        print(json.dumps(rows[-1]), f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+        return rows[-1]
 
-    look("BF16 weights, float32 arithmetic", build("fp32", src, work))
+    base = look("BF16 weights, float32 arithmetic", build("fp32", src, work))
     for scheme in ("int8", "fp8"):
-        look(f"lowbit {scheme}", build(f"lowbit {scheme}", src, work))
         out = convert(src, work / f"{src.name}-{scheme}", scheme)
-        look(f"compressed-tensors {scheme}, simulated", _simulated(out))
-    base = rows[0]["perplexity"]
+        mine = look(f"lowbit {scheme}", build(f"lowbit {scheme}", src, work))
+        look(f"the same, simulated in float32 ({scheme})", _fake_quantized(out))
+        mine["same_greedy_tokens"] = _agreement(
+            made[f"lowbit {scheme}"], made[f"the same, simulated in float32 ({scheme})"]
+        )
+        look(f"compressed-tensors {scheme}", _compressed_tensors(out))
     for row in rows:
-        row["change"] = row["perplexity"] / base - 1
-        twin = row["model"].replace("lowbit ", "compressed-tensors ") + ", simulated"
-        if twin in made:
-            pairs = [
-                (a, b)
-                for x, y in zip(made[row["model"]], made[twin], strict=True)
-                for a, b in zip(x, y, strict=True)
-            ]
-            row["same_tokens"] = sum(a == b for a, b in pairs) / len(pairs)
+        row["change"] = f"{row['perplexity'] / base['perplexity'] - 1:+.2%}"
     return rows
 
 
-def _simulated(out: Path) -> Any:
-    """What the library's own quantization does to activations, on the same stored weights."""
+def _agreement(a: list[list[int]], b: list[list[int]]) -> float:
+    pairs = [(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)]
+    return sum(x == y for x, y in pairs) / len(pairs)
+
+
+def _fake_quantized(out: Path) -> Any:
+    """Dequantized weights in torch Linears, whose inputs are quantized and dequantized on the way in."""
+    import torch
+
+    from lowbit.nn import QuantLinear, load
+    from lowbit.nn.swap import replace_module
+    from lowbit.quantize import choose_scale, dequantize, quantize_with
+    from lowbit.scheme import TensorSpec
+
+    def hook(spec: TensorSpec) -> Any:
+        def before(module: Any, args: tuple) -> tuple:
+            scale, _ = choose_scale(args[0], spec)
+            return (dequantize(quantize_with(args[0], scale, spec), scale, spec),)
+
+        return before
+
+    model = load(out, dtype=torch.float32)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            linear = module.to_linear()
+            assert module.scheme.activations is not None
+            linear.register_forward_pre_hook(hook(module.scheme.activations))
+            replace_module(model, name, linear)
+    return model
+
+
+def _compressed_tensors(out: Path) -> Any:
+    """The library's own arithmetic on the same stored weights; its int8 scale of activations is absmax / 127.5."""
     import torch
     import transformers
 
