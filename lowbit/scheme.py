@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowbit.dtypes import E4M3FN, INT8, DType
+from lowbit.errors import InputError
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
 
@@ -131,7 +132,7 @@ def get_scheme(name: str) -> Scheme:
     """The preset of that name, or of that compressed-tensors preset name, in any case.
 
     One pair differs in case alone: `fp8` is ours, dynamic, and `FP8` the library's name for
-    `fp8-static`. Raises ValueError naming the nearest presets.
+    `fp8-static`. Raises InputError (a ValueError) naming the nearest presets.
     """
     for preset in _PRESETS:
         if name.strip() == preset.alias:
@@ -141,7 +142,7 @@ def get_scheme(name: str) -> Scheme:
         return SCHEMES[key]
     if key.replace("-", "_") in _ALIASES:
         return _ALIASES[key.replace("-", "_")]
-    raise ValueError(
+    raise InputError(
         f"unknown scheme {name!r}: expected one of {', '.join(SCHEMES)}; "
         f"did you mean {nearest(key, list(SCHEMES))}?"
     )

@@ -15,6 +15,9 @@ from lowbit.formats.format import Content
 from lowbit.granularity import block_shape
 from lowbit.scheme import Scheme, TensorSpec
 
+_INPUT_SCALE: Content = "input_scale"
+_INPUT_ZERO_POINT: Content = "input_zero_point"
+
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """config.json's names → safetensors' names."""
 
@@ -161,8 +164,12 @@ class Planner:
             t.content: OutTensor(module + t.suffix, t.dtype, t.shape)
             for t in self.target.tensors(scheme, (rows, cols))
         }
-        jobs = [self._input_constant(module, c, outputs.pop(c)) for c in ("input_scale", "input_zero_point")
-                if c in outputs]  # fmt: skip
+        calibrated = stored.names if stored and stored.scheme.activations == scheme.activations else {}
+        jobs = [
+            self._input_constant(module, c, outputs.pop(c), calibrated.get(c))
+            for c in (_INPUT_SCALE, _INPUT_ZERO_POINT)
+            if c in outputs
+        ]
         if "shape" in outputs:
             data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
             jobs.append(_constant("shape", outputs.pop("shape"), data))
@@ -219,11 +226,12 @@ class Planner:
                     f"{scheme.name}, found {ref.dtype} {list(ref.shape)}; calibrate again with this scheme"
                 )
 
-    def _input_constant(self, module: str, content: Content, out: OutTensor) -> Job:
-        ref = self.replaced.pop(out.name, None)
+    def _input_constant(self, module: str, content: Content, out: OutTensor, found: str | None) -> Job:
+        """From the calibration, else what the source has under the name `found`."""
+        ref = self.replaced.pop(out.name, None) or (self.source.tensors[found] if found else None)
         if ref is not None:
-            return _job("copy", ref, {content: out})
-        if content == "input_zero_point":
+            return _job("copy" if ref.dtype == out.dtype else "cast", ref, {content: out})
+        if content == _INPUT_ZERO_POINT:
             return _constant(content, out, b"\0" * out.nbytes)
         self._uncalibrated.append(module)
         return _constant(content, out, b"\0" * out.nbytes)
@@ -231,7 +239,7 @@ class Planner:
     def require_input_scales(self) -> None:
         if self._uncalibrated:
             raise InputError(
-                f"{self.scheme.name}: expected a calibrated input scale for every quantized module, found none for "
+                f"expected a calibrated input scale for every quantized module, found none for "
                 f"{len(self._uncalibrated)} (first: {self._uncalibrated[0]}); run `lowbit calibrate` "
                 "and give --calibration, or use a dynamic scheme such as int8"
             )

@@ -57,9 +57,13 @@ _UNITS = {
 def parse_size(text: str | int) -> int:
     """`5GB`, `800MB`, `2GiB` or a number of bytes → bytes. Decimal units, as the hub's own tools use."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    if (
+        not match
+        or match[2].upper() not in _UNITS
+        or (size := int(float(match[1]) * _UNITS[match[2].upper()])) < 1
+    ):
         raise InputError(f"expected a size such as 5GB, 800MB or 2GiB, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def assign(

@@ -78,7 +78,7 @@ def make_plan(
     replacements: Replacements | None = None,
 ) -> Plan:
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
-    scheme = _scheme(scheme)
+    scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
     target = _format(scheme, format)
     stored = read(source.config, source.tensors)
     main_dtype = _main_float(source, stored)
@@ -96,8 +96,7 @@ def make_plan(
             f"{source.root}: expected at least one weight to quantize, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
-    if scheme.needs_calibration:
-        planner.require_input_scales()
+    planner.require_input_scales()
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
@@ -118,15 +117,6 @@ def make_plan(
         source=source, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
         config=config, warnings=tuple(warnings), calibration=replacements.label if replacements else "",
     )  # fmt: skip
-
-
-def _scheme(scheme: Scheme | str) -> Scheme:
-    if isinstance(scheme, Scheme):
-        return scheme
-    try:
-        return get_scheme(scheme)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def _format(scheme: Scheme, name: str | None) -> Format | None:

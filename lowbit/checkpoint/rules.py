@@ -224,9 +224,10 @@ def _decide_one(
             return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
     for pattern, name in selection.overrides.items():
         if pattern_matches(pattern, module) and len(shape) == 2:
-            if name == "float":
-                return Decision(scheme=None, role=role, reason=f"override {pattern}: float")
-            return Decision(scheme=get_scheme(name), role=role, reason=f"override {pattern}")
+            chosen = get_scheme(name) if name != "float" else None
+            if chosen is None or chosen.weights is None:
+                return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
+            return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
     if reason:
         return Decision(scheme=None, role=role, reason=reason)
     if module in left_in_float:

@@ -351,6 +351,48 @@ def test_overrides_give_mixed_precision(tmp_path):
     assert groups["group_1"]["targets"] == [r"re:model\.layers\.\d+\.mlp\.down_proj$"]
 
 
+def test_an_override_that_needs_data_is_not_filled_with_zeros(tmp_path):
+    src = write(tmp_path / "src", *llama())
+    with pytest.raises(InputError, match="expected a calibrated input scale"):
+        lowbit.convert(src, tmp_path / "out", "int8", overrides={"*.o_proj": "int8-static"})
+
+
+def test_an_override_to_a_float_scheme_keeps_the_weight(tmp_path):
+    tensors, config = llama()
+    src = write(tmp_path / "src", tensors, config)
+    done = lowbit.convert(src, tmp_path / "out", "int8", overrides={"*.o_proj": "bf16"})
+    assert len(check_output(tmp_path / "out", tensors, done.plan)) == 12
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("shape", [(1,), ()], ids=str)
+def test_static_sources_keep_their_input_scales(tmp_path, asymmetric, shape):
+    """compressed-tensors INT8 with calibrated activations, in and out again."""
+    tensors, config = llama()
+    lowbit.convert(write(tmp_path / "base", tensors, config), tmp_path / "int8", "int8")
+    written = load(tmp_path / "int8")
+    quantized = json.loads((tmp_path / "int8" / "config.json").read_text())
+    args = quantized["quantization_config"]["config_groups"]["group_0"]["input_activations"]
+    args |= {"strategy": "tensor", "dynamic": False, "symmetric": not asymmetric}
+    for i, name in enumerate([n for n in written if n.endswith("_proj.weight")]):
+        written[name.replace(".weight", ".input_scale")] = torch.full(shape, 0.5 + i, dtype=torch.bfloat16)
+        if asymmetric:
+            written[name.replace(".weight", ".input_zero_point")] = torch.full(shape, i - 3, dtype=torch.int8)
+    src = write(tmp_path / "static", written, quantized)
+    scheme = "int8-static-asym" if asymmetric else "int8-static"
+    lowbit.convert(src, tmp_path / "out", scheme)
+    again = load(tmp_path / "out")
+    assert set(again) == set(written)
+    for name, t in written.items():
+        if not name.endswith((".input_scale", ".input_zero_point")):
+            assert same_bits(again[name], t), name
+        else:
+            assert again[name].shape == (1,) and again[name].item() == t.item()
+            assert again[name].dtype == (torch.float32 if name.endswith("scale") else torch.int8)
+    with pytest.raises(InputError, match="expected a calibrated input scale"):
+        lowbit.plan(src, "fp8-static")
+
+
 def test_a_fused_group_with_two_schemes_is_refused(tmp_path):
     src = write(tmp_path / "src", *llama())
     with pytest.raises(InputError, match="need one scheme, found fp8, int8; give one override for all"):

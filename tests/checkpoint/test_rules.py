@@ -1,0 +1,215 @@
+"""What is kept and why, from names alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.checkpoint.rules import (
+    Selection,
+    check_patterns,
+    decide,
+    fused_key,
+    pattern_matches,
+    role_of,
+    unmatched,
+)
+from lowbit.errors import InputError
+from lowbit.scheme import get_scheme
+
+INT8 = get_scheme("int8")
+BIG = (256, 256)
+
+KEPT = {
+    # name → (role, shape)
+    "model.embed_tokens": ("embedding", BIG),
+    "transformer.wte": ("embedding", BIG),
+    "model.layers.61.embed_tokens": ("embedding", BIG),
+    "lm_head": ("head", BIG),
+    "output": ("head", BIG),
+    "model.layers.61.shared_head.head": ("head", BIG),
+    "score": ("head", BIG),
+    "model.layers.3.mlp.gate": ("router", BIG),
+    "model.layers.3.block_sparse_moe.gate": ("router", BIG),
+    "model.layers.3.mlp.router": ("router", BIG),
+    "model.layers.3.mlp.shared_expert_gate": ("router", (1, 256)),
+    "model.layers.3.feed_forward.router": ("router", BIG),
+    "model.layers.61.eh_proj": ("projection", BIG),
+    "model.layers.3.self_attn.indexer.weights_proj": ("projection", BIG),
+    "visual.blocks.0.attn.qkv": ("vision", BIG),
+    "model.visual.blocks.0.mlp.fc1": ("vision", BIG),
+    "vision_tower.encoder.layers.0.self_attn.q_proj": ("vision", BIG),
+    "model.vision_model.encoder.layers.0.mlp.fc1": ("vision", BIG),
+    "multi_modal_projector.linear_1": ("vision", BIG),
+    "audio_tower.layers.0.fc1": ("audio", BIG),
+    "model.norm": ("norm", (256,)),
+    "model.layers.0.input_layernorm": ("norm", (256,)),
+    "model.layers.0.self_attn.q_norm": ("norm", (256,)),
+    "model.layers.0.linear_attn.conv1d": ("conv", (256, 1, 4)),
+    "model.layers.0.mlp.experts.gate_up_proj": ("experts-3d", (8, 256, 256)),
+    "model.layers.0.small": ("linear", (8, 256)),
+    "model.layers.0.thin": ("linear", (256, 15)),
+    "model.layers.0.conv2d": ("other", (16, 3, 4, 4)),
+}
+
+QUANTIZED = {
+    "model.layers.0.self_attn.q_proj": "linear",
+    "model.layers.0.self_attn.o_proj": "linear",
+    "model.layers.0.self_attn.q_a_proj": "linear",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa": "linear",
+    "model.layers.0.mlp.gate_proj": "linear",
+    "model.layers.0.mlp.gate_up_proj": "linear",
+    "model.layers.0.mlp.shared_experts.down_proj": "linear",
+    "model.layers.0.mlp.shared_expert.gate_proj": "linear",
+    "model.layers.0.mlp.experts.17.gate_proj": "expert",
+    "model.layers.61.mlp.experts.0.down_proj": "expert",
+    "model.layers.0.block_sparse_moe.experts.3.w1": "expert",
+    "model.language_model.layers.0.mlp.up_proj": "linear",
+    "transformer.h.0.attn.c_attn": "linear",
+    "encoder.layer.0.attention.self.query": "linear",
+    "encoder.layer.0.attention.output.dense": "linear",
+    "model.layers.0.attention.wqkv": "linear",
+    "backbone.layers.0.mixer.in_proj": "linear",
+    "model.layers.0.mlp.input_linear": "linear",
+}
+
+
+@pytest.mark.parametrize("module", KEPT)
+def test_kept_by_default(module):
+    role, shape = KEPT[module]
+    decision = decide({module: shape}, INT8)[module]
+    assert decision.scheme is None and decision.role == role and decision.reason
+
+
+@pytest.mark.parametrize("module", QUANTIZED)
+def test_quantized_by_default(module):
+    decision = decide({module: BIG}, INT8)[module]
+    assert decision.scheme is INT8 and decision.role == QUANTIZED[module] and decision.reason == ""
+
+
+def test_conv1d_models_store_the_transpose():
+    for model_type, scheme in (("gpt2", None), ("gpt_neox", INT8)):
+        found = decide({"h.0.attn.c_attn": BIG}, INT8, config={"model_type": model_type})
+        assert found["h.0.attn.c_attn"].scheme is scheme
+
+
+def test_what_the_source_left_in_float_stays():
+    found = decide({"a.x": BIG, "a.y": BIG}, INT8, left_in_float=frozenset({"a.y"}))
+    assert found["a.x"].scheme is INT8
+    assert found["a.y"].reason == "the source left it unquantized"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("lm_head.weight", "lm_head", True),
+        ("model.layers.1", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
+        ("*.down_proj", "model.layers.1.mlp.down_proj", True),
+        ("*.down_proj", "model.layers.1.mlp.down_proj.lora", False),
+        ("*.down_proj.weight", "model.layers.1.mlp.down_proj", True),
+        ("model.layers.[01].*", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.?.mlp.*", "model.layers.12.mlp.up_proj", False),
+        ("re:.*mlp", "model.layers.1.mlp.up_proj", True),
+        ("re:mlp", "model.layers.1.mlp.up_proj", False),
+        ("up_proj", "model.layers.1.mlp.up_proj", False),
+        ("MODEL.*", "model.x", False),
+    ],
+)
+def test_patterns(pattern, module, expected):
+    assert pattern_matches(pattern, module) is expected
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_any_pattern_is_either_refused_or_answered(pattern, module):
+    for text in (pattern, "re:" + pattern, "*" + pattern):
+        try:
+            check_patterns(Selection(ignore=(text,)))
+        except InputError:
+            continue
+        assert pattern_matches(text, module) in (True, False)
+
+
+def test_a_broken_pattern_is_named():
+    with pytest.raises(InputError, match=r"pattern 're:\(': expected a regular expression after 're:'"):
+        decide({"a": BIG}, INT8, Selection(keep=("re:(",)))
+
+
+def test_unmatched_patterns():
+    selection = Selection(ignore=("a", "typo"), keep=("b*",), overrides={"re:c": "fp8", "d": "fp8"})
+    assert unmatched(selection, ["a.x", "bb", "c"]) == ["typo", "d"]
+
+
+def test_an_unknown_scheme_in_an_override_is_bad_input():
+    with pytest.raises(InputError, match="unknown scheme 'fp9'"):
+        decide({"a.b": BIG}, INT8, Selection(overrides={"a.b": "fp9"}))
+
+
+def test_the_users_word_goes_before_the_rules():
+    found = decide(
+        {"lm_head": BIG, "model.x": BIG}, INT8, Selection(overrides={"lm_head": "fp8"}, ignore=("model.x",))
+    )
+    assert found["lm_head"].scheme is get_scheme("fp8") and found["lm_head"].reason == "override lm_head"
+    assert found["model.x"].reason == "--ignore model.x"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        ("a.q_proj", "a.k_proj", "a.v_proj"),
+        ("a.gate_proj", "a.up_proj"),
+        ("a.w1", "a.w3"),
+        ("a.q_a_proj", "a.kv_a_proj_with_mqa"),
+        ("m.experts.0.gate_proj", "m.experts.7.down_proj", "m.experts.1.up_proj"),
+    ],
+)
+def test_fused_members_follow_one_that_stays(members):
+    assert len({fused_key(m) for m in members}) == 1
+    for kept in members:
+        found = decide(dict.fromkeys(members, BIG), INT8, Selection(ignore=(kept,)))
+        assert all(d.scheme is None for d in found.values())
+        others = [d.reason for m, d in found.items() if m != kept]
+        assert all(kept.rpartition(".")[2] in r and "--ignore" in r for r in others)
+
+
+def test_modules_of_different_parents_are_not_fused():
+    assert fused_key("a.q_proj") != fused_key("b.k_proj")
+    assert fused_key("a.o_proj") is None and fused_key("a.down_proj") is None
+    assert fused_key("m.shared_experts.gate_proj") != fused_key("m.experts.0.gate_proj")
+
+
+def test_a_scheme_that_does_not_fit_is_replaced_for_the_whole_group():
+    def fits(scheme, shape, fused):
+        return "too odd" if scheme.name == "int8-block" and shape[0] == 100 else ""
+
+    shapes = {"a.q_proj": BIG, "a.k_proj": (100, 256), "a.v_proj": BIG, "a.o_proj": BIG}
+    found = decide(shapes, get_scheme("int8-block"), fits=fits)
+    assert {m: d.scheme.name for m, d in found.items() if d.scheme} == {
+        "a.q_proj": "int8", "a.k_proj": "int8", "a.v_proj": "int8", "a.o_proj": "int8-block",
+    }  # fmt: skip
+    assert found["a.q_proj"].reason == "too odd; a scale per channel instead"
+
+
+def test_where_nothing_fits_it_is_kept_and_says_why():
+    found = decide({"a.o_proj": BIG}, get_scheme("int8-block"), fits=lambda *a: "cannot be held")
+    assert found["a.o_proj"].scheme is None and found["a.o_proj"].reason == "cannot be held"
+
+
+def test_ragged_blocks_that_the_source_has_already_stay():
+    block = get_scheme("fp8-block")
+    shapes = {"a.q_a_proj": (256, 128), "a.kv_a_proj_with_mqa": (160, 128)}
+    fits = lambda scheme, shape, fused: "ragged" if fused and scheme == block else ""  # noqa: E731
+    new = decide(shapes, block, fits=fits)
+    assert {d.scheme for d in new.values()} == {get_scheme("fp8")}
+    carried = decide(shapes, block, fits=fits, already=dict.fromkeys(shapes, block.weights))
+    assert {d.scheme for d in carried.values()} == {block}
+    half = decide(shapes, block, fits=fits, already={"a.q_a_proj": block.weights})
+    assert {d.scheme for d in half.values()} == {get_scheme("fp8")}
+
+
+@given(st.text(alphabet="abgw.013_", max_size=30), st.lists(st.integers(0, 64), max_size=4))
+def test_every_name_has_a_role(module, shape):
+    role, reason = role_of(module, tuple(shape), {})
+    assert role and (reason or (len(shape) == 2 and min(shape) >= 16))

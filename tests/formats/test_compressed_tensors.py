@@ -1,0 +1,352 @@
+"""What we write is what the compressed-tensors library writes, reads and validates."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import decompress_module
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from compressed_tensors.utils.match import match_named_modules
+from hypothesis import given
+from hypothesis import strategies as st
+from sample_models import block_fp8, deepseek_v3, llama, load, qwen3_moe, same_bits, write
+from torch import nn
+
+import lowbit
+from lowbit.errors import InputError
+from lowbit.formats import FORMATS, get_format, quantization_of, read
+from lowbit.formats.compressed_tensors import name_patterns
+from lowbit.formats.format import Layout
+from lowbit.quantize import quantize
+from lowbit.scheme import SCHEMES, get_scheme
+
+WRITTEN = ["int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"]
+FORMAT = get_format("compressed-tensors")
+
+
+def convert(tmp_path: Path, model=llama, scheme="int8", **kw) -> tuple[Path, dict]:
+    src = write(tmp_path / "src", *model())
+    lowbit.convert(src, tmp_path / "out", scheme, **kw)
+    return tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if SCHEMES[s].weights])
+def test_the_library_accepts_the_config_and_reads_the_same(scheme):
+    config = FORMAT.config(Layout(modules={"a.b": get_scheme(scheme)}, ignored=("lm_head",)))
+    parsed = QuantizationConfig.model_validate(config)
+    assert parsed.quantization_status == QuantizationStatus.COMPRESSED
+    assert parsed.ignore == ["lm_head"] and parsed.format == config["format"]
+    group = parsed.config_groups["group_0"]
+    spec = get_scheme(scheme).weights
+    assert spec is not None and group.weights is not None
+    assert group.targets == ["Linear"] and group.weights.num_bits == 8
+    assert group.weights.type == ("int" if spec.dtype.kind == "int" else "float")
+    assert group.weights.symmetric is True and group.weights.dynamic is False
+    activations = get_scheme(scheme).activations
+    if activations is None:
+        assert group.input_activations is None
+    else:
+        assert group.input_activations is not None
+        assert group.input_activations.symmetric == activations.symmetric
+        assert group.input_activations.dynamic == activations.dynamic
+    if spec.scale == "e8m0":
+        assert group.weights.scale_dtype == torch.uint8
+
+
+def test_only_keys_that_old_versions_know():
+    """`QuantizationArgs` forbids unknown keys: newer keys break older engines."""
+    for scheme in SCHEMES.values():
+        if scheme.weights is None:
+            continue
+        config = FORMAT.config(Layout(modules={"a.b": scheme}, ignored=()))
+        assert set(config) == {
+            "quant_method", "format", "quantization_status", "global_compression_ratio", "kv_cache_scheme",
+            "ignore", "config_groups",
+        }  # fmt: skip
+        group = config["config_groups"]["group_0"]
+        assert set(group) == {"targets", "format", "weights", "input_activations", "output_activations"}
+        old = {"num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"}
+        extra = {
+            "fp8-block": {"block_structure"},
+            "int8-block": {"block_structure"},
+            "mxfp8": {"scale_dtype"},
+        }
+        assert set(group["weights"]) == old | extra.get(scheme.name, set())
+
+
+def test_the_kv_cache_scheme():
+    kv = get_scheme("fp8-static").activations
+    config = FORMAT.config(Layout(modules={"a.b": get_scheme("fp8")}, ignored=(), kv_cache=kv))
+    assert config["kv_cache_scheme"] == {
+        "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None, "dynamic": False,
+    }  # fmt: skip
+    assert QuantizationConfig.model_validate(config).kv_cache_scheme is not None
+
+
+def by_library(module: str, tensors: dict, config: dict) -> torch.Tensor:
+    """The weight as the library decompresses it, under the group that it picks."""
+    parsed = QuantizationConfig.model_validate(config["quantization_config"])
+    local = {n.removeprefix(module + "."): t for n, t in tensors.items() if n.startswith(module + ".")}
+    shape = local["weight_shape"].tolist() if "weight_packed" in local else list(local["weight"].shape)
+    model = nn.Module()
+    parent = model
+    *path, last = module.split(".")
+    for part in path:
+        parent.add_module(part, nn.Module())
+        parent = getattr(parent, part)
+    linear = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float32)
+    parent.add_module(last, linear)
+    groups = []
+    for scheme in parsed.config_groups.values():
+        if any(True for _ in match_named_modules(model, scheme.targets, parsed.ignore)):
+            groups.append(scheme)
+    named = [g for g in groups if g.targets != ["Linear"]]
+    scheme = (named or groups)[0]
+    del linear.weight
+    for name, t in local.items():
+        linear.register_parameter(name, nn.Parameter(t.clone(), requires_grad=False))
+    linear.quantization_scheme = scheme
+    linear.quantization_status = QuantizationStatus.COMPRESSED
+    decompress_module(linear)
+    return linear.weight.data
+
+
+@pytest.mark.parametrize("scheme", WRITTEN)
+@pytest.mark.parametrize("model", [llama, qwen3_moe, deepseek_v3], ids=lambda m: m.__name__)
+def test_the_library_decompresses_to_the_same_values(tmp_path, model, scheme):
+    out, config = convert(tmp_path, model, scheme)
+    tensors, (before, _) = load(out), model()
+    stored = read(config, lowbit.plan(out, "bf16").source.tensors)
+    assert len(stored) > 10
+    for module, found in list(stored.items())[::3]:
+        q = quantize(before[module + ".weight"].float(), found.spec)
+        theirs = by_library(module, tensors, config)
+        ours = q.dequantize()
+        if theirs.dtype != torch.float32:
+            ours = ours.to(theirs.dtype)
+        assert theirs.dtype in (torch.float32, torch.bfloat16)
+        assert same_bits(theirs, ours), module
+
+
+def test_mixed_groups_reach_their_modules_in_the_library(tmp_path):
+    src = write(tmp_path / "src", *block_fp8(*llama()))
+    lowbit.convert(src, tmp_path / "out", "int8", keep=["*.down_proj"], overrides={"*.o_proj": "mxfp8"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    parsed = QuantizationConfig.model_validate(config["quantization_config"])
+    assert parsed.format == "mixed-precision" and len(parsed.config_groups) == 3
+    tensors = load(tmp_path / "out")
+    meant = lowbit.convert(src, tmp_path / "bf16", "bf16") and load(tmp_path / "bf16")
+    for module in ("mlp.down_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj"):
+        name = f"model.layers.1.{module}"
+        theirs = by_library(name, tensors, config).float()
+        x = meant[name + ".weight"].float()
+        assert (theirs - x).norm() / x.norm() < 0.05, module
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 999))
+def test_packing_is_the_librarys(rows, words, seed):
+    codes = torch.randint(
+        -128, 128, (rows, 4 * words), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
+    ours = (codes.to(torch.int16) + 128).to(torch.uint8).view(torch.int32)
+    assert torch.equal(ours, pack_to_int32(codes, 8))
+    assert torch.equal(unpack_from_int32(ours, 8, codes.shape), codes)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", WRITTEN)
+def test_what_is_written_is_read_back(tmp_path, scheme):
+    out, config = convert(tmp_path, deepseek_v3, scheme)
+    plan = lowbit.plan(tmp_path / "src", scheme)
+    stored = read(config, lowbit.plan(out, "bf16").source.tensors)
+    expected = {m: d.scheme for m, d in plan.decisions.items() if d.scheme is not None}
+    assert {m: s.scheme.weights for m, s in stored.items()} == {m: s.weights for m, s in expected.items()}
+
+
+class Info:
+    def __init__(self, dtype: str, *shape: int) -> None:
+        self.dtype, self.shape = dtype, shape
+
+
+def group(targets, **weights) -> dict:
+    args = {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel",
+        "dynamic": False,
+    } | weights
+    return {"targets": targets, "weights": args}
+
+
+def module(name: str, dtype="I8", scale=(64, 1)) -> dict:
+    return {f"{name}.weight": Info(dtype, 64, 256), f"{name}.weight_scale": Info("F32", *scale)}
+
+
+def test_names_win_over_patterns_and_patterns_over_classes():
+    config = {
+        "config_groups": {
+            "class": group(["Linear"]),
+            "name": group(["lm_head"], strategy="tensor"),
+            "pattern": group([r"re:.*\.down_proj$"], strategy="block", block_structure=[64, 64]),
+            "exact": group(["m.1.down_proj"], strategy="group", group_size=128),
+        }
+    }
+    tensors = (
+        module("m.0.up_proj") | module("lm_head", scale=(1,)) | module("m.0.down_proj", scale=(1, 4))
+        | module("m.1.down_proj", scale=(64, 2))
+    )  # fmt: skip
+    found = FORMAT.read(config, tensors)
+    assert {n: str(m.spec.granularity) for n, m in found.items()} == {
+        "m.0.up_proj": "per channel",
+        "lm_head": "per tensor",
+        "m.0.down_proj": "per 64×64 block",
+        "m.1.down_proj": "per group of 128",
+    }
+
+
+def test_a_group_for_one_name_does_not_take_the_others():
+    """`lm_head` has no dot and is still not a class."""
+    config = {"config_groups": {"a": group(["lm_head"], strategy="tensor"), "b": group(["Linear"])}}
+    found = FORMAT.read(config, module("m.0.up_proj") | module("lm_head", scale=(1,)))
+    assert str(found["m.0.up_proj"].spec.granularity) == "per channel"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"config_groups": {}}, module("a.b"), "expected config_groups, found none"),
+        (
+            {"config_groups": {"g": group(["x.y"])}},
+            module("a.b"),
+            "a.b: expected a config group that targets it",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"], num_bits=4)}},
+            module("a.b"),
+            "8-bit codes, found num_bits=4",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"], strategy="odd")}},
+            module("a.b"),
+            "known strategy, found 'odd'",
+        ),
+        (
+            {"config_groups": {"g": {"targets": ["Linear"]}}},
+            module("a.b"),
+            "expected weights in every config group",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"])}},
+            {"a.b.weight": Info("I8", 4, 4)},
+            "expected a scale named",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"])}},
+            module("a.b", scale=(64, 2)),
+            r"scale of shape \[64, 1\]",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"])}},
+            module("a.b") | {"a.b.weight_g_idx": Info("I32", 256)},
+            "a column order, which are not read",
+        ),
+    ],
+)
+def test_what_cannot_be_read(config, tensors, message):
+    with pytest.raises(InputError, match=message):
+        FORMAT.read(config, tensors)
+
+
+def test_a_checkpoint_of_the_library_itself(tmp_path):
+    """W8A8 as llm-compressor writes it: BF16 scales, absmax / 127.5, codes down to −128."""
+    tensors, config = llama()
+    args = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    activations = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=activations)
+    quantized = QuantizationConfig(
+        config_groups={"group_0": scheme}, format="int-quantized", quantization_status="compressed", ignore=["lm_head"],
+    )  # fmt: skip
+    from compressed_tensors.compressors import IntQuantizationCompressor
+
+    stored, meant = {}, {}
+    for name, t in tensors.items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = meant[name] = t
+            continue
+        scale = (t.float().abs().amax(1, keepdim=True) / 127.5).to(torch.bfloat16)
+        part = IntQuantizationCompressor.compress({"weight": t, "weight_scale": scale}, scheme)
+        assert part["weight"].dtype == torch.int8
+        for key, value in part.items():
+            stored[name.removesuffix("weight") + key] = value
+        meant[name] = part["weight"].float() * scale.float()
+    body = json.loads(quantized.model_dump_json()) | {"quant_method": "compressed-tensors"}
+    src = write(tmp_path / "src", stored, config | {"quantization_config": body})
+    lowbit.convert(src, tmp_path / "same", "int8")
+    for name, t in load(tmp_path / "same").items():
+        assert same_bits(t, stored[name].float() if name.endswith("weight_scale") else stored[name]), name
+    lowbit.convert(src, tmp_path / "block", "int8-block")
+    found = load(tmp_path / "block")
+    name = "model.layers.0.mlp.down_proj"
+    spec = get_scheme("int8-block").weights
+    assert spec is not None
+    q = quantize(meant[name + ".weight"], spec)
+    assert same_bits(found[name + ".weight"], q.codes) and same_bits(found[name + ".weight_scale"], q.scale)
+
+
+# --- name patterns ----------------------------------------------------------------------------
+
+
+def test_patterns_are_short_and_exact():
+    layers = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(3) for e in range(4)]
+    others = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(3) for e in range(4)]
+    assert name_patterns(layers, others) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
+    assert name_patterns(layers[:1], others) == layers[:1]
+    # A pattern that would take in a module outside is not used.
+    assert name_patterns(layers[:-1], layers[-1:]) == layers[:-1]
+
+
+NAMES = st.lists(
+    st.builds(
+        "m.{}.{}{}".format,
+        st.integers(0, 12), st.sampled_from(["a", "b.0", "x(", "c+"]), st.sampled_from(["", ".7"]),
+    ),
+    unique=True, max_size=12,
+)  # fmt: skip
+
+
+@given(NAMES, st.integers(0, 12))
+def test_patterns_match_their_members_and_nothing_else(names, split):
+    members, outside = names[:split], names[split:]
+    targets = name_patterns(members, outside)
+
+    def hit(name: str) -> bool:
+        return any(re.match(t[3:], name) is not None if t.startswith("re:") else t == name for t in targets)
+
+    assert all(hit(m) for m in members) and not any(hit(o) for o in outside)
+
+
+def test_formats_are_found_by_name():
+    assert get_format("Compressed_Tensors") is FORMAT and get_format("fp8") is FORMATS["fp8"]
+    with pytest.raises(InputError, match="unknown format 'gguf'"):
+        get_format("gguf")
+
+
+def test_where_the_quantization_config_lies():
+    q = {"quant_method": "fp8"}
+    assert quantization_of({"quantization_config": q}) is q
+    assert quantization_of({"text_config": {"quantization_config": q}}) is q
+    assert quantization_of({"compression_config": q}) is q
+    assert quantization_of({"quantization_config": None, "text_config": None}) == {}
