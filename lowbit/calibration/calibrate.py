@@ -38,7 +38,7 @@ from lowbit.calibration.statistics import InputStatistics, Wanted, collect
 from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized
-from lowbit.scheme import Scheme
+from lowbit.scheme import Scheme, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
@@ -70,7 +70,7 @@ class _Run:
 
     model: LayerwiseModel
     method: Method
-    schemes: Mapping[str, Scheme]
+    schemes: dict[str, Scheme]
     options: RunOptions
     rotation: Rotation | None
     cache: ActivationCache
@@ -134,7 +134,7 @@ def calibrate(
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     schemes = module_schemes(model, scheme, selection)
-    settings = {
+    settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
         "method": method.to_dict(),
@@ -175,7 +175,14 @@ def calibrate(
         progress("done", len(model), len(model))
     if writer is not None:
         overrides = {"tie_word_embeddings": False} if rotation is not None and _tied(model) else {}
-        writer.finish(config_overrides=overrides, seconds={k: round(v, 3) for k, v in run.seconds.items()})
+        exceptions = settings["module_schemes"]
+        for entry in writer.manifest["layers"].values():
+            exceptions |= entry.get("left_dynamic", {})
+        writer.finish(
+            module_schemes=exceptions,
+            config_overrides=overrides,
+            seconds={k: round(v, 3) for k, v in run.seconds.items()},
+        )
     return store.read(out)
 
 
@@ -218,7 +225,7 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
 def _start(
     model: LayerwiseModel,
     method: Method,
-    schemes: Mapping[str, Scheme],
+    schemes: dict[str, Scheme],
     options: RunOptions,
     rotation: Rotation | None,
     windows: Sequence[Tensor],
@@ -322,6 +329,10 @@ def _calibrate_layer(run: _Run, index: int, *, need_output: bool) -> tuple[dict[
         report["experts"] = tokens
     if online:
         report["online_hadamard"] = [model.disk_name(f"{prefix}.{n}") for n in sorted(online)]
+    dynamic = [n for n, s in schemes.items() if s != run.schemes[f"{prefix}.{n}"]]
+    if dynamic:
+        report["left_dynamic"] = {model.disk_name(f"{prefix}.{n}"): schemes[n].name for n in dynamic}
+        run.schemes.update({f"{prefix}.{n}": schemes[n] for n in dynamic})
     tensors = _tensors(run, prefix, layer, quantized, scales, changed)
     for name, pair in kv_scales.items():
         for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
@@ -412,6 +423,8 @@ def _advance(run: _Run, layer: nn.Module, index: int, quantizers: dict) -> None:
 
 def _replay(run: _Run, index: int, calibration: store.Calibration) -> None:
     """Run a layer that an earlier run finished, from what that run wrote."""
+    left = calibration.layers[run.model.layer_name(index)].get("left_dynamic", {})
+    run.schemes.update({n: get_scheme(left[d]) for n in run.schemes if (d := run.model.disk_name(n)) in left})
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
     with watched(layer, overlay.kv_hooks(layer, index)):

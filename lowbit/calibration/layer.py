@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_s
 from lowbit.calibration.statistics import InputStatistics, Wanted, token_errors
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized, scale_from_range
-from lowbit.scheme import Scheme, TensorSpec
+from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
 SAMPLE_ROWS = 384
 """Tokens that searches are scored on."""
@@ -87,13 +88,14 @@ def smooth(
     layer: nn.Module,
     graph: LayerGraph,
     method: Method,
-    schemes: Mapping[str, Scheme],
+    schemes: dict[str, Scheme],
     statistics: Mapping[str, InputStatistics],
     stored: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], set[str]]:
     """Fold SmoothQuant scales at every joint that has data; returns (report, names of what changed).
 
-    `stored` is the dtype that norms are written in (see `fold.scale_norm`).
+    `stored` is the dtype that norms are written in (see `fold.scale_norm`). Modules whose static
+    activations lose too much get a dynamic scheme in `schemes` (see `Method.dynamic_below`).
     """
     report: dict[str, Any] = {}
     changed: set[str] = set()
@@ -106,11 +108,20 @@ def smooth(
         if s.absmax is None:
             return None
         weights = [_weight(layer, m) for m in members]
-        scheme = schemes[first]
         if method.smooth == "search":
-            return search_smoothing(
-                s.rows().to(weights[0]), s.absmax, weights, scheme.weights, scheme.activations, tie=tie
-            )  # fmt: skip
+
+            def search(scheme: Scheme) -> Smoothing:
+                sample = s.rows().to(weights[0])
+                return search_smoothing(
+                    sample, s.absmax, weights, scheme.weights, scheme.activations, tie=tie
+                )  # type: ignore[arg-type]
+
+            found = search(schemes[first])
+            dynamic = _left_dynamic(schemes[first], found.error, method)
+            if dynamic is None:
+                return found
+            schemes.update(dict.fromkeys(members, dynamic))
+            return search(dynamic)
         weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
         scale = smooth_scale(s.absmax, weight_absmax, float(method.smooth))
         return Smoothing(
@@ -212,11 +223,14 @@ def input_scales(
     layer: nn.Module,
     graph: LayerGraph,
     method: Method,
-    schemes: Mapping[str, Scheme],
+    schemes: dict[str, Scheme],
     statistics: Mapping[str, InputStatistics],
     quantized: Mapping[str, Quantized],
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Static activation scales [1] (and zero points) of every module whose scheme wants them."""
+    """Static activation scales [1] (and zero points) of every module whose scheme wants them.
+
+    A module whose static activations lose too much gets a dynamic scheme in `schemes` instead.
+    """
     out: dict[str, tuple[Tensor, Tensor | None]] = {}
     for first, members in groups_of(graph, schemes):
         spec = schemes[first].activations
@@ -229,7 +243,10 @@ def input_scales(
                 "or use all-experts mode for a mixture of experts"
             )
         if method.activation_range == "output":
-            chosen = _least_output_error(layer, s, spec, members, quantized)
+            chosen, error = _least_output_error(layer, s, spec, members, quantized)
+            if (dynamic := _left_dynamic(schemes[first], error, method)) is not None:
+                schemes.update(dict.fromkeys(members, dynamic))
+                continue
         else:
             assert s.observer is not None
             low, high = observed_range(s.observer, method.activation_range, spec, method.percentile)
@@ -238,14 +255,37 @@ def input_scales(
     return out
 
 
+def _left_dynamic(scheme: Scheme, error: float, method: Method) -> Scheme | None:
+    """The dynamic scheme of the same weights for a module whose static output error is too large; None: stay."""
+    spec = scheme.activations
+    if spec is None or spec.dynamic or method.dynamic_below is None:
+        return None
+    if -10.0 * math.log10(max(error, 1e-30)) >= method.dynamic_below:
+        return None
+    for other in SCHEMES.values():
+        found = other.activations
+        if (
+            found is not None
+            and found.dynamic
+            and found.dtype == spec.dtype
+            and other.weights == scheme.weights
+        ):
+            return other
+    return None
+
+
 def _least_output_error(
     layer: nn.Module,
     s: InputStatistics,
     spec: TensorSpec,
     members: tuple[str, ...],
     quantized: Mapping[str, Quantized],
-) -> tuple[Tensor, Tensor | None]:
-    """The clipped range whose quantized outputs on the sample are nearest to the float ones."""
+) -> tuple[tuple[Tensor, Tensor | None], float]:
+    """The clipped range whose quantized outputs on the sample are nearest to the float ones, and their error.
+
+    The error is the mean over tokens, and a part of the worst token's: the massive activations of a few
+    tokens are what attention rests on, and clipping them ruins all others.
+    """
     assert s.absmax is not None
     sample = s.rows().float()
     reference = torch.cat([_weight(layer, m).float() for m in members])
@@ -258,14 +298,14 @@ def _least_output_error(
     best, best_error, factor = scale_from_range(low, high, spec), float("inf"), 1.0
     while factor > 1e-3:
         scale, zero = scale_from_range(low * factor, high * factor, spec)
-        lost = fake_quantize(sample, spec, scale, zero) @ rounded.t() - target
-        error = float(token_errors(lost, target))
+        errors = token_errors(fake_quantize(sample, spec, scale, zero) @ rounded.t() - target, target)
+        error = float(errors.mean() + 0.1 * errors.max())
         if error < best_error:
             best, best_error = (scale, zero), error
         elif error > 4 * best_error:
             break  # clipping has taken over
         factor *= 0.92
-    return best
+    return best, best_error
 
 
 def correct_biases(

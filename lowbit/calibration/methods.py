@@ -33,6 +33,9 @@ class Method:
     activation_range: Literal["absmax", "moving-average", "percentile", "mse", "entropy", "output"] = "absmax"
     """How static activation scales are chosen. `output`: the least output error on sampled tokens."""
     percentile: float = 99.99
+    dynamic_below: float | None = None
+    """Modules whose outputs keep fewer dB than this under static activations are left dynamic; None: never.
+    Needs a searched smoothing or `activation_range="output"`, and a scheme with a dynamic twin."""
     bias_correction: bool = False
     """Put the mean output error into biases that exist."""
     propagate: bool = True
@@ -86,6 +89,8 @@ class Method:
             parts.append(f"{self.rounding.scale} weight scales")
         if self.activation_range != "absmax":
             parts.append(f"{self.activation_range} activation ranges")
+        if self.dynamic_below is not None:
+            parts.append(f"modules that keep less than {self.dynamic_below:g} dB left dynamic")
         if self.bias_correction:
             parts.append("bias correction")
         return "; ".join(parts) or "plain rounding"
@@ -154,7 +159,7 @@ _PRESETS = (
     ),
     Method(
         name="rotate-gptq-static", rotate="hadamard", rotate_heads=True, smooth="search", smooth_joints=("up-down",),
-        rounding=_GPTQ, activation_range="output",
+        rounding=_GPTQ, activation_range="output", dynamic_below=20.0,
         summary="as rotate-gptq, static ranges of least output error",
     ),
     Method(

@@ -71,7 +71,7 @@ def output_error(
                 weight.dtype
             )
         lost.append(x @ rounded.t() - target)
-    return float(token_errors(torch.cat(lost, dim=-1), torch.cat(list(reference), dim=-1)))
+    return float(token_errors(torch.cat(lost, dim=-1), torch.cat(list(reference), dim=-1)).mean())
 
 
 def search_smoothing(

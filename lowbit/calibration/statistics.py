@@ -173,10 +173,10 @@ def collect(
 
 
 def token_errors(lost: Tensor, target: Tensor) -> Tensor:
-    """Squared error of outputs `lost` [S, N], relative to `target` [S, N], averaged over tokens; a scalar.
+    """Squared error of outputs `lost` [S, N] per token, relative to `target` [S, N]: float64 [S].
 
-    Per token, and against at least a typical token's length, for the reason that `update` gives.
+    Relative to the token's own length or a typical token's, whichever is more, for the reason that
+    `InputStatistics.update` gives: summed over tokens, a massive one would decide alone.
     """
     power = target.double().square().sum(-1)
-    floor = power.median().clamp(min=1e-30)
-    return (lost.double().square().sum(-1) / (power + floor)).mean() * 2.0
+    return lost.double().square().sum(-1) / power.clamp(min=float(power.median().clamp(min=1e-30)))

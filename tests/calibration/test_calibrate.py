@@ -249,3 +249,29 @@ def test_methods_survive_json():
         assert replace(again, summary="") == replace(method, summary="")
     custom = Method.from_dict({"name": "gptq", "rounding": {"act_order": False}, "smooth": 0.3})
     assert custom.rounding == RoundingOptions(rounding="gptq", act_order=False) and custom.smooth == 0.3
+
+
+def test_modules_that_no_static_scale_fits_are_left_dynamic(checkpoints, windows, tmp_path, monkeypatch):
+    method = replace(METHODS["rotate-gptq-static"], dynamic_below=36.0)
+    source, scheme = checkpoints["qwen3"], get_scheme("int8-static")
+    found = calibrate(source, tmp_path / "c", scheme, method, windows)
+    left = {m: n for layer in found.layers.values() for m, n in layer.get("left_dynamic", {}).items()}
+    assert 0 < len(left) < 21 and set(left.values()) == {"int8"}
+    assert left.items() <= found.module_schemes.items()
+    for name in found.modules():
+        assert found.has(f"{name}.input_scale") == (name not in left)
+    fixed = calibrate(source, tmp_path / "s", scheme, replace(method, dynamic_below=None), windows)
+    assert kl(source, found, windows[:4]) < kl(source, fixed, windows[:4])
+    original = module._calibrate_layer
+
+    def dies(run, index, *, need_output):
+        if index == 2:
+            raise KeyboardInterrupt
+        return original(run, index, need_output=need_output)
+
+    monkeypatch.setattr(module, "_calibrate_layer", dies)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, tmp_path / "k", scheme, method, windows)
+    monkeypatch.setattr(module, "_calibrate_layer", original)
+    resumed = calibrate(source, tmp_path / "k", scheme, method, windows)
+    assert resumed.module_schemes == found.module_schemes
