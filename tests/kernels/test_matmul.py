@@ -106,8 +106,9 @@ def test_every_variant_gives_the_same_bits(variant):
 
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "gfx942", "gfx950", "ascend910b"])
 def test_parameters_of_every_family_of_targets(name):
-    a, w = int8(257, 496), int8(576, 496)
-    scales = torch.rand(257, 1), torch.rand(576, 1)
+    # More tiles than Ascend's 20 programs.
+    a, w = int8(257, 496), int8(1100, 496)
+    scales = torch.rand(257, 1), torch.rand(1100, 1)
     with pretending(get_target(name)):
         found = matmul(a, w, *scales, out_dtype=torch.float32)
     assert torch.equal(found, epilogue(exact_sum(a, w), *scales))
@@ -132,13 +133,13 @@ def test_scale_shapes(a_shape, w_shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
-@pytest.mark.parametrize("shape", [(9, 1), (9,), (1,)])
+@pytest.mark.parametrize("shape", [(40, 1), (40,), (1,)])
 @pytest.mark.parametrize("split", [1, 2])
 def test_zero_points_per_token_and_per_tensor(dtype, shape, split):
-    a, w = int8(9, 128, low=-128), int8(20, 128)
+    a, w = int8(40, 64, low=-128), int8(200, 64)
     zero = torch.randint(-128, 128, shape).to(dtype)
-    scales = torch.rand(9, 1), torch.rand(20, 1)
-    launch = LaunchParameters(block_m=16, block_n=32, block_k=32, split_k=split)
+    scales = torch.rand(40, 1), torch.rand(200, 1)
+    launch = LaunchParameters(block_m=16, block_n=128, block_k=32, split_k=split)
     found = matmul(
         a,
         w,

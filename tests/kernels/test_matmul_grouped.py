@@ -85,7 +85,8 @@ def test_persistent_and_long_bands():
     for group_m in (1, 3, 64):
         launch = LaunchParameters(block_m=16, block_n=32, block_k=32, group_m=group_m, persistent=True)
         arguments, expected = problem(COUNTS["uneven"], torch.int8, 100, 64, False)
-        assert torch.equal(matmul_grouped(**arguments, launch=launch).double(), expected)
+        with pretending(get_target("ascend910b")):  # 20 programs for 32 tiles
+            assert torch.equal(matmul_grouped(**arguments, launch=launch).double(), expected)
 
 
 def test_without_bias_and_routed_weight():

@@ -191,6 +191,20 @@ def test_mxfp8_is_bitwise_exact(name, m, n, k):
     assert torch.equal(found.double(), expected + bias.double())
 
 
+@pytest.mark.parametrize("name", ["sm90", "sm100"])
+def test_mxfp8_of_many_tiles(name):
+    m, n, k = 40, 50, 100
+    a, w = codes("fp8", m, k), codes("fp8", n, k)
+    a_scale, w_scale = (torch.randint(124, 131, (rows, 4), dtype=torch.uint8) for rows in (m, n))
+    launch = LaunchParameters(block_m=16, block_n=16, block_k=32, group_m=2)
+    with pretending(get_target(name)):
+        found = matmul_mxfp8(a, w, a_scale, w_scale, out_dtype=torch.float32, launch=launch)
+    expected = (a.double() * expand(2.0 ** (a_scale.double() - 127), m, k, (1, 32))) @ (
+        w.double() * expand(2.0 ** (w_scale.double() - 127), n, k, (1, 32))
+    ).T
+    assert torch.equal(found.double(), expected)
+
+
 @pytest.mark.parametrize("name", ["sm80", "sm90"])
 def test_mxfp8_scales_at_the_ends(name):
     a, w = codes("fp8", 2, 32), codes("fp8", 3, 32)

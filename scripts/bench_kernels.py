@@ -1,0 +1,296 @@
+"""Kernels on a GPU: first correctness, then speed, as a table of ratios to named peers.
+
+    python scripts/bench_kernels.py [--models deepseek-v3 …] [--kinds fp8 int8 …] [--m 1 16 …]
+        [--json out.json] [--dry-run]
+
+Times are CUDA events around each launch, medians, with the L2 cache overwritten before each.
+A problem whose result is wrong is not timed and makes the exit code 1. `--dry-run` lists the
+problems and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# (N, K) of every distinct linear layer; experts as (N, K, number, chosen per token).
+MODELS: dict[str, list[tuple[int, int]]] = {
+    "deepseek-v3": [(2112, 7168), (24576, 1536), (7168, 16384), (7168, 18432), (36864, 7168), (4096, 7168)],
+    "llama-70b": [(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)],
+    "qwen3-moe": [(9216, 4096), (4096, 8192)],
+    "square": [(8192, 8192)],
+}
+EXPERTS: dict[str, list[tuple[int, int, int, int]]] = {
+    "deepseek-v3": [(4096, 7168, 256, 8), (7168, 2048, 256, 8)],
+    "qwen3-moe": [(3072, 4096, 128, 8), (4096, 1536, 128, 8)],
+}
+KINDS = ("int8", "fp8", "int8-block", "fp8-block", "int8-weight-only", "fp8-weight-only")
+GROUPED_KINDS = ("int8", "fp8", "int8-block", "fp8-block")
+M = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+
+# Dense peaks: TFLOP/s of bf16, int8, fp8 and GB/s, from the vendors' data sheets.
+ROOFS: dict[str, tuple[float, float, float, float]] = {
+    "A100": (312, 624, 0, 2039),
+    "H20": (148, 296, 296, 4000),
+    "H200": (989, 1979, 1979, 4800),
+    "H100": (989, 1979, 1979, 3350),
+    "MI300X": (1307, 2615, 2614, 5300),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One product to be timed."""
+
+    model: str
+    kind: str
+    m: int
+    n: int
+    k: int
+    experts: int = 0
+    """0: a dense product."""
+    chosen: int = 0
+    """Experts per token: a grouped product has m · chosen rows."""
+
+    @property
+    def rows(self) -> int:
+        return self.m * (self.chosen or 1)
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.n * self.k
+
+    @property
+    def bytes(self) -> float:
+        """Codes, scales and the bf16 output, each moved once; of the experts those that can be met."""
+        met = min(self.experts, self.rows) if self.experts else 1
+        per_element = 2 if "weight-only" in self.kind else 1
+        moved = met * self.n * self.k + per_element * self.rows * self.k + 2 * self.rows * self.n
+        scales = self.rows * -(-self.k // 128) if "block" in self.kind else self.rows + met * self.n
+        return float(moved + 4 * scales)
+
+
+def problems(models: Sequence[str], kinds: Sequence[str], ms: Sequence[int]) -> list[Problem]:
+    """Every problem of these models, kinds and token counts, experts last."""
+    dense = [
+        Problem(model=model, kind=kind, m=m, n=n, k=k)
+        for model in models for n, k in MODELS[model] for kind in kinds for m in ms
+    ]  # fmt: skip
+    grouped = [
+        Problem(model=model, kind=kind, m=m, n=n, k=k, experts=experts, chosen=chosen)
+        for model in models for n, k, experts, chosen in EXPERTS.get(model, [])
+        for kind in kinds if kind in GROUPED_KINDS for m in ms
+    ]  # fmt: skip
+    return dense + grouped
+
+
+def roof(device: str) -> tuple[float, float, float, float] | None:
+    """Peaks of a device by its name, or None where unknown (no percentage is shown then)."""
+    words = re.split(r"[^A-Za-z0-9]+", device)
+    return next((peaks for name, peaks in ROOFS.items() if name in words), None)
+
+
+def roofline_seconds(problem: Problem, peaks: tuple[float, float, float, float]) -> float:
+    """The least time that the peaks allow: the larger of multiplying and moving."""
+    bf16, int8, fp8, bandwidth = peaks
+    rate = bf16 if "weight-only" in problem.kind else int8 if problem.kind.startswith("int8") else fp8
+    return max(problem.flops / (rate * 1e12) if rate else 0.0, problem.bytes / (bandwidth * 1e9))
+
+
+COLUMNS = (
+    "model",
+    "kind",
+    "M",
+    "N",
+    "K",
+    "experts",
+    "µs",
+    "TFLOP/s",
+    "GB/s",
+    "% roof",
+    "× bf16",
+    "× torch",
+    "× vLLM",
+)
+
+
+def row(
+    problem: Problem, seconds: float, peers: dict[str, float], peaks: tuple[float, float, float, float] | None
+) -> list[str]:
+    """One line of the table. `peers`: seconds of bf16, torch's own product, vLLM; those that ran."""
+    percent = f"{100 * roofline_seconds(problem, peaks) / seconds:.0f}" if peaks else "–"
+    ratios = [f"{peers[name] / seconds:.2f}" if name in peers else "–" for name in ("bf16", "torch", "vllm")]
+    return [
+        problem.model, problem.kind, str(problem.m), str(problem.n), str(problem.k), str(problem.experts or "–"),
+        f"{seconds * 1e6:.1f}", f"{problem.flops / seconds / 1e12:.0f}", f"{problem.bytes / seconds / 1e9:.0f}",
+        percent, *ratios,
+    ]  # fmt: skip
+
+
+def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, Callable[[], Any]]]:
+    """(kernel call, oracle of it in float32, peers by name) on the current GPU."""
+    import torch
+    from lowbit.kernels.matmul import matmul
+    from lowbit.kernels.matmul_block import matmul_block
+    from lowbit.kernels.matmul_grouped import matmul_grouped
+    from lowbit.kernels.matmul_weight_only import matmul_weight_only
+    from lowbit.kernels.targets import device_target
+
+    device = torch.device("cuda")
+    fp8 = torch.float8_e4m3fnuz if device_target(device).fp8 == "e4m3fnuz" else torch.float8_e4m3fn
+
+    def codes(*shape: int) -> torch.Tensor:
+        if problem.kind.startswith("int8"):
+            return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16).to(fp8)
+
+    rows, n, k = problem.rows, problem.n, problem.k
+    block = "block" in problem.kind
+    group = torch.rand(-(-k // 128), rows, device=device).t() if block else torch.rand(rows, 1, device=device)
+
+    def spread(scale: torch.Tensor, height: int) -> torch.Tensor:
+        return scale.repeat_interleave(height, -2).repeat_interleave(128, -1)[..., :k]
+
+    def bf16(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    if problem.experts:
+        counts = torch.bincount(torch.randint(problem.experts, (rows,)), minlength=problem.experts)
+        offsets = torch.cat([torch.zeros(1), counts.cumsum(0)]).to(torch.int32).to(device)
+        a, w = codes(rows, k), codes(problem.experts, n, k)
+        scale_shape = (problem.experts, -(-n // 128), -(-k // 128)) if block else (problem.experts, n, 1)
+        w_scale = torch.rand(scale_shape, device=device)
+
+        def oracle() -> torch.Tensor:
+            out = torch.empty(rows, n, device=device)
+            for e, (i, j) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+                left = a[i:j].float() * (spread(group[i:j], 1) if block else group[i:j])
+                right = w[e].float() * (spread(w_scale[e], 128)[:n] if block else w_scale[e])
+                out[i:j] = left @ right.t()
+            return out
+
+        kwargs: dict[str, Any] = {"block_shape": (128, 128) if block else None}
+        return (
+            lambda launch=None: matmul_grouped(a, w, offsets, group, w_scale, launch=launch, **kwargs),
+            oracle,
+            {},
+        )
+
+    w = codes(n, k)
+    x, dense = bf16((rows, k)), bf16((n, k))
+    peers: dict[str, Callable[[], Any]] = {"bf16": lambda: torch.matmul(x, dense.t())}
+    if "weight-only" in problem.kind:
+        w_scale = torch.rand(n, 1, device=device)
+        return (
+            lambda launch=None: matmul_weight_only(x, w, w_scale, launch=launch),
+            lambda: x.float() @ (w.float() * w_scale).t(),
+            peers,
+        )
+    a = codes(rows, k)
+    if block:
+        w_scale = torch.rand(-(-n // 128), -(-k // 128), device=device)
+        call = lambda launch=None: matmul_block(a, w, group, w_scale, launch=launch)  # noqa: E731
+        left, right = lambda: a.float() * spread(group, 1), lambda: w.float() * spread(w_scale, 128)[:n]
+    else:
+        w_scale = torch.rand(n, 1, device=device)
+        call = lambda launch=None: matmul(a, w, group, w_scale, launch=launch)  # noqa: E731
+        left, right = lambda: a.float() * group, lambda: w.float() * w_scale
+        if problem.kind == "fp8":
+            peers["torch"] = lambda: torch._scaled_mm(
+                a, w.t(), scale_a=group, scale_b=w_scale.t(), out_dtype=torch.bfloat16
+            )
+        elif rows > 16:
+            peers["torch"] = lambda: torch._int_mm(a, w.t())
+    try:
+        from vllm import _custom_ops as vllm
+    except ImportError:
+        pass
+    else:
+        peers["vllm"] = lambda: vllm.cutlass_scaled_mm(a, w.t(), group, w_scale.t(), torch.bfloat16)
+    return call, lambda: left() @ right().t(), peers
+
+
+def error_of(call: Callable[[], Any], oracle: Callable[[], Any]) -> float:
+    """Relative rms error against the oracle."""
+    expected = oracle()
+    return float((call().float() - expected).norm() / expected.norm())
+
+
+def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Median seconds of one call, L2 overwritten before each."""
+    import torch
+
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--m", nargs="+", type=int, default=list(M))
+    parser.add_argument("--json", type=Path, help="also write the measurements here")
+    parser.add_argument("--dry-run", action="store_true", help="list the problems; needs no GPU")
+    arguments = parser.parse_args(argv)
+    chosen = problems(arguments.models, arguments.kinds, arguments.m)
+    if arguments.dry_run:
+        for p in chosen:
+            print(f"{p.model} {p.kind} M={p.m} N={p.n} K={p.k} experts={p.experts or '–'}")
+        return 0
+
+    import torch
+    import triton
+
+    if not torch.cuda.is_available():
+        print("error: expected a GPU, found none; --dry-run lists what would be timed", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name()
+    peaks = roof(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}\n\n| {' | '.join(COLUMNS)} |")
+    print(f"|{'---|' * len(COLUMNS)}", flush=True)
+    measured, wrong = [], 0
+    for problem in chosen:
+        label = f"| {problem.model} | {problem.kind} | {problem.m} | {problem.n} | {problem.k} |"
+        try:
+            call, oracle, peers = build(problem)
+            error = error_of(call, oracle)
+        except ValueError as refusal:
+            print(f"{label} refused: {refusal} |")
+            continue
+        if not error < 4e-3:  # bf16 output alone is 1.7e-3
+            wrong += 1
+            print(f"{label} WRONG: {error:.1e} |")
+            continue
+        seconds, others = seconds_of(call), {}
+        for name, peer in peers.items():
+            try:
+                others[name] = seconds_of(peer)
+            except RuntimeError as unsupported:
+                print(f"{name} cannot run {problem}: {str(unsupported).splitlines()[0]}", file=sys.stderr)
+        print(f"| {' | '.join(row(problem, seconds, others, peaks))} |", flush=True)
+        measured.append(asdict(problem) | {"seconds": seconds, "error": error, "peers": others})
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": device, "rows": measured}, indent=1))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What can be tested of the GPU scripts with no GPU, and a few mutants."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lowbit.kernels.targets import TARGETS, get_target
+from typer.testing import CliRunner
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def load(name: str):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+bench, tune, mutate = load("bench_kernels"), load("tune_kernels"), load("mutate_kernels")
+
+
+def test_dry_runs_list_the_problems(capsys):
+    assert bench.main(["--dry-run", "--models", "llama-70b", "--kinds", "fp8", "--m", "1", "8192"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "llama-70b fp8 M=8192 N=10240 K=8192 experts=–"
+    assert tune.main(["--dry-run", "--models", "square", "--kinds", "int8", "--m", "16"]) == 0
+    assert "candidates" in capsys.readouterr().out
+    assert tune.main(["--dry-run", "--target", "h100"]) == 2
+    models = {p.model for p in bench.problems(list(bench.MODELS), bench.KINDS, bench.M)}
+    assert models == {"deepseek-v3", "llama-70b", "qwen3-moe", "square"}
+    assert any(p.experts == 256 for p in bench.problems(["deepseek-v3"], ["fp8-block"], [4096]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_measured(capsys):
+    for script in (bench, tune):
+        assert script.main(["--models", "square"]) == 2
+        assert "--dry-run" in capsys.readouterr().err
+
+
+def test_roofline():
+    h100 = bench.roof("NVIDIA H100 80GB HBM3")
+    assert h100 == (989, 1979, 1979, 3350)
+    assert bench.roof("NVIDIA H200")[3] == 4800 and bench.roof("NVIDIA A100-SXM4-80GB")[3] == 2039
+    assert bench.roof("NVIDIA GeForce RTX 4090") is None
+    square = bench.Problem(model="square", kind="fp8", m=8192, n=8192, k=8192)
+    assert bench.roofline_seconds(square, h100) == pytest.approx(2 * 8192**3 / 1979e12)
+    decode = bench.Problem(model="square", kind="int8", m=1, n=8192, k=8192)
+    assert bench.roofline_seconds(decode, h100) == pytest.approx(decode.bytes / 3350e9)
+    assert decode.bytes == 8192 * 8192 + 8192 + 2 * 8192 + 4 * (1 + 8192)
+    grouped = bench.Problem(model="m", kind="fp8", m=2, n=10, k=128, experts=256, chosen=8)
+    assert grouped.rows == 16 and grouped.flops == 2 * 16 * 10 * 128
+
+
+def test_a_line_of_the_table():
+    square = bench.Problem(model="square", kind="fp8", m=8192, n=8192, k=8192)
+    cells = bench.row(square, 1e-3, {"bf16": 2e-3, "torch": 0.9e-3}, (989, 1979, 1979, 3350))
+    assert dict(zip(bench.COLUMNS, cells, strict=True)) == {
+        "model": "square", "kind": "fp8", "M": "8192", "N": "8192", "K": "8192", "experts": "–", "µs": "1000.0",
+        "TFLOP/s": "1100", "GB/s": "269", "% roof": "56", "× bf16": "2.00", "× torch": "0.90", "× vLLM": "–",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [t for t in TARGETS if TARGETS[t].backend != "npu"])
+def test_candidates_are_legal(name):
+    target = get_target(name)
+    for problem in bench.problems(["square", "deepseek-v3"], tune.KINDS, [16, 8192]):
+        if target.fp8 is None and problem.kind.startswith("fp8") and "weight-only" not in problem.kind:
+            continue
+        tried = list(tune.candidates(problem, target))
+        assert tried[0] == tune.heuristic(problem, target) and 3 <= len(tried) <= 400
+        assert len({*tried}) >= len(tried) - 1
+        for launch in tried:
+            assert launch.block_k <= 128 or "block" not in problem.kind
+            assert launch.promote_k == min(tried[0].promote_k, launch.block_k)
+
+
+def test_merging_keeps_other_entries_and_replaces_the_same():
+    def entry(n: int, block_n: int) -> dict:
+        parameters = {"block_m": 16, "block_n": block_n, "block_k": 128}
+        return {
+            "kernel": "matmul", "a_dtype": "int8", "w_dtype": "int8", "m": 16, "n": n, "k": 64,
+            "parameters": parameters,
+        }  # fmt: skip
+
+    first = tune.merge(None, "sm90", "a card", "3.9.0", [entry(10, 32), entry(20, 32)])
+    second = tune.merge(first, "sm90", "a card", "3.9.0", [entry(20, 64)])
+    assert [(e["n"], e["parameters"]["block_n"]) for e in second["entries"]] == [(10, 32), (20, 64)]
+    with pytest.raises(ValueError, match="power of two"):
+        tune.merge(first, "sm90", "a card", "3.9.0", [entry(20, 48)])
+
+
+def test_every_mutant_still_applies():
+    for mutant in mutate.MUTANTS:
+        source = (SCRIPTS.parent / "kernels" / f"{mutant.file}.py").read_text()
+        assert source.count(mutant.old) >= 1 and mutant.old != mutant.new, mutant.name
+    assert {m.file for m in mutate.MUTANTS} >= {"tile", "matmul", "inner", "matmul_grouped", "quantize"}
+    assert mutate.main(["--list"]) == 0
+    assert mutate.main(["--only", "no such mutant"]) == 2
+
+
+@pytest.mark.slow
+def test_mutants_are_killed():
+    words = (
+        "drop the bias",
+        "drop the routed weight",
+        "truncate",
+        "store over the next row",
+        "leave out a split",
+    )
+    assert mutate.main([part for word in words for part in ("--only", word)]) == 0
+
+
+def test_the_command_compiles(monkeypatch):
+    import subprocess
+
+    from lowbit.cli.kernels import app
+
+    seen = {}
+
+    def run(arguments, env):
+        seen.update(arguments=arguments, env=env)
+        return subprocess.CompletedProcess(arguments, 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    result = CliRunner().invoke(
+        app, ["compile", "--target", "sm90", "--target", "sm80", "--json", "--jobs", "1"]
+    )
+    assert result.exit_code == 1
+    assert seen["arguments"][1:] == [
+        "-m", "lowbit.kernels.compile", "--target", "sm90", "--target", "sm80", "--json", "--jobs", "1",
+    ]  # fmt: skip
+    assert "TRITON_INTERPRET" not in seen["env"]
