@@ -105,16 +105,15 @@ def smooth(
         first: str, members: tuple[str, ...], tie: Callable[[Tensor], Tensor] | None
     ) -> Smoothing | None:
         s = statistics[first]
-        if s.absmax is None:
+        absmax = s.absmax
+        if absmax is None:
             return None
         weights = [_weight(layer, m) for m in members]
         if method.smooth == "search":
 
             def search(scheme: Scheme) -> Smoothing:
                 sample = s.rows().to(weights[0])
-                return search_smoothing(
-                    sample, s.absmax, weights, scheme.weights, scheme.activations, tie=tie
-                )  # type: ignore[arg-type]
+                return search_smoothing(sample, absmax, weights, scheme.weights, scheme.activations, tie=tie)
 
             found = search(schemes[first])
             dynamic = _left_dynamic(schemes[first], found.error, method)
