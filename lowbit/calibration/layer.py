@@ -122,7 +122,7 @@ def smooth(
             schemes.update(dict.fromkeys(members, dynamic))
             return search(dynamic)
         weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-        scale = smooth_scale(s.absmax, weight_absmax, float(method.smooth))
+        scale = smooth_scale(absmax, weight_absmax, float(method.smooth))
         return Smoothing(
             scale=tie(scale) if tie else scale, alpha=float(method.smooth), error=0.0, plain_error=0.0
         )
