@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
@@ -14,6 +14,9 @@ from lowbit.checkpoint.jobs import Replacements
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rules import Selection
 from lowbit.scheme import Scheme
+
+if TYPE_CHECKING:  # it loads the compiled loops, which planning does not need
+    from lowbit.checkpoint.verify import Verification
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just done, from any thread."""
@@ -170,7 +173,7 @@ def verify(
     *,
     workers: int | None = None,
     progress: Progress = lambda count: None,
-):
+) -> Verification:
     """Re-read every tensor of a checkpoint; → Verification, whose `ok` says whether all is well.
 
     Checks headers, shapes, finite scales and the manifest's checksums. With `source`, weights

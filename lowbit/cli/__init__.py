@@ -62,6 +62,11 @@ def main() -> None:
             print_json({"error": str(error)})
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's answer to Ctrl-C
+            print("stopped; run the same command again to go on from here", file=sys.stderr)
+        if stop.code == 2 and "--json" in sys.argv:
+            from lowbit.cli.output import print_json
+
+            print_json({"error": "bad usage; standard error says what was expected"})
+        raise

@@ -1,0 +1,296 @@
+"""The command line: exit codes, one JSON document, quiet pipes, and nothing heavy imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sample_models import block_fp8, deepseek_v3, llama, load, write
+
+import lowbit
+from lowbit.checkpoint.headers import PARTIAL
+from lowbit.cli import main
+
+LOWBIT = [sys.executable, "-c", "from lowbit.cli import main; main()"]
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    return write(tmp_path / "src", *llama(), files={"tokenizer.json": "{}"})
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; (exit code, stdout, stderr)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowbit", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def process(*args: object, **kw) -> subprocess.CompletedProcess:
+    return subprocess.run([*LOWBIT, *map(str, args)], capture_output=True, text=True, timeout=120, **kw)
+
+
+def test_convert_and_verify(run, src, tmp_path):
+    code, out, err = run("convert", src, tmp_path / "out", "--scheme", "int8")
+    assert code == 0 and err == ""
+    assert "int8 as compressed-tensors: 14 weights to int8" in out and "GB/s" in out
+    code, out, err = run("verify", tmp_path / "out", "--source", src)
+    assert code == 0 and err == "" and out.rstrip().endswith("ok")
+    assert "SQNR dB" in out and "median SQNR" in out
+    assert load(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
+def test_verify_exits_with_1_when_something_is_wrong(run, src, tmp_path):
+    run("convert", src, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    code, out, _ = run("verify", tmp_path / "out")
+    assert code == 1 and "problem: " in out and "checksum differs" in out and "1 problems" in out
+    code, out, _ = run("verify", tmp_path / "out", "--json")
+    assert code == 1 and json.loads(out)["ok"] is False
+    file.write_bytes(raw[:-100])
+    code, out, _ = run("verify", tmp_path / "out")
+    assert code == 1 and "truncated" in out
+
+
+BAD = {
+    "no source": ["convert", "{none}", "{out}"],
+    "unknown scheme": ["convert", "{src}", "{out}", "--scheme", "int5"],
+    "unknown format": ["convert", "{src}", "{out}", "--format", "gguf"],
+    "format cannot hold it": ["convert", "{src}", "{out}", "--format", "fp8"],
+    "inside the source": ["convert", "{src}", "{src}/out"],
+    "no size": ["convert", "{src}", "{out}", "--max-shard-size", "many"],
+    "pattern": ["convert", "{src}", "{out}", "--ignore", "re:("],
+    "plan": ["plan", "{none}"],
+    "inspect": ["inspect", "{none}"],
+    "verify": ["verify", "{none}"],
+    "verify source": ["verify", "{src}", "--source", "{none}"],
+}
+
+
+@pytest.mark.parametrize("command", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_bad_input_is_one_line_and_exit_code_2(run, src, tmp_path, command, as_json):
+    places = {"src": src, "out": tmp_path / "out", "none": tmp_path / "nowhere"}
+    arguments = [c.format(**places) for c in command] + ["--json"] * as_json
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    if as_json:
+        assert json.loads(out) == {"error": err.removeprefix("error: ").rstrip("\n")}
+    else:
+        assert "wrote" not in out
+    assert not (tmp_path / "out").exists() and not (src / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert"],
+        ["convert", "a", "b", "--nope"],
+        ["convert", "a", "b", "--workers", "0"],
+        ["nonsense"],
+        ["verify", "a", "--top", "x"],
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_still_a_document(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and err
+    code, out, err = run(*arguments, "--json")
+    assert code == 2 and "error" in json.loads(out) and err
+
+
+@pytest.mark.parametrize("command", ["convert", "dry run", "plan", "inspect", "verify"])
+def test_json_is_a_single_document(run, src, tmp_path, command):
+    out = tmp_path / "out"
+    if command == "verify":
+        run("convert", src, out)
+    arguments = {
+        "convert": ["convert", src, out, "--ignore", "typo"],
+        "dry run": ["convert", src, out, "--dry-run", "--ignore", "typo"],
+        "plan": ["plan", src, "--ignore", "typo"],
+        "inspect": ["inspect", src],
+        "verify": ["verify", out, "--source", src],
+    }[command]
+    code, text, err = run(*arguments, "--json")
+    body = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert code == 0
+    if "typo" in arguments:
+        assert body["warnings"] == ["pattern 'typo' matches no module; check it against `lowbit inspect`"]
+        assert err == "warning: " + body["warnings"][0] + "\n"
+        assert body["scheme"] == "int8" and body["quantized"] == {"int8": 14}
+    expected = {
+        "convert": {"out", "seconds", "resumed_jobs", "gb_per_second", "bytes_before", "bytes_after", "plan"},
+        "dry run": {"dry_run", "bytes_after"},
+        "plan": {"modules", "files"},
+        "inspect": {"architecture", "parameters", "roles", "dtypes", "odd"},
+        "verify": {"ok", "problems", "errors", "checked"},
+    }[command]
+    assert expected <= set(body)
+
+
+def test_a_dry_run_writes_nothing(run, src, tmp_path):
+    before = sorted(p for p in tmp_path.rglob("*"))
+    code, out, _ = run("convert", src, tmp_path / "a" / "out", "--dry-run")
+    assert code == 0 and "dry run:" in out
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    assert run("convert", src, tmp_path / "full", "--dry-run")[0] == 2
+
+
+def test_plan_says_why(run, tmp_path):
+    src = write(tmp_path / "src", *block_fp8(*deepseek_v3()))
+    code, out, _ = run("plan", src, "--scheme", "int8", "--keep", "*.shared_experts.*")
+    assert code == 0
+    line = next(x for x in out.splitlines() if x.startswith("model.layers.1.mlp.gate.weight"))
+    assert "router" in line and "4×128" in line
+    assert "--keep *.shared_experts.*" in out and "output head" in out
+    body = json.loads(run("plan", src, "--json")[1])
+    rows = {m["name"]: m for m in body["modules"]}
+    decisions = lowbit.plan(src, "int8").decisions
+    for name, row in rows.items():
+        decision = decisions.get(name.removesuffix(".weight"))
+        if decision is not None:
+            assert row["why"] == decision.reason
+        assert row["why"] or row["after"].startswith("int8")
+    assert rows["model.layers.1.mlp.experts.0.up_proj.weight"]["before"] == "F8_E4M3"
+    assert sum(m["bytes_before"] for m in body["modules"]) == body["bytes_before"]
+
+
+def test_inspect_says_what_it_is(run, tmp_path):
+    src = write(tmp_path / "src", *deepseek_v3())
+    code, out, _ = run("inspect", src)
+    assert code == 0
+    assert "DeepseekV3ForCausalLM (deepseek_v3)" in out and "4 routed experts" in out
+    assert "odd: " in out and "quantization: none" in out
+
+
+def test_overwrite_and_refusal(run, src, tmp_path):
+    assert run("convert", src, tmp_path / "out")[0] == 0
+    code, _, err = run("convert", src, tmp_path / "out", "--scheme", "fp8")
+    assert code == 2 and "give --overwrite" in err
+    assert run("convert", src, tmp_path / "out", "--scheme", "fp8", "--overwrite")[0] == 0
+    assert load(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+# --- in a process of its own ------------------------------------------------------------------
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    code = (
+        "import sys, time\nbegin = time.perf_counter()\nfrom lowbit.cli import main\n"
+        "sys.argv = ['lowbit', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numba', 'numpy', 'transformers', 'triton', 'safetensors', 'xxhash'} & set(sys.modules)\n"
+        "print(time.perf_counter() - begin, sorted(heavy), file=sys.stderr)\n"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds, _, heavy = done.stderr.strip().partition(" ")
+        assert heavy == "[]" and "Exit codes: 0 done, 1 a check failed, 2 bad input" in done.stdout
+        times.append(float(seconds))
+    assert min(times) < 0.4
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "inspect", "verify"])
+def test_converting_loads_no_torch(src, tmp_path, command):
+    lowbit.convert(src, tmp_path / "done", "int8")
+    arguments = {
+        "convert": ["convert", str(src), str(tmp_path / "out")],
+        "plan": ["plan", str(src)],
+        "inspect": ["inspect", str(src)],
+        "verify": ["verify", str(tmp_path / "done"), "--source", str(src)],
+    }[command]
+    heavy = {"torch", "transformers", "triton"} | ({"numba"} if command in ("plan", "inspect") else set())
+    code = (
+        f"import sys\nfrom lowbit.cli import main\nsys.argv = ['lowbit', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
+
+
+def test_pipes_are_quiet_and_terminals_have_a_bar(src, tmp_path):
+    done = process("convert", src, tmp_path / "a")
+    assert (
+        done.returncode == 0 and done.stderr == "" and "\r" not in done.stdout and "\x1b" not in done.stdout
+    )
+    leader, follower = pty.openpty()
+    shown = subprocess.Popen(
+        [*LOWBIT, "convert", str(src), str(tmp_path / "b")], stdout=subprocess.PIPE, stderr=follower
+    )
+    os.close(follower)
+    text = b""
+    try:
+        while part := os.read(leader, 4096):
+            text += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(leader)
+    assert shown.wait(60) == 0
+    assert b"converting" in text and b"B/s" in text
+
+
+def test_version_and_help_of_every_command(run):
+    assert run("--version")[:2] == (0, f"lowbit {lowbit.__version__}\n")
+    for command in ("convert", "plan", "inspect", "verify"):
+        code, out, _ = run(command, "--help")
+        assert code == 0 and "--json" in out
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    src = write(tmp_path / "src", *llama(layers=8))
+    out = tmp_path / "out"
+    code = (
+        "import sys, time\nfrom lowbit.checkpoint import execute\nwrite = execute.Worker._write\n"
+        "def slow(*a):\n    write(*a)\n    time.sleep(0.05)\n"
+        "execute.Worker._write = slow\nfrom lowbit.cli import main\n"
+        f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1']\nmain()\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    journal = out / PARTIAL / "journal.jsonl"
+    while not journal.is_file() or len(journal.read_text().splitlines()) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "run the same command again to go on from here" in err and "Traceback" not in err
+    done = process("convert", src, out)
+    assert done.returncode == 0 and "resumed: " in done.stdout
+
+
+def test_output_that_nobody_reads_to_the_end(tmp_path):
+    src = write(tmp_path / "src", *llama(layers=40, hidden=64, intermediate=64))
+    pipe = subprocess.Popen([*LOWBIT, "plan", str(src)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.read(10)
+    pipe.stdout.close()
+    assert b"Traceback" not in pipe.stderr.read()
+    pipe.wait(60)
