@@ -112,20 +112,24 @@ def build(name: str, src: Path, work: Path) -> Any:
 
 
 def held(model: Any) -> int:
-    """Bytes of weights, also of those that torch.ao keeps in packed objects."""
-    from lowbit.nn.speed import weight_bytes
+    """Bytes of weights, also of those inside torchao's tensor subclasses and torch.ao's packed objects."""
+    sizes: dict[tuple[int, int], int] = {}
 
-    total = weight_bytes(model)
+    def add(tensor: Any) -> None:
+        if hasattr(tensor, "__tensor_flatten__") and type(tensor).__module__.startswith("torchao"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+            return
+        sizes[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        add(tensor.data if type(tensor).__name__ == "Parameter" else tensor)
+    packed = 0
     for module in model.modules():
-        packed = getattr(module, "_packed_params", None)
-        if (
-            packed is not None
-            and hasattr(packed, "_packed_params")
-            and not hasattr(module, "_modules_counted")
-        ):
-            weight, bias = packed._packed_params.unpack()
-            total += weight.numel() + (bias.numel() * 4 if bias is not None else 0)
-    return total
+        if type(module).__name__ == "LinearPackedParams":
+            weight, bias = module._packed_params.unpack()
+            packed += weight.numel() + (0 if bias is None else 4 * bias.numel())
+    return sum(sizes.values()) + packed
 
 
 def speed(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:

@@ -124,6 +124,7 @@ class LowbitQuantizer(HfQuantizer):
         for path, members in experts.items():
             _swap_experts(model, path, members)
             self._experts += [t for m in members.values() for t in m.names.values()]
+        _rotate_inputs(model, find)
         self._float_experts = [
             n for n, m in model.named_modules() if not isinstance(m, QuantModule) and not refusal(m)
         ]
@@ -284,6 +285,23 @@ def _swap_linear(
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
     replace_module(model, path, new)
     find.modules[path] = new
+
+
+def _rotate_inputs(model: Any, find: _Finder) -> None:
+    """Where config.json says `"lowbit": {"online_hadamard": [modules]}`, x is rotated as their weights were."""
+    for name in (getattr(model.config, "lowbit", None) or {}).get("online_hadamard", []):
+        path = find.module(name + ".weight")
+        module = None if path is None else find.modules[path]
+        if not isinstance(module, QuantLinear):
+            raise InputError(
+                f"{name}: its weight is rotated (online_hadamard), but it is not a quantized Linear here"
+            )
+        if module.in_features & (module.in_features - 1):
+            raise InputError(
+                f"{name}: expected a power of two of inputs for an online Hadamard, found {module.in_features}; "
+                "calibrate with a method without it"
+            )
+        module.hadamard = module.in_features
 
 
 def format_for(stored: StoredModule) -> str:

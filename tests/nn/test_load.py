@@ -285,3 +285,32 @@ def test_scales_of_a_kv_cache_are_passed_over(tmp_path, caplog):
     assert torch.equal(logits(model, inputs("llama")), want)
     model.save_pretrained(tmp_path / "again")
     assert lowbit.verify(tmp_path / "again").ok
+
+
+def test_online_hadamard(tmp_path):
+    """Weights rotated on disk, inputs rotated while running: the same model."""
+    from lowbit.calibration.rotation import apply_hadamard
+
+    cls, config = tiny("llama")
+    config.intermediate_size = 128
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    want = logits(model, inputs("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.copy_(apply_hadamard(layer.mlp.down_proj.weight))
+    rotated = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    file = tmp_path / "out/config.json"
+    config = json.loads(file.read_text())
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": names}}))
+    loaded = load(tmp_path / "out")
+    got = logits(loaded, inputs("llama"))
+    assert (got - want).norm() < 0.1 * (rotated - want).norm()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), inputs("llama")), got)
+    file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": ["lm_head"]}}))
+    with pytest.raises(InputError, match="not a quantized Linear"):
+        load(tmp_path / "out")
