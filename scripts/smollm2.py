@@ -41,7 +41,11 @@ def write_smollm2(out: Path, dtype: str = "bfloat16") -> Path:
     plain.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.eos_token = "<|im_end|>"
-    ids = {"eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"), "pad_token_id": 2, "bos_token_id": 1}
+    ids = {
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+    }
     for key, value in ids.items():
         setattr(plain.config, key, value)
         setattr(plain.generation_config, key, value)
@@ -52,7 +56,9 @@ def write_smollm2(out: Path, dtype: str = "bfloat16") -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     arguments = parser.parse_args()

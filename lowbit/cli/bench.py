@@ -60,8 +60,8 @@ def bench(
     if json:
         print_json({
             "checkpoint": str(out), "device": str(model.device), "dtype": shown_dtype,
-            "threads": torch.get_num_threads(), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
-            "load_seconds": round(seconds, 3), "results": rows,
+            "threads": torch.get_num_threads(), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens,
+            "repeats": repeats, "load_seconds": round(seconds, 3), "results": rows,
         })  # fmt: skip
         return
     print(

@@ -99,7 +99,7 @@ def convert(
         return
     if done.resumed_jobs:
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
-    share = decided.output_bytes / max(decided.source_bytes, 1)
+    share = decided.output_bytes / max(decided.source.nbytes, 1)
     print(
         f"wrote {out}: {say_bytes(decided.output_bytes)} ({share:.0%} of the source) in {done.seconds:.1f} s, "
         f"{done.bytes_per_second / 1e9:.2f} GB/s"

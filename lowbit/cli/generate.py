@@ -63,5 +63,6 @@ def generate(
         print_json({
             "prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": count,
             "new_tokens": int(new.numel()), "seconds": round(spent, 3),
-            "tokens_per_second": round(new.numel() / spent, 2), "load_seconds": round(seconds, 3), "weight_bytes": weight_bytes(model),
+            "tokens_per_second": round(new.numel() / spent, 2), "load_seconds": round(seconds, 3),
+            "weight_bytes": weight_bytes(model),
         })  # fmt: skip
