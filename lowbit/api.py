@@ -13,6 +13,7 @@ from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.jobs import Replacements
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rules import Selection
+from lowbit.errors import InputError
 from lowbit.scheme import Scheme
 
 if TYPE_CHECKING:  # it loads the compiled loops, which planning does not need
@@ -197,9 +198,24 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
     tensors = {
         name: TensorRef(name, t.dtype, t.shape, t.file, t.start) for name, t in calibration.tensors.items()
     }
+    overrides = dict(calibration.config_overrides)
+    if online := [m for report in calibration.layers.values() for m in report.get("online_hadamard", [])]:
+        _check_online_hadamard(online, tensors)
+        overrides["lowbit"] = {"online_hadamard": online}
     return Replacements(
         tensors=tensors,
         module_schemes=calibration.module_schemes,
-        config_overrides=calibration.config_overrides,
+        config_overrides=overrides,
         label=f"{calibration.method} {store.fingerprint(path) if tensors else ''}",
     )
+
+
+def _check_online_hadamard(modules: Sequence[str], tensors: Mapping[str, TensorRef]) -> None:
+    """InputError where no runtime could undo the rotation that a calibration put into these weights."""
+    for module in modules:
+        inputs = tensors[f"{module}.weight"].shape[-1]
+        if inputs & (inputs - 1):
+            raise InputError(
+                f"{module}: its weight is rotated for an online Hadamard of {inputs} inputs, and lowbit's modules "
+                "run powers of two only; calibrate with a method without it, such as rotate-gptq"
+            )

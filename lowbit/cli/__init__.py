@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from lowbit.cli import bench, calibrate, checkpoint, convert, evaluate, generate, search
+from lowbit.cli import bench, calibrate, checkpoint, convert, evaluate, generate, kernels, search
 
 app = typer.Typer(
     name="lowbit",
@@ -30,6 +30,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("search")(search.search)
 app.command("generate")(generate.generate)
 app.command("bench")(bench.bench)
+app.add_typer(kernels.app, name="kernels")
 
 
 def _version(wanted: bool) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint directory.")],
+    src: Annotated[
+        Path | None, typer.Argument(metavar="SRC", help="Checkpoint directory.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="CALIB", help="New directory for the calibration.")
     ] = None,
@@ -83,6 +85,8 @@ def calibrate(
         rows = {m.name: m.describe() for m in METHODS.values()}
         print_json(rows) if json else print("\n".join(f"{n:20} {d}" for n, d in rows.items()))
         return
+    if src is None:
+        raise InputError("expected the checkpoint to calibrate, found no SRC; give its directory")
     if out is None:
         raise InputError("expected where to write, found no --out; give one, such as -o CALIB")
     given = {"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {}
@@ -178,7 +182,9 @@ def _say(out: Path, report: dict[str, Any]) -> None:
     for name in report["fallbacks"][:10]:
         print(f"rounded without data: {name}")
     if report["online_hadamard"]:
-        print("the engine must rotate the input of down_proj (transform_config in config.json says so)")
+        print(
+            "down_proj needs its input rotated while running: lowbit's own modules do it, other engines do not"
+        )
 
 
 @contextmanager
