@@ -176,6 +176,7 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoTokenizer
 
+    from lowbit import ops
     from lowbit.evaluate.metrics import perplexity
 
     src = smollm2(work)
@@ -188,29 +189,33 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         "Once upon a time, there was",
     ]
     rows: list[dict[str, Any]] = []
-    made: dict[str, list[list[int]]] = {}
 
-    def look(name: str, model: Any) -> dict[str, Any]:
-        begin = time.perf_counter()
-        score = perplexity(model, ids, length=512)
-        made[name] = []
+    def greedy(model: Any) -> list[list[int]]:
+        found = []
         for prompt in prompts:
             batch = tokenizer(prompt, return_tensors="pt")
             with torch.inference_mode():
                 out = model.generate(**batch, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-            made[name].append(out[0, batch["input_ids"].shape[1] :].tolist())
-        rows.append({"model": name, "perplexity": score})
+            found.append(out[0, batch["input_ids"].shape[1] :].tolist())
+        return found
+
+    def look(name: str, model: Any) -> dict[str, Any]:
+        begin = time.perf_counter()
+        rows.append({"model": name, "perplexity": perplexity(model, ids, length=512)})
         print(json.dumps(rows[-1]), f"{time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         return rows[-1]
 
     base = look("BF16 weights, float32 arithmetic", build("fp32", src, work))
     for scheme in ("int8", "fp8"):
         out = convert(src, work / f"{src.name}-{scheme}", scheme)
-        mine = look(f"lowbit {scheme}", build(f"lowbit {scheme}", src, work))
+        model = build(f"lowbit {scheme}", src, work)
+        mine = look(f"lowbit {scheme}", model)
+        # The reference sums exactly, in float64. A simulation in float32 is no twin token by token:
+        # its rounding tips codes, and the layers amplify that to the size of the quantization error.
+        fast = greedy(model)
+        with ops.use_implementation("reference"):
+            mine["greedy tokens as the float64 reference"] = _agreement(fast, greedy(model))
         look(f"the same, simulated in float32 ({scheme})", _fake_quantized(out))
-        mine["same_greedy_tokens"] = _agreement(
-            made[f"lowbit {scheme}"], made[f"the same, simulated in float32 ({scheme})"]
-        )
         look(f"compressed-tensors {scheme}", _compressed_tensors(out))
     for row in rows:
         row["change"] = f"{row['perplexity'] / base['perplexity'] - 1:+.2%}"
