@@ -5,7 +5,7 @@ also lets them answer for `compressed-tensors` and `fp8` where lowbit runs the s
 does not run (4-bit weights, say) stays with transformers' own quantizers. transformers does
 the renaming, mapping of files, dispatch to devices and saving; nothing of it is repeated here.
 
-`import lowbit` calls `register_on_import`, which costs nothing until transformers is imported.
+`lowbit.register()` is the explicit call; `register_on_import` waits for transformers to be imported.
 """
 
 from __future__ import annotations
