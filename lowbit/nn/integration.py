@@ -10,50 +10,10 @@ the renaming, mapping of files, dispatch to devices and saving; nothing of it is
 
 from __future__ import annotations
 
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 _METHODS = ("compressed-tensors", "fp8")
-_REGISTRY = "transformers.quantizers.auto"
 _replaced: dict[str, Any] = {}
-
-
-class _AfterImport(MetaPathFinder, Loader):
-    """Calls `register` once transformers' registry has been imported."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _REGISTRY:
-            return None
-        sys.meta_path.remove(self)
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
-        spec = next((s for s in specs if s is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        self._loader = spec.loader
-        spec.loader = self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        module.__spec__.loader = self._loader  # type: ignore[union-attr]
-        register()
-
-
-_finder = _AfterImport()
-
-
-def register_on_import() -> None:
-    """Register now if transformers is there already, else as soon as it is imported."""
-    if _REGISTRY in sys.modules:
-        register()
-    elif _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
 
 
 def register_names() -> None:
@@ -86,8 +46,7 @@ class _Answering:
         self.__name__ = own.__name__
 
     def from_dict(self, config: dict[str, Any], **kwargs: Any) -> Any:
-        # Here and not at registration: this module is imported with transformers still half loaded.
-        from lowbit.nn.quantizer import LowbitConfig, runs
+            from lowbit.nn.quantizer import LowbitConfig, runs
 
         register_names()
         if not runs({"quant_method": self.method, **config}):
@@ -101,8 +60,6 @@ class _Answering:
 
 def unregister() -> None:
     """Give `compressed-tensors` and `fp8` back to transformers' own quantizers."""
-    if _finder in sys.meta_path:
-        sys.meta_path.remove(_finder)
     if _replaced:
         from transformers.quantizers import auto
 

@@ -204,22 +204,23 @@ def test_what_lowbit_does_not_run_stays_with_transformers(on_lowbit):
     assert config.to_dict() == four_bits
 
 
-HOOK = """
+REGISTER = """
 import sys
-from lowbit.nn.integration import register_on_import
-register_on_import()
+import lowbit
+import lowbit.nn.integration
 assert "torch" not in sys.modules and "transformers" not in sys.modules
+lowbit.register()
 import transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(sorted({type(m).__name__ for m in model.modules() if "Quant" in type(m).__name__}))
 """
 
 
-def test_registers_when_transformers_is_imported(tmp_path):
+def test_register_is_asked_for_and_light_until_then(tmp_path):
     build("llama").save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
     done = subprocess.run(
-        [sys.executable, "-c", HOOK, tmp_path / "out"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", REGISTER, tmp_path / "out"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['QuantLinear']"
