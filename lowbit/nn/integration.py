@@ -5,7 +5,8 @@ also lets them answer for `compressed-tensors` and `fp8` where lowbit runs the s
 does not run (4-bit weights, say) stays with transformers' own quantizers. transformers does
 the renaming, mapping of files, dispatch to devices and saving; nothing of it is repeated here.
 
-`lowbit.register()` is the explicit call; `register_on_import` waits for transformers to be imported.
+Importing this module loads nothing; `lowbit.register()` is asked for explicitly, since it changes
+what transformers loads with.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class _Answering:
         self.__name__ = own.__name__
 
     def from_dict(self, config: dict[str, Any], **kwargs: Any) -> Any:
-            from lowbit.nn.quantizer import LowbitConfig, runs
+        from lowbit.nn.quantizer import LowbitConfig, runs
 
         register_names()
         if not runs({"quant_method": self.method, **config}):
