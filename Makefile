@@ -58,7 +58,7 @@ bench-cpu: $(VENV)/.base
 	$(BIN)/python scripts/bench_cpu.py --markdown > benchmarks/cpu.md
 
 bench-models: $(VENV)/.test
-	$(BIN)/python scripts/bench_models.py all --write benchmarks/models.md
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_models.py all --work .bench --write benchmarks/models.md
 
 bench-calibration: $(VENV)/.test
 	$(BIN)/python scripts/bench_calibration.py --work .bench/calibration --seeds 0 1 2 --out benchmarks/calibration.md \
@@ -75,7 +75,7 @@ kernel-table: $(VENV)/.base ascend-env
 	$(BIN)/lowbit kernels compile --markdown > docs/kernels.md
 
 mutate-kernels: $(VENV)/.test
-	$(BIN)/python scripts/mutate_kernels.py
+	$(BIN)/python scripts/mutate_kernels.py --jobs 2
 
 clean:
 	rm -rf .demo .bench build *.egg-info
