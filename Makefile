@@ -55,7 +55,8 @@ bench-convert: $(VENV)/.base
 	  $(if $(wildcard .venv-peer/.done),--peer .venv-peer/bin/python)
 
 bench-cpu: $(VENV)/.base
-	$(BIN)/python scripts/bench_cpu.py --markdown > benchmarks/cpu.md
+	$(BIN)/python scripts/bench_cpu.py
+	$(BIN)/python scripts/bench_cpu.py --avx2
 
 bench-models: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_models.py all --work .bench --write benchmarks/models.md
