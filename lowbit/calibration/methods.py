@@ -159,8 +159,8 @@ _PRESETS = (
     ),
     Method(
         name="rotate-gptq-static", rotate="hadamard", rotate_heads=True, smooth="search", smooth_joints=("up-down",),
-        rounding=_GPTQ, activation_range="output", dynamic_below=20.0,
-        summary="as rotate-gptq, static ranges of least output error",
+        rounding=_GPTQ, activation_range="absmax", dynamic_below=30.0,
+        summary="as rotate-gptq, static ranges; what keeps less than 30 dB (mostly down_proj) stays dynamic",
     ),
     Method(
         name="rotate-gptq-online", rotate="hadamard", rotate_heads=True, online_hadamard=True, rounding=_GPTQ,
