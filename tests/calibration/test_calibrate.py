@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
     source, scheme = checkpoints["qwen3_moe"], get_scheme("int8-static")
     for method in (METHODS["gptq"], METHODS["smoothquant"]):
         whole = calibrate(source, tmp_path / f"whole-{method.name}", scheme, method, windows)
-        original, calls = module._calibrate_layer, []
+        original, calls = module.calibrate_layer, []
 
         def dies(run, index, *, need_output, original=original, calls=calls):
             calls.append(index)
@@ -118,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
                 raise KeyboardInterrupt
             return original(run, index, need_output=need_output)
 
-        monkeypatch.setattr(module, "_calibrate_layer", dies)
+        monkeypatch.setattr(module, "calibrate_layer", dies)
         out = tmp_path / f"killed-{method.name}"
         with pytest.raises(KeyboardInterrupt):
             calibrate(source, out, scheme, method, windows)
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
         resumed = calibrate(source, out, scheme, method, windows)
         assert calls[3:] == ([2] if method.propagate else [0, 1, 2])
         assert resumed.complete and (out / "layer-00001.safetensors").stat().st_mtime_ns == before
-        monkeypatch.setattr(module, "_calibrate_layer", original)
+        monkeypatch.setattr(module, "calibrate_layer", original)
         expected, found = tensors_of(whole), tensors_of(resumed)
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
@@ -262,16 +262,16 @@ def test_modules_that_no_static_scale_fits_are_left_dynamic(checkpoints, windows
         assert found.has(f"{name}.input_scale") == (name not in left)
     fixed = calibrate(source, tmp_path / "s", scheme, replace(method, dynamic_below=None), windows)
     assert kl(source, found, windows[:4]) < kl(source, fixed, windows[:4])
-    original = module._calibrate_layer
+    original = module.calibrate_layer
 
     def dies(run, index, *, need_output):
         if index == 2:
             raise KeyboardInterrupt
         return original(run, index, need_output=need_output)
 
-    monkeypatch.setattr(module, "_calibrate_layer", dies)
+    monkeypatch.setattr(module, "calibrate_layer", dies)
     with pytest.raises(KeyboardInterrupt):
         calibrate(source, tmp_path / "k", scheme, method, windows)
-    monkeypatch.setattr(module, "_calibrate_layer", original)
+    monkeypatch.setattr(module, "calibrate_layer", original)
     resumed = calibrate(source, tmp_path / "k", scheme, method, windows)
     assert resumed.module_schemes == found.module_schemes
