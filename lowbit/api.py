@@ -13,7 +13,6 @@ from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.jobs import Replacements
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rules import Selection
-from lowbit.errors import InputError
 from lowbit.scheme import Scheme
 
 if TYPE_CHECKING:  # it loads the compiled loops, which planning does not need
@@ -199,23 +198,19 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
         name: TensorRef(name, t.dtype, t.shape, t.file, t.start) for name, t in calibration.tensors.items()
     }
     overrides = dict(calibration.config_overrides)
+    notes = []
     if online := [m for report in calibration.layers.values() for m in report.get("online_hadamard", [])]:
-        _check_online_hadamard(online, tensors)
-        overrides["lowbit"] = {"online_hadamard": online}
+        # lowbit's modules rotate the input in the largest blocks that a power of two divides it into.
+        inputs = {m: tensors[f"{m}.weight"].shape[-1] for m in online}
+        overrides["lowbit"] = {"online_hadamard": {m: n & -n for m, n in inputs.items()}}
+        notes.append(
+            f"{len(online)} modules need their input rotated while running (online Hadamard): only lowbit does "
+            "that, any other engine would compute nonsense; use rotate-gptq for those"
+        )
     return Replacements(
         tensors=tensors,
         module_schemes=calibration.module_schemes,
         config_overrides=overrides,
+        notes=tuple(notes),
         label=f"{calibration.method} {store.fingerprint(path) if tensors else ''}",
     )
-
-
-def _check_online_hadamard(modules: Sequence[str], tensors: Mapping[str, TensorRef]) -> None:
-    """InputError where no runtime could undo the rotation that a calibration put into these weights."""
-    for module in modules:
-        inputs = tensors[f"{module}.weight"].shape[-1]
-        if inputs & (inputs - 1):
-            raise InputError(
-                f"{module}: its weight is rotated for an online Hadamard of {inputs} inputs, and lowbit's modules "
-                "run powers of two only; calibrate with a method without it, such as rotate-gptq"
-            )

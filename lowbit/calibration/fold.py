@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.graph import LayerGraph, Norm, Pair
-from lowbit.calibration.rotation import Rotation, apply_hadamard
+from lowbit.calibration.rotation import Rotation, apply_hadamard, apply_online_hadamard
 from lowbit.errors import InputError
 
 
@@ -116,10 +116,10 @@ def rotate_residual(layer: nn.Module, graph: LayerGraph, rotation: Rotation) -> 
 
 @torch.no_grad()
 def rotate_input(layer: nn.Module, names: Iterable[str]) -> None:
-    """W → W·H for modules whose input will be rotated by H online (see `rotation.apply_hadamard`)."""
+    """W → W·H for modules whose input will be rotated by H online (see `rotation.apply_online_hadamard`)."""
     for name in names:
         weight = _weight(layer, name)
-        weight.copy_(apply_hadamard(weight))
+        weight.copy_(apply_online_hadamard(weight))
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

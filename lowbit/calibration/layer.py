@@ -15,7 +15,7 @@ from lowbit.calibration.gptq import RoundingOptions, compensate, round_group
 from lowbit.calibration.graph import LayerGraph, Pair
 from lowbit.calibration.methods import Method
 from lowbit.calibration.observers import observed_range
-from lowbit.calibration.rotation import Rotation, has_hadamard
+from lowbit.calibration.rotation import Rotation, has_hadamard, online_block
 from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
 from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
 from lowbit.calibration.statistics import InputStatistics, Wanted, token_errors
@@ -23,6 +23,8 @@ from lowbit.errors import InputError
 from lowbit.quantize import Quantized, scale_from_range
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
+SMALLEST_BLOCK = 16
+"""Of an online rotation: a smaller one spreads an outlier over too few values to be worth its time."""
 SAMPLE_ROWS = 384
 """Tokens that searches are scored on."""
 
@@ -58,10 +60,10 @@ def transform(layer: nn.Module, graph: LayerGraph, method: Method, rotation: Rot
 
 
 def online_modules(layer: nn.Module, graph: LayerGraph) -> list[str]:
-    """The down projections whose input can be rotated by a Hadamard matrix."""
+    """The down projections whose input can be rotated by a Hadamard matrix in blocks worth having."""
     return [
         n for n in graph.linears
-        if n.rpartition(".")[2] == "down_proj" and has_hadamard(layer.get_submodule(n).in_features)  # type: ignore[arg-type]
+        if n.rpartition(".")[2] == "down_proj" and online_block(layer.get_submodule(n).in_features) >= SMALLEST_BLOCK  # type: ignore[arg-type]
     ]  # fmt: skip
 
 

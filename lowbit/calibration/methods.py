@@ -22,7 +22,7 @@ class Method:
     rotate_heads: bool = False
     """Rotate every value head, folded into v_proj and o_proj."""
     online_hadamard: bool = False
-    """Rotate the input of down_proj while running: the engine must do it (a transform_config says so)."""
+    """Rotate the input of down_proj while running. lowbit's modules do (config.json names them); engines do not."""
     smooth: float | Literal["none", "search"] = "none"
     """SmoothQuant's α, or searched per joint."""
     smooth_joints: tuple[str, ...] = ("norm", "v-o", "up-down")

@@ -93,6 +93,19 @@ def apply_hadamard(x: Tensor) -> Tensor:
     return (y / math.sqrt(n)).reshape(x.shape)
 
 
+def online_block(n: int) -> int:
+    """Size of the blocks in which n inputs are rotated while running: the largest power of two that divides n.
+
+    Power-of-two blocks are what the operator `lowbit::hadamard` and its kernels run, for n = 3 · 512 too.
+    """
+    return n & -n
+
+
+def apply_online_hadamard(x: Tensor) -> Tensor:
+    """x[…, n] times the orthonormal Hadamard matrix, block by block of `online_block(n)`. Keeps the dtype."""
+    return apply_hadamard(x.unflatten(-1, (-1, online_block(x.shape[-1])))).flatten(-2)
+
+
 @dataclass(frozen=True)
 class Rotation:
     """An orthogonal Q of size n: x ↦ x·Q. Random signs and then a Hadamard matrix, or a dense matrix."""

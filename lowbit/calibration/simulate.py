@@ -67,9 +67,9 @@ class ActivationQuantizer:
             return last[1]
         y = x
         if self.hadamard:
-            from lowbit.calibration.rotation import apply_hadamard
+            from lowbit.calibration.rotation import apply_online_hadamard
 
-            y = apply_hadamard(y)
+            y = apply_online_hadamard(y)
         if self.spec is not None:
             y = fake_quantize(y, self.spec, self.scale, self.zero)
         self._last = (x, y)

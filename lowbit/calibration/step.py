@@ -29,7 +29,7 @@ from lowbit.calibration.layer import (
 )
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
-from lowbit.calibration.rotation import Rotation, apply_hadamard
+from lowbit.calibration.rotation import Rotation, apply_online_hadamard
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.statistics import InputStatistics, Wanted, collect
 from lowbit.errors import InputError
@@ -108,7 +108,7 @@ def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[st
     wanted = wanted_statistics(method, activations)
     statistics: dict[str, InputStatistics] = {}
     kv = {} if run.kv_cache is None else {n: KVObserver(run.kv_cache) for n, _ in attentions(layer)}
-    prepare: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(online, apply_hadamard)
+    prepare: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(online, apply_online_hadamard)
     for module in experts.values():
         module.token_counts.zero_()  # tracing and checking ran a few tokens too
     # Transforms are exact, so where the next layer is to see unquantized inputs, what this pass puts

@@ -76,6 +76,8 @@ class Replacements:
     """Modules with a scheme of their own; None: kept in float."""
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     kv_cache: TensorSpec | None = None
+    notes: tuple[str, ...] = ()
+    """Warnings for whoever converts with it."""
     label: str = ""
     """Where it comes from, for the manifest."""
 

@@ -87,6 +87,8 @@ def make_plan(
         f"pattern {p!r} matches no module; check it against `lowbit inspect`"
         for p in unmatched(selection, decisions)
     ]
+    if replacements:
+        warnings += replacements.notes
     planner = Planner(source, stored, scheme, target, main_dtype, replacements)
     for module, decision in decisions.items():
         planner.add_module(module, decision)

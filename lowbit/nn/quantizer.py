@@ -288,20 +288,20 @@ def _swap_linear(
 
 
 def _rotate_inputs(model: Any, find: _Finder) -> None:
-    """Where config.json says `"lowbit": {"online_hadamard": [modules]}`, x is rotated as their weights were."""
-    for name in (getattr(model.config, "lowbit", None) or {}).get("online_hadamard", []):
+    """Where config.json says `"lowbit": {"online_hadamard": {module: block}}`, x is rotated as the weight was."""
+    for name, block in (getattr(model.config, "lowbit", None) or {}).get("online_hadamard", {}).items():
         path = find.module(name + ".weight")
         module = None if path is None else find.modules[path]
         if not isinstance(module, QuantLinear):
             raise InputError(
                 f"{name}: its weight is rotated (online_hadamard), but it is not a quantized Linear here"
             )
-        if module.in_features & (module.in_features - 1):
+        if block < 1 or block & (block - 1) or module.in_features % block:
             raise InputError(
-                f"{name}: expected a power of two of inputs for an online Hadamard, found {module.in_features}; "
-                "calibrate with a method without it"
+                f"{name}: expected blocks of a power of two that divides {module.in_features} for an online "
+                f"Hadamard, found {block}; calibrate again"
             )
-        module.hadamard = module.in_features
+        module.hadamard = block
 
 
 def format_for(stored: StoredModule) -> str:

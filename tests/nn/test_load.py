@@ -290,28 +290,53 @@ def test_scales_of_a_kv_cache_are_passed_over(tmp_path, caplog):
 
 def test_online_hadamard(tmp_path):
     """Weights rotated on disk, inputs rotated while running: the same model."""
-    from lowbit.calibration.rotation import apply_hadamard
+    from lowbit.calibration.rotation import apply_online_hadamard
 
     cls, config = tiny("llama")
-    config.intermediate_size = 128
+    config.intermediate_size = 192
     torch.manual_seed(0)
     model = cls(config).eval()
     want = logits(model, inputs("llama"))
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.mlp.down_proj.weight.copy_(apply_hadamard(layer.mlp.down_proj.weight))
+            layer.mlp.down_proj.weight.copy_(apply_online_hadamard(layer.mlp.down_proj.weight))
     rotated = logits(model, inputs("llama"))
     model.save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
     file = tmp_path / "out/config.json"
     config = json.loads(file.read_text())
-    names = [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    names = {f"model.layers.{i}.mlp.down_proj": 64 for i in (0, 1)}
     file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": names}}))
     loaded = load(tmp_path / "out")
     got = logits(loaded, inputs("llama"))
     assert (got - want).norm() < 0.1 * (rotated - want).norm()
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again"), inputs("llama")), got)
-    file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": ["lm_head"]}}))
+    file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": {"lm_head": 64}}}))
     with pytest.raises(InputError, match="not a quantized Linear"):
         load(tmp_path / "out")
+
+
+def test_a_calibration_with_an_online_hadamard_converts_and_runs(tmp_path):
+    from lowbit.calibration.calibrate import calibrate
+    from lowbit.calibration.methods import METHODS
+    from lowbit.scheme import get_scheme
+
+    cls, config = tiny("llama")
+    config.intermediate_size = 192
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    want = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path / "src")
+    windows = list(torch.randint(0, config.vocab_size, (8, 32)))
+    calibrate(
+        tmp_path / "src", tmp_path / "calib", get_scheme("int8"), METHODS["rotate-gptq-online"], windows
+    )
+    done = lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    assert any("online Hadamard" in w for w in done.plan.warnings)
+    found = logits(load(tmp_path / "out"), inputs("llama"))
+    assert (found - want).norm() < 0.05 * want.norm()
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "lowbit"}))
+    unrotated = logits(load(tmp_path / "out"), inputs("llama"))
+    assert (unrotated - want).norm() > 5 * (found - want).norm()
