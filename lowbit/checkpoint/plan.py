@@ -104,10 +104,12 @@ def make_plan(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
         for job in planner.jobs_in_order()
     )
-    ignored = tuple(
-        m for m, d in decisions.items()
-        if m not in planner.schemes and len(planner.shape_of(m)) == 2 and d.role not in ("embedding", "norm", "conv")
-    )  # fmt: skip
+    # Engines build experts that are fused on disk as one module, the parent of their tensors.
+    ignored = tuple(dict.fromkeys(
+        m.rpartition(".")[0] if d.role == "experts-3d" else m for m, d in decisions.items()
+        if m not in planner.schemes and (d.role == "experts-3d" or len(planner.shape_of(m)) == 2)
+        and d.role not in ("embedding", "norm", "conv")
+    ))  # fmt: skip
     layout = Layout(
         modules=planner.schemes,
         ignored=_with_tied_head(ignored, source),

@@ -492,6 +492,7 @@ def test_fused_3d_experts_stay_and_are_said_to(tmp_path):
     done = lowbit.convert(src, tmp_path / "out", "int8")
     check_output(tmp_path / "out", tensors | experts, done.plan)
     assert "3-D tensor" in done.plan.decisions["model.layers.0.mlp.experts.down_proj"].reason
+    assert "model.layers.0.mlp.experts" in done.plan.config["quantization_config"]["ignore"]
     assert lowbit.inspect(src).experts == 4
 
 
