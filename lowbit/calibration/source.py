@@ -7,21 +7,28 @@ covers is read from its shape beside the weight's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lowbit.checkpoint.execute import read_bytes
+from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.errors import InputError
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
 from lowbit.quantize import scale_as_float
 
 _SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 _CODE_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 class Source:
@@ -29,31 +36,27 @@ class Source:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        config = self.path / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(
-                f"expected a checkpoint directory with a config.json, found none in {self.path}"
+        checkpoint = open_checkpoint(path)
+        if not checkpoint.config:
+            raise InputError(
+                f"{path}: expected a config.json that says what model this is, found none; add it"
             )
-        self.config: dict[str, Any] = json.loads(config.read_text())
-        self._files = _index(self.path)
-        self._open: dict[Path, Any] = {}
+        self.config: dict[str, Any] = checkpoint.config
+        self._refs = checkpoint.tensors
 
     @property
     def names(self) -> Iterable[str]:
-        return self._files.keys()
+        return self._refs.keys()
 
     def has(self, name: str) -> bool:
-        return name in self._files
+        return name in self._refs
 
     def raw(self, name: str) -> Tensor:
-        """The tensor as stored."""
-        try:
-            file = self._files[name]
-        except KeyError:
-            raise KeyError(f"expected tensor {name} in {self.path}, found no such name") from None
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
-        return self._open[file].get_tensor(name)
+        """The tensor as stored: read, not mapped, since mapped pages of a large file count as this process's."""
+        ref = self._refs.get(name)
+        if ref is None:
+            raise KeyError(f"expected tensor {name} in {self.path}, found no such name")
+        return torch.from_numpy(read_bytes(ref)).view(_TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
 
     def has_weight(self, module: str) -> bool:
         return self.has(f"{module}.weight") or self.has(f"{module}.weight_packed")
@@ -80,7 +83,9 @@ class Source:
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Any tensor by its name; a `.weight` is decoded as `weight` does."""
-        if name.endswith(".weight") and not (self.has(name) and self.raw(name).dtype not in _CODE_DTYPES):
+        if name.endswith(".weight") and not (
+            self.has(name) and _TORCH_DTYPES[self._refs[name].dtype] not in _CODE_DTYPES
+        ):
             return self.weight(name.removesuffix(".weight"), dtype)
         return self.raw(name).to(dtype)
 
@@ -126,21 +131,3 @@ class Source:
         rows, cols = (int(n) for n in self.raw(f"{module}.weight_shape"))
         codes = packed.view(torch.uint8).reshape(rows, -1)[:, :cols].to(torch.float32) - 128.0
         return self._decode(codes, self.raw(f"{module}.weight_scale").to(torch.float32), module)
-
-
-def _index(path: Path) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {name: path / file for name, file in weight_map.items()}
-        missing = sorted({f.name for f in files.values() if not f.is_file()})
-        if missing:
-            raise FileNotFoundError(f"expected every shard of {index}, found these missing: {missing[:5]}")
-    else:
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as stream:  # type: ignore[no-untyped-call]
-                files.update(dict.fromkeys(stream.keys(), file))
-    if not files:
-        raise FileNotFoundError(f"expected safetensors files in {path}, found none")
-    return files
