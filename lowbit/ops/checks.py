@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,10 @@ CODES = (torch.int8, torch.float8_e4m3fn)
 ACTIVATIONS = ("none", "token", "group", "group_pow2", "tensor")
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """ValueError unless `condition`. The message is made only then: making it costs more than a small product."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def check_linear(
@@ -23,54 +26,65 @@ def check_linear(
     name = "linear_grouped" if experts else "linear"
     require(
         x.dim() >= 1 and x.dtype in FLOATS,
-        f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
+        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
     )
     require(
         activations in ACTIVATIONS,
-        f"expected activations to be one of {', '.join(ACTIVATIONS)}, found {activations!r}",
+        lambda: f"expected activations to be one of {', '.join(ACTIVATIONS)}, found {activations!r}",
     )
     check_weight(x.shape[-1], weight, weight_scale, block, experts)
     static = activations == "tensor"
     require(
         (input_scale is not None) == static,
-        f"expected input_scale with activations='tensor' and only then, found activations={activations!r} "
-        f"and input_scale {'given' if input_scale is not None else 'missing'} in lowbit::{name}",
+        lambda: (
+            f"expected input_scale with activations='tensor' and only then, found activations={activations!r} "
+            f"and input_scale {'given' if input_scale is not None else 'missing'} in lowbit::{name}"
+        ),
     )
     if input_scale is not None:
         require(
-            input_scale.numel() == 1, f"expected input_scale of shape [1], found {list(input_scale.shape)}"
+            input_scale.numel() == 1,
+            lambda: f"expected input_scale of shape [1], found {list(input_scale.shape)}",
         )
     if input_zero_point is not None:
         require(
             static and weight.dtype == torch.int8 and input_zero_point.numel() == 1,
-            "expected input_zero_point [1] only with static activations and int8 weights, "
-            f"found {list(input_zero_point.shape)} with activations={activations!r} and {weight.dtype}",
+            lambda: (
+                "expected input_zero_point [1] only with static activations and int8 weights, "
+                f"found {list(input_zero_point.shape)} with activations={activations!r} and {weight.dtype}"
+            ),
         )
     if bias is not None:
         shape = [weight.shape[0], weight.shape[-2]] if experts else [weight.shape[-2]]
-        require(list(bias.shape) == shape, f"expected bias of shape {shape}, found {list(bias.shape)}")
+        require(
+            list(bias.shape) == shape, lambda: f"expected bias of shape {shape}, found {list(bias.shape)}"
+        )
 
 
 def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int], experts: bool) -> None:
     rank = 3 if experts else 2
     require(
         weight.dtype in (*CODES, torch.int32),
-        f"expected a weight of int8, float8_e4m3fn or packed int32, found {weight.dtype}",
+        lambda: f"expected a weight of int8, float8_e4m3fn or packed int32, found {weight.dtype}",
     )
     require(
         weight.dim() == rank,
-        f"expected a weight {'[E, N, K]' if experts else '[N, K]'}, found {list(weight.shape)}",
+        lambda: f"expected a weight {'[E, N, K]' if experts else '[N, K]'}, found {list(weight.shape)}",
     )
     stored = -(-k // 4) if weight.dtype == torch.int32 else k
     require(
         weight.shape[-1] == stored,
-        f"expected a weight with {stored} columns for inputs of {k} features, found {list(weight.shape)} "
-        "(weights are [out_features, in_features], not transposed)",
+        lambda: (
+            f"expected a weight with {stored} columns for inputs of {k} features, found {list(weight.shape)} "
+            "(weights are [out_features, in_features], not transposed)"
+        ),
     )
     require(
         len(block) == 2 and min(block) >= 0 and (block[0] > 0 or block[1] == 0),
-        f"expected block=[rows, columns] that share a weight scale, 0 for all of them, found {list(block)}; "
-        "[0, 0] per tensor, [1, 0] per channel, [1, g] per group, [128, 128] per block",
+        lambda: (
+            f"expected block=[rows, columns] that share a weight scale, 0 for all of them, found {list(block)}; "
+            "[0, 0] per tensor, [1, 0] per channel, [1, g] per group, [128, 128] per block"
+        ),
     )
     leading = [weight.shape[0]] if experts else []
     if not block[0]:
@@ -79,19 +93,21 @@ def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int],
         shape = [*leading, -(-weight.shape[-2] // block[0]), -(-k // block[1]) if block[1] else 1]
     require(
         list(weight_scale.shape) == shape,
-        f"expected weight_scale of shape {shape} for a weight {list(weight.shape)} with block={list(block)}, "
-        f"found {list(weight_scale.shape)}",
+        lambda: (
+            f"expected weight_scale of shape {shape} for a weight {list(weight.shape)} with block={list(block)}, "
+            f"found {list(weight_scale.shape)}"
+        ),
     )
     require(
         weight_scale.dtype in (*FLOATS, torch.uint8, torch.float8_e8m0fnu),
-        f"expected weight_scale of float32 (or E8M0 bytes as uint8), found {weight_scale.dtype}",
+        lambda: f"expected weight_scale of float32 (or E8M0 bytes as uint8), found {weight_scale.dtype}",
     )
 
 
 def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
     require(
         x.dim() >= 1 and x.dtype in FLOATS,
-        f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
+        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
     )
-    require(dtype in CODES, f"expected dtype int8 or float8_e4m3fn, found {dtype}")
-    require(group >= 0, f"expected a group of at least 0 elements (0: the whole row), found {group}")
+    require(dtype in CODES, lambda: f"expected dtype int8 or float8_e4m3fn, found {dtype}")
+    require(group >= 0, lambda: f"expected a group of at least 0 elements (0: the whole row), found {group}")

@@ -15,9 +15,10 @@ import ctypes
 import importlib.util
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,14 @@ _BLOCK_ROWS, _BLOCK_COLS = 64, 48
 _PARALLEL_FROM = 1 << 16  # elements to prepare before threads are worth waking
 _PARALLEL_PRODUCT = 1 << 18  # multiplications that are worth it
 _WORKSPACE_KEPT = 64 << 20
+
+_KEPT_ROWS, _KEPT_CALLS = 16, 4096
+
+_PREPARE, _MATMUL = ctypes.c_int64 * len(P), ctypes.c_int64 * len(M)
+# As plain numbers: a member of an enum costs several times as much as an index.
+_P_X, _P_A, _P_SCALE, _P_SCRATCH, _P_ONES = (int(p) for p in (P.X, P.A, P.SCALE, P.SCRATCH, P.ONES))
+_M_A, _M_OUT, _M_ONES, _M_A_SCALE, _M_SCRATCH = (int(m) for m in (M.A, M.OUT, M.ONES, M.A_SCALE, M.SCRATCH))
+_M_BLOCKS, _M_BLOCK_COUNT, _M_BLOCK_ROWS = int(M.BLOCKS), int(M.BLOCK_COUNT), int(M.BLOCK_ROWS)
 
 _local = threading.local()
 
@@ -107,40 +116,34 @@ class _Layout:
         return self.groups * self.padded
 
 
-def _prepare(
-    x: Tensor, *, target: int, kind: int, layout: _Layout, row_bytes: int, activations: Activations,
-    mode: int, scale_out: int, ones: int, extra_rows: int,
-) -> None:  # fmt: skip
-    from lowbit.ops import cpu_kernels
-
-    rows, k = x.shape
-    threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
-    slot = _up(4 * layout.group, 64)
-    scratch = torch.empty(threads * slot, dtype=torch.uint8)
-    block = (ctypes.c_int64 * 32)()
+def _prepare_block(
+    rows: int, k: int, x_dtype: torch.dtype, x_row: int, *, kind: int, layout: _Layout, row_bytes: int,
+    activations: Activations, mode: int, static: Tensor | None, extra_rows: int, slot: int, threads: int,
+) -> ctypes.Array[ctypes.c_int64]:  # fmt: skip
+    """The parameters of `prepare`, but for the addresses of x, of what is written, and of scratch."""
+    block = _PREPARE()
     block[P.ROWS], block[P.K] = rows, k
     block[P.GROUP], block[P.GROUP_PADDED] = layout.group, layout.padded
-    block[P.X], block[P.X_ROW], block[P.X_DTYPE] = (
-        x.data_ptr(),
-        x.stride(0) * x.element_size(),
-        _DTYPE[x.dtype],
-    )
-    block[P.A], block[P.A_ROW], block[P.A_KIND], block[P.MODE] = target, row_bytes, kind, mode
-    static = None
-    if x.dtype in (torch.int8, torch.float8_e4m3fn):
-        static = _one()
-    elif mode != MODE_NONE and not activations.dynamic:
-        static = activations.static_scale()
+    block[P.X_ROW], block[P.X_DTYPE] = x_row, _DTYPE[x_dtype]
+    block[P.A_ROW], block[P.A_KIND], block[P.MODE] = row_bytes, kind, mode
+    codes = x_dtype in (torch.int8, torch.float8_e4m3fn)
+    if not codes and static is not None:
         block[P.SHIFT] = activations.zero_point
     # Symmetric codes stay in ±127; given codes may be anything.
-    block[P.LOWEST] = -127 if activations.zero is None and x.dtype != torch.int8 else -128
+    block[P.LOWEST] = -127 if activations.zero is None and x_dtype != torch.int8 else -128
     block[P.STATIC] = static.data_ptr() if static is not None else 0
     block[P.ZERO] = activations.zero_point
-    block[P.SCALE], block[P.POWER_OF_2] = scale_out, int(activations.power_of_2)
-    block[P.SCRATCH], block[P.SLOT_BYTES], block[P.ONES] = scratch.data_ptr(), slot, ones
+    block[P.POWER_OF_2], block[P.SLOT_BYTES] = int(activations.power_of_2), slot
     block[P.ROWS_PER_TASK] = max(1, rows // (4 * threads))
     block[P.ROWS_PADDED] = rows + extra_rows
-    cpu_threads.run(cpu_kernels.prepare(), block, threads)
+    return block
+
+
+def _static_scale(x_dtype: torch.dtype, mode: int, activations: Activations) -> Tensor | None:
+    """The scale [1] that x is divided by, where it is known before x is."""
+    if x_dtype in (torch.int8, torch.float8_e4m3fn):
+        return _one()
+    return activations.static_scale() if mode != MODE_NONE and not activations.dynamic else None
 
 
 @cache
@@ -160,12 +163,22 @@ def quantize(x: Tensor, dtype: torch.dtype, activations: Activations) -> tuple[T
     codes = torch.empty(rows, k, dtype=dtype)
     scale = torch.empty(rows, layout.groups, dtype=torch.float32)
     if codes.numel():
+        from lowbit.ops import cpu_kernels
+
         integer = dtype == torch.int8
-        _prepare(
-            x, target=codes.data_ptr(), kind=A_I8_BYTES if integer else A_E4M3_BYTES, layout=layout,
-            row_bytes=k, activations=activations, mode=MODE_INT8 if integer else MODE_E4M3,
-            scale_out=scale.data_ptr(), ones=0, extra_rows=0,
+        mode = MODE_INT8 if integer else MODE_E4M3
+        threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
+        slot = _up(4 * layout.group, 64)
+        static = _static_scale(x.dtype, mode, activations)
+        block = _prepare_block(
+            rows, k, x.dtype, x.stride(0) * x.element_size(), kind=A_I8_BYTES if integer else A_E4M3_BYTES,
+            layout=layout, row_bytes=k, activations=activations, mode=mode, static=static, extra_rows=0, slot=slot,
+            threads=threads,
         )  # fmt: skip
+        scratch = _workspace(threads * slot)
+        block[P.X], block[P.A], block[P.SCALE] = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+        block[P.SCRATCH] = scratch.data_ptr()
+        cpu_threads.run(cpu_kernels.prepare(), block, threads)
     return codes, scale
 
 
@@ -194,6 +207,31 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A product ready to run, but for the addresses of x, of the output and of the workspace.
+
+    Filling in the parameters costs more than a small product, so those of products with few rows
+    are kept and used again.
+    """
+
+    prepare: bytes
+    matmul: bytes
+    function: Any
+    workspace: int
+    """Bytes. The operand stands at its beginning; the rest at these offsets:"""
+    ones: int
+    scales: int
+    scratch: int
+    own_scales: bool
+    """Scales of activations are computed on the way, into the workspace."""
+    write_scales: bool
+    prepare_threads: int
+    threads: int
+    alive: tuple[Tensor | None, ...]
+    """Tensors made for this call whose addresses it holds."""
+
+
 def linear(
     x: Tensor,
     weights: Weights,
@@ -208,8 +246,7 @@ def linear(
 
     With `offsets` (E + 1 row offsets) the weights are [E, N, K] and rows are sorted by expert.
     """
-    rows, k = x.shape
-    n = weights.n
+    rows, n = x.shape[0], weights.n
     out = torch.empty(rows, n, dtype=out_dtype)
     if rows == 0 or n == 0:
         return out
@@ -217,10 +254,51 @@ def linear(
         from lowbit.ops import cpu_portable
 
         return cpu_portable.linear(x, weights, activations, bias, out_dtype, offsets=offsets, routed=routed)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if rows > _KEPT_ROWS or offsets is not None or not _holds_addresses(x, weights, activations, bias):
+        call = _call_for(x, weights, activations, bias, out_dtype, offsets)
+    else:
+        key = (
+            rows, x.stride(0), x.dtype, out_dtype, weights.tensor.data_ptr(), weights.tensor.shape,
+            weights.tensor.dtype, weights.k, weights.scale.data_ptr(), weights.block,
+            0 if bias is None else bias.data_ptr(), activations.kind, activations.group, activations.power_of_2,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        calls = _local.__dict__.setdefault("calls", {})
+        found = calls.get(key)
+        if found is None:
+            if len(calls) >= _KEPT_CALLS:
+                calls.clear()
+            # No tensor is kept alive: the addresses are those in the key.
+            found = calls[key] = replace(_call_for(x, weights, activations, bias, out_dtype, None), alive=())
+        call = found
+    return _run(call, x, out, rows, offsets, routed)
+
+
+def _holds_addresses(x: Tensor, weights: Weights, activations: Activations, bias: Tensor | None) -> bool:
+    """Whether a call's parameters hold only addresses of the tensors given, and depend on no value in them."""
+    return (
+        activations.kind != "tensor"
+        and x.dtype not in (torch.int8, torch.float8_e4m3fn)
+        and weights.tensor.is_contiguous()
+        and weights.scale.dtype == torch.float32
+        and weights.scale.is_contiguous()
+        and (bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()))
+    )
+
+
+def _call_for(
+    x: Tensor,
+    weights: Weights,
+    activations: Activations,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    offsets: list[int] | None,
+) -> _Call:
     from lowbit.ops import cpu_kernels
     from lowbit.ops.cpu_emit import operand_step
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    (rows, k), n = x.shape, weights.n
     tensor = weights.tensor if weights.tensor.is_contiguous() else weights.tensor.contiguous()
     w_scale = weights.float_scale()
     tile, kind, mode = _tile_for(x, weights, activations, rows)
@@ -228,7 +306,7 @@ def linear(
     layout = _Layout.of(k, activations.group or weights.group, step)
     codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
 
-    # One workspace: operand rows (and spare ones to fill the last tile), a row of ones, scales.
+    # One workspace: operand rows (and spare ones to fill the last tile), a row of ones, scales, scratch.
     row_bytes = layout.width * element
     unsigned = tile.kind.startswith("dpbusd")
     a_bytes = _up((rows + tile.rows) * row_bytes, 64)
@@ -236,6 +314,7 @@ def linear(
     scale_bytes = _up(4 * rows * layout.groups, 64)
     height = min(_BLOCK_ROWS // tile.rows * tile.rows, _up(rows, tile.rows))
     threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
+    prepare_threads = torch.get_num_threads() if x.numel() >= _PARALLEL_FROM else 1
     width = min(_BLOCK_COLS, _up(-(-n // (4 * threads)), 24))
     chunk = min(_up(_CHUNK[kind], step), layout.padded)
     slot = _up(
@@ -244,52 +323,77 @@ def linear(
         + width * chunk * (1 if mode == MODE_INT8 or unsigned or kind == A_I16 else element),
         64,
     )
-    memory = _workspace(a_bytes + ones_bytes + scale_bytes + threads * slot)
-    base = memory.data_ptr()
-    ones = base + a_bytes if unsigned else 0
-    scales, scratch = base + a_bytes + ones_bytes, base + a_bytes + ones_bytes + scale_bytes
-    _prepare(
-        x, target=base, kind=kind, layout=layout, row_bytes=row_bytes, activations=activations, mode=mode,
-        scale_out=0 if mode == MODE_NONE or codes else scales, ones=ones, extra_rows=tile.rows,
+    prepare_slot = _up(4 * layout.group, 64)
+    static = _static_scale(x.dtype, mode, activations)
+    prepare = _prepare_block(
+        rows, k, x.dtype, x.stride(0) * x.element_size(), kind=kind, layout=layout, row_bytes=row_bytes,
+        activations=activations, mode=mode, static=static, extra_rows=tile.rows, slot=prepare_slot,
+        threads=prepare_threads,
     )  # fmt: skip
 
-    flat = _blocks(rows, height, offsets)
-    blocks = (ctypes.c_int64 * max(len(flat), 1))(*flat)
-    block = (ctypes.c_int64 * 48)()
-    block[M.A], block[M.A_ROW], block[M.ONES] = base, row_bytes, ones
+    block = _MATMUL()
+    block[M.A_ROW] = row_bytes
     block[M.W], block[M.W_ROW] = tensor.data_ptr(), tensor.stride(-2) * tensor.element_size()
     block[M.W_EXPERT] = tensor.stride(0) * tensor.element_size() if offsets is not None else 0
     block[M.W_END] = tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    block[M.OUT], block[M.OUT_ROW], block[M.OUT_DTYPE] = (
-        out.data_ptr(),
-        n * out.element_size(),
-        _DTYPE[out_dtype],
-    )
+    block[M.OUT_ROW], block[M.OUT_DTYPE] = n * out_dtype.itemsize, _DTYPE[out_dtype]
+    a_scale = None
     if codes and activations.scale is not None:
         a_scale = activations.scale.contiguous()
         per_row = 0 if a_scale.numel() == 1 else layout.groups if activations.group else 1
         block[M.A_SCALE], block[M.A_SCALE_ROW] = a_scale.data_ptr(), per_row
         block[M.A_SCALE_GROUP] = 1 if activations.group else 0
     elif mode != MODE_NONE:
-        block[M.A_SCALE], block[M.A_SCALE_ROW], block[M.A_SCALE_GROUP] = scales, layout.groups, 1
+        block[M.A_SCALE_ROW], block[M.A_SCALE_GROUP] = layout.groups, 1
     block[M.W_SCALE] = w_scale.data_ptr()
     block[M.W_SCALE_ROWS] = weights.block[0] or n
     block[M.W_SCALE_ROW], block[M.W_SCALE_GROUP], block[M.W_SCALE_EXPERT] = weights.scale_strides(w_scale)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
         block[M.BIAS], block[M.BIAS_EXPERT] = bias.data_ptr(), n if bias.dim() > 1 else 0
-    if routed is not None:
-        routed = routed.to(torch.float32).contiguous()
-        block[M.ROUTED] = routed.data_ptr()
-    block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(blocks), len(flat) // 3
     block[M.N], block[M.K] = n, k
     block[M.GROUP], block[M.GROUP_PADDED], block[M.CHUNK] = layout.group, layout.padded, chunk
     block[M.PER_GROUP] = int(bool(activations.group or weights.group))
     block[M.ZERO] = 128 + activations.zero_point if unsigned else 0
-    block[M.SCRATCH], block[M.SLOT_BYTES] = scratch, slot
+    block[M.SLOT_BYTES] = slot
     block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
-    function = cpu_kernels.matmul(tile.kind, _STORAGE[tensor.dtype], tile.rows, tile.cols)
-    cpu_threads.run(function, block, threads)
+    scales, scratch = a_bytes + ones_bytes, a_bytes + ones_bytes + scale_bytes
+    return _Call(
+        prepare=bytes(prepare), matmul=bytes(block),
+        function=cpu_kernels.matmul(tile.kind, _STORAGE[tensor.dtype], tile.rows, tile.cols),
+        workspace=scratch + max(threads * slot, prepare_threads * prepare_slot),
+        ones=a_bytes if unsigned else 0, scales=scales, scratch=scratch,
+        own_scales=mode != MODE_NONE and a_scale is None, write_scales=mode != MODE_NONE and not codes,
+        prepare_threads=prepare_threads, threads=threads, alive=(tensor, w_scale, bias, a_scale, static),
+    )  # fmt: skip
+
+
+def _run(
+    call: _Call, x: Tensor, out: Tensor, rows: int, offsets: list[int] | None, routed: Tensor | None
+) -> Tensor:
+    from lowbit.ops import cpu_kernels
+
+    memory = _workspace(call.workspace)
+    base = memory.data_ptr()
+    prepare = _PREPARE.from_buffer_copy(call.prepare)
+    prepare[_P_X], prepare[_P_A], prepare[_P_SCRATCH] = x.data_ptr(), base, base + call.scratch
+    if call.write_scales:
+        prepare[_P_SCALE] = base + call.scales
+    block = _MATMUL.from_buffer_copy(call.matmul)
+    if call.ones:
+        prepare[_P_ONES] = block[_M_ONES] = base + call.ones
+    cpu_threads.run(cpu_kernels.prepare(), prepare, call.prepare_threads)
+
+    flat = _blocks(rows, block[_M_BLOCK_ROWS], offsets)
+    blocks = (ctypes.c_int64 * max(len(flat), 1))(*flat)
+    block[_M_A], block[_M_OUT], block[_M_SCRATCH] = base, out.data_ptr(), base + call.scratch
+    if call.own_scales:
+        block[_M_A_SCALE] = base + call.scales
+    if routed is not None:
+        routed = routed.to(torch.float32).contiguous()
+        block[M.ROUTED] = routed.data_ptr()
+    block[_M_BLOCKS], block[_M_BLOCK_COUNT] = ctypes.addressof(blocks), len(flat) // 3
+    cpu_threads.run(call.function, block, call.threads)
     return out
 
 
@@ -309,7 +413,7 @@ def hadamard(x: Tensor, length: int) -> Tensor:
     slot = _up(4 * length, 64)
     scratch = torch.empty(threads * slot, dtype=torch.uint8)
     rows, k = x.shape
-    block = (ctypes.c_int64 * 32)()
+    block = _PREPARE()
     block[P.ROWS], block[P.K], block[P.GROUP] = rows, k, length
     block[P.X], block[P.X_ROW], block[P.X_DTYPE] = (
         x.data_ptr(),

@@ -136,7 +136,9 @@ def _bounds(offsets: Tensor, rows: int) -> list[int]:
     ordered = all(a <= b for a, b in pairwise(bounds))
     require(
         ordered and bounds[0] == 0 and bounds[-1] == rows,
-        f"expected offsets to rise from 0 to the {rows} rows of x, found {bounds[:4]} … {bounds[-1:]}",
+        lambda: (
+            f"expected offsets to rise from 0 to the {rows} rows of x, found {bounds[:4]} … {bounds[-1:]}"
+        ),
     )
     return bounds
 
@@ -235,15 +237,20 @@ def _check_grouped(
     row_weight: Tensor | None, activations: str, block: list[int],
 ) -> None:  # fmt: skip
     check_linear(x, weight, weight_scale, bias, None, None, activations, block, experts=True)
-    require(x.dim() == 2, f"expected x [T, K], its rows sorted by expert, found {list(x.shape)}")
+    require(x.dim() == 2, lambda: f"expected x [T, K], its rows sorted by expert, found {list(x.shape)}")
     require(
         offsets.dim() == 1 and offsets.shape[0] == weight.shape[0] + 1 and not offsets.is_floating_point(),
-        f"expected integer offsets [{weight.shape[0] + 1}] (experts + 1), found {offsets.dtype} {list(offsets.shape)}",
+        lambda: (
+            f"expected integer offsets [{weight.shape[0] + 1}] (experts + 1), "
+            f"found {offsets.dtype} {list(offsets.shape)}"
+        ),
     )
     if row_weight is not None:
         require(
             row_weight.numel() == x.shape[0],
-            f"expected row_weight of {x.shape[0]} values, one per row of x, found {list(row_weight.shape)}",
+            lambda: (
+                f"expected row_weight of {x.shape[0]} values, one per row of x, found {list(row_weight.shape)}"
+            ),
         )
 
 
@@ -337,7 +344,7 @@ def _check_matmul(
     k = a.shape[-1]
     require(
         a.dtype in CODES and a.dtype == weight.dtype,
-        f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
+        lambda: f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
     )
     check_weight(k, weight, weight_scale, block, experts=False)
     groups = -(-k // block[1]) if block[1] else 1
@@ -358,12 +365,15 @@ def _check_matmul(
     if a_zero_point is not None:
         require(
             a_zero_point.numel() == 1 and a.dtype == torch.int8 and kind == "tensor",
-            f"expected a_zero_point [1] with int8 codes and one scale, found {list(a_zero_point.shape)} for {a.dtype}",
+            lambda: (
+                "expected a_zero_point [1] with int8 codes and one scale, "
+                f"found {list(a_zero_point.shape)} for {a.dtype}"
+            ),
         )
     if bias is not None:
         require(
             list(bias.shape) == [weight.shape[0]],
-            f"expected bias [{weight.shape[0]}], found {list(bias.shape)}",
+            lambda: f"expected bias [{weight.shape[0]}], found {list(bias.shape)}",
         )
     return kind
 

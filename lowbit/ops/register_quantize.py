@@ -77,11 +77,13 @@ def _quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype:
 
 def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
     check_quantize(x, dtype, 0)
-    require(scale.numel() == 1, f"expected a scale of shape [1], found {list(scale.shape)}")
+    require(scale.numel() == 1, lambda: f"expected a scale of shape [1], found {list(scale.shape)}")
     if zero_point is not None:
         require(
             dtype == torch.int8 and zero_point.numel() == 1,
-            f"expected zero_point [1] only with int8 codes, found {list(zero_point.shape)} with {dtype}",
+            lambda: (
+                f"expected zero_point [1] only with int8 codes, found {list(zero_point.shape)} with {dtype}"
+            ),
         )
 
 
@@ -121,12 +123,15 @@ def _rms_norm_quantize(
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype, group: int) -> None:
     check_quantize(x, dtype, group)
     require(
-        list(weight.shape) == [x.shape[-1]], f"expected weight [{x.shape[-1]}], found {list(weight.shape)}"
+        list(weight.shape) == [x.shape[-1]],
+        lambda: f"expected weight [{x.shape[-1]}], found {list(weight.shape)}",
     )
     if residual is not None:
         require(
             residual.shape == x.shape and residual.dtype == x.dtype,
-            f"expected residual {x.dtype} {list(x.shape)} like x, found {residual.dtype} {list(residual.shape)}",
+            lambda: (
+                f"expected residual {x.dtype} {list(x.shape)} like x, found {residual.dtype} {list(residual.shape)}"
+            ),
         )
 
 
@@ -162,7 +167,10 @@ def _silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tenso
 
 def _check_silu(x: Tensor, dtype: torch.dtype, group: int) -> None:
     check_quantize(x, dtype, group)
-    require(x.shape[-1] % 2 == 0, f"expected gate and up side by side, an even width, found {list(x.shape)}")
+    require(
+        x.shape[-1] % 2 == 0,
+        lambda: f"expected gate and up side by side, an even width, found {list(x.shape)}",
+    )
 
 
 def _silu_mul_quantize_fake(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
@@ -195,12 +203,17 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
 def _check_hadamard(x: Tensor, block: int) -> None:
     require(
         x.dim() >= 1 and x.dtype in FLOATS,
-        f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
+        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
     )
-    require(block >= 1 and block & (block - 1) == 0, f"expected a power of two for the block, found {block}")
+    require(
+        block >= 1 and block & (block - 1) == 0,
+        lambda: f"expected a power of two for the block, found {block}",
+    )
     require(
         x.shape[-1] % block == 0,
-        f"expected a last dimension that {block} divides, found {list(x.shape)}; take a smaller block",
+        lambda: (
+            f"expected a last dimension that {block} divides, found {list(x.shape)}; take a smaller block"
+        ),
     )
 
 

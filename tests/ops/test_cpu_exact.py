@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -223,3 +224,30 @@ def test_the_second_process_compiles_nothing():
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_small_products_are_not_mixed_up():
+    """Parameters of small products are kept by address: other weights at the same address must not get them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, generator=generator)
+    weight = torch.empty(32, 64, dtype=torch.int8)
+    scale = torch.empty(32, 1)
+    for _ in range(3):
+        # No byte of these is a NaN of e4m3fn.
+        weight.copy_(torch.randint(0, 127, (32, 64), generator=generator))
+        scale.copy_(torch.rand(32, 1, generator=generator))
+        for view in (weight, weight.view(torch.float8_e4m3fn), weight[:16], weight.view(64, 32)[:16]):
+            rows, k = view.shape
+            arguments = (x[:, :k], view, scale[:rows], None)
+            found = ops.linear(*arguments, activations="token", block=(1, 0))
+            with ops.use_implementation("reference"):
+                want = ops.linear(*arguments, activations="token", block=(1, 0))
+            assert torch.allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_kept_parameters_keep_no_weight_alive():
+    weight = torch.ones(32, 64, dtype=torch.int8)
+    alive = weakref.ref(weight)
+    ops.linear(torch.ones(1, 64), weight, torch.ones(32, 1), None, activations="token", block=(1, 0))
+    del weight
+    assert alive() is None
