@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.ops import register, register_quantize  # noqa: F401  (importing them registers the operations)
+from lowbit.ops import eager, register, register_quantize  # noqa: F401  (importing them registers the operations)
 from lowbit.ops.settings import NoKernelError, allow_fallback, use_implementation
 from lowbit.scheme import Scheme
 
@@ -115,6 +115,10 @@ def linear(
     NaN or Inf gives NaN when it is quantized dynamically. Raises ValueError naming what was
     expected, found, and what to do.
     """
+    if not torch.compiler.is_compiling() and input_zero_point is None and eager.applies(x, bias):
+        found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, block)
+        if found is not None:
+            return found
     return _ops.linear.default(
         x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block
     )

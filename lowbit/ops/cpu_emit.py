@@ -1,16 +1,4 @@
-"""LLVM emission for the CPU kernels: register tiles and element conversions, as numba intrinsics.
-
-Why by hand: LLVM turns a plain int8 dot product into `pmulld`, a third of the speed of
-`pmaddwd`. Here each tile is one loop over K with every accumulator in a register.
-
-Every instruction used is exact on integer codes:
-
-    pmaddwd  int16 × int16, pairs added in int32: no saturation for |a|, |b| < 2¹⁵
-    dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form)
-
-`pmaddubsw`, which saturates pairs to 16 bits, is what makes other int8 matmuls wrong
-without VNNI, and is not used.
-"""
+"""LLVM emission for the CPU kernels: conversions of elements and the epilogue, as numba intrinsics."""
 
 from __future__ import annotations
 
@@ -19,6 +7,11 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+
+from lowbit.ops.cpu_params import BF16 as BF16_OUT
+from lowbit.ops.cpu_params import F16 as F16_OUT
+from lowbit.ops.cpu_params import F32 as F32_OUT
+from lowbit.ops.cpu_params import SCALE_LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -40,155 +33,65 @@ class _BFloat(ir.types.Type):
 BF16 = _BFloat()
 
 
-def _vec(element: ir.Type, lanes: int) -> ir.VectorType:
+def vec(element: ir.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 
 
-def _splat(value: ir.Constant, lanes: int) -> ir.Constant:
-    return ir.Constant(_vec(value.type, lanes), [value.constant] * lanes)
+def splat(value: ir.Constant, lanes: int) -> ir.Constant:
+    return ir.Constant(vec(value.type, lanes), [value.constant] * lanes)
 
 
-def _call(builder: Any, name: str, returns: ir.Type, args: list) -> Any:
+def call(builder: Any, name: str, returns: ir.Type, args: list) -> Any:
     kind = ir.FunctionType(returns, [a.type for a in args])
     module = builder.module
     function = module.globals.get(name) or ir.Function(module, kind, name=name)
     return builder.call(function, args)
 
 
-def _load(builder: Any, address: Any, kind: ir.Type) -> Any:
+def load(builder: Any, address: Any, kind: ir.Type) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1, typ=kind)
 
 
-def _store(builder: Any, value: Any, address: Any) -> None:
+def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(x, y, ir.Constant(_vec(I32, len(lanes)), lanes))
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at `address`, which need not be mapped."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    arguments = [pointer, *(ir.Constant(I32, n) for n in (0, 3, 1))]  # to read, in every cache, data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
-def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
-    """The sums of the lanes of 4 vectors, as one vector of 4: a fixed order, the same at every call.
-
-    Pairs are interleaved and added twice, which leaves [Σx, Σy, Σz, Σw] per 128 bits; a third
-    of the shuffles that four separate sums need.
-    """
-    lanes = vectors[0].type.count
-    quads = range(0, lanes, 4)
-    low = [q + i + s for q in quads for i in (0, 1) for s in (0, lanes)]
-    high = [q + i + s for q in quads for i in (2, 3) for s in (0, lanes)]
-    xy, zw = (
-        add(_shuffle(builder, x, y, low), _shuffle(builder, x, y, high))
-        for x, y in (vectors[:2], vectors[2:])
-    )
-    first = [q + i + s for q in quads for s in (0, lanes) for i in (0, 1)]
-    second = [q + i + s for q in quads for s in (0, lanes) for i in (2, 3)]
-    total = add(_shuffle(builder, xy, zw, first), _shuffle(builder, xy, zw, second))
-    while lanes > 4:
-        lanes //= 2
-        halves = (_shuffle(builder, total, total, list(range(s, s + lanes))) for s in (0, lanes))
-        total = add(*halves)
-    return total
+def shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(vec(I32, len(lanes)), lanes))
 
 
-class _Step:
-    """One step along K: how both sides load, and what adds their product to an accumulator.
-
-    `kind` is the instruction with its vector width in bits, then the weight's storage where
-    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`.
-    """
-
-    def __init__(self, kind: str) -> None:
-        name, _, self.storage = kind.partition(":")
-        self.name, self.bits = name[:-3], int(name[-3:])
-        self.acc_lanes = self.bits // 32
-        self.acc = _vec(F32 if self.name in ("fma", "dpbf16") else I32, self.acc_lanes)
-        self.elements = step_elements(kind)
-        self.nan_codes: Any = None
-        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "dpbf16": 2}[self.name]
-        self.b_bytes = {"": self.a_bytes, "i8": 1, "u8": 1, "e4m3": 1}[self.storage]
-        if self.name in ("pmaddwd", "dpbusd"):
-            self.b_bytes = 1
-
-    def load_a(self, builder: Any, address: Any) -> Any:
-        """One vector; for `fma` with decoding, the two float vectors that match a half's worth."""
-        if self.name == "fma" and self.storage:
-            second = builder.add(address, ir.Constant(I64, 4 * self.acc_lanes))
-            return [_load(builder, address, self.acc), _load(builder, second, self.acc)]
-        kind = {"fma": self.acc, "dpbusd": self.acc, "pmaddwd": _vec(I16, self.elements)}
-        return _load(builder, address, kind.get(self.name, _vec(BF16, self.elements)))
-
-    def load_b(self, builder: Any, address: Any) -> Any:
-        if self.name == "pmaddwd":
-            return builder.sext(_load(builder, address, _vec(I8, self.elements)), _vec(I16, self.elements))
-        if self.storage:
-            return self._decode(builder, _load(builder, address, _vec(I8, self.elements)))
-        return self.load_a(builder, address)
-
-    def _decode(self, builder: Any, raw: Any) -> list:
-        """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.
-
-        NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
-        decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
-        and `finish` looks at that.
-        """
-        halves = [list(range(s, s + self.acc_lanes)) for s in (0, self.acc_lanes)]
-        if self.storage != "e4m3":
-            if self.storage == "u8":  # int8 plus 128: flipping the top bit takes it off
-                raw = builder.xor(raw, _splat(ir.Constant(I8, -128), self.elements))
-            parts = (_shuffle(builder, raw, raw, half) for half in halves)
-            return [builder.sitofp(builder.sext(part, _vec(I32, self.acc_lanes)), self.acc) for part in parts]
-        wide = builder.sext(raw, _vec(I16, self.elements))
-        bits = builder.and_(
-            builder.shl(wide, _splat(ir.Constant(I16, 7), self.elements)),
-            _splat(ir.Constant(I16, -0x4080), self.elements),  # 0xBF80: sign, exponent, mantissa
-        )
-        magnitude = builder.and_(bits, _splat(ir.Constant(I16, 0x7FFF), self.elements))
-        greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
-        self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
-        parts = (_shuffle(builder, bits, bits, half) for half in halves)
-        return [builder.fpext(builder.bitcast(part, _vec(F16, self.acc_lanes)), self.acc) for part in parts]
-
-    def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
-        if self.name == "pmaddwd":
-            name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
-            return builder.add(acc, _call(builder, name, self.acc, [a, b]))
-        if self.name == "dpbusd":
-            lanes8 = _vec(I8, self.elements)
-            operands = [acc, builder.bitcast(a, lanes8), builder.bitcast(b, lanes8)]
-            return _call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, operands)
-        if self.name == "dpbf16":
-            return _call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, a, b])
-        pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
-        for x, y in pairs:
-            acc = _call(builder, f"llvm.fma.v{self.acc_lanes}f32", self.acc, [x, y, acc])
-        return acc
-
-    def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
-        """Sums of one column, after the loop: what decoding left out."""
-        if self.storage != "e4m3":
-            return sums
-        found = builder.icmp_unsigned("==", nan_codes, _splat(ir.Constant(I16, 0x3F80), self.elements))
-        any_nan = builder.icmp_unsigned(
-            "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
-        )
-        scaled = builder.fmul(sums, _splat(ir.Constant(F32, 256.0), self.acc_lanes))
-        return builder.select(any_nan, _splat(ir.Constant(F32, float("nan")), self.acc_lanes), scaled)
-
-    def add(self, builder: Any) -> Any:
-        return builder.fadd if self.acc.element is F32 else builder.add
-
-
-def step_elements(kind: str) -> int:
-    """Elements of K that one step of `kind` consumes."""
-    name, _, storage = kind.partition(":")
-    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "dpbf16": 16}[name[:-3]]
-    return 2 * once if storage else once
-
-
-def operand_step(kind: str) -> int:
-    """What the operand's rows are padded to: a whole step, also where `fma` decodes while loading."""
-    return step_elements(f"{kind}:i8" if kind.startswith("fma") else kind)
+def loop(builder: Any, count: Any, step: int, starts: list, body: Any) -> list:
+    """`values = body(position, values)` for position in range(0, count, step); returns the last values."""
+    entry = builder.block
+    inside, done = builder.append_basic_block("loop"), builder.append_basic_block("loop.done")
+    builder.cbranch(builder.icmp_signed(">", count, ir.Constant(I64, 0)), inside, done)
+    builder.position_at_end(inside)
+    position = builder.phi(I64)
+    position.add_incoming(ir.Constant(I64, 0), entry)
+    phis = [builder.phi(start.type) for start in starts]
+    values = body(position, phis)
+    following = builder.add(position, ir.Constant(I64, step))
+    last = builder.block
+    position.add_incoming(following, last)
+    for phi, start, value in zip(phis, starts, values, strict=True):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(value, last)
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, done)
+    builder.position_at_end(done)
+    ended = []
+    for start, value in zip(starts, values, strict=True):
+        phi = builder.phi(start.type)
+        phi.add_incoming(start, entry)
+        phi.add_incoming(value, last)
+        ended.append(phi)
+    return ended
 
 
 def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
@@ -197,14 +100,12 @@ def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
     NaN codes (0x7F, 0xFF) give NaN. Independent of the denormals-are-zero mode, since half
     to float conversion ignores it.
     """
-    lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 0
 
     def of(element: ir.Type) -> ir.Type:
-        return _vec(element, lanes) if lanes else element
+        return _like(raw, element)
 
     def const(element: ir.Type, value: Any) -> ir.Constant:
-        scalar = ir.Constant(element, value)
-        return _splat(scalar, lanes) if lanes else scalar
+        return _constant(raw, element, value)
 
     wide = builder.zext(raw, of(I16))
     magnitude = builder.and_(wide, const(I16, 0x7F))
@@ -216,141 +117,102 @@ def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def tile(typingctx, kind, mr, nr, a, lda, b, ldb, c, ldc, k):  # type: ignore[no-untyped-def]
-    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr: one register tile.
+def add_scaled(typingctx, integer, sums, offset, a_scale, w_scale, totals, n):  # type: ignore[no-untyped-def]
+    """totals[j] += float32(sums[j] − offset) · a_scale · w_scale[j], and sums[j] = 0: one scale group.
 
-    `kind`, `mr`, `nr` are compile-time constants. Addresses and row strides are in bytes;
-    `c` is int32 (float32 for the float kinds); `k` is a multiple of `step_elements(kind)`.
+    `integer` (else sums are float32 and there is no offset) is a compile-time constant.
+    Addresses; n is rounded up to SCALE_LANES. By hand because numba computes in int64, which
+    does not vectorize.
     """
-    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr)):
+    if not isinstance(integer, types.Literal):
         return None
-    step, rows, cols = _Step(kind.literal_value), mr.literal_value, nr.literal_value
-    signature = types.void(kind, mr, nr, *[types.int64] * 7)
+    whole = bool(integer.literal_value)
+    signature = types.void(integer, types.int64, types.int32, types.float32, *[types.int64] * 3)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ldb, c, ldc, k = args[3:]
-        scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
-        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
-        b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
-        entry = builder.block
-        body, done = builder.append_basic_block("tile.k"), builder.append_basic_block("tile.done")
-        zero, no_nan = ir.Constant(step.acc, None), ir.Constant(_vec(I16, step.elements), None)
-        tracks_nan = step.storage == "e4m3"
-        nonempty = builder.icmp_signed(">", k, ir.Constant(I64, 0))
-        builder.cbranch(nonempty, body, done)
+        sums, offset, a_scale, w_scale, totals, n = args[1:]
+        scaled = _scaled(builder, whole, sums, offset, a_scale, w_scale)
 
-        builder.position_at_end(body)
-        position = builder.phi(I64)
-        position.add_incoming(ir.Constant(I64, 0), entry)
-        phis = [[builder.phi(step.acc) for _ in range(cols)] for _ in range(rows)]
-        nan_phis = [builder.phi(no_nan.type) for _ in range(cols if tracks_nan else 0)]
-        offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
-        sums = [list(row) for row in phis]
-        nans: list = [None] * cols
-        b_vectors = []
-        for j, row in enumerate(b_rows):
-            step.nan_codes = nan_phis[j] if tracks_nan else None
-            b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
-            nans[j] = step.nan_codes
-        for i, row in enumerate(a_rows):
-            a_vector = step.load_a(builder, builder.add(row, offset_a))
-            for j, b_vector in enumerate(b_vectors):
-                sums[i][j] = step.accumulate(builder, sums[i][j], a_vector, b_vector)
-        following = builder.add(position, ir.Constant(I64, step.elements))
-        last = builder.block
-        position.add_incoming(following, last)
-        loop_values = [(phis[i][j], zero, sums[i][j]) for i in range(rows) for j in range(cols)]
-        loop_values += [(phi, no_nan, nans[j]) for j, phi in enumerate(nan_phis)]
-        for phi, start, value in loop_values:
-            phi.add_incoming(start, entry)
-            phi.add_incoming(value, last)
-        builder.cbranch(builder.icmp_signed("<", following, k), body, done)
+        def body(position: Any, _: list) -> list:
+            here = builder.mul(position, ir.Constant(I64, 4))
+            value, target = scaled(here), builder.add(totals, here)
+            store(builder, builder.fadd(load(builder, target, value.type), value), target)
+            store(builder, ir.Constant(vec(I32, SCALE_LANES), None), builder.add(sums, here))
+            return []
 
-        builder.position_at_end(done)
-        ended = []
-        for _, start, value in loop_values:
-            phi = builder.phi(value.type)
-            phi.add_incoming(start, entry)
-            phi.add_incoming(value, last)
-            ended.append(phi)
-        totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
-        totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
-        add, element = step.add(builder), step.acc.element
-        for i in range(rows):
-            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for j in range(0, cols, 4):
-                width = min(4, cols - j)
-                four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
-                values = _reduce4(builder, four, add)
-                address = builder.add(row_address, ir.Constant(I64, 4 * j))
-                if width == 4:
-                    _store(builder, add(_load(builder, address, values.type), values), address)
-                    continue
-                for at in range(width):
-                    value = builder.extract_element(values, ir.Constant(I32, at))
-                    there = builder.add(address, ir.Constant(I64, 4 * at))
-                    _store(builder, add(_load(builder, there, element), value), there)
+        loop(builder, n, SCALE_LANES, [], body)
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-SCALE_LANES = 8
 
 
 @intrinsic(prefer_literal=True)
-def scale_row(typingctx, integer, add, sums, zero, columns, a_scale, w_scale, out, n):  # type: ignore[no-untyped-def]
-    """out[j] (+)= float32(sums[j] − zero · columns[j]) · a_scale · w_scale[j], and sums[j] = 0.
+def finish_row(
+    typingctx, integer, scales, out_dtype, sums, offset, a_scale, w_scale, bias, routed, out, spill, n
+):  # type: ignore[no-untyped-def]
+    """out[j] = ((float32(sums[j] − offset) · a_scale · w_scale[j]) + bias[j]) · routed, rounded once.
 
-    `integer` (else sums are float32 and there is no zero point) and `add` are compile-time
-    constants. Addresses; n is a multiple of SCALE_LANES. By hand because numba computes in
-    int64, which does not vectorize.
+    `integer` and `scales` (else sums are float32 and scaled already) and `out_dtype` are compile-time
+    constants. Only whole vectors of SCALE_LANES go to `out`; what follows goes to `spill` (at
+    the same place in the row) as float32. sums, w_scale, bias are readable up to a whole vector.
     """
-    if not (isinstance(integer, types.Literal) and isinstance(add, types.Literal)):
+    if not all(isinstance(t, types.Literal) for t in (integer, scales, out_dtype)):
         return None
-    whole, adds = bool(integer.literal_value), bool(add.literal_value)
-    wide, real = _vec(I32, SCALE_LANES), _vec(F32, SCALE_LANES)
+    whole, scaling = bool(integer.literal_value), bool(scales.literal_value)
+    convert = {F32_OUT: None, F16_OUT: _emit_f32_to_f16, BF16_OUT: _emit_f32_to_bf16}[out_dtype.literal_value]
     signature = types.void(
-        integer, add, types.int64, types.int32, types.int64, types.float32, *[types.int64] * 3
-    )
+        integer, scales, out_dtype, types.int64, types.int32, types.float32, types.int64, types.int64,
+        types.float32, *[types.int64] * 3,
+    )  # fmt: skip
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        sums, zero, columns, a_scale, w_scale, out, n = args[2:]
+        sums, offset, a_scale, w_scale, bias, routed, out, spill, n = args[3:]
+        real = vec(F32, SCALE_LANES)
+        scaled = _scaled(builder, whole, sums, offset, a_scale, w_scale)
+        routes = spread(builder, routed, SCALE_LANES)
 
-        def spread(value: Any, kind: Any) -> Any:
-            one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-            return _shuffle(builder, one, one, [0] * SCALE_LANES)
+        def value(here: Any) -> Any:
+            found = scaled(here) if scaling else load(builder, builder.add(sums, here), real)
+            found = builder.fadd(found, load(builder, builder.add(bias, here), real))
+            return builder.fmul(found, routes)
 
-        zeros, a_scales = spread(zero, wide), spread(a_scale, real)
-        entry = builder.block
-        body, done = builder.append_basic_block("scale"), builder.append_basic_block("scale.done")
-        builder.cbranch(builder.icmp_signed(">", n, ir.Constant(I64, 0)), body, done)
-        builder.position_at_end(body)
-        position = builder.phi(I64)
-        position.add_incoming(ir.Constant(I64, 0), entry)
-        offset = builder.mul(position, ir.Constant(I64, 4))
-        at = builder.add(sums, offset)
-        if whole:
-            total = _load(builder, at, wide)
-            correction = builder.mul(zeros, _load(builder, builder.add(columns, offset), wide))
-            value = builder.sitofp(builder.sub(total, correction), real)
-        else:
-            value = _load(builder, at, real)
-        value = builder.fmul(
-            builder.fmul(value, a_scales), _load(builder, builder.add(w_scale, offset), real)
-        )
-        target = builder.add(out, offset)
-        if adds:
-            value = builder.fadd(_load(builder, target, real), value)
-        _store(builder, value, target)
-        _store(builder, ir.Constant(wide, None), at)
-        following = builder.add(position, ir.Constant(I64, SCALE_LANES))
-        position.add_incoming(following, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, n), body, done)
-        builder.position_at_end(done)
+        def body(position: Any, _: list) -> list:
+            found = value(builder.mul(position, ir.Constant(I64, 4)))
+            found = found if convert is None else convert(builder, found)
+            element = 4 if convert is None else 2
+            store(builder, found, builder.add(out, builder.mul(position, ir.Constant(I64, element))))
+            return []
+
+        full = builder.and_(n, ir.Constant(I64, -SCALE_LANES))
+        loop(builder, full, SCALE_LANES, [], body)
+        with builder.if_then(builder.icmp_signed("<", full, n)):
+            here = builder.mul(full, ir.Constant(I64, 4))
+            store(builder, value(here), builder.add(spill, here))
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def spread(builder: Any, value: Any, count: int) -> Any:
+    """A scalar in every lane."""
+    kind = vec(value.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return shuffle(builder, one, one, [0] * count)
+
+
+def _scaled(builder: Any, whole: bool, sums: Any, offset: Any, a_scale: Any, w_scale: Any) -> Any:
+    """here (bytes) → float32(sums − offset) · a_scale · w_scale, a vector."""
+    wide, real = vec(I32, SCALE_LANES), vec(F32, SCALE_LANES)
+    offsets, a_scales = spread(builder, offset, SCALE_LANES), spread(builder, a_scale, SCALE_LANES)
+
+    def at(here: Any) -> Any:
+        value = load(builder, builder.add(sums, here), wide if whole else real)
+        if whole:
+            value = builder.sitofp(builder.sub(value, offsets), real)
+        scale = load(builder, builder.add(w_scale, here), real)
+        return builder.fmul(builder.fmul(value, a_scales), scale)
+
+    return at
 
 
 @intrinsic
@@ -383,13 +245,13 @@ def hadamard8(typingctx, address):  # type: ignore[no-untyped-def]
     """
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        value = _load(builder, args[0], _vec(F32, 8))
+        value = load(builder, args[0], vec(F32, 8))
         for distance in (1, 2, 4):
-            lanes = ir.Constant(_vec(I32, 8), [lane ^ distance for lane in range(8)])
-            signs = ir.Constant(_vec(F32, 8), [-1.0 if lane & distance else 1.0 for lane in range(8)])
+            lanes = ir.Constant(vec(I32, 8), [lane ^ distance for lane in range(8)])
+            signs = ir.Constant(vec(F32, 8), [-1.0 if lane & distance else 1.0 for lane in range(8)])
             neighbour = builder.shuffle_vector(value, value, lanes)
             value = builder.fadd(neighbour, builder.fmul(value, signs))
-        _store(builder, value, args[0])
+        store(builder, value, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -408,12 +270,22 @@ def _elementwise(argument: Any, result: Any, emit: Any) -> Any:
     return intrinsic(typed)
 
 
+def _like(x: Any, element: ir.Type) -> ir.Type:
+    """The type of x with other elements: a vector where x is one."""
+    return vec(element, x.type.count) if isinstance(x.type, ir.VectorType) else element
+
+
+def _constant(x: Any, element: ir.Type, value: Any) -> ir.Constant:
+    scalar = ir.Constant(element, value)
+    return splat(scalar, x.type.count) if isinstance(x.type, ir.VectorType) else scalar
+
+
 def _emit_f16_to_f32(builder: Any, x: Any) -> Any:
     return builder.fpext(builder.bitcast(x, F16), F32)
 
 
 def _emit_f32_to_f16(builder: Any, x: Any) -> Any:
-    return builder.bitcast(builder.fptrunc(x, F16), I16)
+    return builder.bitcast(builder.fptrunc(x, _like(x, F16)), _like(x, I16))
 
 
 def _emit_bf16_to_f32(builder: Any, x: Any) -> Any:
@@ -422,12 +294,12 @@ def _emit_bf16_to_f32(builder: Any, x: Any) -> Any:
 
 def _emit_f32_to_bf16(builder: Any, x: Any) -> Any:
     """Round half to even; NaN becomes the quiet NaN 0x7FC0, as in torch."""
-    bits = builder.bitcast(x, I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))
+    bits = builder.bitcast(x, _like(x, I32))
+    odd = builder.and_(builder.lshr(bits, _constant(x, I32, 16)), _constant(x, I32, 1))
+    rounded = builder.add(bits, builder.add(odd, _constant(x, I32, 0x7FFF)))
     nan = builder.fcmp_unordered("uno", x, x)
-    high = builder.lshr(builder.select(nan, ir.Constant(I32, 0x7FC00000), rounded), ir.Constant(I32, 16))
-    return builder.trunc(high, I16)
+    high = builder.lshr(builder.select(nan, _constant(x, I32, 0x7FC00000), rounded), _constant(x, I32, 16))
+    return builder.trunc(high, _like(x, I16))
 
 
 def _emit_magnitude_bits(builder: Any, x: Any) -> Any:
@@ -453,7 +325,7 @@ def _emit_zero_if_nan(builder: Any, x: Any) -> Any:
 
 def _emit_round_code(builder: Any, x: Any) -> Any:
     """float32 that is no NaN → int32 in −128 … 127, half to even."""
-    rounded = _call(builder, "llvm.roundeven.f32", F32, [_clamp(builder, x, -128.0, 127.0)])
+    rounded = call(builder, "llvm.roundeven.f32", F32, [_clamp(builder, x, -128.0, 127.0)])
     return builder.fptosi(rounded, I32)
 
 

@@ -16,11 +16,20 @@ ISAS = ("avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A register tile: the instruction (see `cpu_emit`), and rows × columns of accumulators."""
+    """A register tile: the instruction (see `cpu_tiles`), and rows × vectors of accumulators."""
 
     kind: str
     rows: int
-    cols: int
+    vectors: int
+
+    @property
+    def integer(self) -> bool:
+        return self.kind.startswith(("dpbusd", "pmaddwd"))
+
+    @property
+    def cols(self) -> int:
+        """Columns of the output that it covers: one per 32 bits of a vector."""
+        return self.vectors * int(self.kind[-3:]) // 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +44,26 @@ class Instructions:
     """It has int8 tiles (AMX), which oneDNN uses."""
 
 
-_INTEGER = {
-    "avx512_vnni": Tile(kind="dpbusd512", rows=4, cols=4),
-    "avx_vnni": Tile(kind="dpbusd256", rows=4, cols=2),
-    "avx512bw": Tile(kind="pmaddwd512", rows=4, cols=4),
-    "avx2": Tile(kind="pmaddwd256", rows=4, cols=3),
+# As many accumulators as leave registers for the vectors of B, one of A and one product: 32 of 512 bits, 16 of 256.
+_MULTIPLY_ADD = {
+    512: Tile(kind="pmaddwd512", rows=6, vectors=4),
+    256: Tile(kind="pmaddwd256", rows=6, vectors=2),
 }
-_WIDE_FLOAT = Tile(kind="fma512", rows=6, cols=4)
-_FLOAT = Tile(kind="fma256", rows=4, cols=3)
-_BFLOAT = Tile(kind="dpbf16512", rows=4, cols=4)
+_INTEGER = {
+    "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4),
+    "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2),
+    "avx512bw": _MULTIPLY_ADD[512],
+    "avx2": _MULTIPLY_ADD[256],
+}
+_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4)
+_FLOAT = Tile(kind="fma256", rows=6, vectors=2)
+_BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
 
 
-def integer_tile(instructions: Instructions) -> Tile:
-    """The tile for int8 × int8 → int32."""
+def integer_tile(instructions: Instructions, zero_point: bool = False) -> Tile:
+    """The tile for int8 × int8 → int32. Less a zero point, codes need 9 bits, so 16-bit operands."""
+    if zero_point:
+        return _MULTIPLY_ADD[512 if instructions.name.startswith("avx512") else 256]
     return _INTEGER[instructions.name]
 
 

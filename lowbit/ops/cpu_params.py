@@ -9,9 +9,14 @@ F32, F16, BF16, I8_CODES, E4M3_CODES = range(5)
 # How weights are stored; U8 is int8 plus 128, as compressed-tensors packs it.
 W_I8, W_E4M3, W_U8 = range(3)
 # What `prepare` writes: operands of the tiles, or codes as they leave a quantize operation.
-A_I16, A_U8, A_F32, A_BF16, A_I8_BYTES, A_E4M3_BYTES = range(6)
+A_I16, A_I8, A_F32, A_BF16, A_I8_BYTES, A_E4M3_BYTES = range(6)
 # How `prepare` quantizes.
 MODE_NONE, MODE_INT8, MODE_E4M3 = range(3)
+
+# Integers of up to so many rows are multiplied as stored; transposing weights first pays from more rows on.
+DOT_ROWS = 48
+# Columns per vector of the epilogue.
+SCALE_LANES = 16
 
 
 class _Index(IntEnum):
@@ -44,7 +49,7 @@ class P(_Index):
     POWER_OF_2 = auto()
     SCRATCH = auto()
     SLOT_BYTES = auto()
-    ONES = auto()  # output: a row of ones in the operand's layout (dpbusd)
+    SUMS = auto()  # output: int32 [rows, groups], the sums of codes; 0: not wanted
     ROWS_PER_TASK = auto()
     ROWS_PADDED = auto()  # rows of A to clear beyond ROWS
 
@@ -56,7 +61,7 @@ class M(_Index):
     SLOT = auto()
     A = auto()
     A_ROW = auto()
-    ONES = auto()
+    A_SUM = auto()  # int32 [rows, groups]: 128 times these come off the sums (dpbusd); 0: none
     W = auto()
     W_ROW = auto()
     W_EXPERT = auto()
@@ -83,7 +88,6 @@ class M(_Index):
     GROUP_PADDED = auto()
     CHUNK = auto()  # K elements per pass, a multiple of the tile's step
     PER_GROUP = auto()  # scale inside the K loop
-    ZERO = auto()  # times the column sums of W, subtracted (dpbusd)
     SCRATCH = auto()
     SLOT_BYTES = auto()
     BLOCK_ROWS = auto()

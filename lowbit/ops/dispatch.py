@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
+from lowbit.ops.problem import Weights
 from lowbit.ops.settings import Implementation
 
 if TYPE_CHECKING:
@@ -64,6 +68,25 @@ class Refusal:
     reason: str
 
 
+_NAMES = {
+    torch.int8: "int8", torch.float8_e4m3fn: "e4m3fn", torch.int32: "uint8",
+    torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32",
+}  # fmt: skip
+
+
+def problem_of(
+    x: Tensor, weights: Weights, activations: str, *, zero_point: bool = False, bias: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Problem:  # fmt: skip
+    """The problem that a call is. x [M, K]; the output is of its dtype unless said otherwise."""
+    return Problem(
+        m=x.shape[0], n=weights.n, k=weights.k, activation_dtype=_NAMES[x.dtype],
+        weight_dtype=_NAMES[weights.tensor.dtype], activations=activations,  # type: ignore[arg-type]
+        block=weights.block, zero_point=zero_point, bias=bias, out_dtype=_NAMES[out_dtype or x.dtype],
+        experts=weights.tensor.shape[0] if weights.tensor.dim() == 3 else 0,
+    )  # fmt: skip
+
+
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
 
 
@@ -95,7 +118,7 @@ def _invalid(problem: Problem) -> str | None:
 
 
 def _choose_cpu(problem: Problem) -> Decision:
-    from lowbit.ops.cpu import instructions
+    from lowbit.ops.cpu_call import instructions
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
     have = instructions()
@@ -107,7 +130,7 @@ def _choose_cpu(problem: Problem) -> Decision:
             note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
         )  # fmt: skip
     if quantizes and problem.weight_dtype == "int8":
-        tile = integer_tile(have)
+        tile = integer_tile(have, problem.zero_point)
         return Decision(implementation="cpu", kernel=_tile_name(tile), multiplies="int8 × int8")
     exact = quantizes or problem.activation_dtype == "bfloat16"
     tile = float_tile(have, problem.m, bfloat_exact=exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -77,3 +78,14 @@ class Activations:
         if self.scale is None:
             raise ValueError("expected input_scale [1] with static activations, found none")
         return self.scale.to(torch.float32).reshape(1)
+
+
+def quantized_as(
+    kind: str, block: Sequence[int], scale: Tensor | None = None, zero: Tensor | None = None
+) -> Activations:
+    """The `activations` argument of an operation, taken apart."""
+    power_of_2 = kind == "group_pow2"
+    plain: ActivationKind = "group" if power_of_2 else kind  # type: ignore[assignment]
+    return Activations(
+        kind=plain, group=block[1] if plain == "group" else 0, scale=scale, zero=zero, power_of_2=power_of_2
+    )

@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.ops import cpu, dispatch, reference
+from lowbit.ops import cpu, dispatch, eager, reference
 from lowbit.ops.checks import CODES, check_linear, check_weight, require
-from lowbit.ops.problem import ActivationKind, Activations, Weights
+from lowbit.ops.problem import Activations, Weights, quantized_as
 from lowbit.ops.settings import fall_back, settings
 
 _library = torch.library.Library("lowbit", "DEF")
-
-_NAMES = {
-    torch.int8: "int8", torch.float8_e4m3fn: "e4m3fn", torch.int32: "uint8",
-    torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32",
-}  # fmt: skip
 
 
 def _define(schema: str, implementation: Any, fake: Any) -> None:
@@ -31,16 +26,6 @@ def _define(schema: str, implementation: Any, fake: Any) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
-
-
-def _activations(
-    kind: str, block: list[int], scale: Tensor | None = None, zero: Tensor | None = None
-) -> Activations:
-    power_of_2 = kind == "group_pow2"
-    plain: ActivationKind = "group" if power_of_2 else kind  # type: ignore[assignment]
-    return Activations(
-        kind=plain, group=block[1] if plain == "group" else 0, scale=scale, zero=zero, power_of_2=power_of_2
-    )
 
 
 def _implementation(operation: str, problem: dispatch.Problem, device: torch.device) -> tuple[str, str]:
@@ -61,17 +46,6 @@ def _implementation(operation: str, problem: dispatch.Problem, device: torch.dev
         return chosen.implementation, chosen.kernel
     fall_back(operation, chosen.reason)
     return "dequantize", ""
-
-
-def _problem(
-    x: Tensor, weights: Weights, kind: str, zero: bool, bias: bool, out_dtype: torch.dtype
-) -> dispatch.Problem:
-    return dispatch.Problem(
-        m=x.shape[0], n=weights.n, k=weights.k, activation_dtype=_NAMES[x.dtype],
-        weight_dtype=_NAMES[weights.tensor.dtype], activations=kind,  # type: ignore[arg-type]
-        block=weights.block, zero_point=zero, bias=bias, out_dtype=_NAMES[out_dtype],
-        experts=weights.tensor.shape[0] if weights.tensor.dim() == 3 else 0,
-    )  # fmt: skip
 
 
 def _dequantized(
@@ -107,7 +81,9 @@ def _run(
     out_dtype: torch.dtype, *, offsets: Tensor | None = None, routed: Tensor | None = None,
     weight_sum: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    problem = _problem(x, weights, kind, activations.zero is not None, bias is not None, out_dtype)
+    problem = dispatch.problem_of(
+        x, weights, kind, zero_point=activations.zero is not None, bias=bias is not None, out_dtype=out_dtype
+    )
     name, kernel = _implementation(operation, problem, x.device)
     if name == "triton":
         from lowbit.ops import triton
@@ -150,10 +126,15 @@ def _linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
     input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
+    if x.is_cpu and input_zero_point is None and settings.implementation is None:
+        # Compiled models come here: the same call, without the checks of `ops.linear`.
+        found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, (block[0], block[1]))
+        if found is not None:
+            return found
     check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
     k = x.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
-    how = _activations(activations, block, input_scale, input_zero_point)
+    how = quantized_as(activations, block, input_scale, input_zero_point)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weights.n)
@@ -226,7 +207,7 @@ def _linear_grouped(
 ) -> Tensor:  # fmt: skip
     _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=x.shape[-1])
-    how = _activations(activations, block)
+    how = quantized_as(activations, block)
     return _run(
         "linear_grouped", activations, x, weights, how, bias, x.dtype, offsets=offsets, routed=row_weight
     )
@@ -332,7 +313,7 @@ def _matmul(
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     flat = a if a.dim() == 2 else a.reshape(-1, k)
     scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], -1)
-    how = _activations(kind, block, scale, a_zero_point)
+    how = quantized_as(kind, block, scale, a_zero_point)
     out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
     return out if a.dim() == 2 else out.view(*a.shape[:-1], weights.n)
 

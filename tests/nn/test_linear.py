@@ -160,7 +160,9 @@ def test_shapes_of_inputs(scheme):
     want = quant(rows)
     for shape in ((24,), (4, 6), (2, 3, 4), (2, 3, 2, 2)):
         assert torch.equal(quant(rows.view(*shape, 96)), want.view(*shape, 40))
-    assert torch.equal(quant(rows[0]), want[0])
+    # A row alone is summed in another order; integer sums have none.
+    rounding = 0.0 if scheme == "int8" else 1e-6
+    torch.testing.assert_close(quant(rows[0]), want[0], rtol=rounding, atol=rounding)
     assert quant(rows[:0]).shape == (0, 40)
     assert quant(rows.view(4, 6, 96)[:, :0]).shape == (4, 0, 40)
     assert torch.equal(quant(rows.T.contiguous().T), want)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowbit import ops
-from lowbit.ops import cpu, cpu_isa
+from lowbit.ops import cpu, cpu_call, cpu_isa
 from lowbit.ops.cpu_isa import Instructions
 
 # kernels.md, section 7, thinned: every M and every (N, K) occurs.
@@ -193,7 +193,7 @@ def test_pinning_an_instruction_set(monkeypatch):
 
 
 def test_without_numba_the_portable_path_runs(monkeypatch):
-    monkeypatch.setattr(cpu, "_have_numba", lambda: False)
+    monkeypatch.setattr(cpu_call, "have_numba", lambda: False)
     cpu.instructions.cache_clear()
     try:
         assert cpu.instructions().name == "portable"
@@ -212,11 +212,11 @@ def test_the_second_process_compiles_nothing():
     code = (
         "import torch\n"
         "from lowbit import ops\n"
-        "from lowbit.ops import cpu_kernels, cpu, cpu_isa\n"
+        "from lowbit.ops import cpu_matmul, cpu_prepare, cpu, cpu_isa\n"
         "x, w = torch.randn(2, 64), torch.ones(8, 64, dtype=torch.int8)\n"
         "ops.linear(x, w, torch.ones(8, 1), activations='token', block=(1, 0))\n"
         "tile = cpu_isa.integer_tile(cpu.instructions())\n"
-        "loops = [cpu_kernels.prepare(), cpu_kernels.matmul(tile.kind, 'i8', tile.rows, tile.cols)]\n"
+        "loops = [cpu_prepare.prepare(), cpu_matmul.matmul(tile.kind, 'i8', tile.rows, tile.vectors)]\n"
         "raise SystemExit(0 if all(loop.cache_hits == 1 for loop in loops) else 3)\n"
     )
     if cpu.instructions().name == "portable":
@@ -242,7 +242,8 @@ def test_small_products_are_not_mixed_up():
             found = ops.linear(*arguments, activations="token", block=(1, 0))
             with ops.use_implementation("reference"):
                 want = ops.linear(*arguments, activations="token", block=(1, 0))
-            assert torch.allclose(found, want, rtol=1e-5, atol=1e-5)
+            # Sums of float32 may cancel: small beside the largest, not beside themselves.
+            assert torch.allclose(found, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 def test_kept_parameters_keep_no_weight_alive():

@@ -1,0 +1,320 @@
+# mypy: ignore-errors
+# The bodies below are compiled by numba, whose intrinsics mypy cannot type.
+"""`matmul`: an operand made by `prepare` times weights as stored, [N, K]; then scales, bias and routed weight.
+
+A task is a block of the output. A few rows of integers are multiplied with weights as stored;
+for more, and for floats, the block's weights are decoded and transposed into a panel first.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit
+
+from lowbit.ops import cpu_tiles
+from lowbit.ops.cpu_emit import add_scaled, e4m3_to_f32, f32_to_bf16, fetch_add, finish_row, pointer
+from lowbit.ops.cpu_params import (
+    A_BF16,
+    A_F32,
+    A_I8_BYTES,
+    A_I16,
+    BF16,
+    DOT_ROWS,
+    F16,
+    F32,
+    SCALE_LANES,
+    W_E4M3,
+    W_I8,
+    W_U8,
+    M,
+)
+from lowbit.ops.cpu_rows import SIGNATURE, stamp, store_row
+from lowbit.ops.cpu_tiles import dot_tile, pack, packed_tile
+
+# Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
+M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
+    M.A,
+    M.A_ROW,
+    M.A_SCALE,
+    M.A_SCALE_GROUP,
+    M.A_SCALE_ROW,
+)
+M_A_SUM, M_BIAS, M_BIAS_EXPERT, M_BLOCKS, M_BLOCK_COLS = (
+    M.A_SUM,
+    M.BIAS,
+    M.BIAS_EXPERT,
+    M.BLOCKS,
+    M.BLOCK_COLS,
+)
+M_BLOCK_COUNT, M_BLOCK_ROWS, M_CHUNK, M_GROUP = M.BLOCK_COUNT, M.BLOCK_ROWS, M.CHUNK, M.GROUP
+M_GROUP_PADDED, M_K, M_N, M_NEXT, M_OUT, M_OUT_DTYPE = M.GROUP_PADDED, M.K, M.N, M.NEXT, M.OUT, M.OUT_DTYPE
+M_OUT_ROW, M_PER_GROUP, M_ROUTED, M_SCRATCH = M.OUT_ROW, M.PER_GROUP, M.ROUTED, M.SCRATCH
+M_SLOT, M_SLOT_BYTES, M_W, M_W_END, M_W_EXPERT = M.SLOT, M.SLOT_BYTES, M.W, M.W_END, M.W_EXPERT
+M_W_ROW, M_W_SCALE, M_W_SCALE_EXPERT, M_W_SCALE_GROUP = M.W_ROW, M.W_SCALE, M.W_SCALE_EXPERT, M.W_SCALE_GROUP
+M_W_SCALE_ROW, M_W_SCALE_ROWS = M.W_SCALE_ROW, M.W_SCALE_ROWS
+
+DOT_COLS = 4
+
+
+@njit(inline="always")
+def dot_row(kind, a, w, stride, c, cols, k):  # type: ignore[no-untyped-def]
+    """One row times `cols` rows of weights."""
+    whole = cols // DOT_COLS * DOT_COLS
+    for j in range(0, whole, DOT_COLS):
+        dot_tile(kind, 1, DOT_COLS, a, 0, w + j * stride, stride, DOT_COLS * stride, c + 4 * j, 0, k)
+    for j in range(whole, cols):
+        dot_tile(kind, 1, 1, a, 0, w + j * stride, stride, DOT_COLS * stride, c + 4 * j, 0, k)
+
+
+@njit(inline="always")
+def dot_rows(kind, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
+    """A few rows, four at a time; weights are read once, and then stay in the first cache."""
+    whole = cols // DOT_COLS * DOT_COLS
+    for j in range(0, whole, DOT_COLS):
+        b, i = w + j * stride, 0
+        while i < rows:
+            at, c_at = a + i * lda, c + i * ldc + 4 * j
+            if rows - i > 2:
+                dot_tile(kind, 4, DOT_COLS, at, lda, b, stride, DOT_COLS * stride, c_at, ldc, k)
+                i += 4
+            else:
+                dot_tile(kind, 2, DOT_COLS, at, lda, b, stride, DOT_COLS * stride, c_at, ldc, k)
+                i += 2
+    for j in range(whole, cols):
+        for i in range(0, rows, 2):
+            at, c_at = a + i * lda, c + i * ldc + 4 * j
+            dot_tile(kind, 2, 1, at, lda, w + j * stride, stride, DOT_COLS * stride, c_at, ldc, k)
+
+
+@njit(inline="always")
+def packed_rows(kind, tall, vectors, a, a_row, b, ldb, c, c_row, rows, units):  # type: ignore[no-untyped-def]
+    """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2."""
+    i = 0
+    while i < rows:
+        left = rows - i
+        at, c_at = a + i * a_row, c + i * c_row
+        if left >= tall and left != 8:
+            packed_tile(kind, tall, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            i += tall
+        elif left > 2:
+            packed_tile(kind, 4, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            i += 4
+        else:
+            packed_tile(kind, 2, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            i += 2
+
+
+@njit(inline="always")
+def finish(integer, scales, dtype, sums, offset, a_scale, w_scale, bias, routed, out, spill, n):  # type: ignore[no-untyped-def]
+    """`finish_row` for an output type known at run time, with the columns that fill no vector."""
+    if dtype == F16:
+        finish_row(integer, scales, F16, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
+    elif dtype == BF16:
+        finish_row(integer, scales, BF16, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
+    else:
+        finish_row(integer, scales, F32, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
+    done = n // SCALE_LANES * SCALE_LANES
+    if done < n:
+        rest = carray(pointer(spill + 4 * done), n - done, np.float32)
+        store_row(dtype, rest, out + done * (2 if dtype in (F16, BF16) else 4), n - done)
+
+
+@njit
+def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-untyped-def]
+    """n stored weights → float32, bfloat16 (both exact) or int8, zeros up to `padded`."""
+    codes = carray(pointer(source), n, np.int8)
+    raw = carray(pointer(source), n, np.uint8)
+    if kind == A_F32:
+        full = carray(pointer(target), padded, np.float32)
+        if storage == W_E4M3:
+            for i in range(n):
+                full[i] = e4m3_to_f32(raw[i])
+        elif storage == W_U8:
+            for i in range(n):
+                full[i] = np.float32(raw[i]) - np.float32(128.0)
+        else:
+            for i in range(n):
+                full[i] = np.float32(codes[i])
+        full[n:padded] = 0
+    elif kind == A_BF16:
+        brain = carray(pointer(target), padded, np.uint16)
+        if storage == W_E4M3:
+            for i in range(n):
+                brain[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
+        elif storage == W_U8:
+            for i in range(n):
+                brain[i] = f32_to_bf16(np.float32(raw[i]) - np.float32(128.0))
+        else:
+            for i in range(n):
+                brain[i] = f32_to_bf16(np.float32(codes[i]))
+        brain[n:padded] = 0
+    else:
+        plain = carray(pointer(target), padded, np.int8)
+        plain[:n] = codes
+        plain[n:padded] = 0
+
+
+@cache
+def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
+    """Compile (or load) `matmul` for an instruction (see `cpu_tiles.Step`) and weight storage.
+
+    `storage` is `i8`, `e4m3` or `u8` (int8 plus 128); the integer instructions take `i8` only.
+    """
+    source = stamp()
+    unsigned = kind.startswith("dpbusd")
+    integer = unsigned or kind.startswith("pmaddwd")
+    step, lanes = cpu_tiles.operand_step(kind), cpu_tiles.lanes(kind)
+    operand = A_F32 if kind.startswith("fma") else A_I16 if kind.startswith("pmaddwd") else A_BF16
+    element = {A_I16: 2, A_F32: 4, A_BF16: 2}[operand] if not unsigned else 1
+    # Weights as the tiles read them before packing: integers as stored, floats decoded.
+    row_kind, row_element = (A_I8_BYTES, 1) if integer else (operand, element)
+    stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8}[storage]
+    # One row alone is bound by memory: decode while loading instead of into memory.
+    direct = kind.startswith("fma") or integer
+    direct_kind = f"{kind}:{storage}" if direct and not integer else kind
+    tile_cols = tile_vectors * lanes
+
+    @cfunc(SIGNATURE, cache=True)
+    def matmul_tiles(parameters):  # type: ignore[no-untyped-def]
+        _ = source
+        p = carray(parameters, 48)
+        base = p.ctypes.data
+        slot = fetch_add(base + 8 * M_SLOT, 1)
+        n_all, k_all, group, group_padded = p[M_N], p[M_K], p[M_GROUP], p[M_GROUP_PADDED]
+        groups = (k_all + group - 1) // group if k_all > 0 else 0
+        block_rows, block_cols, chunk = p[M_BLOCK_ROWS], p[M_BLOCK_COLS], p[M_CHUNK]
+        blocks = carray(pointer(p[M_BLOCKS]), (p[M_BLOCK_COUNT], 3), np.int64)
+        tasks = p[M_BLOCK_COUNT] * ((n_all + block_cols - 1) // block_cols)
+        a_row, w_row, out_row = p[M_A_ROW], p[M_W_ROW], p[M_OUT_ROW]
+        per_group = p[M_PER_GROUP] != 0
+
+        size = block_rows * block_cols
+        memory = p[M_SCRATCH] + slot * p[M_SLOT_BYTES]
+        accumulators = carray(pointer(memory), size, np.int32)
+        totals = carray(pointer(memory + 4 * size), size, np.float32)
+        w_scales_at = memory + 8 * size
+        weights_scale = carray(pointer(w_scales_at), block_cols, np.float32)
+        scale_at = carray(pointer(w_scales_at + 4 * block_cols), block_cols, np.int64)
+        bias_at = w_scales_at + 12 * block_cols
+        bias = carray(pointer(bias_at), block_cols, np.float32)
+        panel = bias_at + 4 * block_cols
+        decoded = panel + block_cols * chunk * element
+        scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
+        code_sums = carray(pointer(p[M_A_SUM]), 1 << 62, np.int32)
+        w_scale = carray(pointer(p[M_W_SCALE]), 1 << 62, np.float32)
+        c_row = 4 * block_cols
+        while True:
+            task = fetch_add(base + 8 * M_NEXT, 1)
+            if task >= tasks:
+                break
+            n0 = task // p[M_BLOCK_COUNT] * block_cols
+            which = task % p[M_BLOCK_COUNT]
+            expert, row0, rows = blocks[which, 0], blocks[which, 1], blocks[which, 2]
+            cols = min(block_cols, n_all - n0)
+            used = (rows + 1) // 2 * 2 * block_cols
+            accumulators[:used] = 0
+            if per_group:
+                totals[:used] = 0
+            w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
+            for j in range(cols):
+                scale_at[j] = expert * p[M_W_SCALE_EXPERT] + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
+            a0 = p[M_A] + row0 * a_row
+            few = rows == 1 or (integer and rows <= DOT_ROWS)
+            for g in range(groups):
+                in_group = min(group, k_all - g * group)
+                for c0 in range(0, in_group, chunk):
+                    depth = min(chunk, in_group - c0)
+                    padded = (depth + step - 1) // step * step
+                    w = w0 + g * group + c0
+                    a = a0 + (g * group_padded + c0) * element
+                    # Reading past a row is harmless for integers (the operand is 0 there); past
+                    # the last row of the tensor it is not. Floats could meet a NaN code.
+                    inside = w + (cols - 1) * w_row + padded <= p[M_W_END]
+                    if few:
+                        stride = w_row
+                        as_stored = inside and (integer or (direct and padded == depth))
+                        if not as_stored:
+                            stride = padded * row_element
+                            for j in range(cols):
+                                decode_row(stored, w + j * w_row, row_kind, panel + j * stride, depth, padded)
+                            w = panel
+                        if rows == 1:
+                            if as_stored:
+                                dot_row(direct_kind, a, w, stride, memory, cols, padded)
+                            else:
+                                dot_row(kind, a, w, stride, memory, cols, padded)
+                        else:
+                            dot_rows(kind, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                        continue
+                    units = padded * element // 4
+                    for j in range(0, cols, lanes):
+                        valid = min(lanes, cols - j)
+                        rows_at, stride = w + j * w_row, w_row
+                        if not (integer and inside):
+                            rows_at, stride = decoded, padded * row_element
+                            for i in range(valid):
+                                at = w + (j + i) * w_row
+                                decode_row(stored, at, row_kind, decoded + i * stride, depth, padded)
+                        at = panel + j // tile_cols * tile_cols * 4 * units + j % tile_cols * 4
+                        pack(kind, rows_at, stride, valid, at, 4 * tile_cols, units)
+                    for j in range(0, cols, tile_cols):
+                        b = panel + 4 * units * j
+                        full = cols - j > tile_cols - lanes
+                        if full:
+                            packed_rows(
+                                kind, tile_rows, tile_vectors, a, a_row, b, 4 * tile_cols, memory + 4 * j, c_row,
+                                rows, units,
+                            )  # fmt: skip
+                        else:
+                            for v in range(0, cols - j, lanes):
+                                packed_rows(
+                                    kind, tile_rows, 1, a, a_row, b + 4 * v, 4 * tile_cols, memory + 4 * (j + v),
+                                    c_row, rows, units,
+                                )  # fmt: skip
+                if per_group:
+                    for j in range(cols):
+                        weights_scale[j] = w_scale[scale_at[j] + g * p[M_W_SCALE_GROUP]]
+                    for i in range(rows):
+                        a_scale = np.float32(1.0)
+                        if p[M_A_SCALE] != 0:
+                            a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW] + g * p[M_A_SCALE_GROUP]]
+                        offset = np.int32(0)
+                        if unsigned:
+                            offset = np.int32(code_sums[(row0 + i) * groups + g] * 128)
+                        at = memory + i * c_row
+                        add_scaled(integer, at, offset, a_scale, w_scales_at, at + 4 * size, cols)
+            if not per_group:
+                for j in range(cols):
+                    weights_scale[j] = w_scale[scale_at[j]]
+            # −0.0 leaves every value as it is, −0.0 too.
+            bias[:] = np.float32(-0.0)
+            if p[M_BIAS] != 0:
+                bias[:cols] = carray(
+                    pointer(p[M_BIAS] + 4 * (expert * p[M_BIAS_EXPERT] + n0)), cols, np.float32
+                )
+            out_element = 4 if p[M_OUT_DTYPE] != F16 and p[M_OUT_DTYPE] != BF16 else 2
+            for i in range(rows):
+                a_scale, routed, offset = np.float32(1.0), np.float32(1.0), np.int32(0)
+                if p[M_ROUTED] != 0:
+                    routed = carray(pointer(p[M_ROUTED]), row0 + rows, np.float32)[row0 + i]
+                out = p[M_OUT] + (row0 + i) * out_row + n0 * out_element
+                at = memory + i * c_row
+                if per_group:
+                    at += 4 * size
+                    finish(
+                        False, False, p[M_OUT_DTYPE], at, offset, a_scale, 0, bias_at, routed, out, at, cols
+                    )
+                else:
+                    if p[M_A_SCALE] != 0:
+                        a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW]]
+                    if unsigned and groups > 0:
+                        offset = np.int32(code_sums[row0 + i] * 128)
+                    finish(
+                        integer, True, p[M_OUT_DTYPE], at, offset, a_scale, w_scales_at, bias_at, routed, out,
+                        at + 4 * size, cols,
+                    )  # fmt: skip
+
+    return matmul_tiles

@@ -1,0 +1,215 @@
+# mypy: ignore-errors
+# The bodies below are compiled by numba, whose intrinsics mypy cannot type.
+"""`prepare`: rows of activations → the operand that a tile wants (int16, int8, float32 or bfloat16),
+quantized on the way; or codes, for the quantize operations. And the Hadamard transform.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit
+
+from lowbit.ops.cpu_emit import (
+    bits_to_f32,
+    e4m3_code,
+    f32_to_bf16,
+    fetch_add,
+    hadamard8,
+    magnitude_bits,
+    pointer,
+    round_code,
+    round_e4m3,
+    zero_if_nan,
+)
+from lowbit.ops.cpu_params import (
+    A_BF16,
+    A_E4M3_BYTES,
+    A_F32,
+    A_I8_BYTES,
+    A_I16,
+    BF16,
+    E4M3_CODES,
+    F16,
+    I8_CODES,
+    MODE_E4M3,
+    MODE_INT8,
+    MODE_NONE,
+    P,
+)
+from lowbit.ops.cpu_rows import SIGNATURE, load_row, stamp, store_row
+
+# Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
+P_A, P_A_KIND, P_A_ROW, P_GROUP, P_GROUP_PADDED = P.A, P.A_KIND, P.A_ROW, P.GROUP, P.GROUP_PADDED
+P_K, P_LOWEST, P_MODE, P_NEXT, P_POWER_OF_2 = P.K, P.LOWEST, P.MODE, P.NEXT, P.POWER_OF_2
+P_ROWS, P_ROWS_PADDED, P_ROWS_PER_TASK, P_SCALE = P.ROWS, P.ROWS_PADDED, P.ROWS_PER_TASK, P.SCALE
+P_SCRATCH, P_SHIFT, P_SLOT, P_SLOT_BYTES, P_STATIC = P.SCRATCH, P.SHIFT, P.SLOT, P.SLOT_BYTES, P.STATIC
+P_SUMS, P_X, P_X_DTYPE, P_X_ROW, P_ZERO = P.SUMS, P.X, P.X_DTYPE, P.X_ROW, P.ZERO
+
+SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
+
+
+@njit
+def dynamic_scale(values, n, largest, power_of_2):  # type: ignore[no-untyped-def]
+    """absmax / largest; 1 where that is below the smallest normal; NaN where a value is NaN."""
+    top = np.int32(0)
+    for i in range(n):
+        top = max(top, magnitude_bits(values[i]))
+    scale = bits_to_f32(top) / largest
+    if scale < SMALLEST_SCALE:
+        return np.float32(1.0)
+    if power_of_2 != 0:
+        bits = magnitude_bits(scale)
+        if bits >= 0x7F800000:
+            return np.float32(np.nan)
+        exponent = (bits >> 23) + (1 if bits & 0x7FFFFF else 0)
+        # The next power of two above 2¹²⁷ does not exist: saturate, as encode_e8m0 does.
+        return bits_to_f32(np.int32(min(exponent, 254) << 23))
+    return scale
+
+
+@njit
+def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, padded):  # type: ignore[no-untyped-def]
+    """One scale group of one row → the operand at `target`, zeros from n up to `padded`."""
+    if mode == MODE_INT8:
+        shift, low = np.float32(shift_by), np.int32(lowest)
+        if kind == A_I16:
+            wide = carray(pointer(target), padded, np.int16)
+            for i in range(n):
+                wide[i] = np.int16(max(round_code(zero_if_nan(values[i] / scale) + shift), low) - zero)
+            wide[n:padded] = 0
+        else:
+            codes = carray(pointer(target), padded, np.int8)
+            for i in range(n):
+                codes[i] = np.int8(max(round_code(zero_if_nan(values[i] / scale) + shift), low))
+            codes[n:padded] = 0
+        return
+    if mode == MODE_E4M3:
+        for i in range(n):
+            values[i] = round_e4m3(values[i] / scale)
+    if kind == A_F32:
+        full = carray(pointer(target), padded, np.float32)
+        full[:n] = values[:n]
+        full[n:padded] = 0
+    elif kind == A_BF16:
+        brain = carray(pointer(target), padded, np.uint16)
+        for i in range(n):
+            brain[i] = f32_to_bf16(values[i])
+        brain[n:padded] = 0
+    else:
+        bytes_ = carray(pointer(target), padded, np.uint8)
+        for i in range(n):
+            bytes_[i] = e4m3_code(values[i])
+        bytes_[n:padded] = 0
+
+
+@njit
+def sum_codes(address, n):  # type: ignore[no-untyped-def]
+    codes = carray(pointer(address), n, np.int8)
+    total = np.int32(0)
+    for i in range(n):
+        total += np.int32(codes[i])
+    return total
+
+
+@cache
+def prepare() -> Any:
+    """Compile (or load) `prepare`; a ctypes function of the parameter block's address."""
+    source = stamp()
+
+    @cfunc(SIGNATURE, cache=True)
+    def prepare_rows(parameters):  # type: ignore[no-untyped-def]
+        _ = source
+        p = carray(parameters, 32)
+        base = p.ctypes.data
+        slot = fetch_add(base + 8 * P_SLOT, 1)
+        rows, k, group, padded = p[P_ROWS], p[P_K], p[P_GROUP], p[P_GROUP_PADDED]
+        groups = (k + group - 1) // group if k > 0 else 0
+        values = carray(pointer(p[P_SCRATCH] + slot * p[P_SLOT_BYTES]), group, np.float32)
+        kind, mode, zero = p[P_A_KIND], p[P_MODE], p[P_ZERO]
+        element = 4 if kind == A_F32 else (2 if kind in (A_I16, A_BF16) else 1)
+        x_dtype = p[P_X_DTYPE]
+        x_element = 2 if x_dtype in (F16, BF16) else 1 if x_dtype in (I8_CODES, E4M3_CODES) else 4
+        largest = np.float32(127.0) if mode == MODE_INT8 else np.float32(448.0)
+        scale = np.float32(1.0)
+        if p[P_STATIC] != 0:
+            scale = carray(pointer(p[P_STATIC]), 1, np.float32)[0]
+        if slot == 0:
+            # Rows that only fill up the last tile: their results are dropped, but reading
+            # whatever was in memory would make denormal or NaN arithmetic slow.
+            tail = carray(
+                pointer(p[P_A] + rows * p[P_A_ROW]), (p[P_ROWS_PADDED] - rows) * p[P_A_ROW], np.uint8
+            )
+            tail[:] = 0
+        step = p[P_ROWS_PER_TASK]
+        while True:
+            first = fetch_add(base + 8 * P_NEXT, step)
+            if first >= rows:
+                break
+            for row in range(first, min(first + step, rows)):
+                for g in range(groups):
+                    n = min(group, k - g * group)
+                    load_row(x_dtype, p[P_X] + row * p[P_X_ROW] + g * group * x_element, values, n)
+                    if mode != MODE_NONE and p[P_STATIC] == 0:
+                        scale = dynamic_scale(values, n, largest, p[P_POWER_OF_2])
+                    if p[P_SCALE] != 0:
+                        scales = carray(pointer(p[P_SCALE]), rows * groups, np.float32)
+                        scales[row * groups + g] = scale
+                    target = p[P_A] + row * p[P_A_ROW] + g * padded * element
+                    # A group of codes that leave the kernel is not padded at its end.
+                    width = n if kind in (A_I8_BYTES, A_E4M3_BYTES) else padded
+                    write_operand(kind, mode, values, scale, zero, p[P_SHIFT], p[P_LOWEST], target, n, width)
+                    if p[P_SUMS] != 0:
+                        sums = carray(pointer(p[P_SUMS]), rows * groups, np.int32)
+                        sums[row * groups + g] = sum_codes(target, n)
+
+    return prepare_rows
+
+
+@cache
+def hadamard() -> Any:
+    """Compile (or load) the blockwise Walsh–Hadamard transform; its block is that of `prepare`.
+
+    GROUP is the transform's length (a power of two that divides K), SCALE the bits of 1/√length,
+    A and A_ROW the output, of the input's type.
+    """
+    source = stamp()
+
+    @cfunc(SIGNATURE, cache=True)
+    def hadamard_rows(parameters):  # type: ignore[no-untyped-def]
+        _ = source
+        p = carray(parameters, 32)
+        base = p.ctypes.data
+        slot = fetch_add(base + 8 * P_SLOT, 1)
+        rows, length, step = p[P_ROWS], p[P_GROUP], p[P_ROWS_PER_TASK]
+        blocks = p[P_K] // length
+        memory = p[P_SCRATCH] + slot * p[P_SLOT_BYTES]
+        values = carray(pointer(memory), length, np.float32)
+        scale = bits_to_f32(np.int32(p[P_SCALE]))
+        element = 2 if p[P_X_DTYPE] == F16 or p[P_X_DTYPE] == BF16 else 4
+        while True:
+            first = fetch_add(base + 8 * P_NEXT, step)
+            if first >= rows * blocks:
+                break
+            for item in range(first, min(first + step, rows * blocks)):
+                row, offset = item // blocks, item % blocks * length * element
+                load_row(p[P_X_DTYPE], p[P_X] + row * p[P_X_ROW] + offset, values, length)
+                distance = 1
+                if length >= 8:
+                    for i in range(0, length, 8):
+                        hadamard8(memory + 4 * i)
+                    distance = 8
+                while distance < length:
+                    for i in range(0, length, 2 * distance):
+                        low, high = values[i : i + distance], values[i + distance : i + 2 * distance]
+                        for j in range(distance):
+                            a, b = low[j], high[j]
+                            low[j], high[j] = a + b, a - b
+                    distance *= 2
+                for j in range(length):
+                    values[j] *= scale
+                store_row(p[P_X_DTYPE], values, p[P_A] + row * p[P_A_ROW] + offset, length)
+
+    return hadamard_rows

@@ -1,0 +1,372 @@
+"""Register tiles of the CPU products, as LLVM emitted by hand for numba.
+
+Why by hand: LLVM turns a plain int8 dot product into `pmulld`, a third of the speed of
+`pmaddwd`. Here each tile is one loop over K with every accumulator in a register.
+
+Every instruction used is exact on integer codes:
+
+    pmaddwd  int16 × int16, pairs added in int32: no saturation for |a|, |b| < 2¹⁵
+    dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form);
+             the weight is made unsigned, w + 128, and 128 · Σa is taken off at the end
+
+`pmaddubsw`, which saturates pairs to 16 bits, is what makes other int8 matmuls wrong
+without VNNI, and is not used.
+
+Two shapes of tile. `dot_tile` runs along K on weights as stored and adds the lanes of its
+accumulators at the end: for few rows, which are bound by memory. `packed_tile` has a column
+in every lane, and nothing to add at the end, but wants weights transposed in units of 32 bits
+(four int8, two int16 or bfloat16, one float32), which `pack` does for a panel at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from lowbit.ops.cpu_emit import (
+    BF16,
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    call,
+    load,
+    loop,
+    prefetch,
+    shuffle,
+    splat,
+    spread,
+    store,
+    vec,
+)
+
+
+class Step:
+    """One step along K: how both sides load, and what adds their product to an accumulator.
+
+    `kind` is the instruction with its vector width in bits, then the weight's storage where
+    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        name, _, self.storage = kind.partition(":")
+        self.name, self.bits = name[:-3], int(name[-3:])
+        self.lanes = self.bits // 32
+        self.acc = vec(F32 if self.name in ("fma", "dpbf16") else I32, self.lanes)
+        self.elements = step_elements(kind)
+        self.nan_codes: Any = None
+        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "dpbf16": 2}[self.name]
+        self.b_bytes = 1 if self.storage or self.name in ("pmaddwd", "dpbusd") else self.a_bytes
+
+    def load_a(self, builder: Any, address: Any) -> Any:
+        """One vector; for `fma` with decoding, the two float vectors that match a half's worth."""
+        if self.name == "fma" and self.storage:
+            second = builder.add(address, ir.Constant(I64, 4 * self.lanes))
+            return [load(builder, address, self.acc), load(builder, second, self.acc)]
+        kind = {"fma": self.acc, "dpbusd": vec(I8, self.elements), "pmaddwd": vec(I16, self.elements)}
+        return load(builder, address, kind.get(self.name, vec(BF16, self.elements)))
+
+    def load_b(self, builder: Any, address: Any) -> Any:
+        if self.name == "pmaddwd":
+            return builder.sext(load(builder, address, vec(I8, self.elements)), vec(I16, self.elements))
+        if self.name == "dpbusd":
+            codes = load(builder, address, vec(I8, self.elements))
+            return builder.xor(codes, splat(ir.Constant(I8, -128), self.elements))
+        if self.storage:
+            return self._decode(builder, load(builder, address, vec(I8, self.elements)))
+        return self.load_a(builder, address)
+
+    def _decode(self, builder: Any, raw: Any) -> list:
+        """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.
+
+        NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
+        decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
+        and `finish` looks at that.
+        """
+        halves = [list(range(s, s + self.lanes)) for s in (0, self.lanes)]
+        if self.storage != "e4m3":
+            if self.storage == "u8":  # int8 plus 128: flipping the top bit takes it off
+                raw = builder.xor(raw, splat(ir.Constant(I8, -128), self.elements))
+            parts = (shuffle(builder, raw, raw, half) for half in halves)
+            return [builder.sitofp(builder.sext(part, vec(I32, self.lanes)), self.acc) for part in parts]
+        wide = builder.sext(raw, vec(I16, self.elements))
+        bits = builder.and_(
+            builder.shl(wide, splat(ir.Constant(I16, 7), self.elements)),
+            splat(ir.Constant(I16, -0x4080), self.elements),  # 0xBF80: sign, exponent, mantissa
+        )
+        magnitude = builder.and_(bits, splat(ir.Constant(I16, 0x7FFF), self.elements))
+        greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
+        self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
+        parts = (shuffle(builder, bits, bits, half) for half in halves)
+        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.acc) for part in parts]
+
+    def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
+        if self.name == "pmaddwd":
+            name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
+            return builder.add(acc, call(builder, name, self.acc, [a, b]))
+        if self.name == "dpbusd":
+            return call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, [acc, b, a])
+        if self.name == "dpbf16":
+            return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, a, b])
+        pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
+        for x, y in pairs:
+            acc = call(builder, f"llvm.fma.v{self.lanes}f32", self.acc, [x, y, acc])
+        return acc
+
+    def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
+        """Sums of one column, after the loop: what decoding left out."""
+        if self.storage != "e4m3":
+            return sums
+        found = builder.icmp_unsigned("==", nan_codes, splat(ir.Constant(I16, 0x3F80), self.elements))
+        any_nan = builder.icmp_unsigned(
+            "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
+        )
+        scaled = builder.fmul(sums, splat(ir.Constant(F32, 256.0), self.lanes))
+        return builder.select(any_nan, splat(ir.Constant(F32, float("nan")), self.lanes), scaled)
+
+    def add(self, builder: Any) -> Any:
+        return builder.fadd if self.acc.element is F32 else builder.add
+
+    @property
+    def unit(self) -> ir.VectorType:
+        """A vector of 32-bit units as this instruction reads it."""
+        element = {"pmaddwd": I16, "dpbusd": I8, "fma": F32, "dpbf16": BF16}[self.name]
+        return vec(element, self.bits // (8 * self.a_bytes))
+
+    def load_units(self, builder: Any, address: Any) -> Any:
+        """One row's next `lanes` units, as `packed_tile` wants them, in a vector of int32."""
+        units = vec(I32, self.lanes)
+        if self.name in ("pmaddwd", "dpbusd"):
+            return builder.bitcast(self.load_b(builder, address), units)
+        return load(builder, address, units)
+
+
+def step_elements(kind: str) -> int:
+    """Elements of K that one step of `kind` consumes."""
+    name, _, storage = kind.partition(":")
+    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "dpbf16": 16}[name[:-3]]
+    return 2 * once if storage else once
+
+
+def lanes(kind: str) -> int:
+    """Columns in one vector of a packed tile."""
+    return int(kind[-3:]) // 32
+
+
+def operand_step(kind: str) -> int:
+    """What the operand's rows are padded to: a whole step, also where `fma` decodes while loading."""
+    return step_elements(f"{kind}:i8" if kind.startswith("fma") else kind)
+
+
+def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
+    """The sums of the lanes of 4 vectors, as one vector of 4: a fixed order, the same at every call.
+
+    Pairs are interleaved and added twice, which leaves [Σx, Σy, Σz, Σw] per 128 bits; a third
+    of the shuffles that four separate sums need.
+    """
+    width = vectors[0].type.count
+    quads = range(0, width, 4)
+    low = [q + i + s for q in quads for i in (0, 1) for s in (0, width)]
+    high = [q + i + s for q in quads for i in (2, 3) for s in (0, width)]
+    xy, zw = (
+        add(shuffle(builder, x, y, low), shuffle(builder, x, y, high)) for x, y in (vectors[:2], vectors[2:])
+    )
+    first = [q + i + s for q in quads for s in (0, width) for i in (0, 1)]
+    second = [q + i + s for q in quads for s in (0, width) for i in (2, 3)]
+    total = add(shuffle(builder, xy, zw, first), shuffle(builder, xy, zw, second))
+    while width > 4:
+        width //= 2
+        halves = (shuffle(builder, total, total, list(range(s, s + width))) for s in (0, width))
+        total = add(*halves)
+    return total
+
+
+@intrinsic(prefer_literal=True)
+def dot_tile(typingctx, kind, mr, nr, a, lda, b, ldb, ahead, c, ldc, k):  # type: ignore[no-untyped-def]
+    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr, weights as stored.
+
+    `kind`, `mr`, `nr` are compile-time constants. Addresses and row strides are in bytes;
+    `c` is int32 (float32 for the float kinds); `k` is a multiple of `step_elements(kind)`.
+    For dpbusd the sums are those of b + 128. What stands `ahead` bytes further in b is asked
+    for: rows are short, so the hardware's own prefetching only ever starts on them.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr)):
+        return None
+    step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
+    signature = types.void(kind, mr, nr, *[types.int64] * 8)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ldb, ahead, c, ldc, k = args[3:]
+        scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
+        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
+        b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
+        zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
+        tracks_nan = step.storage == "e4m3"
+
+        def body(position: Any, values: list) -> list:
+            sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
+            offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
+            b_vectors = []
+            for j, row in enumerate(b_rows):
+                step.nan_codes = nans[j] if tracks_nan else None
+                here = builder.add(row, offset_b)
+                prefetch(builder, builder.add(here, ahead))
+                b_vectors.append(step.load_b(builder, here))
+                if tracks_nan:
+                    nans[j] = step.nan_codes
+            for i, row in enumerate(a_rows):
+                a_vector = step.load_a(builder, builder.add(row, offset_a))
+                for j, b_vector in enumerate(b_vectors):
+                    sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
+            return sums + nans
+
+        starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
+        ended = loop(builder, k, step.elements, starts, body)
+        totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
+        totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
+        add, element = step.add(builder), step.acc.element
+        for i in range(rows):
+            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            for j in range(0, cols, 4):
+                width = min(4, cols - j)
+                four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
+                values = _reduce4(builder, four, add)
+                address = builder.add(row_address, ir.Constant(I64, 4 * j))
+                if width == 4:
+                    store(builder, add(load(builder, address, values.type), values), address)
+                    continue
+                for at in range(width):
+                    value = builder.extract_element(values, ir.Constant(I32, at))
+                    there = builder.add(address, ir.Constant(I64, 4 * at))
+                    store(builder, add(load(builder, there, element), value), there)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def packed_tile(typingctx, kind, mr, nv, a, lda, b, ldb, c, ldc, units):  # type: ignore[no-untyped-def]
+    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr and the columns j of nv vectors, b packed by `pack`.
+
+    `kind`, `mr`, `nv` are compile-time constants. `b` + `ldb` · u holds unit u of every column.
+    The rest is as in `dot_tile`.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nv)):
+        return None
+    step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
+    signature = types.void(kind, mr, nv, *[types.int64] * 7)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ldb, c, ldc, units = args[3:]
+        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
+        bytes_each = step.bits // 8
+
+        def body(position: Any, sums: list) -> list:
+            sums = list(sums)
+            b_unit = builder.add(b, builder.mul(position, ldb))
+            b_vectors = [
+                load(builder, builder.add(b_unit, ir.Constant(I64, bytes_each * v)), step.unit)
+                for v in range(vectors)
+            ]
+            offset = builder.mul(position, ir.Constant(I64, 4))
+            for i, row in enumerate(a_rows):
+                one = load(builder, builder.add(row, offset), I32)
+                everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
+                for v, b_vector in enumerate(b_vectors):
+                    at = i * vectors + v
+                    sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
+            return sums
+
+        totals = loop(builder, units, 1, [ir.Constant(step.acc, None)] * (rows * vectors), body)
+        add = step.add(builder)
+        for i in range(rows):
+            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            for v in range(vectors):
+                address = builder.add(row_address, ir.Constant(I64, bytes_each * v))
+                total = totals[i * vectors + v]
+                store(builder, add(load(builder, address, step.acc), total), address)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: ignore[no-untyped-def]
+    """Transposes 32-bit units of one vector's worth of rows: unit u of row j → target + ldt · u + 4 · j.
+
+    `kind` is a compile-time constant; rows at `source` + `stride` · j are codes as stored for the
+    integer kinds, else the operand's type. From `valid` rows on, the last row is repeated.
+    `units` is a multiple of the vector's lanes.
+    """
+    if not isinstance(kind, types.Literal):
+        return None
+    step = Step(kind.literal_value)
+    signature = types.void(kind, *[types.int64] * 6)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        source, stride, valid, target, ldt, units = args[1:]
+        count = step.lanes
+        last = builder.sub(valid, ir.Constant(I64, 1))
+        rows = []
+        for j in range(count):
+            at = ir.Constant(I64, j)
+            at = builder.select(builder.icmp_signed("<", at, last), at, last)
+            rows.append(builder.add(source, builder.mul(at, stride)))
+        unit_bytes = ir.Constant(I64, 4 * step.b_bytes // step.a_bytes)
+        ahead = builder.mul(stride, ir.Constant(I64, count))
+
+        def body(position: Any, _: list) -> list:
+            offset = builder.mul(position, unit_bytes)
+            at_rows = [builder.add(row, offset) for row in rows]
+            vectors = [step.load_units(builder, row) for row in at_rows]
+            for row in at_rows:
+                prefetch(builder, builder.add(row, ahead))
+            at = builder.add(target, builder.mul(position, ldt))
+            for u, column in enumerate(_transpose(builder, vectors)):
+                store(builder, column, builder.add(at, builder.mul(ldt, ir.Constant(I64, u))))
+            return []
+
+        loop(builder, units, count, [], body)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _transpose(builder: Any, rows: list) -> list:
+    """A square of 32-bit elements: within 128 bits first, then whole 128-bit parts, as the hardware does."""
+    n = len(rows)
+    parts = range(n // 4)
+
+    def mix(x: Any, y: Any, pattern: tuple[int, ...]) -> Any:
+        """Per 128 bits: elements 0–3 are x's, 4–7 are y's."""
+        where = [4 * q + i if i < 4 else n + 4 * q + i - 4 for q in parts for i in pattern]
+        return shuffle(builder, x, y, where)
+
+    def join(x: Any, y: Any, chosen: list[int]) -> Any:
+        """Whole 128-bit parts: below n/4 x's, from there on y's."""
+        where = [4 * part + i if part < len(parts) else n + 4 * (part - len(parts)) + i
+                 for part in chosen for i in range(4)]  # fmt: skip
+        return shuffle(builder, x, y, where)
+
+    columns: list[list] = [[], [], [], []]
+    for first in range(0, n, 4):
+        r = rows[first : first + 4]
+        low = [mix(r[0], r[1], (0, 4, 1, 5)), mix(r[2], r[3], (0, 4, 1, 5))]
+        high = [mix(r[0], r[1], (2, 6, 3, 7)), mix(r[2], r[3], (2, 6, 3, 7))]
+        for j, (x, y) in enumerate((low, low, high, high)):
+            columns[j].append(mix(x, y, (0, 1, 4, 5) if j % 2 == 0 else (2, 3, 6, 7)))
+    out: list = [None] * n
+    for j, found in enumerate(columns):
+        if n == 8:
+            out[j], out[4 + j] = join(found[0], found[1], [0, 2]), join(found[0], found[1], [1, 3])
+            continue
+        a, b = join(found[0], found[1], [0, 1, 4, 5]), join(found[0], found[1], [2, 3, 6, 7])
+        c, d = join(found[2], found[3], [0, 1, 4, 5]), join(found[2], found[3], [2, 3, 6, 7])
+        out[j], out[4 + j] = join(a, c, [0, 2, 4, 6]), join(a, c, [1, 3, 5, 7])
+        out[8 + j], out[12 + j] = join(b, d, [0, 2, 4, 6]), join(b, d, [1, 3, 5, 7])
+    return out

@@ -1,0 +1,102 @@
+"""`linear` in eager mode on CPU tensors: past torch's dispatcher, and with parameters filled in once.
+
+Passing through the dispatcher into Python and filling in the parameters cost more than the
+product of one row with a small layer.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lowbit.ops import dispatch
+from lowbit.ops.checks import check_linear
+from lowbit.ops.cpu_call import Call, instructions, product
+from lowbit.ops.problem import Weights, quantized_as
+from lowbit.ops.settings import settings
+
+_KEPT_CALLS = 4096
+
+_local = threading.local()
+
+
+def applies(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing looks at operators as they pass: no tracing, no gradient, no mode, no profiler."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and settings.implementation is None
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    activations: str, block: tuple[int, int],
+) -> Tensor | None:  # fmt: skip
+    """`ops.linear` for plain CPU tensors, through a call kept from the last time; None where none can be kept.
+
+    The key holds all that a call depends on: addresses, dtypes and shapes, no values. So a call
+    keeps no tensor alive, and is right for whatever stands at those addresses next.
+    """
+    if not (weight.is_contiguous() and weight_scale.is_contiguous()):
+        return None
+    key = (
+        x.shape, x.stride(), x.dtype, weight.data_ptr(), weight.shape, weight.dtype, weight_scale.data_ptr(),
+        weight_scale.shape, weight_scale.dtype, None if bias is None else (bias.data_ptr(), bias.dtype, bias.stride()),
+        None if input_scale is None else (input_scale.data_ptr(), input_scale.dtype), activations, block,
+        torch.get_num_threads(), instructions().name,
+    )  # fmt: skip
+    try:
+        calls: dict[tuple, tuple[Call, list[int]] | None] = _local.calls
+    except AttributeError:
+        calls = _local.calls = {}
+    found = calls.get(key)
+    if found is None:
+        if key in calls:
+            return None
+        if len(calls) >= _KEPT_CALLS:
+            calls.clear()
+        found = calls[key] = _keep(x, weight, weight_scale, bias, input_scale, activations, block)
+        if found is None:
+            return None
+    call, shape = found
+    return call.run(x, torch.empty(shape, dtype=x.dtype))
+
+
+def _keep(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    activations: str, block: tuple[int, int],
+) -> tuple[Call, list[int]] | None:  # fmt: skip
+    """(call, shape of the output), where the call depends on no value of its tensors and makes none of its own."""
+    check_linear(x, weight, weight_scale, bias, input_scale, None, activations, list(block))
+    k, n = x.shape[-1], weight.shape[0]
+    given = [weight_scale, *(t for t in (bias, input_scale) if t is not None)]
+    kept = (
+        instructions().name != "portable"
+        and x.numel() > 0
+        and n > 0
+        and x.stride(-1) == 1
+        and (x.dim() <= 2 or x.is_contiguous())
+        and all(t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu for t in given)
+        and weight.is_cpu
+    )
+    weights = Weights(tensor=weight, scale=weight_scale, block=block, k=k)
+    how = quantized_as(activations, block, input_scale, None)
+    if not kept:
+        return None
+    flat = x if x.dim() == 2 else x.view(-1, k)
+    problem = dispatch.problem_of(flat, weights, activations, bias=bias is not None)
+    if not isinstance(dispatch.choose(problem, "cpu"), dispatch.Decision):
+        return None
+    call = product(flat, weights, how, bias, x.dtype)
+    call.alive = ()
+    return call, [*x.shape[:-1], n]

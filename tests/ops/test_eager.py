@@ -1,0 +1,138 @@
+"""The way past the dispatcher: the same results, and only where nothing watches operators."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lowbit import ops
+from lowbit.ops import cpu, eager
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if cpu.instructions().name == "portable":
+        pytest.skip("nothing is kept without compiled loops")
+
+
+def layer(n: int = 40, k: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n * k)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=generator)
+    return weight, torch.rand(n, 1, generator=generator) + 0.01
+
+
+def through_the_dispatcher(x, weight, scale, bias=None, **how):
+    how = {"activations": "token", "block": (1, 0), "input_scale": None} | how
+    return torch.ops.lowbit.linear.default(
+        x, weight, scale, bias, how["input_scale"], None, None, how["activations"], how["block"]
+    )
+
+
+def kept(monkeypatch) -> list:
+    """Records what the direct way returned."""
+    found: list = []
+    real = eager.linear
+    monkeypatch.setattr(eager, "linear", lambda *a: found.append(real(*a)) or found[-1])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (3, 5, 96), (2, 2, 16, 96), (200, 96)])
+def test_it_equals_the_operator(shape, dtype, monkeypatch):
+    direct = kept(monkeypatch)
+    weight, scale = layer()
+    for bias in (None, torch.randn(40)):
+        for _ in range(2):  # the second call is the kept one
+            x = torch.randn(shape).to(dtype)
+            found = ops.linear(x, weight, scale, bias, activations="token", block=(1, 0))
+            assert direct.pop() is found
+            with ops.use_implementation("cpu"):
+                assert torch.equal(found, through_the_dispatcher(x, weight, scale, bias))
+
+
+def test_rows_with_a_stride_are_kept_apart(monkeypatch):
+    direct = kept(monkeypatch)
+    weight, scale = layer()
+    wide = torch.randn(6, 200)
+    for x in (wide[:, :96], wide[::2, 3:99], wide[:, 3:99].contiguous()):
+        found = ops.linear(x, weight, scale, activations="token", block=(1, 0))
+        assert direct.pop() is found
+        with ops.use_implementation("reference"):
+            assert torch.equal(found, through_the_dispatcher(x, weight, scale))
+
+
+def test_a_transposed_weight_at_the_same_address(monkeypatch):
+    weight, scale = layer(64, 64)
+    x = torch.randn(3, 64)
+    for view in (weight, weight.T):
+        found = ops.linear(x, view, scale, activations="token", block=(1, 0))
+        with ops.use_implementation("reference"):
+            assert torch.equal(found, through_the_dispatcher(x, view, scale))
+
+
+def test_static_scales_are_read_at_every_call():
+    weight, scale = layer()
+    x, input_scale = torch.randn(3, 96), torch.tensor([0.02])
+    for value in (0.02, 0.05):
+        input_scale.fill_(value)
+        found = ops.linear(x, weight, scale, activations="tensor", block=(1, 0), input_scale=input_scale)
+        with ops.use_implementation("reference"):
+            want = through_the_dispatcher(x, weight, scale, activations="tensor", input_scale=input_scale)
+        assert torch.equal(found, want)
+
+
+def test_a_bias_that_must_be_converted_is_read_at_every_call():
+    weight, scale = layer()
+    x, bias = torch.randn(3, 96), torch.zeros(40, dtype=torch.bfloat16)
+    without = ops.linear(x, weight, scale, bias, activations="token", block=(1, 0))
+    bias.fill_(2.0)
+    found = ops.linear(x, weight, scale, bias, activations="token", block=(1, 0))
+    torch.testing.assert_close(found, without + 2)
+
+
+def test_wrong_arguments_are_refused_as_ever():
+    weight, scale = layer()
+    with pytest.raises(ValueError, match=r"expected weight_scale of shape \[40, 1\]"):
+        ops.linear(torch.randn(3, 96), weight, scale[:7], activations="token", block=(1, 0))
+    with pytest.raises(ValueError, match="inputs of 95 features"):
+        ops.linear(torch.randn(3, 95), weight, scale, activations="token", block=(1, 0))
+
+
+def test_who_watches_operators_sees_them(monkeypatch):
+    direct = kept(monkeypatch)
+    weight, scale = layer()
+
+    def run(x):
+        return ops.linear(x, weight, scale, activations="token", block=(1, 0))
+
+    x = torch.randn(3, 96)
+    run(x)
+    assert direct.pop() is not None
+    with torch.profiler.profile() as profile:
+        run(x)
+    assert any(event.name == "lowbit::linear" for event in profile.events())
+    graph = make_fx(run)(x).graph
+    assert any(node.target is torch.ops.lowbit.linear.default for node in graph.nodes)
+    leaf = x.clone().requires_grad_()
+    run(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert not eager.applies(leaf, None)
+    with torch.no_grad():
+        assert eager.applies(leaf, None)
+        assert not eager.applies(torch.nn.Parameter(x), None)
+
+
+def test_threads_do_not_share_calls():
+    layers = [layer(n, 128) for n in (16, 48, 80, 144)]
+    inputs = [torch.randn(m, 128) for m in (1, 2, 7, 33)]
+
+    def run(_: int) -> list[torch.Tensor]:
+        return [ops.linear(x, *pair, activations="token", block=(1, 0)) for pair in layers for x in inputs]
+
+    want = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(40)):
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
