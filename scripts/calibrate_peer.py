@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import time
+from pathlib import Path
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("src")
@@ -51,5 +52,7 @@ oneshot(model=model, recipe=recipe, tokenizer=tokenizer, max_seq_length=ids.shap
 seconds = time.perf_counter() - start
 model.save_pretrained(arguments.out, save_compressed=True)
 tokenizer.save_pretrained(arguments.out)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which is the parent's where that was larger.
+status = Path("/proc/self/status").read_text(encoding="ascii")
+peak = int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 print(json.dumps({"seconds": seconds, "peak_bytes": peak}))

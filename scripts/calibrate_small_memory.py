@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,8 @@ from lowbit.scheme import get_scheme
 windows = list(torch.randint(0, 32000, (8, 128), generator=torch.Generator().manual_seed(0)))
 found = calibrate(src, out, get_scheme("int8"), get_method(method), windows,
                   options=RunOptions(memory_limit=1 << 20), overwrite=True)
-print(len(found.modules()), "modules")
+status = open("/proc/self/status").read()
+print(len(found.modules()), "modules", status.split("VmHWM:")[1].split()[0])
 """
 
 
@@ -49,10 +49,10 @@ def main() -> None:
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"failed under a limit of {limit / 1e9:.2f} GB:\n{done.stderr[-3000:]}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    modules, peak = done.stdout.strip().rsplit(maxsplit=1)
     print(
         f"{size / 1e9:.2f} GB of weights, {arguments.method} under a limit of {limit / 1e9:.2f} GB: "
-        f"{done.stdout.strip()} in {time.perf_counter() - begin:.0f} s, peak resident {peak / 1e9:.2f} GB "
+        f"{modules} in {time.perf_counter() - begin:.0f} s, peak resident {int(peak) * 1024 / 1e9:.2f} GB "
         "(mapped files included)"
     )
 

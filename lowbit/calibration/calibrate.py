@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lowbit.calibration import store
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.distributed import my_share, rank, wait_for_all
+from lowbit.calibration.distributed import my_share, rank, wait_for_all, workers
 from lowbit.calibration.graph import norm_gain
 from lowbit.calibration.kv_cache import KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel, final_norm
 from lowbit.calibration.methods import Method
 from lowbit.calibration.overlay import Overlay
 from lowbit.calibration.rotation import Rotation, make_rotation
+from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import Run, RunOptions, advance_layer, calibrate_layer
 from lowbit.checkpoint.rules import Selection, decide
@@ -27,6 +28,8 @@ from lowbit.scheme import Scheme, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+SMOOTHING_TOKENS = 2048
+"""That smoothing is searched on where layers are rounded while the data passes."""
 
 
 def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
@@ -177,7 +180,12 @@ def _start(
     """Embed the data and remember what every layer is called with."""
     cache = ActivationCache(options.memory_limit, options.spill_directory)
     calls = []
-    for batch in make_batches(my_share(windows), options.batch_size):
+    few, few_windows, batch_size = None, 0, options.batch_size
+    if _passes(model, method, schemes, options, windows):
+        batch_size = len(windows)
+        few_windows = min(batch_size, -(-SMOOTHING_TOKENS // int(windows[0].numel())))
+        few = model.embed(torch.stack([w.reshape(-1) for w in windows[:few_windows]])).kwargs
+    for batch in make_batches(my_share(windows), batch_size):
         call = model.embed(batch)
         cache.append(call.hidden)
         calls.append(call.kwargs)
@@ -189,8 +197,29 @@ def _start(
         calls.append(call.kwargs)
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
-        calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
+        calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows), few=few,
+        few_windows=few_windows,
     )  # fmt: skip
+
+
+def _passes(
+    model: LayerwiseModel,
+    method: Method,
+    schemes: Mapping[str, Scheme],
+    options: RunOptions,
+    windows: Sequence[Tensor],
+) -> bool:
+    """Whether layers are rounded while all data passes as one batch (see `sequential`)."""
+    if not windows or workers() > 1 or not method.propagate:
+        return False
+    if method.rounding.rounding == "nearest" and method.smooth != "search":
+        return False
+    if any(s.activations is not None and not s.activations.dynamic for s in schemes.values()):
+        return False
+    shapes = model.linear_shapes(0).values()
+    hidden = int(model.model.get_input_embeddings().weight.shape[1])
+    widest = max((max(shape) for shape in shapes), default=hidden)
+    return fits(windows, hidden, widest, options.memory_limit)
 
 
 def make_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:

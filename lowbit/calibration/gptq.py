@@ -56,27 +56,40 @@ class Rounded:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper U with H⁻¹ = Uᵀ·U, [K, K] in the dtype of `hessian` (float64 inside), from one Cholesky factorization.
+    """Upper U with H⁻¹ = Uᵀ·U, [K, K] in the dtype of `hessian` (inside float64), by one Cholesky factorization.
 
     With P reversing the order, P·H·P = L·Lᵀ gives H = U'·U'ᵀ for the upper U' = P·L·P, so that
     U = U'⁻¹: one factorization and one triangular inverse, where the usual way takes two factorizations
     and a full inverse. The damping grows tenfold until H is positive definite.
     """
-    h = hessian.double()
-    diagonal = h.diagonal()
-    mean = float(diagonal.mean())
+    h = hessian.flip(0, 1).double()
+    mean = float(h.diagonal().mean())
     if not math.isfinite(mean):
         raise ValueError("expected a finite Hessian, found NaN or Inf; use dtype float32 for calibration")
-    eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-    step = max(damping, 1e-8) * (mean if mean > 0 else 1.0)
+    step, added = max(damping, 1e-8) * (mean if mean > 0 else 1.0), 0.0
     for _ in range(12):
-        damped = (h + eye * step).flip(0, 1)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        h.diagonal().add_(step - added)
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
-            upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, eye, upper=True).to(hessian.dtype)
+            # A triangular inverse is as accurate as the square root of H's condition asks, and
+            # with the damping that is little: the caller's dtype is enough.
+            return _inverse_of_upper(lower.to(hessian.dtype).flip(0, 1))
+        added = step
         step *= 10
     raise ValueError("expected a positive semidefinite Hessian, found one that no damping repairs")
+
+
+def _inverse_of_upper(u: Tensor, block: int = 256) -> Tensor:
+    """The inverse of an upper triangular matrix by halves, so that most of it is matrix products."""
+    n = u.shape[0]
+    if n <= block:
+        return torch.linalg.solve_triangular(u, torch.eye(n, dtype=u.dtype, device=u.device), upper=True)
+    half = n // 2
+    out = torch.zeros_like(u)
+    out[:half, :half] = _inverse_of_upper(u[:half, :half], block)
+    out[half:, half:] = _inverse_of_upper(u[half:, half:], block)
+    out[:half, half:] = -out[:half, :half] @ (u[:half, half:] @ out[half:, half:])
+    return out
 
 
 def round_group(
@@ -96,8 +109,8 @@ def round_group(
     """
     goals = targets or weights
     scales = [choose_scale(w, spec, options.scale)[0] for w in goals]
-    nearest = [quantize_with(w, s, spec) for w, s in zip(goals, scales, strict=True)]
     if hessian is None:
+        nearest = [quantize_with(w, s, spec) for w, s in zip(goals, scales, strict=True)]
         return [
             Rounded(
                 quantized=Quantized(codes=c, scale=s, zero_point=None, spec=spec),
@@ -108,7 +121,7 @@ def round_group(
         ]
     grid = _Grid.of(goals, scales, spec)
     goal, weight = torch.cat(goals).float(), torch.cat(weights).float()
-    plain = torch.cat([decode(c) for c in nearest]).float()
+    plain = grid.code(goal / grid.values(torch.ones_like(goal)))
     h = hessian.float()
     plain_error = _row_error(grid.values(plain) - goal, h)
     best, best_error = plain, plain_error
@@ -183,8 +196,8 @@ class _Grid:
 
 
 def _row_error(delta: Tensor, h: Tensor) -> Tensor:
-    """diag(Δ·H·Δᵀ), float64 sums."""
-    return ((delta @ h) * delta).double().sum(1)
+    """diag(Δ·H·Δᵀ), as float64."""
+    return (delta @ h).mul_(delta).sum(1).double()
 
 
 def _better(a: Tensor, a_error: Tensor, b: Tensor, b_error: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,23 +211,17 @@ def _gptq(goal: Tensor, h: Tensor, grid: _Grid, options: RoundingOptions) -> Ten
     order = torch.arange(columns, device=goal.device)
     if options.act_order:
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    h = h[order][:, order]
+    h = h[order[:, None], order]
     dead = h.diagonal() <= 0
-    h = h + torch.diag(dead.to(h.dtype) * h.diagonal().mean().clamp(min=1e-8))
+    h.diagonal().add_(dead.to(h.dtype) * h.diagonal().mean().clamp(min=1e-8))
     upper = inverse_factor(h, options.damping)
-    scales = grid.columns(order)
-    work = goal[:, order].contiguous()
-    codes = torch.empty_like(work)
-    compiled = _compiled(work, grid)
+    work = goal[:, order]
+    codes, errors = torch.empty_like(work), torch.empty_like(work[:, : options.block_size])
+    round_block = _gptq_block_compiled if _compiled(work, grid) else _gptq_block
     for start in range(0, columns, options.block_size):
         stop = min(start + options.block_size, columns)
-        block = _gptq_block_compiled if compiled else _gptq_block
-        codes[:, start:stop], errors = block(
-            work[:, start:stop].contiguous(),
-            scales[:, start:stop].contiguous(),
-            upper[start:stop, start:stop],
-            grid,
-        )
+        errors = errors[:, : stop - start].contiguous()
+        round_block(work, order, upper, grid, start, stop, codes, errors)
         if stop < columns:
             work[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
     out = torch.empty_like(codes)
@@ -226,27 +233,45 @@ def _compiled(x: Tensor, grid: _Grid) -> bool:
     return x.device.type == "cpu" and grid.spec.dtype.name in ("int8", "e4m3fn")
 
 
-def _gptq_block(work: Tensor, scales: Tensor, upper: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """(codes, errors) [N, B] of a block of columns: the loop that `gptq_cpu` compiles."""
-    columns, scales_t = work.t().contiguous(), scales.t().contiguous()
-    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    pivots = upper.diagonal().tolist()
-    for j, pivot in enumerate(pivots):
-        codes[j] = grid.code(columns[j] / scales_t[j])
-        errors[j] = (columns[j] - codes[j] * scales_t[j]) / pivot
-        columns[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-    return codes.t(), errors.t()
+def _gptq_block(
+    work: Tensor,
+    order: Tensor,
+    upper: Tensor,
+    grid: _Grid,
+    start: int,
+    stop: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Fill `codes` [N, start:stop] and `errors` [N, stop − start]: the loop that `gptq_cpu` compiles."""
+    columns = work[:, start:stop].t().contiguous()
+    scales = grid.columns(order[start:stop]).t()
+    upper = upper[start:stop, start:stop]
+    for j, pivot in enumerate(upper.diagonal().tolist()):
+        code = grid.code(columns[j] / scales[j])
+        error = (columns[j] - code * scales[j]) / pivot
+        columns[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1)
+        codes[:, start + j], errors[:, j] = code, error
 
 
-def _gptq_block_compiled(work: Tensor, scales: Tensor, upper: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+def _gptq_block_compiled(
+    work: Tensor,
+    order: Tensor,
+    upper: Tensor,
+    grid: _Grid,
+    start: int,
+    stop: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
     from lowbit.calibration.gptq_cpu import gptq_block
 
-    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    diagonal = upper[start:stop, start:stop].contiguous()
+    group = (order[start:stop] // grid.width).contiguous()
     gptq_block(
-        work.numpy(), scales.numpy(), upper.contiguous().numpy(), _kind(grid), _largest(grid), codes.numpy(),
-        errors.numpy(),
+        work.numpy(), grid.scale.numpy(), group.numpy(), diagonal.numpy(), start, _kind(grid), _largest(grid),
+        codes.numpy(), errors.numpy(),
     )  # fmt: skip
-    return codes, errors
 
 
 def _kind(grid: _Grid) -> int:

@@ -29,22 +29,24 @@ def _code(x, kind, largest):
 
 
 @njit(parallel=True, cache=True, fastmath={"contract"})
-def gptq_block(work, scale, upper, kind, largest, codes, errors):
+def gptq_block(work, scale, group, upper, start, kind, largest, codes, errors):
     """Round columns [start, start + B) of every row; float32 throughout.
 
-    `work`, `scale`, `codes`, `errors` [N, B] (work is spoilt), `upper` [B, B] the factor's diagonal block.
+    `work`, `codes` [N, K] (work is spoilt), `scale` [N, G], `group` [B] the scale of each column, `upper` [B, B]
+    the factor's diagonal block, `errors` [N, B].
     """
-    rows, columns = work.shape
+    rows, columns = errors.shape
     for n in prange(rows):
+        row = work[n, start : start + columns]
         for j in range(columns):
-            s = scale[n, j]
-            w = work[n, j]
+            s = scale[n, group[j]]
+            w = row[j]
             c = _code(w / s, kind, largest)
-            codes[n, j] = c
+            codes[n, start + j] = c
             e = (w - c * s) / upper[j, j]
             errors[n, j] = e
             for t in range(j + 1, columns):
-                work[n, t] -= e * upper[j, t]
+                row[t] -= e * upper[j, t]
 
 
 @njit(parallel=True, cache=True, fastmath={"contract"})

@@ -97,7 +97,7 @@ KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Attention modules whose cache holds the keys and values that k_proj and v_proj make."""
     for name, module in layer.named_modules():
-        if isinstance(getattr(module, "k_proj", None), nn.Linear) and hasattr(module, "v_proj"):
+        if isinstance(getattr(module, "k_proj", None), nn.Module) and hasattr(module, "v_proj"):
             yield name, module
 
 

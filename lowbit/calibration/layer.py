@@ -15,6 +15,7 @@ from lowbit.calibration.gptq import RoundingOptions, compensate, round_group
 from lowbit.calibration.graph import LayerGraph, Pair
 from lowbit.calibration.methods import Method
 from lowbit.calibration.observers import observed_range
+from lowbit.calibration.products import multiplies_integers, rounded_module
 from lowbit.calibration.rotation import Rotation, has_hadamard, online_block
 from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
 from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
@@ -192,31 +193,48 @@ def quantize_weights(
     quantized: dict[str, Quantized] = {}
     report: dict[str, Any] = {}
     for first, members in groups_of(graph, schemes):
-        s = statistics.get(first)
-        hessian, options = (s.hessian if s is not None else None), method.rounding
-        starved = s is not None and method.rounding.rounding != "nearest" and s.tokens < min_tokens
-        if starved or hessian is None:
-            hessian, options = None, RoundingOptions(rounding="nearest", scale=method.rounding.scale)
-        by_spec: dict[TensorSpec, list[str]] = {}
-        for m in members:
-            spec = schemes[m].weights
-            assert spec is not None  # `schemes` holds quantized modules only
-            by_spec.setdefault(spec, []).append(m)
-        for spec, names in by_spec.items():
-            weights = [_weight(layer, m) for m in names]
-            targets = None
-            if hessian is not None and s is not None and s.cross is not None:
-                targets = [compensate(w, hessian, s.cross, options.damping) for w in weights]
-            for m, rounded in zip(
-                names, round_group(weights, hessian, spec, options, targets=targets), strict=True
-            ):
-                quantized[m] = rounded.quantized
-                report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}
-                if starved and s is not None:
-                    report[m] = {
-                        "tokens": s.tokens,
-                        "fallback": f"rounded without data: fewer than {min_tokens} tokens",
-                    }
+        weights = {m: _weight(layer, m) for m in members}
+        codes, errors = round_members(weights, statistics.get(first), method, schemes, min_tokens=min_tokens)
+        quantized |= codes
+        report |= errors
+    return quantized, report
+
+
+def round_members(
+    weights: Mapping[str, Tensor],
+    s: InputStatistics | None,
+    method: Method,
+    schemes: Mapping[str, Scheme],
+    *,
+    min_tokens: int,
+) -> tuple[dict[str, Quantized], dict[str, Any]]:
+    """`quantize_weights` for Linear layers of one group: name → weight [N, K]."""
+    quantized: dict[str, Quantized] = {}
+    report: dict[str, Any] = {}
+    hessian, options = (s.hessian if s is not None else None), method.rounding
+    starved = s is not None and method.rounding.rounding != "nearest" and s.tokens < min_tokens
+    if starved or hessian is None:
+        hessian, options = None, RoundingOptions(rounding="nearest", scale=method.rounding.scale)
+    by_spec: dict[TensorSpec, list[str]] = {}
+    for m in weights:
+        spec = schemes[m].weights
+        assert spec is not None  # `schemes` holds quantized modules only
+        by_spec.setdefault(spec, []).append(m)
+    for spec, names in by_spec.items():
+        found = [weights[m] for m in names]
+        targets = None
+        if hessian is not None and s is not None and s.cross is not None:
+            targets = [compensate(w, hessian, s.cross, options.damping) for w in found]
+        for m, rounded in zip(
+            names, round_group(found, hessian, spec, options, targets=targets), strict=True
+        ):
+            quantized[m] = rounded.quantized
+            report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}
+            if starved and s is not None:
+                report[m] = {
+                    "tokens": s.tokens,
+                    "fallback": f"rounded without data: fewer than {min_tokens} tokens",
+                }
     return quantized, report
 
 
@@ -342,15 +360,27 @@ def install(
     scales: Mapping[str, tuple[Tensor | None, Tensor | None]],
     online: frozenset[str] = frozenset(),
 ) -> dict[str, ActivationQuantizer]:
-    """Put dequantized weights into the layer; returns the quantizers of its inputs, to be attached.
+    """Put rounded weights into the layer; returns the quantizers of its inputs, to be attached.
 
-    Modules with the same spec and scale share a quantizer, and so the work where they share an input.
+    Modules with the same spec and scale share a quantizer, and so the work where they share an input;
+    those that multiply integers (see `products`) round their inputs themselves.
     """
+    whole: set[str] = set()
     for name, q in quantized.items():
-        _weight(layer, name).copy_(q.dequantize())
+        weight = _weight(layer, name)
+        if name in schemes and name not in online and multiplies_integers(schemes[name], weight):
+            parent = layer.get_submodule(name.rpartition(".")[0])
+            setattr(
+                parent,
+                name.rpartition(".")[2],
+                rounded_module(layer.get_submodule(name), q, schemes[name]),
+            )
+            whole.add(name)
+        else:
+            weight.copy_(q.dequantize())
     quantizers: dict[str, ActivationQuantizer] = {}
     shared: dict[tuple, ActivationQuantizer] = {}
-    for name in {*schemes, *online}:
+    for name in {*schemes, *online} - whole:
         spec = schemes[name].activations if name in schemes else None
         if spec is None and name not in online:
             continue

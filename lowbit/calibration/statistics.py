@@ -25,6 +25,8 @@ class Wanted:
     cross: bool = False
     """Also Σ x·x̂ᵀ with x̂ the quantized input; the Hessian is then that of x̂."""
     sample_rows: int = 0
+    channels: bool = True
+    """Largest magnitude and sum per channel."""
     observer: str | None = None
     """A range method's observer (see `observers`) for static scales."""
 
@@ -70,14 +72,14 @@ class InputStatistics:
             if self.typical is None:
                 self.typical = float(power.median().clamp(min=1e-30))
             weight = (1.0 / (1.0 + power / self.typical)).to(x.dtype)[:, None]
-        low, high = torch.aminmax(x, dim=0)
-        absmax = torch.maximum(high, -low)
-        if not bool(torch.isfinite(absmax).all()):
-            raise ValueError("expected finite activations, found NaN or Inf; use dtype float32")
         self.tokens += x.shape[0]
-        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
-        total = x.sum(0, dtype=torch.float64)
-        self.total = total if self.total is None else self.total + total
+        if self.wanted.channels:
+            absmax = torch.maximum(x.amax(0), -x.amin(0))
+            if not bool(torch.isfinite(absmax).all()):
+                raise ValueError("expected finite activations, found NaN or Inf; use dtype float32")
+            self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+            total = (x.t() @ x.new_ones(x.shape[0])).double()
+            self.total = total if self.total is None else self.total + total
         if self.wanted.observer is not None:
             self.observer = self.observer or make_observer(self.wanted.observer)
             self.observer.update(x)
@@ -92,15 +94,16 @@ class InputStatistics:
             self.hessian = _add_product(self.hessian, weighted, quantized)
             self.cross = _add_product(self.cross, x, weighted)
         elif self.wanted.hessian:
-            self.hessian = _add_product(self.hessian, x if weight is None else x * weight, x)
+            self.hessian = _add_square(self.hessian, x if weight is None else x * weight.sqrt())
 
     def merge(self, other: InputStatistics) -> None:
         """Add what another worker saw."""
-        if other.absmax is None:
+        if other.tokens == 0:
             return
         self.tokens += other.tokens
-        self.absmax = other.absmax if self.absmax is None else torch.maximum(self.absmax, other.absmax)
-        self.total = other.total if self.total is None else self.total + other.total  # type: ignore[operator]
+        if other.absmax is not None:
+            self.absmax = other.absmax if self.absmax is None else torch.maximum(self.absmax, other.absmax)
+            self.total = other.total if self.total is None else self.total + other.total  # type: ignore[operator]
         for name in ("hessian", "cross"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, theirs if mine is None else mine + theirs if theirs is not None else mine)
@@ -139,6 +142,19 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     if total is None:
         return a.t() @ b
     return total.addmm_(a.t(), b)
+
+
+def _add_square(total: Tensor | None, x: Tensor) -> Tensor:
+    """total + xᵀ·x, in float32 at least, by blocks of rows up to the diagonal: 60 % of the product's work."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    columns = x.shape[1]
+    total = x.new_zeros(columns, columns) if total is None else total
+    width = max(192, -(-columns // 8))
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        total[start:stop, :stop].addmm_(x[:, start:stop].t(), x[:, :stop])
+        total[:start, start:stop] = total[start:stop, :start].t()
+    return total
 
 
 def collect(

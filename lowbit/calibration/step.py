@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from lowbit.calibration.layer import (
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation, apply_online_hadamard
+from lowbit.calibration.sequential import round_in_passing
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.statistics import InputStatistics, Wanted, collect
 from lowbit.errors import InputError
@@ -72,6 +73,10 @@ class Run:
     small_shape: tuple[int, int]
     has_data: bool
     kv_cache: KVCache | None = None
+    few: tuple[dict[str, Any], ...] | None = None
+    """What layers are called with for the first `few_windows` of the data: set when all data is one batch,
+    and layers are rounded while it passes (see `sequential`)."""
+    few_windows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, what: str, start: float) -> None:
@@ -113,13 +118,19 @@ def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[st
         module.token_counts.zero_()  # tracing and checking ran a few tokens too
     # Transforms are exact, so where the next layer is to see unquantized inputs, what this pass puts
     # out is what they are; unless experts see more than is routed to them, or it must run again.
+    in_passing = run.few is not None and not (experts or kv or method.bias_correction or wanted.observer)
     advancing = need_output and not (method.propagate or experts or online or wanted.observer is not None)
     advanced = False
-    if kv or wanted.anything or method.smooths or (activations is not None and not activations.dynamic):
+    if in_passing:
+        if method.smooths:
+            # Where scales move is searched on a part of the data; the rounding then sees all of it.
+            part = replace(wanted, hessian=False, cross=False)
+            statistics = _collect(run, layer, index, graph, schemes, part, prepare, few=True)
+    elif kv or wanted.anything or method.smooths or (activations is not None and not activations.dynamic):
         with watched(layer, dict(kv)):
             statistics = _collect(run, layer, index, graph, schemes, wanted, prepare, advance=advancing)
         advanced = advancing
-        merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
+    merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
     tokens = {n: {"tokens": m.token_counts.tolist()} for n, m in experts.items() if int(m.token_counts.sum())}
     kv_scales = {n: observer.scales() for n, observer in kv.items()}
     run.timed("statistics", start)
@@ -141,10 +152,17 @@ def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[st
     run.timed("smoothing", start)
 
     start = time.perf_counter()
-    quantized, errors = quantize_weights(
-        layer, graph, method, schemes, statistics, min_tokens=options.min_tokens
-    )  # fmt: skip
-    scales = input_scales(layer, graph, method, schemes, statistics, quantized)
+    if in_passing:
+        quantized, errors = round_in_passing(
+            layer, graph, method, schemes, wanted, lambda: _run_all(run, layer, index, need_output),
+            min_tokens=options.min_tokens, prepare=prepare,
+        )  # fmt: skip
+        advanced = True
+    else:
+        quantized, errors = quantize_weights(
+            layer, graph, method, schemes, statistics, min_tokens=options.min_tokens
+        )  # fmt: skip
+    scales = {} if in_passing else input_scales(layer, graph, method, schemes, statistics, quantized)
     if method.bias_correction:
         changed |= correct_biases(layer, statistics, graph, schemes, quantized)
     report["modules"] = errors
@@ -215,7 +233,9 @@ def _collect(
     prepare: Mapping[str, Callable[[Tensor], Tensor]],
     *,
     advance: bool = False,
+    few: bool = False,
 ) -> dict[str, InputStatistics]:
+    """The statistics of every group over all data, or the first `few` windows of it."""
     batches = max(len(run.cache), 1)
     statistics = {
         first: InputStatistics(
@@ -223,9 +243,13 @@ def _collect(
         )
         for first, _ in groups_of(graph, schemes)
     }
-    collect(
-        layer, statistics, lambda: _run_all(run, layer, index, advance), prepare=prepare, by_output=graph.writers,
-    )  # fmt: skip
+
+    def run_few() -> None:
+        assert run.few is not None
+        run.model.run(layer, index, run.cache[0][: run.few_windows], run.few[index])
+
+    run_data = run_few if few else lambda: _run_all(run, layer, index, advance)
+    collect(layer, statistics, run_data, prepare=prepare, by_output=graph.writers)
     merge_statistics(statistics)
     return statistics
 

@@ -20,12 +20,14 @@ from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
+from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection
 from lowbit.evaluate.metrics import Agreement
-from lowbit.quantize import quantize
+from lowbit.granularity import scale_shape
+from lowbit.quantize import Quantized, quantize
 from lowbit.scheme import Scheme, get_scheme
 
 LoadLayer = Callable[[int], tuple[nn.Module, Mapping[str, ActivationQuantizer]]]
@@ -61,21 +63,37 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     model = LayerwiseModel(Source(path), **model_options)
     stored = stored_modules(model.source)
 
+    def codes_of(disk: str) -> Quantized | None:
+        """Codes and scale as they are stored, where that is a tensor each."""
+        weight, scale = f"{disk}.weight", f"{disk}.weight_scale"
+        spec = stored[disk].weights
+        if spec is None or not (model.source.has(weight) and model.source.has(scale)):
+            return None
+        codes = model.source.raw(weight)
+        if codes.dtype != torch.int8:
+            return None
+        shape = scale_shape(tuple(codes.shape), spec.granularity)
+        found = model.source.raw(scale).float().reshape(shape)
+        return Quantized(codes=codes, scale=found, zero_point=None, spec=spec)
+
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, prefix = model.load(index), model.layer_name(index)
         schemes: dict[str, Scheme] = {}
         scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        quantized: dict[str, Quantized] = {}
         for name, module in layer.named_modules():
             disk = model.disk_name(f"{prefix}.{name}")
             if isinstance(module, nn.Linear) and disk in stored and stored[disk].activations is not None:
                 schemes[name] = stored[disk]
+                if multiplies_integers(stored[disk], module.weight) and (q := codes_of(disk)) is not None:
+                    quantized[name] = q
                 zero = f"{disk}.input_zero_point"
                 if not stored[disk].activations.dynamic:  # type: ignore[union-attr]
                     scales[name] = (
                         model.source.raw(f"{disk}.input_scale").float().reshape(1),
                         model.source.raw(zero).reshape(1) if model.source.has(zero) else None,
                     )
-        return layer, install(layer, schemes, {}, scales)
+        return layer, install(layer, schemes, quantized, scales)
 
     return Candidate(model=model, load=load)
 

@@ -117,8 +117,8 @@ def test_the_compiled_rounding_is_encode():
         codes = torch.empty(values.numel(), 1)
         ones = np.ones((values.numel(), 1), dtype=np.float32)
         gptq_block(
-            values[:, None].clone().numpy(), ones, np.ones((1, 1), dtype=np.float32), kind,
-            np.float32(dtype.max), codes.numpy(), np.empty_like(ones),
+            values[:, None].clone().numpy(), ones, np.zeros(1, dtype=np.int64), np.ones((1, 1), dtype=np.float32),
+            0, kind, np.float32(dtype.max), codes.numpy(), np.empty_like(ones),
         )  # fmt: skip
         assert torch.equal(codes[:, 0], decode(encode(values, dtype)))
 

@@ -25,8 +25,8 @@ MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2")
 
 
 @pytest.fixture(autouse=True)
-def double_norms(monkeypatch):
-    """transformers' RMSNorm computes in float32 whatever comes in, which would hide what is checked here."""
+def double_everywhere(monkeypatch):
+    """transformers' RMSNorm and routers compute in float32 whatever comes in, which would hide what is checked here."""
 
     def forward(self, x):
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
@@ -34,6 +34,16 @@ def double_norms(monkeypatch):
     for module in (modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm, modeling_qwen3.Qwen3RMSNorm,
                    modeling_qwen3_moe.Qwen3MoeRMSNorm, modeling_mixtral.MixtralRMSNorm):  # fmt: skip
         monkeypatch.setattr(module, "forward", forward)
+
+    def route(self, x):
+        logits = torch.nn.functional.linear(x.reshape(-1, self.hidden_dim), self.weight)
+        top, index = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        if getattr(self, "norm_topk_prob", True):
+            top = top / top.sum(-1, keepdim=True)
+        return logits, top, index
+
+    for router in (modeling_qwen3_moe.Qwen3MoeTopKRouter, modeling_mixtral.MixtralTopKRouter):
+        monkeypatch.setattr(router, "forward", route)
 
 
 def whole_logits(path, ids, dtype=torch.float64) -> torch.Tensor:
@@ -97,9 +107,7 @@ def test_transforms_leave_float64_logits_unchanged(checkpoints, windows, name, t
         detach()
     assert changes >= len(model)  # a transform that does nothing is no test
     logits, expected = model.head(hidden), whole_logits(checkpoints[name], ids)
-    # A router's softmax is float32 in transformers: a rotated input moves it by an ulp of that.
-    limit = 1e-5 if name in ("qwen3_moe", "mixtral") else 1e-9
-    assert float((logits - expected).abs().max()) < limit * float(expected.abs().max())
+    assert float((logits - expected).abs().max()) < 1e-9 * float(expected.abs().max())
 
 
 def test_a_residual_stream_that_cannot_be_rotated_is_refused(checkpoints, windows):
