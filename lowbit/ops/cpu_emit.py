@@ -56,10 +56,10 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at `address`, which need not be mapped."""
+def prefetch(builder: Any, address: Any, cache: int) -> None:
+    """Ask for the line at `address`, which need not be mapped, in the first or second cache."""
     pointer = builder.inttoptr(address, I8.as_pointer())
-    arguments = [pointer, *(ir.Constant(I32, n) for n in (0, 3, 1))]  # to read, in every cache, data
+    arguments = [pointer, *(ir.Constant(I32, n) for n in (0, 4 - cache, 1))]  # to read; locality; data
     call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 

@@ -56,55 +56,77 @@ M_SLOT, M_SLOT_BYTES, M_W, M_W_END, M_W_EXPERT = M.SLOT, M.SLOT_BYTES, M.W, M.W_
 M_W_ROW, M_W_SCALE, M_W_SCALE_EXPERT, M_W_SCALE_GROUP = M.W_ROW, M.W_SCALE, M.W_SCALE_EXPERT, M.W_SCALE_GROUP
 M_W_SCALE_ROW, M_W_SCALE_ROWS = M.W_SCALE_ROW, M.W_SCALE_ROWS
 
-DOT_COLS = 4
+DOT_COLS, LINE = 4, 64
+NEAR = 4096  # bytes that the first cache has room for beside what a tile works on
+
+
+@njit(inline="always")
+def dot_rows(kind, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
+    """A few rows, four at a time; weights are read once, and then stay in the first cache.
+
+    The tiles of one set of columns share the next columns' weights between them and ask for
+    them piece by piece, in the order of addresses where rows are whole: memory is then busy
+    all the time, and not only while the first tile waits for it.
+    """
+    whole = cols // DOT_COLS * DOT_COLS
+    tiles = (rows + 3) // 4
+    along, across, part = 256 // tiles, 256 * stride, k // tiles
+    if stride - k < LINE:
+        along, across, part = DOT_COLS * along, LINE * 256 // tiles, DOT_COLS * part
+    for j in range(0, whole, DOT_COLS):
+        b, i = w + j * stride, 0
+        ahead = b + DOT_COLS * stride
+        while i < rows:
+            at, c_at = a + i * lda, c + i * ldc + 4 * j
+            if rows == 1:
+                dot_tile(kind, 1, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+            elif rows - i > 2:
+                dot_tile(kind, 4, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+            else:
+                dot_tile(kind, 2, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+            i += 4
+            ahead += part
+    for j in range(whole, cols):
+        b = w + j * stride
+        for i in range(rows):
+            dot_tile(kind, 1, 1, 1, a + i * lda, lda, b, stride, b, 0, 0, c + i * ldc + 4 * j, ldc, k)
 
 
 @njit(inline="always")
 def dot_row(kind, a, w, stride, c, cols, k):  # type: ignore[no-untyped-def]
-    """One row times `cols` rows of weights."""
+    """One row of floats, decoded while loading or not."""
     whole = cols // DOT_COLS * DOT_COLS
     for j in range(0, whole, DOT_COLS):
-        dot_tile(kind, 1, DOT_COLS, a, 0, w + j * stride, stride, DOT_COLS * stride, c + 4 * j, 0, k)
+        b = w + j * stride
+        dot_tile(
+            kind, 1, DOT_COLS, 1, a, 0, b, stride, b + DOT_COLS * stride, 256, 256 * stride, c + 4 * j, 0, k
+        )
     for j in range(whole, cols):
-        dot_tile(kind, 1, 1, a, 0, w + j * stride, stride, DOT_COLS * stride, c + 4 * j, 0, k)
+        b = w + j * stride
+        dot_tile(kind, 1, 1, 1, a, 0, b, stride, b, 0, 0, c + 4 * j, 0, k)
 
 
 @njit(inline="always")
-def dot_rows(kind, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
-    """A few rows, four at a time; weights are read once, and then stay in the first cache."""
-    whole = cols // DOT_COLS * DOT_COLS
-    for j in range(0, whole, DOT_COLS):
-        b, i = w + j * stride, 0
-        while i < rows:
-            at, c_at = a + i * lda, c + i * ldc + 4 * j
-            if rows - i > 2:
-                dot_tile(kind, 4, DOT_COLS, at, lda, b, stride, DOT_COLS * stride, c_at, ldc, k)
-                i += 4
-            else:
-                dot_tile(kind, 2, DOT_COLS, at, lda, b, stride, DOT_COLS * stride, c_at, ldc, k)
-                i += 2
-    for j in range(whole, cols):
-        for i in range(0, rows, 2):
-            at, c_at = a + i * lda, c + i * ldc + 4 * j
-            dot_tile(kind, 2, 1, at, lda, w + j * stride, stride, DOT_COLS * stride, c_at, ldc, k)
+def packed_rows(kind, tall, vectors, a, a_row, b, ldb, ahead, share, c, c_row, rows, units):  # type: ignore[no-untyped-def]
+    """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2.
 
-
-@njit(inline="always")
-def packed_rows(kind, tall, vectors, a, a_row, b, ldb, c, c_row, rows, units):  # type: ignore[no-untyped-def]
-    """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2."""
+    Meanwhile `share` bytes at `ahead` are asked for, of weights that are packed next.
+    """
     i = 0
+    along = share * 256 // (units * ((rows + tall - 1) // tall))
     while i < rows:
         left = rows - i
         at, c_at = a + i * a_row, c + i * c_row
         if left >= tall and left != 8:
-            packed_tile(kind, tall, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            packed_tile(kind, tall, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
             i += tall
         elif left > 2:
-            packed_tile(kind, 4, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            packed_tile(kind, 4, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
             i += 4
         else:
-            packed_tile(kind, 2, vectors, at, a_row, b, ldb, c_at, c_row, units)
+            packed_tile(kind, 2, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
             i += 2
+        ahead += along * units >> 8
 
 
 @njit(inline="always")
@@ -222,11 +244,20 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
             for j in range(cols):
                 scale_at[j] = expert * p[M_W_SCALE_EXPERT] + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
             a0 = p[M_A] + row0 * a_row
+            # The next task's weights: asked for while this one multiplies the last rows.
+            share, ahead = 0, w0
+            following = w0 + block_cols * w_row
+            if which == p[M_BLOCK_COUNT] - 1 and groups == 1 and following + block_cols * w_row <= p[M_W_END]:
+                panels = (cols + tile_cols - 1) // tile_cols * ((k_all + chunk - 1) // chunk)
+                share, ahead = block_cols * w_row // panels, following
             few = rows == 1 or (integer and rows <= DOT_ROWS)
             for g in range(groups):
                 in_group = min(group, k_all - g * group)
-                for c0 in range(0, in_group, chunk):
-                    depth = min(chunk, in_group - c0)
+                # Where nothing goes through the panel, no panel limits how much of K a pass takes.
+                end = w0 + (cols - 1) * w_row + g * group + (in_group + step - 1) // step * step
+                at_once = in_group if few and integer and end <= p[M_W_END] else chunk
+                for c0 in range(0, in_group, at_once):
+                    depth = min(at_once, in_group - c0)
                     padded = (depth + step - 1) // step * step
                     w = w0 + g * group + c0
                     a = a0 + (g * group_padded + c0) * element
@@ -241,13 +272,14 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             for j in range(cols):
                                 decode_row(stored, w + j * w_row, row_kind, panel + j * stride, depth, padded)
                             w = panel
-                        if rows == 1:
-                            if as_stored:
-                                dot_row(direct_kind, a, w, stride, memory, cols, padded)
-                            else:
-                                dot_row(kind, a, w, stride, memory, cols, padded)
+                        if integer and DOT_COLS * w_row > NEAR:
+                            dot_rows(kind, 2, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                        elif integer:
+                            dot_rows(kind, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                        elif as_stored:
+                            dot_row(direct_kind, a, w, stride, memory, cols, padded)
                         else:
-                            dot_rows(kind, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                            dot_row(kind, a, w, stride, memory, cols, padded)
                         continue
                     units = padded * element // 4
                     for j in range(0, cols, lanes):
@@ -265,15 +297,16 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                         full = cols - j > tile_cols - lanes
                         if full:
                             packed_rows(
-                                kind, tile_rows, tile_vectors, a, a_row, b, 4 * tile_cols, memory + 4 * j, c_row,
-                                rows, units,
+                                kind, tile_rows, tile_vectors, a, a_row, b, 4 * tile_cols, ahead, share,
+                                memory + 4 * j, c_row, rows, units,
                             )  # fmt: skip
                         else:
                             for v in range(0, cols - j, lanes):
                                 packed_rows(
-                                    kind, tile_rows, 1, a, a_row, b + 4 * v, 4 * tile_cols, memory + 4 * (j + v),
-                                    c_row, rows, units,
+                                    kind, tile_rows, 1, a, a_row, b + 4 * v, 4 * tile_cols, ahead, 0,
+                                    memory + 4 * (j + v), c_row, rows, units,
                                 )  # fmt: skip
+                        ahead += share
                 if per_group:
                     for j in range(cols):
                         weights_scale[j] = w_scale[scale_at[j] + g * p[M_W_SCALE_GROUP]]

@@ -187,21 +187,24 @@ def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(typingctx, kind, mr, nr, a, lda, b, ldb, ahead, c, ldc, k):  # type: ignore[no-untyped-def]
+def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k):  # type: ignore[no-untyped-def]
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr, weights as stored.
 
-    `kind`, `mr`, `nr` are compile-time constants. Addresses and row strides are in bytes;
-    `c` is int32 (float32 for the float kinds); `k` is a multiple of `step_elements(kind)`.
-    For dpbusd the sums are those of b + 128. What stands `ahead` bytes further in b is asked
-    for: rows are short, so the hardware's own prefetching only ever starts on them.
+    `kind`, `mr`, `nr`, `cache` are compile-time constants. Addresses and row strides are in
+    bytes; `c` is int32 (float32 for the float kinds); `k` is a multiple of
+    `step_elements(kind)`. For dpbusd the sums are those of b + 128.
+
+    Rows are short, so the hardware's own prefetching only ever starts on them: with the step
+    at byte x of row j of b goes a request for `ahead` + (x · `along` + j · `across`) / 256, to
+    come into cache 1 or 2.
     """
-    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr)):
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
         return None
     step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
-    signature = types.void(kind, mr, nr, *[types.int64] * 8)
+    signature = types.void(kind, mr, nr, cache, *[types.int64] * 10)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ldb, ahead, c, ldc, k = args[3:]
+        a, lda, b, ldb, ahead, along, across, c, ldc, k = args[4:]
         scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
         a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
         b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
@@ -214,9 +217,11 @@ def dot_tile(typingctx, kind, mr, nr, a, lda, b, ldb, ahead, c, ldc, k):  # type
             b_vectors = []
             for j, row in enumerate(b_rows):
                 step.nan_codes = nans[j] if tracks_nan else None
-                here = builder.add(row, offset_b)
-                prefetch(builder, builder.add(here, ahead))
-                b_vectors.append(step.load_b(builder, here))
+                b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
+                line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
+                prefetch(
+                    builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache.literal_value
+                )
                 if tracks_nan:
                     nans[j] = step.nan_codes
             for i, row in enumerate(a_rows):
@@ -250,24 +255,26 @@ def dot_tile(typingctx, kind, mr, nr, a, lda, b, ldb, ahead, c, ldc, k):  # type
 
 
 @intrinsic(prefer_literal=True)
-def packed_tile(typingctx, kind, mr, nv, a, lda, b, ldb, c, ldc, units):  # type: ignore[no-untyped-def]
+def packed_tile(typingctx, kind, mr, nv, a, lda, b, ldb, ahead, along, c, ldc, units):  # type: ignore[no-untyped-def]
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr and the columns j of nv vectors, b packed by `pack`.
 
     `kind`, `mr`, `nv` are compile-time constants. `b` + `ldb` · u holds unit u of every column.
-    The rest is as in `dot_tile`.
+    With unit u goes a request for `ahead` + u · `along` / 256. The rest is as in `dot_tile`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, *[types.int64] * 7)
+    signature = types.void(kind, mr, nv, *[types.int64] * 9)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ldb, c, ldc, units = args[3:]
+        a, lda, b, ldb, ahead, along, c, ldc, units = args[3:]
         a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
         bytes_each = step.bits // 8
 
         def body(position: Any, sums: list) -> list:
             sums = list(sums)
+            line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
+            prefetch(builder, builder.add(ahead, line), 2)
             b_unit = builder.add(b, builder.mul(position, ldb))
             b_vectors = [
                 load(builder, builder.add(b_unit, ir.Constant(I64, bytes_each * v)), step.unit)
@@ -325,7 +332,7 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
             at_rows = [builder.add(row, offset) for row in rows]
             vectors = [step.load_units(builder, row) for row in at_rows]
             for row in at_rows:
-                prefetch(builder, builder.add(row, ahead))
+                prefetch(builder, builder.add(row, ahead), 1)
             at = builder.add(target, builder.mul(position, ldt))
             for u, column in enumerate(_transpose(builder, vectors)):
                 store(builder, column, builder.add(at, builder.mul(ldt, ir.Constant(I64, u))))
