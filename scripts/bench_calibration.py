@@ -126,10 +126,15 @@ def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) ->
     target = get_scheme(scheme)
     chosen = replace(best_method(target) if method == "best" else get_method(method), seed=seed)
     windows = list(torch.load(ids, weights_only=True)) if chosen.needs_data(target) else []
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     calibrate(source, out, target, chosen, windows, overwrite=True)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "method": chosen.describe()}))
+    found = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - processor,
+        "peak_bytes": peak_bytes(),
+        "method": chosen.describe(),
+    }
+    print(json.dumps(found))
 
 
 def peak_bytes() -> int:
@@ -270,8 +275,15 @@ def main() -> None:
     )
     print(f"\n{note}\n\n{table(rows)}")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(f"# Calibration\n\n{note}\n\n{table(rows)}\n", encoding="utf-8")
+        write(arguments.out, f"# Calibration\n\n{note}\n\n{table(rows)}\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a report; sections (`## …`) that someone added to it below stay."""
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    added = before.find("\n## ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + (before[added:] if added >= 0 else ""), encoding="utf-8")
 
 
 def cpu() -> str:
