@@ -129,3 +129,21 @@ def test_errors():
         ops.quantize_static(
             torch.ones(2, 2), torch.ones(1), torch.zeros(1, dtype=torch.int8), dtype=torch.float8_e4m3fn
         )
+
+
+@pytest.mark.parametrize("exponent", [-37, -20, 0, 20, 36])
+@pytest.mark.parametrize("k", [31, 256, 1000])
+def test_quotients_next_to_half_an_integer(isa, k, exponent):
+    """Codes are those of a division: a product by the inverse would tip some of these."""
+    scale = torch.tensor([1.7 * 10.0**exponent])
+    halves = torch.randint(-126, 126, (64, k)) + 0.5
+    x = halves * scale * (1 + torch.randint(-3, 4, (64, k)) * 2.0**-24)
+    x[:, 0] = 127 * scale
+    found, found_scale = ops.quantize(x, torch.int8)
+    own = x.abs().amax(1, keepdim=True) / 127
+    assert torch.equal(found_scale, own)
+    assert torch.equal(found, (x / own).round().to(torch.int8))
+    for zero in (-77, 127):
+        point = torch.tensor([zero], dtype=torch.int8)
+        found = ops.quantize_static(2 * x, scale, point, dtype=torch.int8)
+        assert torch.equal(found, (2 * x / scale + zero).round().clamp(-128, 127).to(torch.int8))
