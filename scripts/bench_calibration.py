@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import html
 import json
+import os
 import re
 import shutil
 import statistics
@@ -154,16 +155,16 @@ def locked(path: Path | None) -> Iterator[None]:
         yield
 
 
-def run(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command: list[str], threads: int | None) -> dict[str, Any]:
+    few = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), str(threads))
+    environment = {**os.environ, **few}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def measure(
-    work: Path, source: Path, key: str, seed: int, peer_python: str | None, lock: Path | None
-) -> dict[str, Any]:
+def measure(work: Path, source: Path, key: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row for one seed: {seconds, peak_bytes, evaluate: {perplexity_change, kl, …}, unseen: {…}}."""
     import torch
 
@@ -176,16 +177,15 @@ def measure(
     out, ids = work / "out", work / f"calibrate-{seed}.pt"
     shutil.rmtree(out, ignore_errors=True)
     if key.startswith("llm-compressor "):
-        assert peer_python is not None
         method = key.removeprefix("llm-compressor ")
-        command = [peer_python, str(HERE / "calibrate_peer.py"), str(source), str(out)]
+        command = [arguments.peer_python, str(HERE / "calibrate_peer.py"), str(source), str(out)]
         command += ["--method", method, "--ids", str(ids)]
     else:
         scheme, method = OURS[key]
         command = [sys.executable, str(HERE / "bench_calibration.py"), "--one", str(source), str(out)]
         command += [scheme, method, str(ids), str(seed)]
-    with locked(lock):
-        row = run(command)
+    with locked(arguments.lock):
+        row = run(command, arguments.threads)
     candidate = plain(out) if key.startswith("llm-c") else calibrated(source, store.read(out))
     reference = plain(source)
     for name in ("evaluate", "unseen"):
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of either text")
     parser.add_argument("--only", nargs="*", help="rows to run, by name")
+    parser.add_argument("--threads", type=int, help="threads of what is timed (default: torch's own choice)")
     parser.add_argument("--lock", type=Path, help="a file to hold the lock of while a method runs")
     parser.add_argument("--out", type=Path, help="write the table here")
     arguments = parser.parse_args()
@@ -259,7 +260,7 @@ def main() -> None:
             for key in keys:
                 if (key in LATER) is not later or (key in WITHOUT_DATA and rows[key]):
                     continue
-                row = measure(arguments.work, source, key, seed, arguments.peer_python, arguments.lock)
+                row = measure(arguments.work, source, key, seed, arguments)
                 rows[key].append(row)
                 print(
                     f"{seed} {key:32} {row['evaluate']['perplexity_change']:+.2%}  KL {row['evaluate']['kl']:.5f}  "
@@ -271,7 +272,7 @@ def main() -> None:
         f"SmolLM2-135M, calibrated on {arguments.samples} × {arguments.length} tokens of one half of {text}, "
         f"evaluated on {seen['tokens']} of the other (BF16 perplexity {seen['reference_perplexity']:.2f}) and on "
         f"{fresh['tokens']} of {other} (unseen, {fresh['reference_perplexity']:.2f}); "
-        f"medians (and ranges) over {len(arguments.seeds)} seed(s), float32, {cpu()}."
+        f"medians (and ranges) over {len(arguments.seeds)} seed(s), float32, {cpu(arguments.threads)}."
     )
     print(f"\n{note}\n\n{table(rows)}")
     if arguments.out:
@@ -286,11 +287,13 @@ def write(path: Path, text: str) -> None:
     path.write_text(text + (before[added:] if added >= 0 else ""), encoding="utf-8")
 
 
-def cpu() -> str:
+def cpu(threads: int | None = None) -> str:
     import torch
 
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else 'CPU'}, {torch.get_num_threads()} threads"
+    return (
+        f"{names[0].split(':')[1].strip() if names else 'CPU'}, {threads or torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":
