@@ -26,7 +26,6 @@ from lowbit.ops.cpu_params import (
     A_I8_BYTES,
     A_I16,
     BF16,
-    DOT_ROWS,
     E4M3_CODES,
     F16,
     F32,
@@ -175,7 +174,7 @@ def _block(rows: int, n: int, tile: Tile, threads: int) -> tuple[int, int]:
     """Rows and columns of the output per task: weights are packed once per task, so many rows; but
     every thread should find several tasks."""
     width = up(_BLOCK_COLS, tile.cols)
-    if rows == 1 or (rows <= DOT_ROWS and tile.integer):
+    if rows <= tile.dot_rows:
         width = min(width, up(-(-n // (4 * threads)), SCALE_LANES))
     across = -(-n // width)
     height = min(_BLOCK_ROWS, up(rows, tile.rows))
@@ -308,7 +307,7 @@ def product(
     block[M.GROUP], block[M.GROUP_PADDED], block[M.CHUNK] = layout.group, layout.padded, chunk
     block[M.PER_GROUP] = int(bool(activations.group or weights.group))
     block[M.SLOT_BYTES] = slot
-    block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
+    block[M.BLOCK_ROWS], block[M.BLOCK_COLS], block[M.DOT_ROWS] = height, width, tile.dot_rows
     blocks = _blocks(rows, height, offsets)
     block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(blocks), len(blocks) // 3
     if routed is not None:

@@ -22,7 +22,6 @@ from lowbit.ops.cpu_params import (
     A_I8_BYTES,
     A_I16,
     BF16,
-    DOT_ROWS,
     F16,
     F32,
     SCALE_LANES,
@@ -55,22 +54,23 @@ M_OUT_ROW, M_PER_GROUP, M_ROUTED, M_SCRATCH = M.OUT_ROW, M.PER_GROUP, M.ROUTED, 
 M_SLOT, M_SLOT_BYTES, M_W, M_W_END, M_W_EXPERT = M.SLOT, M.SLOT_BYTES, M.W, M.W_END, M.W_EXPERT
 M_W_ROW, M_W_SCALE, M_W_SCALE_EXPERT, M_W_SCALE_GROUP = M.W_ROW, M.W_SCALE, M.W_SCALE_EXPERT, M.W_SCALE_GROUP
 M_W_SCALE_ROW, M_W_SCALE_ROWS = M.W_SCALE_ROW, M.W_SCALE_ROWS
+M_DOT_ROWS = M.DOT_ROWS
 
 DOT_COLS, LINE = 4, 64
 NEAR = 4096  # bytes that the first cache has room for beside what a tile works on
 
 
 @njit(inline="always")
-def dot_rows(kind, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
-    """A few rows, four at a time; weights are read once, and then stay in the first cache.
+def dot_rows(kind, tall, lines, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
+    """A few rows, `tall` (2 or 4) at a time; weights are read once, and then stay in the first cache.
 
     The tiles of one set of columns share the next columns' weights between them and ask for
     them piece by piece, in the order of addresses where rows are whole: memory is then busy
     all the time, and not only while the first tile waits for it.
     """
     whole = cols // DOT_COLS * DOT_COLS
-    tiles = (rows + 3) // 4
-    along, across, part = 256 // tiles, 256 * stride, k // tiles
+    tiles = (rows + tall - 1) // tall
+    along, across, part = 256 // tiles, 256 * stride * DOT_COLS // lines, k // tiles
     if stride - k < LINE:
         along, across, part = DOT_COLS * along, LINE * 256 // tiles, DOT_COLS * part
     for j in range(0, whole, DOT_COLS):
@@ -81,10 +81,10 @@ def dot_rows(kind, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ig
             if rows == 1:
                 dot_tile(kind, 1, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
             elif rows - i > 2:
-                dot_tile(kind, 4, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+                dot_tile(kind, tall, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
             else:
                 dot_tile(kind, 2, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
-            i += 4
+            i += tall
             ahead += part
     for j in range(whole, cols):
         b = w + j * stride
@@ -93,21 +93,20 @@ def dot_rows(kind, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ig
 
 
 @njit(inline="always")
-def dot_row(kind, a, w, stride, c, cols, k):  # type: ignore[no-untyped-def]
+def dot_row(kind, lines, a, w, stride, c, cols, k):  # type: ignore[no-untyped-def]
     """One row of floats, decoded while loading or not."""
+    across = 256 * stride * DOT_COLS // lines
     whole = cols // DOT_COLS * DOT_COLS
     for j in range(0, whole, DOT_COLS):
         b = w + j * stride
-        dot_tile(
-            kind, 1, DOT_COLS, 1, a, 0, b, stride, b + DOT_COLS * stride, 256, 256 * stride, c + 4 * j, 0, k
-        )
+        dot_tile(kind, 1, DOT_COLS, 1, a, 0, b, stride, b + DOT_COLS * stride, 256, across, c + 4 * j, 0, k)
     for j in range(whole, cols):
         b = w + j * stride
         dot_tile(kind, 1, 1, 1, a, 0, b, stride, b, 0, 0, c + 4 * j, 0, k)
 
 
 @njit(inline="always")
-def packed_rows(kind, tall, vectors, a, a_row, b, ldb, ahead, share, c, c_row, rows, units):  # type: ignore[no-untyped-def]
+def packed_rows(kind, tall, vectors, ldb, a, a_row, b, ahead, share, c, c_row, rows, units):  # type: ignore[no-untyped-def]
     """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2.
 
     Meanwhile `share` bytes at `ahead` are asked for, of weights that are packed next.
@@ -118,13 +117,13 @@ def packed_rows(kind, tall, vectors, a, a_row, b, ldb, ahead, share, c, c_row, r
         left = rows - i
         at, c_at = a + i * a_row, c + i * c_row
         if left >= tall and left != 8:
-            packed_tile(kind, tall, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
+            packed_tile(kind, tall, vectors, ldb, at, a_row, b, ahead, along, c_at, c_row, units)
             i += tall
         elif left > 2:
-            packed_tile(kind, 4, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
+            packed_tile(kind, 4, vectors, ldb, at, a_row, b, ahead, along, c_at, c_row, units)
             i += 4
         else:
-            packed_tile(kind, 2, vectors, at, a_row, b, ldb, ahead, along, c_at, c_row, units)
+            packed_tile(kind, 2, vectors, ldb, at, a_row, b, ahead, along, c_at, c_row, units)
             i += 2
         ahead += along * units >> 8
 
@@ -198,6 +197,9 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     direct = kind.startswith("fma") or integer
     direct_kind = f"{kind}:{storage}" if direct and not integer else kind
     tile_cols = tile_vectors * lanes
+    panel_row = 4 * tile_cols
+    dot_lines = cpu_tiles.requests(direct_kind, DOT_COLS)
+    dot_tall = 4 if lanes == 16 else 2  # 16 registers do not hold 4 × 4 accumulators and their operands
 
     @cfunc(SIGNATURE, cache=True)
     def matmul_tiles(parameters):  # type: ignore[no-untyped-def]
@@ -250,7 +252,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
             if which == p[M_BLOCK_COUNT] - 1 and groups == 1 and following + block_cols * w_row <= p[M_W_END]:
                 panels = (cols + tile_cols - 1) // tile_cols * ((k_all + chunk - 1) // chunk)
                 share, ahead = block_cols * w_row // panels, following
-            few = rows == 1 or (integer and rows <= DOT_ROWS)
+            few = rows <= p[M_DOT_ROWS]
             for g in range(groups):
                 in_group = min(group, k_all - g * group)
                 # Where nothing goes through the panel, no panel limits how much of K a pass takes.
@@ -273,13 +275,41 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                                 decode_row(stored, w + j * w_row, row_kind, panel + j * stride, depth, padded)
                             w = panel
                         if integer and DOT_COLS * w_row > NEAR:
-                            dot_rows(kind, 2, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                            dot_rows(
+                                kind,
+                                dot_tall,
+                                dot_lines,
+                                2,
+                                a,
+                                a_row,
+                                w,
+                                stride,
+                                memory,
+                                c_row,
+                                rows,
+                                cols,
+                                padded,
+                            )
                         elif integer:
-                            dot_rows(kind, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded)
+                            dot_rows(
+                                kind,
+                                dot_tall,
+                                dot_lines,
+                                1,
+                                a,
+                                a_row,
+                                w,
+                                stride,
+                                memory,
+                                c_row,
+                                rows,
+                                cols,
+                                padded,
+                            )
                         elif as_stored:
-                            dot_row(direct_kind, a, w, stride, memory, cols, padded)
+                            dot_row(direct_kind, dot_lines, a, w, stride, memory, cols, padded)
                         else:
-                            dot_row(kind, a, w, stride, memory, cols, padded)
+                            dot_row(kind, 1, a, w, stride, memory, cols, padded)
                         continue
                     units = padded * element // 4
                     for j in range(0, cols, lanes):
@@ -291,19 +321,19 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                                 at = w + (j + i) * w_row
                                 decode_row(stored, at, row_kind, decoded + i * stride, depth, padded)
                         at = panel + j // tile_cols * tile_cols * 4 * units + j % tile_cols * 4
-                        pack(kind, rows_at, stride, valid, at, 4 * tile_cols, units)
+                        pack(kind, rows_at, stride, valid, at, panel_row, units)
                     for j in range(0, cols, tile_cols):
                         b = panel + 4 * units * j
                         full = cols - j > tile_cols - lanes
                         if full:
                             packed_rows(
-                                kind, tile_rows, tile_vectors, a, a_row, b, 4 * tile_cols, ahead, share,
+                                kind, tile_rows, tile_vectors, panel_row, a, a_row, b, ahead, share,
                                 memory + 4 * j, c_row, rows, units,
                             )  # fmt: skip
                         else:
                             for v in range(0, cols - j, lanes):
                                 packed_rows(
-                                    kind, tile_rows, 1, a, a_row, b + 4 * v, 4 * tile_cols, ahead, 0,
+                                    kind, tile_rows, 1, panel_row, a, a_row, b + 4 * v, ahead, 0,
                                     memory + 4 * (j + v), c_row, rows, units,
                                 )  # fmt: skip
                         ahead += share

@@ -13,8 +13,6 @@ A_I16, A_I8, A_F32, A_BF16, A_I8_BYTES, A_E4M3_BYTES = range(6)
 # How `prepare` quantizes.
 MODE_NONE, MODE_INT8, MODE_E4M3 = range(3)
 
-# Integers of up to so many rows are multiplied as stored; transposing weights first pays from more rows on.
-DOT_ROWS = 48
 # Columns per vector of the epilogue.
 SCALE_LANES = 16
 
@@ -92,3 +90,4 @@ class M(_Index):
     SLOT_BYTES = auto()
     BLOCK_ROWS = auto()
     BLOCK_COLS = auto()
+    DOT_ROWS = auto()  # integers of up to so many rows are multiplied as stored, without a panel

@@ -45,6 +45,8 @@ from lowbit.ops.cpu_emit import (
     vec,
 )
 
+UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
+
 
 class Step:
     """One step along K: how both sides load, and what adds their product to an accumulator.
@@ -153,6 +155,11 @@ def step_elements(kind: str) -> int:
     return 2 * once if storage else once
 
 
+def requests(kind: str, cols: int) -> int:
+    """Lines of 64 bytes that one step of a `dot_tile` reads of `cols` rows of weights, at least one."""
+    return max(1, cols * step_elements(kind) * Step(kind).b_bytes // 64)
+
+
 def lanes(kind: str) -> int:
     """Columns in one vector of a packed tile."""
     return int(kind[-3:]) // 32
@@ -195,12 +202,13 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
     `step_elements(kind)`. For dpbusd the sums are those of b + 128.
 
     Rows are short, so the hardware's own prefetching only ever starts on them: with the step
-    at byte x of row j of b goes a request for `ahead` + (x · `along` + j · `across`) / 256, to
-    come into cache 1 or 2.
+    at byte x of b go requests for `ahead` + (x · `along` + j · `across`) / 256, one for each of
+    the j = 0 … `requests(kind, nr)` − 1 lines that a step reads, to come into cache 1 or 2.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
         return None
     step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
+    lines = requests(kind.literal_value, cols)
     signature = types.void(kind, mr, nr, cache, *[types.int64] * 10)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
@@ -218,10 +226,10 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
             for j, row in enumerate(b_rows):
                 step.nan_codes = nans[j] if tracks_nan else None
                 b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
-                line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
-                prefetch(
-                    builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache.literal_value
-                )
+                if j < lines:
+                    line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
+                    line = builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8)))
+                    prefetch(builder, line, cache.literal_value)
                 if tracks_nan:
                     nans[j] = step.nan_codes
             for i, row in enumerate(a_rows):
@@ -255,41 +263,52 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
 
 
 @intrinsic(prefer_literal=True)
-def packed_tile(typingctx, kind, mr, nv, a, lda, b, ldb, ahead, along, c, ldc, units):  # type: ignore[no-untyped-def]
+def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units):  # type: ignore[no-untyped-def]
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr and the columns j of nv vectors, b packed by `pack`.
 
-    `kind`, `mr`, `nv` are compile-time constants. `b` + `ldb` · u holds unit u of every column.
-    With unit u goes a request for `ahead` + u · `along` / 256. The rest is as in `dot_tile`.
+    `kind`, `mr`, `nv`, `ldb` are compile-time constants. `b` + `ldb` · u holds unit u of every
+    column; `units` is a multiple of UNROLL. With unit u goes a request for `ahead` + u · `along` / 256.
+    The rest is as in `dot_tile`.
     """
-    if not all(isinstance(t, types.Literal) for t in (kind, mr, nv)):
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, *[types.int64] * 9)
+    unit_stride = ldb.literal_value
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 8)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ldb, ahead, along, c, ldc, units = args[3:]
+        a, lda, b, ahead, along, c, ldc, units = args[4:]
         a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
         bytes_each = step.bits // 8
+
+        def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
+            b_vectors = [
+                load(
+                    builder,
+                    builder.add(b_here, ir.Constant(I64, unit_stride * u + bytes_each * v)),
+                    step.unit,
+                )
+                for v in range(vectors)
+            ]
+            for i, row in enumerate(a_here):
+                one = load(builder, builder.add(row, ir.Constant(I64, 4 * u)), I32)
+                everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
+                for v, b_vector in enumerate(b_vectors):
+                    at = i * vectors + v
+                    sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
 
         def body(position: Any, sums: list) -> list:
             sums = list(sums)
             line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
             prefetch(builder, builder.add(ahead, line), 2)
-            b_unit = builder.add(b, builder.mul(position, ldb))
-            b_vectors = [
-                load(builder, builder.add(b_unit, ir.Constant(I64, bytes_each * v)), step.unit)
-                for v in range(vectors)
-            ]
             offset = builder.mul(position, ir.Constant(I64, 4))
-            for i, row in enumerate(a_rows):
-                one = load(builder, builder.add(row, offset), I32)
-                everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
-                for v, b_vector in enumerate(b_vectors):
-                    at = i * vectors + v
-                    sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
+            a_here = [builder.add(row, offset) for row in a_rows]
+            b_here = builder.add(b, builder.mul(position, ir.Constant(I64, unit_stride)))
+            for u in range(UNROLL):
+                one_unit(u, a_here, b_here, sums)
             return sums
 
-        totals = loop(builder, units, 1, [ir.Constant(step.acc, None)] * (rows * vectors), body)
+        totals = loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
         add = step.add(builder)
         for i in range(rows):
             row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
