@@ -215,51 +215,6 @@ def _scaled(builder: Any, whole: bool, sums: Any, offset: Any, a_scale: Any, w_s
     return at
 
 
-@intrinsic(prefer_literal=True)
-def round_codes(typingctx, element, values, inverse, shift, lowest, zero, target, n):  # type: ignore[no-untyped-def]
-    """int8 codes of n float32 by multiplication, and how far the most doubtful was from its integer.
-
-    code = max(roundeven(clamp(value · inverse + shift)), lowest) − zero, stored in `element`
-    (compile-time: 1 or 2) bytes; NaN counts as 0. Returns the largest |x − roundeven(x)|, x what
-    was rounded: where that is clearly below ½, division would have given the same codes, at
-    several times the cost. n is a multiple of SCALE_LANES.
-    """
-    if not isinstance(element, types.Literal):
-        return None
-    bits = 8 * element.literal_value
-    signature = types.float32(
-        element, types.int64, types.float32, types.float32, types.int32, types.int32, types.int64, types.int64
-    )
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        values, inverse, shift, lowest, zero, target, n = args[1:]
-        real, wide = vec(F32, SCALE_LANES), vec(I32, SCALE_LANES)
-        inverses, shifts = spread(builder, inverse, SCALE_LANES), spread(builder, shift, SCALE_LANES)
-        lowests, zeros = spread(builder, lowest, SCALE_LANES), spread(builder, zero, SCALE_LANES)
-
-        def body(position: Any, worst: list) -> list:
-            x = load(builder, builder.add(values, builder.mul(position, ir.Constant(I64, 4))), real)
-            x = builder.fadd(_emit_zero_if_nan(builder, builder.fmul(x, inverses)), shifts)
-            x = _clamp(builder, x, -128.0, 127.0)
-            rounded = call(builder, f"llvm.roundeven.v{SCALE_LANES}f32", real, [x])
-            away = call(builder, f"llvm.fabs.v{SCALE_LANES}f32", real, [builder.fsub(x, rounded)])
-            codes = builder.fptosi(rounded, wide)
-            codes = builder.select(builder.icmp_signed("<", codes, lowests), lowests, codes)
-            codes = builder.trunc(builder.sub(codes, zeros), vec(ir.IntType(bits), SCALE_LANES))
-            store(builder, codes, builder.add(target, builder.mul(position, ir.Constant(I64, bits // 8))))
-            return [builder.select(builder.fcmp_ordered(">", away, worst[0]), away, worst[0])]
-
-        (worst,) = loop(builder, n, SCALE_LANES, [ir.Constant(real, None)], body)
-        width = SCALE_LANES
-        while width > 1:
-            width //= 2
-            low, high = (shuffle(builder, worst, worst, list(range(s, s + width))) for s in (0, width))
-            worst = builder.select(builder.fcmp_ordered(">", low, high), low, high)
-        return builder.extract_element(worst, ir.Constant(I32, 0))
-
-    return signature, codegen
-
-
 @intrinsic
 def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
     """Atomically add to the int64 at `address`; returns what was there before."""

@@ -21,7 +21,6 @@ from lowbit.ops.cpu_emit import (
     magnitude_bits,
     pointer,
     round_code,
-    round_codes,
     round_e4m3,
     zero_if_nan,
 )
@@ -38,7 +37,6 @@ from lowbit.ops.cpu_params import (
     MODE_E4M3,
     MODE_INT8,
     MODE_NONE,
-    SCALE_LANES,
     P,
 )
 from lowbit.ops.cpu_rows import SIGNATURE, load_row, stamp, store_row
@@ -51,9 +49,6 @@ P_SCRATCH, P_SHIFT, P_SLOT, P_SLOT_BYTES, P_STATIC = P.SCRATCH, P.SHIFT, P.SLOT,
 P_SUMS, P_X, P_X_DTYPE, P_X_ROW, P_ZERO = P.SUMS, P.X, P.X_DTYPE, P.X_ROW, P.ZERO
 
 SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
-LARGEST_SCALE = np.float32(2.0**125)  # its inverse is still a normal number
-# With a zero point quotients reach 256; three roundings of them and two of the sum come to 2⁻¹⁴.
-DOUBTFUL = np.float32(0.5 - 2.0**-13)
 
 
 @njit
@@ -80,23 +75,14 @@ def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, 
     """One scale group of one row → the operand at `target`, zeros from n up to `padded`."""
     if mode == MODE_INT8:
         shift, low = np.float32(shift_by), np.int32(lowest)
-        done = 0
-        if scale >= SMALLEST_SCALE and scale <= LARGEST_SCALE:
-            whole, inverse = n // SCALE_LANES * SCALE_LANES, np.float32(1.0) / scale
-            at = values.ctypes.data
-            if kind == A_I16:
-                worst = round_codes(2, at, inverse, shift, low, np.int32(zero), target, whole)
-            else:
-                worst = round_codes(1, at, inverse, shift, low, np.int32(0), target, whole)
-            done = whole if worst < DOUBTFUL else 0
         if kind == A_I16:
             wide = carray(pointer(target), padded, np.int16)
-            for i in range(done, n):
+            for i in range(n):
                 wide[i] = np.int16(max(round_code(zero_if_nan(values[i] / scale) + shift), low) - zero)
             wide[n:padded] = 0
         else:
             codes = carray(pointer(target), padded, np.int8)
-            for i in range(done, n):
+            for i in range(n):
                 codes[i] = np.int8(max(round_code(zero_if_nan(values[i] / scale) + shift), low))
             codes[n:padded] = 0
         return

@@ -134,7 +134,7 @@ def test_errors():
 @pytest.mark.parametrize("exponent", [-37, -20, 0, 20, 36])
 @pytest.mark.parametrize("k", [31, 256, 1000])
 def test_quotients_next_to_half_an_integer(isa, k, exponent):
-    """Codes are those of a division: a product by the inverse would tip some of these."""
+    """Codes are those of a division: a product by the inverse tips some of these (and saves no time)."""
     scale = torch.tensor([1.7 * 10.0**exponent])
     halves = torch.randint(-126, 126, (64, k)) + 0.5
     x = halves * scale * (1 + torch.randint(-3, 4, (64, k)) * 2.0**-24)
