@@ -356,8 +356,6 @@ def load_time(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]
 
 
 def load_once(out: Path, what: str) -> None:
-    import resource
-
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not what is measured)
 
@@ -383,7 +381,9 @@ def load_once(out: Path, what: str) -> None:
             with torch.inference_mode():
                 model(input_ids=torch.tensor([[1, 2, 3]]), logits_to_keep=1)
     spent = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum survives exec, and so is the parent's.
+    high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = int(high.split()[1]) * 1024
     print(
         json.dumps(
             {"what": what, "seconds": spent, "bytes": total, "GB/s": total / spent / 1e9, "peak_rss": peak}
