@@ -382,7 +382,9 @@ def load_once(out: Path, what: str) -> None:
                 model(input_ids=torch.tensor([[1, 2, 3]]), logits_to_keep=1)
     spent = time.perf_counter() - begin
     # Not getrusage: its maximum survives exec, and so is the parent's.
-    high = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    high = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     peak = int(high.split()[1]) * 1024
     print(
         json.dumps(
