@@ -112,8 +112,9 @@ lowbit.convert(sys.argv[1], sys.argv[2], "int8", workers=2, max_shard_size="200K
 def start(src: Path, out: Path, code: str = RUN) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(src), str(out)], env=environment, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", code, str(src), str(out)], env=environment, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
 
 
 def wait_for_jobs(out: Path, count: int) -> None:

@@ -271,8 +271,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1']\nmain()\n"
     )
     running = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     journal = out / PARTIAL / "journal.jsonl"
     while not journal.is_file() or len(journal.read_text().splitlines()) < 4:
