@@ -212,7 +212,8 @@ class Call:
     def run(self, x: Tensor, out: Tensor) -> Tensor:
         """x [M, K] (rows of the stride that the call was made for) → out [M, N], contiguous."""
         prepare, block = self.prepare, self.matmul
-        base = workspace(self.workspace).data_ptr()
+        memory = workspace(self.workspace)  # held until the loops are done: a large one is nobody else's
+        base = memory.data_ptr()
         if base != self.base:
             self._place(base)
         prepare[_P_NEXT] = prepare[_P_SLOT] = block[_M_NEXT] = block[_M_SLOT] = 0

@@ -89,10 +89,10 @@ def _keep(
         and all(t.dtype == torch.float32 and t.is_contiguous() and t.is_cpu for t in given)
         and weight.is_cpu
     )
-    weights = Weights(tensor=weight, scale=weight_scale, block=block, k=k)
-    how = quantized_as(activations, block, input_scale, None)
     if not kept:
         return None
+    weights = Weights(tensor=weight, scale=weight_scale, block=block, k=k)
+    how = quantized_as(activations, block, input_scale, None)
     flat = x if x.dim() == 2 else x.view(-1, k)
     problem = dispatch.problem_of(flat, weights, activations, bias=bias is not None)
     if not isinstance(dispatch.choose(problem, "cpu"), dispatch.Decision):

@@ -125,6 +125,17 @@ def test_who_watches_operators_sees_them(monkeypatch):
         assert not eager.applies(torch.nn.Parameter(x), None)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_workspace_too_large_to_keep_lives_through_the_product(direct):
+    """Over 64 MB of operand: memory that is unmapped as soon as nothing holds it."""
+    weight, scale = layer(16, 16384)
+    x = torch.randn(4200, 16384)
+    how = {"activations": "token", "block": (1, 0)}
+    for _ in range(2):
+        found = ops.linear(x, weight, scale, **how) if direct else through_the_dispatcher(x, weight, scale)
+        assert torch.equal(found[:8], ops.linear(x[:8].clone(), weight, scale, **how))
+
+
 def test_threads_do_not_share_calls():
     layers = [layer(n, 128) for n in (16, 48, 80, 144)]
     inputs = [torch.randn(m, 128) for m in (1, 2, 7, 33)]
