@@ -28,8 +28,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def rerun() -> None:
-    """Start again in that environment, unless this is it: libraries read it once, when they are loaded."""
-    wanted = environment()
+def rerun(wanted: dict[str, str]) -> None:
+    """Start again with `wanted` in the environment, unless it is: libraries read it once, when they are loaded."""
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

@@ -164,12 +164,27 @@ def run(command: list[str], threads: int | None) -> dict[str, Any]:
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def measure(work: Path, source: Path, key: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row for one seed: {seconds, peak_bytes, evaluate: {perplexity_change, kl, …}, unseen: {…}}."""
+def evaluated(work: Path, source: Path, candidate: Any) -> dict[str, Any]:
+    """{evaluate: {perplexity_change, kl, …}, unseen: {…}} against the source, whose final states are kept in `work`."""
     import torch
 
+    from lowbit.evaluate.layerwise import evaluate, final_states, plain
+
+    reference, found = plain(source), {}
+    for name in ("evaluate", "unseen"):
+        windows = list(torch.load(work / f"{name}.pt", weights_only=True))
+        states = work / f"reference-{name}.pt"
+        if not states.is_file():
+            torch.save(final_states(reference, windows), states)
+        before = torch.load(states, weights_only=True)
+        found[name] = evaluate(candidate, windows, reference, reference_states=before).to_dict()
+    return found
+
+
+def measure(work: Path, source: Path, key: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One row for one seed: {seconds, peak_bytes, evaluate: {perplexity_change, kl, …}, unseen: {…}}."""
     from lowbit.calibration import store
-    from lowbit.evaluate.layerwise import calibrated, evaluate, final_states, plain
+    from lowbit.evaluate.layerwise import calibrated, plain
 
     cached = work / "rows" / f"{re.sub('[^a-z0-9]+', '-', key)}-{seed}.json"
     if cached.is_file():
@@ -187,14 +202,7 @@ def measure(work: Path, source: Path, key: str, seed: int, arguments: argparse.N
     with locked(arguments.lock):
         row = run(command, arguments.threads)
     candidate = plain(out) if key.startswith("llm-c") else calibrated(source, store.read(out))
-    reference = plain(source)
-    for name in ("evaluate", "unseen"):
-        windows = list(torch.load(work / f"{name}.pt", weights_only=True))
-        states = work / f"reference-{name}.pt"
-        if not states.is_file():
-            torch.save(final_states(reference, windows), states)
-        before = torch.load(states, weights_only=True)
-        row[name] = evaluate(candidate, windows, reference, reference_states=before).to_dict()
+    row |= evaluated(work, source, candidate)
     cached.parent.mkdir(exist_ok=True)
     cached.write_text(json.dumps(row, indent=1), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

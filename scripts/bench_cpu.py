@@ -138,9 +138,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.avx2:
-        from avx2 import rerun  # beside this file
+        from avx2 import environment, rerun  # beside this file
 
-        rerun()
+        rerun(environment())
     rows = run(arguments)
     if arguments.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=2))

@@ -358,6 +358,7 @@ def load_time(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]
 def load_once(out: Path, what: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not what is measured)
+    from bench_calibration import peak_bytes  # beside this file
 
     import lowbit.nn.quantizer  # noqa: F401
     from lowbit.nn import load
@@ -381,14 +382,15 @@ def load_once(out: Path, what: str) -> None:
             with torch.inference_mode():
                 model(input_ids=torch.tensor([[1, 2, 3]]), logits_to_keep=1)
     spent = time.perf_counter() - begin
-    # Not getrusage: its maximum survives exec, and so is the parent's.
-    high = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-    )
-    peak = int(high.split()[1]) * 1024
     print(
         json.dumps(
-            {"what": what, "seconds": spent, "bytes": total, "GB/s": total / spent / 1e9, "peak_rss": peak}
+            {
+                "what": what,
+                "seconds": spent,
+                "bytes": total,
+                "GB/s": total / spent / 1e9,
+                "peak_rss": peak_bytes(),
+            }
         )
     )
 
@@ -443,13 +445,9 @@ def main() -> None:
     # Outputs of many rows otherwise come from fresh pages or from used ones as malloc's history
     # has it: the same model then prefills at 830 or at 1150 tokens/s.
     wanted = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-    if arguments.avx2:
-        from avx2 import environment  # beside this file
+    from avx2 import environment, rerun  # beside this file
 
-        wanted |= environment()
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        # Libraries read these once, when they are loaded.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+    rerun(wanted | environment() if arguments.avx2 else wanted)
     sys.path += [str(Path(__file__).parent), *(str(p) for p in arguments.path)]
     if arguments.what == "load-once":
         load_once(Path(arguments.peer), arguments.part)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_calibration import cpu, prepare, write  # beside this file
+from bench_calibration import cpu, evaluated, prepare, write  # beside this file
 
 from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
 from lowbit.checkpoint.rules import Selection
-from lowbit.evaluate.layerwise import evaluate, final_states, plain, rounded
+from lowbit.evaluate.layerwise import rounded
 from lowbit.scheme import get_scheme
 
 CANDIDATES = ("int8", "fp8")
@@ -33,16 +33,8 @@ def measure(work: Path, source: Path, name: str, scheme: str, overrides: Mapping
     cached = work / "search" / f"{name.replace(' ', '-').replace(':', '')}.json"
     if cached.is_file():
         return json.loads(cached.read_text(encoding="utf-8"))
-    row: dict[str, Any] = {}
-    reference = plain(source)
     candidate = rounded(source, get_scheme(scheme), Selection(overrides=dict(overrides)))
-    for text in ("evaluate", "unseen"):
-        windows = list(torch.load(work / f"{text}.pt", weights_only=True))
-        states = work / f"reference-{text}.pt"
-        if not states.is_file():
-            torch.save(final_states(reference, windows), states)
-        before = torch.load(states, weights_only=True)
-        row[text] = evaluate(candidate, windows, reference, reference_states=before).to_dict()
+    row = evaluated(work, source, candidate)
     cached.parent.mkdir(exist_ok=True)
     cached.write_text(json.dumps(row, indent=1), encoding="utf-8")
     return row
