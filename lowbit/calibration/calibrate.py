@@ -28,8 +28,9 @@ from lowbit.scheme import Scheme, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
-SMOOTHING_TOKENS = 2048
-"""That smoothing is searched on where layers are rounded while the data passes."""
+SMOOTHING_TOKENS = 8192
+"""That smoothing is searched on where layers are rounded while the data passes. (`best` on SmolLM2: KL 7 %
+below that of 2,048, in 15 s more; all 16,384 gain nothing more.)"""
 
 
 def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
