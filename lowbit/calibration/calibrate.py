@@ -19,9 +19,10 @@ from lowbit.calibration.layerwise import LayerwiseModel, final_norm
 from lowbit.calibration.methods import Method
 from lowbit.calibration.overlay import Overlay
 from lowbit.calibration.rotation import Rotation, make_rotation
+from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
-from lowbit.calibration.step import Run, RunOptions, advance_layer, calibrate_layer
+from lowbit.calibration.step import calibrate_layer
 from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
 from lowbit.scheme import Scheme, get_scheme
@@ -241,7 +242,7 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
     with watched(layer, overlay.kv_hooks(layer, index)):
-        advance_layer(run, layer, index, quantizers)
+        run.hand_on(layer, index, quantizers)
 
 
 def _exceptions(

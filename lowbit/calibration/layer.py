@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,17 +27,6 @@ SMALLEST_BLOCK = 16
 """Of an online rotation: a smaller one spreads an outlier over too few values to be worth its time."""
 SAMPLE_ROWS = 384
 """Tokens that searches are scored on."""
-
-
-@dataclass(kw_only=True)
-class CalibratedLayer:
-    """What a calibrated layer becomes, in names relative to the layer."""
-
-    quantized: dict[str, Quantized] = field(default_factory=dict)
-    input_scales: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    changed: set[str] = field(default_factory=set)
-    """Float tensors (norms, biases, weights kept in float) that transforms changed."""
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 def transform(layer: nn.Module, graph: LayerGraph, method: Method, rotation: Rotation | None) -> set[str]:

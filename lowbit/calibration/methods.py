@@ -67,9 +67,8 @@ class Method:
 
     def needs_data(self, scheme: Scheme) -> bool:
         """False for transforms and roundings that look at weights alone."""
-        return (
-            self.smooths or self.rounding.rounding != "nearest" or self.compensate or scheme.needs_calibration
-        )
+        rounds = self.rounding.rounding != "nearest"
+        return self.smooths or rounds or self.compensate or self.bias_correction or scheme.needs_calibration
 
     def describe(self) -> str:
         """One line that says what it does."""

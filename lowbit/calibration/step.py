@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
-from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.distributed import merge_observers, merge_statistics
 from lowbit.calibration.experts import UnfusedExperts
 from lowbit.calibration.graph import LayerGraph, trace
-from lowbit.calibration.kv_cache import KVCache, KVObserver, KVQuantizer, attentions, watched
+from lowbit.calibration.kv_cache import KVObserver, KVQuantizer, attentions, watched
 from lowbit.calibration.layer import (
     correct_biases,
     groups_of,
@@ -27,9 +25,9 @@ from lowbit.calibration.layer import (
     transform,
     wanted_statistics,
 )
-from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation, apply_online_hadamard
+from lowbit.calibration.run import Run
 from lowbit.calibration.sequential import round_in_passing
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.statistics import InputStatistics, Wanted, collect
@@ -38,264 +36,274 @@ from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """How to run, none of which changes what is computed (beyond float rounding)."""
+def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Calibrate layer `index` on the hidden states in `run.cache`; returns (tensors to write, report).
 
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    """Compute dtype. float32 is the fastest exact choice on CPUs."""
-    batch_size: int = 8
-    """Sequences that run through a layer together."""
-    memory_limit: int = 4 << 30
-    """Bytes of hidden states kept in memory; the rest is spilled to disk."""
-    spill_directory: str | None = None
-    all_experts: bool = True
-    """Every expert of a mixture sees every token (for its statistics only)."""
-    min_tokens: int = 128
-    """A Linear that fewer tokens reached is rounded without data."""
-    verify: bool = True
-    """Check on a few tokens of every layer that transforms leave its output as it was."""
+    With `need_output`, the layer's output (as the next layer is to see it) then stands in the cache.
+    """
+    with run.timed("load and transform"):
+        step = LayerStep.load(run, index)
+        passes = plan_passes(
+            step.wanted, run.method, need_output=need_output and run.has_data, one_batch=run.few is not None,
+            experts=bool(step.experts), online=bool(step.online), kv_cache=run.kv_cache is not None,
+            static=any(s.needs_calibration for s in step.schemes.values()),
+        )  # fmt: skip
+        step.transform()
+    with run.timed("statistics"):
+        step.watch(passes)
+    with run.timed("smoothing"):
+        step.smooth()
+    with run.timed("rounding"):
+        step.round(passes)
+    with run.timed("output"):
+        if passes.hands_on == "own":
+            step.hand_on()
+    return step.tensors(), step.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Which runs over the data a layer takes, and which of them hands its output on."""
+
+    watch: Literal["nothing", "few", "all"]
+    """The data that inputs are watched on before rounding."""
+    rounds: bool
+    """Weights are rounded while all data passes (see `sequential`), not from statistics."""
+    hands_on: Literal["nothing", "watch", "round", "own"]
+
+
+def plan_passes(
+    wanted: Wanted,
+    method: Method,
+    *,
+    need_output: bool,
+    one_batch: bool,
+    experts: bool,
+    online: bool,
+    kv_cache: bool,
+    static: bool,
+) -> Passes:
+    """The fewest runs over the data that the method allows.
+
+    `one_batch`: all data may pass at once. `static`: some activations get static scales.
+    """
+    if one_batch and not (experts or kv_cache or method.bias_correction or wanted.observer):
+        # Where scales move is searched on a part of the data; the rounding then sees all of it.
+        watch: Literal["nothing", "few"] = "few" if method.smooths else "nothing"
+        return Passes(watch=watch, rounds=True, hands_on="round" if need_output else "nothing")
+    if not (kv_cache or wanted.anything or method.smooths or method.bias_correction or static):
+        return Passes(watch="nothing", rounds=False, hands_on="own" if need_output else "nothing")
+    # Transforms are exact, so where the next layer is to see unquantized inputs, what this pass puts
+    # out is what they are; unless experts see more than is routed to them, or it must run again.
+    again = method.propagate or experts or online or wanted.observer is not None
+    hands_on: Literal["own", "watch"] = "own" if again else "watch"
+    return Passes(watch="all", rounds=False, hands_on=hands_on if need_output else "nothing")
 
 
 @dataclass(kw_only=True)
-class Run:
-    """What one calibration carries from layer to layer."""
+class LayerStep:
+    """A decoder layer in memory and what is known of it so far; names are relative to the layer."""
 
-    model: LayerwiseModel
-    method: Method
+    run: Run
+    index: int
+    prefix: str
+    layer: nn.Module
+    graph: LayerGraph
     schemes: dict[str, Scheme]
-    options: RunOptions
-    rotation: Rotation | None
-    cache: ActivationCache
-    calls: list[tuple[dict[str, Any], ...]]
-    small: tuple[dict[str, Any], ...]
-    small_shape: tuple[int, int]
-    has_data: bool
-    kv_cache: KVCache | None = None
-    few: tuple[dict[str, Any], ...] | None = None
-    """What layers are called with for the first `few_windows` of the data: set when all data is one batch,
-    and layers are rounded while it passes (see `sequential`)."""
-    few_windows: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    """Of its quantized modules. Those that no static scale fits get a dynamic one on the way."""
+    experts: dict[str, UnfusedExperts]
+    online: frozenset[str]
+    """Modules whose input is rotated while running."""
+    wanted: Wanted
+    sample: Tensor
+    """A few tokens of its input, to check on that transforms change nothing."""
+    plain_sample: Tensor
+    """The same before the rotation of the residual stream."""
+    changed: set[str] = field(default_factory=set)
+    """Modules with float tensors that transforms changed."""
+    statistics: dict[str, InputStatistics] = field(default_factory=dict)
+    kv_scales: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    quantized: dict[str, Quantized] = field(default_factory=dict)
+    input_scales: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
-    def timed(self, what: str, start: float) -> None:
-        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
-
-
-def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    model, method, options = run.model, run.method, run.options
-    start = time.perf_counter()
-    layer = model.load(index)
-    prefix = model.layer_name(index)
-    schemes = {n.removeprefix(prefix + "."): s for n, s in run.schemes.items() if n.startswith(prefix + ".")}
-    experts = {n: m for n, m in layer.named_modules() if isinstance(m, UnfusedExperts)}
-    for module in experts.values():
-        module.see_all = options.all_experts
-    sample = run.cache[0][:1, : run.small_shape[1]].to(model.device)
-
-    def run_sample(target: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        return model.run(target, index, sample if hidden is None else hidden, run.small[index])
-
-    plain_sample = sample if run.rotation is None else _unrotate(sample, run.rotation)
-    graph = trace(layer, lambda target: run_sample(target, plain_sample), sample.shape[-1], model.config)
-    expected = run_sample(layer, plain_sample)
-    changed = transform(layer, graph, method, run.rotation)
-    online = frozenset(online_modules(layer, graph)) if method.online_hadamard else frozenset()
-    if run.rotation is not None:
-        expected = run.rotation.apply(expected)
-    if changed and options.verify:
-        _verify(layer, run_sample, expected, sample, online, f"the rotation of {prefix}")
-    run.timed("load and transform", start)
-
-    start = time.perf_counter()
-    activations = next((s.activations for s in schemes.values()), None)
-    wanted = wanted_statistics(method, activations)
-    statistics: dict[str, InputStatistics] = {}
-    kv = {} if run.kv_cache is None else {n: KVObserver(run.kv_cache) for n, _ in attentions(layer)}
-    prepare: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(online, apply_online_hadamard)
-    for module in experts.values():
-        module.token_counts.zero_()  # tracing and checking ran a few tokens too
-    # Transforms are exact, so where the next layer is to see unquantized inputs, what this pass puts
-    # out is what they are; unless experts see more than is routed to them, or it must run again.
-    in_passing = run.few is not None and not (experts or kv or method.bias_correction or wanted.observer)
-    advancing = need_output and not (method.propagate or experts or online or wanted.observer is not None)
-    advanced = False
-    if in_passing:
-        if method.smooths:
-            # Where scales move is searched on a part of the data; the rounding then sees all of it.
-            part = replace(wanted, hessian=False, cross=False)
-            statistics = _collect(run, layer, index, graph, schemes, part, prepare, few=True)
-    elif kv or wanted.anything or method.smooths or (activations is not None and not activations.dynamic):
-        with watched(layer, dict(kv)):
-            statistics = _collect(run, layer, index, graph, schemes, wanted, prepare, advance=advancing)
-        advanced = advancing
-    merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
-    tokens = {n: {"tokens": m.token_counts.tolist()} for n, m in experts.items() if int(m.token_counts.sum())}
-    kv_scales = {n: observer.scales() for n, observer in kv.items()}
-    run.timed("statistics", start)
-
-    start = time.perf_counter()
-    report: dict[str, Any] = {}
-    if method.smooths:
-        before = run_sample(layer) if options.verify and not online else None
-        stored = model.source.float_dtype if options.dtype != torch.float64 else None
-        report["smoothing"], moved = smooth(layer, graph, method, schemes, statistics, stored)
-        changed |= moved
-        if moved and before is not None:
-            _verify(layer, run_sample, before, sample, online, f"smoothing of {prefix}")
-        if wanted.observer is not None:
-            # A histogram of the whole tensor cannot follow a change per channel: look again.
-            again = _collect(run, layer, index, graph, schemes, Wanted(observer=wanted.observer), prepare)
-            for name, s in again.items():
-                statistics[name].observer = s.observer
-    run.timed("smoothing", start)
-
-    start = time.perf_counter()
-    if in_passing:
-        quantized, errors = round_in_passing(
-            layer, graph, method, schemes, wanted, lambda: _run_all(run, layer, index, need_output),
-            min_tokens=options.min_tokens, prepare=prepare,
-        )  # fmt: skip
-        advanced = True
-    else:
-        quantized, errors = quantize_weights(
-            layer, graph, method, schemes, statistics, min_tokens=options.min_tokens
-        )  # fmt: skip
-    scales = {} if in_passing else input_scales(layer, graph, method, schemes, statistics, quantized)
-    if method.bias_correction:
-        changed |= correct_biases(layer, statistics, graph, schemes, quantized)
-    report["modules"] = errors
-    if tokens:
-        report["experts"] = tokens
-    if online:
-        report["online_hadamard"] = [model.disk_name(f"{prefix}.{n}") for n in sorted(online)]
-    dynamic = [n for n, s in schemes.items() if s != run.schemes[f"{prefix}.{n}"]]
-    if dynamic:
-        report["left_dynamic"] = {model.disk_name(f"{prefix}.{n}"): schemes[n].name for n in dynamic}
-        run.schemes.update({f"{prefix}.{n}": schemes[n] for n in dynamic})
-    tensors = _tensors(run, prefix, layer, quantized, scales, changed)
-    for name, pair in kv_scales.items():
-        for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
-            tensors[f"{model.disk_name(f'{prefix}.{name}')}.{leaf}"] = scale.float().cpu()
-    run.timed("rounding", start)
-
-    start = time.perf_counter()
-    if need_output and run.has_data and not advanced:
+    @classmethod
+    def load(cls, run: Run, index: int) -> LayerStep:
+        model, prefix = run.model, run.model.layer_name(index)
+        layer = model.load(index)
+        inside = prefix + "."
+        schemes = {n.removeprefix(inside): s for n, s in run.schemes.items() if n.startswith(inside)}
+        experts = {n: m for n, m in layer.named_modules() if isinstance(m, UnfusedExperts)}
         for module in experts.values():
-            module.see_all = False
-        if method.propagate:
-            quantizers = install(layer, schemes, quantized, scales, online)
+            module.see_all = run.options.all_experts
+        sample = run.cache[0][:1, : run.small_shape[1]].to(model.device)
+        plain = sample if run.rotation is None else _unrotate(sample, run.rotation)
+
+        def run_plain(target: nn.Module) -> Tensor:
+            return model.run(target, index, plain, run.small[index])
+
+        graph = trace(layer, run_plain, sample.shape[-1], model.config)
+        activations = next((s.activations for s in schemes.values()), None)
+        return cls(
+            run=run, index=index, prefix=prefix, layer=layer, graph=graph, schemes=schemes, experts=experts,
+            online=frozenset(online_modules(layer, graph) if run.method.online_hadamard else ()),
+            wanted=wanted_statistics(run.method, activations), sample=sample, plain_sample=plain,
+        )  # fmt: skip
+
+    def transform(self) -> None:
+        """Apply what needs no data, and check that it is exact."""
+        run = self.run
+        expected = self._on_sample(self.plain_sample)
+        self.changed |= transform(self.layer, self.graph, run.method, run.rotation)
+        if run.rotation is not None:
+            expected = run.rotation.apply(expected)
+        if self.changed:
+            self._check(expected, f"the rotation of {self.prefix}")
+
+    def watch(self, passes: Passes) -> None:
+        """Run the data through the layer and keep statistics of what its modules receive."""
+        run = self.run
+        for module in self.experts.values():
+            module.token_counts.zero_()  # tracing and checking ran a few tokens too
+        if passes.watch == "few":
+            part = replace(self.wanted, hessian=False, cross=False)
+            self.statistics = self._collect(part, lambda: run.few_windows_of_it(self.layer, self.index))
+        elif passes.watch == "all":
+            cache = run.kv_cache
+            kv = {} if cache is None else {n: KVObserver(cache) for n, _ in attentions(self.layer)}
+            with watched(self.layer, dict(kv)):
+                self.statistics = self._collect(self.wanted, self._all_data(passes.hands_on == "watch"))
+            merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
+            self.kv_scales = {n: observer.scales() for n, observer in kv.items()}
+        tokens = {n: m.token_counts for n, m in self.experts.items() if int(m.token_counts.sum())}
+        if tokens:
+            self.report["experts"] = {n: {"tokens": counts.tolist()} for n, counts in tokens.items()}
+
+    def smooth(self) -> None:
+        """Fold SmoothQuant scales in, and check that it is exact."""
+        run, observer = self.run, self.wanted.observer
+        if not run.method.smooths:
+            return
+        before = None if self.online else self._on_sample()
+        stored = run.model.source.float_dtype if run.options.dtype != torch.float64 else None
+        self.report["smoothing"], moved = smooth(
+            self.layer, self.graph, run.method, self.schemes, self.statistics, stored
+        )
+        self.changed |= moved
+        if moved and before is not None:
+            self._check(before, f"smoothing of {self.prefix}")
+        if observer is not None:
+            # A histogram of the whole tensor cannot follow a change per channel: look again.
+            again = self._collect(Wanted(observer=observer), self._all_data(False))
+            for name, s in again.items():
+                self.statistics[name].observer = s.observer
+
+    def round(self, passes: Passes) -> None:
+        """Choose codes of weights, and scales of static activations."""
+        run, method, min_tokens = self.run, self.run.method, self.run.options.min_tokens
+        if passes.rounds:
+            self.quantized, self.report["modules"] = round_in_passing(
+                self.layer, self.graph, method, self.schemes, self.wanted,
+                self._all_data(passes.hands_on == "round"), min_tokens=min_tokens, prepare=self._prepare(),
+            )  # fmt: skip
         else:
-            quantizers = install(layer, {}, {}, {}, online)
+            self.quantized, self.report["modules"] = quantize_weights(
+                self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=min_tokens
+            )  # fmt: skip
+            self.input_scales = input_scales(
+                self.layer, self.graph, method, self.schemes, self.statistics, self.quantized
+            )
+        if method.bias_correction:
+            self.changed |= correct_biases(
+                self.layer, self.statistics, self.graph, self.schemes, self.quantized
+            )
+        if self.online:
+            self.report["online_hadamard"] = [self._disk(n) for n in sorted(self.online)]
+        dynamic = {n: s for n, s in self.schemes.items() if s != run.schemes[f"{self.prefix}.{n}"]}
+        if dynamic:
+            self.report["left_dynamic"] = {self._disk(n): s.name for n, s in dynamic.items()}
+            run.schemes.update({f"{self.prefix}.{n}": s for n, s in dynamic.items()})
+
+    def hand_on(self) -> None:
+        """Run the data through the layer as the next one is to see it: rounded where the method propagates."""
+        run = self.run
+        for module in self.experts.values():
+            module.see_all = False
+        if not run.method.propagate:
+            run.hand_on(self.layer, self.index, install(self.layer, {}, {}, {}, self.online))
+            return
+        quantizers = install(self.layer, self.schemes, self.quantized, self.input_scales, self.online)
         hooks = {}
-        if method.propagate and run.kv_cache is not None:
-            hooks = {n: KVQuantizer(run.kv_cache, *pair) for n, pair in kv_scales.items()}
-        with watched(layer, dict(hooks)):
-            advance_layer(run, layer, index, quantizers)
-    run.timed("output", start)
-    return tensors, report
+        if run.kv_cache is not None:
+            hooks = {n: KVQuantizer(run.kv_cache, *pair) for n, pair in self.kv_scales.items()}
+        with watched(self.layer, dict(hooks)):
+            run.hand_on(self.layer, self.index, quantizers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written for the layer, in the checkpoint's names."""
+        rounding, stored = self.run.method.rounding, self.run.model.source.float_dtype
+        chosen = rounding.rounding != "nearest" or rounding.scale != "absmax"
+        out: dict[str, Tensor] = {}
+        for name, q in self.quantized.items():
+            if chosen or name in self.changed:
+                out[f"{self._disk(name)}.weight"] = q.codes.cpu()
+                out[f"{self._disk(name)}.weight_scale"] = q.scale.cpu()
+        for name, (scale, zero) in self.input_scales.items():
+            out[f"{self._disk(name)}.input_scale"] = scale.reshape(1).float().cpu()
+            if zero is not None:
+                out[f"{self._disk(name)}.input_zero_point"] = zero.reshape(1).cpu()
+        for name in sorted(self.changed):
+            module = self.layer.get_submodule(name)
+            for leaf in ("weight", "bias"):
+                value = getattr(module, leaf, None)
+                if isinstance(value, Tensor) and not (leaf == "weight" and name in self.quantized):
+                    out[f"{self._disk(name)}.{leaf}"] = value.detach().to(stored).cpu()
+        for name, pair in self.kv_scales.items():
+            for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
+                out[f"{self._disk(name)}.{leaf}"] = scale.float().cpu()
+        return out
+
+    def _disk(self, name: str) -> str:
+        return self.run.model.disk_name(f"{self.prefix}.{name}")
+
+    def _on_sample(self, hidden: Tensor | None = None) -> Tensor:
+        hidden = self.sample if hidden is None else hidden
+        return self.run.model.run(self.layer, self.index, hidden, self.run.small[self.index])
+
+    def _all_data(self, hand_on: bool) -> Callable[[], None]:
+        return lambda: self.run.all_data(self.layer, self.index, hand_on=hand_on)
+
+    def _prepare(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return dict.fromkeys(self.online, apply_online_hadamard)
+
+    def _collect(self, wanted: Wanted, run_data: Callable[[], None]) -> dict[str, InputStatistics]:
+        """The statistics of every group's input while `run_data` runs the layer, merged over workers."""
+        rows = -(-wanted.sample_rows // max(len(self.run.cache), 1))
+        statistics = {
+            first: InputStatistics(wanted=wanted, spec=self.schemes[first].activations, rows_per_batch=rows)
+            for first, _ in groups_of(self.graph, self.schemes)
+        }
+        collect(self.layer, statistics, run_data, prepare=self._prepare(), by_output=self.graph.writers)
+        merge_statistics(statistics)
+        return statistics
+
+    def _check(self, expected: Tensor, what: str) -> None:
+        """Raise InputError unless the layer's output on the sample is still `expected`."""
+        if not self.run.options.verify:
+            return
+        detach = attach(self.layer, {n: ActivationQuantizer(None, hadamard=True) for n in self.online})
+        try:
+            found = self._on_sample()
+        finally:
+            detach()
+        lost = fold.relative_change(expected - self.sample, found - self.sample)
+        limit = 1e-9 if found.dtype == torch.float64 else 5e-3
+        if not lost < limit:
+            raise InputError(
+                f"expected {what} to leave the layer's output as it was, found it changed by {lost:.1e}; this "
+                "architecture is not understood: use a method without rotation and smoothing (gptq, mse), and report it"
+            )
 
 
 def _unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     return (x.double() @ rotation.dense().to(x.device).t()).to(x.dtype)
-
-
-def _verify(
-    layer: nn.Module,
-    run_sample: Callable[[nn.Module], Tensor],
-    expected: Tensor,
-    sample: Tensor,
-    online: frozenset[str],
-    what: str,
-) -> None:
-    detach = attach(layer, {n: ActivationQuantizer(None, hadamard=True) for n in online})
-    try:
-        found = run_sample(layer)
-    finally:
-        detach()
-    lost = fold.relative_change(expected - sample, found - sample)
-    limit = 1e-9 if found.dtype == torch.float64 else 5e-3
-    if not lost < limit:
-        raise InputError(
-            f"expected {what} to leave the layer's output as it was, found it changed by {lost:.1e}; this "
-            "architecture is not understood: use a method without rotation and smoothing (gptq, mse), and report it"
-        )
-
-
-def _collect(
-    run: Run,
-    layer: nn.Module,
-    index: int,
-    graph: LayerGraph,
-    schemes: Mapping[str, Scheme],
-    wanted: Wanted,
-    prepare: Mapping[str, Callable[[Tensor], Tensor]],
-    *,
-    advance: bool = False,
-    few: bool = False,
-) -> dict[str, InputStatistics]:
-    """The statistics of every group over all data, or the first `few` windows of it."""
-    batches = max(len(run.cache), 1)
-    statistics = {
-        first: InputStatistics(
-            wanted=wanted, spec=schemes[first].activations, rows_per_batch=-(-wanted.sample_rows // batches)
-        )
-        for first, _ in groups_of(graph, schemes)
-    }
-
-    def run_few() -> None:
-        assert run.few is not None
-        run.model.run(layer, index, run.cache[0][: run.few_windows], run.few[index])
-
-    run_data = run_few if few else lambda: _run_all(run, layer, index, advance)
-    collect(layer, statistics, run_data, prepare=prepare, by_output=graph.writers)
-    merge_statistics(statistics)
-    return statistics
-
-
-def _run_all(run: Run, layer: nn.Module, index: int, advance: bool) -> None:
-    """The layer over all batches; with `advance`, its outputs take the place of the hidden states."""
-    for batch in range(len(run.cache)):
-        out = run.model.run(layer, index, run.cache[batch], run.calls[batch][index])
-        if advance:
-            run.cache.replace(batch, out)
-
-
-def advance_layer(run: Run, layer: nn.Module, index: int, quantizers: dict) -> None:
-    """Replace the cached hidden states by what comes out of the layer."""
-    detach = attach(layer, quantizers)
-    try:
-        _run_all(run, layer, index, advance=True)
-    finally:
-        detach()
-
-
-def _tensors(
-    run: Run,
-    prefix: str,
-    layer: nn.Module,
-    quantized: Mapping[str, Quantized],
-    scales: Mapping[str, tuple[Tensor, Tensor | None]],
-    changed: set[str],
-) -> dict[str, Tensor]:
-    """What is written for a layer, in the checkpoint's names."""
-    method, disk = run.method, lambda n: run.model.disk_name(f"{prefix}.{n}")
-    stored = run.model.source.float_dtype
-    out: dict[str, Tensor] = {}
-    chosen = method.rounding.rounding != "nearest" or method.rounding.scale != "absmax"
-    for name, q in quantized.items():
-        if chosen or name in changed:
-            out[f"{disk(name)}.weight"] = q.codes.cpu()
-            out[f"{disk(name)}.weight_scale"] = q.scale.cpu()
-    for name, (scale, zero) in scales.items():
-        out[f"{disk(name)}.input_scale"] = scale.reshape(1).float().cpu()
-        if zero is not None:
-            out[f"{disk(name)}.input_zero_point"] = zero.reshape(1).cpu()
-    for name in sorted(changed):
-        module = layer.get_submodule(name)
-        for leaf in ("weight", "bias"):
-            value = getattr(module, leaf, None)
-            if isinstance(value, Tensor) and not (leaf == "weight" and name in quantized):
-                out[f"{disk(name)}.{leaf}"] = value.detach().to(stored).cpu()
-    return out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lowbit.calibration.calibrate import RunOptions
+    from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
     from lowbit.recipe import Recipe
 
@@ -74,9 +74,9 @@ def calibrate(
     """
     from dataclasses import replace
 
-    from lowbit.calibration.calibrate import RunOptions
     from lowbit.calibration.distributed import rank
     from lowbit.calibration.methods import METHODS
+    from lowbit.calibration.run import RunOptions
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe

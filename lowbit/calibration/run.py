@@ -1,0 +1,89 @@
+"""What one calibration carries from layer to layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.calibration.activations import ActivationCache
+from lowbit.calibration.kv_cache import KVCache
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.methods import Method
+from lowbit.calibration.rotation import Rotation
+from lowbit.calibration.simulate import ActivationQuantizer, attach
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How to run, none of which changes what is computed (beyond float rounding)."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    """Compute dtype. float32 is the fastest exact choice on CPUs."""
+    batch_size: int = 8
+    """Sequences that run through a layer together."""
+    memory_limit: int = 4 << 30
+    """Bytes of hidden states kept in memory; the rest is spilled to disk."""
+    spill_directory: str | None = None
+    all_experts: bool = True
+    """Every expert of a mixture sees every token (for its statistics only)."""
+    min_tokens: int = 128
+    """A Linear that fewer tokens reached is rounded without data."""
+    verify: bool = True
+    """Check on a few tokens of every layer that transforms leave its output as it was."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What one calibration carries from layer to layer."""
+
+    model: LayerwiseModel
+    method: Method
+    schemes: dict[str, Scheme]
+    options: RunOptions
+    rotation: Rotation | None
+    cache: ActivationCache
+    calls: list[tuple[dict[str, Any], ...]]
+    small: tuple[dict[str, Any], ...]
+    small_shape: tuple[int, int]
+    has_data: bool
+    kv_cache: KVCache | None = None
+    few: tuple[dict[str, Any], ...] | None = None
+    """What layers are called with for the first `few_windows` of the data: set when all data is one batch,
+    and layers are rounded while it passes (see `sequential`)."""
+    few_windows: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the wall time spent inside to `seconds[what]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def all_data(self, layer: nn.Module, index: int, *, hand_on: bool) -> None:
+        """The layer over all batches; with `hand_on`, its outputs take the place of the hidden states."""
+        for batch in range(len(self.cache)):
+            out = self.model.run(layer, index, self.cache[batch], self.calls[batch][index])
+            if hand_on:
+                self.cache.replace(batch, out)
+
+    def few_windows_of_it(self, layer: nn.Module, index: int) -> None:
+        """The layer over the first `few_windows`; nothing is handed on."""
+        assert self.few is not None
+        self.model.run(layer, index, self.cache[0][: self.few_windows], self.few[index])
+
+    def hand_on(self, layer: nn.Module, index: int, quantizers: dict[str, ActivationQuantizer]) -> None:
+        """Replace the cached hidden states by what comes out of the layer, its inputs rounded."""
+        detach = attach(layer, quantizers)
+        try:
+            self.all_data(layer, index, hand_on=True)
+        finally:
+            detach()
