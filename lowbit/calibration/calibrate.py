@@ -25,13 +25,11 @@ from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
 from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
-from lowbit.scheme import Scheme, get_scheme
+from lowbit.granularity import PerChannel
+from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
-SMOOTHING_TOKENS = 8192
-"""That smoothing is searched on where layers are rounded while the data passes. (`best` on SmolLM2: KL 7 %
-below that of 2,048, in 15 s more; all 16,384 gain nothing more.)"""
 
 
 def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
@@ -182,12 +180,8 @@ def _start(
     """Embed the data and remember what every layer is called with."""
     cache = ActivationCache(options.memory_limit, options.spill_directory)
     calls = []
-    few, few_windows, batch_size = None, 0, options.batch_size
-    if _passes(model, method, schemes, options, windows):
-        batch_size = len(windows)
-        few_windows = min(batch_size, -(-SMOOTHING_TOKENS // int(windows[0].numel())))
-        few = model.embed(torch.stack([w.reshape(-1) for w in windows[:few_windows]])).kwargs
-    for batch in make_batches(my_share(windows), batch_size):
+    one_batch = _passes(model, method, schemes, options, windows)
+    for batch in make_batches(my_share(windows), len(windows) if one_batch else options.batch_size):
         call = model.embed(batch)
         cache.append(call.hidden)
         calls.append(call.kwargs)
@@ -199,8 +193,8 @@ def _start(
         calls.append(call.kwargs)
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
-        calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows), few=few,
-        few_windows=few_windows,
+        calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
+        one_batch=one_batch,
     )  # fmt: skip
 
 
@@ -211,17 +205,24 @@ def _passes(
     options: RunOptions,
     windows: Sequence[Tensor],
 ) -> bool:
-    """Whether layers are rounded while all data passes as one batch (see `sequential`)."""
+    """Whether layers are smoothed and rounded while all data passes as one batch (see `sequential`)."""
     if not windows or workers() > 1 or not method.propagate:
         return False
-    if method.rounding.rounding == "nearest" and method.smooth != "search":
+    if method.rounding.rounding == "nearest" and not method.smooths:
         return False
+    moves = method.smooths and not {"v-o", "up-down"}.isdisjoint(method.smooth_joints)
+    if moves and not all(_per_channel(s.weights) for s in schemes.values()):
+        return False  # what is rounded could not be divided afterwards
     if any(s.activations is not None and not s.activations.dynamic for s in schemes.values()):
         return False
     shapes = model.linear_shapes(0).values()
     hidden = int(model.model.get_input_embeddings().weight.shape[1])
     widest = max((max(shape) for shape in shapes), default=hidden)
     return fits(windows, hidden, widest, options.memory_limit)
+
+
+def _per_channel(weights: TensorSpec | None) -> bool:
+    return weights is not None and weights.symmetric and isinstance(weights.granularity, PerChannel)
 
 
 def make_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:

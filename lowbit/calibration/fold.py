@@ -26,24 +26,33 @@ def _bias(layer: nn.Module, name: str) -> Tensor | None:
     return getattr(layer.get_submodule(name), "bias", None)
 
 
-@torch.no_grad()
-def scale_norm(layer: nn.Module, norm: Norm, scale: Tensor, stored: torch.dtype | None = None) -> Tensor:
-    """norm → readers: the norm's output is divided by `scale` [K], its readers multiplied.
+def scaled_norm(
+    layer: nn.Module, norm: Norm, scale: Tensor, stored: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(weight [K], applied [K]): a norm's weight when its output is divided by `applied`, which is near `scale`.
 
-    Returns the scale that was applied. With `stored`, the dtype that the norm will be written in, it is
-    the one nearest to `scale` that leaves the norm representable there: a gain in BF16 is off
-    by up to 0.2 %, which would be a good part of what 8-bit weights lose.
+    With `stored`, the dtype that the norm will be written in, `applied` is the scale nearest to `scale` that
+    leaves the weight representable there: a gain in BF16 is off by up to 0.2 %, which would be
+    a good part of what 8-bit weights lose.
     """
-    module = layer.get_submodule(norm.name)
-    weight = _weight(layer, norm.name)
+    weight = _weight(layer, norm.name).detach()
     gain = weight + norm.offset
     new = gain / scale.to(weight) - norm.offset
     if stored is not None:
         new = new.to(stored).to(weight.dtype)
     applied = torch.where(new + norm.offset != 0, gain / (new + norm.offset), torch.ones_like(gain))
-    applied = torch.where(applied > 0, applied, scale.to(weight))
-    weight.copy_(new)
-    if (bias := getattr(module, "bias", None)) is not None:
+    return new, torch.where(applied > 0, applied, scale.to(weight))
+
+
+@torch.no_grad()
+def scale_norm(layer: nn.Module, norm: Norm, scale: Tensor, stored: torch.dtype | None = None) -> Tensor:
+    """norm → readers: the norm's output is divided by `scale` [K], its readers multiplied.
+
+    Returns the scale that was applied (see `scaled_norm`).
+    """
+    new, applied = scaled_norm(layer, norm, scale, stored)
+    _weight(layer, norm.name).copy_(new)
+    if (bias := _bias(layer, norm.name)) is not None:
         bias.div_(applied)
     for reader in norm.readers:
         _weight(layer, reader).mul_(applied)

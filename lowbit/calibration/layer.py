@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from lowbit.calibration import fold
 from lowbit.calibration.gptq import RoundingOptions, compensate, round_group
-from lowbit.calibration.graph import LayerGraph, Pair
+from lowbit.calibration.graph import LayerGraph
 from lowbit.calibration.methods import Method
 from lowbit.calibration.observers import observed_range
 from lowbit.calibration.products import multiplies_integers, rounded_module
 from lowbit.calibration.rotation import Rotation, has_hadamard, online_block
 from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
-from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
 from lowbit.calibration.statistics import InputStatistics, Wanted, token_errors
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized, scale_from_range
@@ -73,96 +72,6 @@ def groups_of(graph: LayerGraph, schemes: Mapping[str, Scheme]) -> Iterator[tupl
         members = tuple(n for n in group if n in schemes)
         if members:
             yield members[0], members
-
-
-def smooth(
-    layer: nn.Module,
-    graph: LayerGraph,
-    method: Method,
-    schemes: dict[str, Scheme],
-    statistics: Mapping[str, InputStatistics],
-    stored: torch.dtype | None = None,
-) -> tuple[dict[str, Any], set[str]]:
-    """Fold SmoothQuant scales at every joint that has data; returns (report, names of what changed).
-
-    `stored` is the dtype that norms are written in (see `fold.scale_norm`). Modules whose static
-    activations lose too much get a dynamic scheme in `schemes` (see `Method.dynamic_below`).
-    """
-    report: dict[str, Any] = {}
-    changed: set[str] = set()
-    by_member = {m: (first, ms) for first, ms in groups_of(graph, schemes) for m in ms}
-
-    def choose(
-        first: str, members: tuple[str, ...], tie: Callable[[Tensor], Tensor] | None
-    ) -> Smoothing | None:
-        s = statistics[first]
-        absmax = s.absmax
-        if absmax is None:
-            return None
-        weights = [_weight(layer, m) for m in members]
-        if method.smooth == "search":
-
-            def search(scheme: Scheme) -> Smoothing:
-                sample = s.rows().to(weights[0])
-                return search_smoothing(sample, absmax, weights, scheme.weights, scheme.activations, tie=tie)
-
-            found = search(schemes[first])
-            dynamic = _left_dynamic(schemes[first], found.error, method)
-            if dynamic is None:
-                return found
-            schemes.update(dict.fromkeys(members, dynamic))
-            return search(dynamic)
-        weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-        scale = smooth_scale(absmax, weight_absmax, float(method.smooth))
-        return Smoothing(
-            scale=tie(scale) if tie else scale, alpha=float(method.smooth), error=0.0, plain_error=0.0
-        )
-
-    def note(name: str, chosen: Smoothing) -> None:
-        report[name] = {"alpha": chosen.alpha, "error": chosen.error, "plain_error": chosen.plain_error}
-
-    if "norm" in method.smooth_joints:
-        for norm in graph.norms:
-            firsts = {by_member[r][0] for r in norm.readers if r in by_member}
-            if len(firsts) != 1:
-                continue  # nothing quantized reads it, or its readers see different tokens (experts)
-            first = firsts.pop()
-            chosen = choose(first, by_member[first][1], None)
-            if chosen is None or chosen.alpha is None:
-                continue
-            applied = fold.scale_norm(layer, norm, chosen.scale, stored)
-            statistics[first].rescale(applied)
-            changed |= {norm.name, *norm.readers}
-            note(norm.name, chosen)
-    for pair in graph.pairs:
-        joint = "v-o" if pair.head_dim else "up-down"
-        if joint not in method.smooth_joints or pair.second not in by_member:
-            continue
-        if joint == "up-down" and method.online_hadamard:
-            continue  # a scale would have to pass through the rotation
-        first, members = by_member[pair.second]
-        chosen = choose(first, members, _tie(pair))
-        if chosen is None or chosen.alpha is None:
-            continue
-        fold.scale_pair(layer, pair, _untie(chosen.scale, pair))
-        statistics[first].rescale(chosen.scale)
-        changed |= {pair.first, pair.second}
-        note(pair.second, chosen)
-    return report, changed
-
-
-def _tie(pair: Pair) -> Callable[[Tensor], Tensor] | None:
-    """Make a scale [second.in] equal for all query heads of one value head: the geometric mean."""
-    if pair.repeat == 1:
-        return None
-    return lambda scale: fold.repeat_heads(_untie(scale, pair), pair)
-
-
-def _untie(scale: Tensor, pair: Pair) -> Tensor:
-    """[second.in] → [first.out]."""
-    if pair.repeat == 1:
-        return scale
-    return scale.view(-1, pair.repeat, pair.head_dim).log().mean(1).exp().reshape(-1)
 
 
 def quantize_weights(
@@ -251,7 +160,7 @@ def input_scales(
             )
         if method.activation_range == "output":
             chosen, error = _least_output_error(layer, s, spec, members, quantized)
-            if (dynamic := _left_dynamic(schemes[first], error, method)) is not None:
+            if (dynamic := left_dynamic(schemes[first], error, method)) is not None:
                 schemes.update(dict.fromkeys(members, dynamic))
                 continue
         else:
@@ -262,7 +171,7 @@ def input_scales(
     return out
 
 
-def _left_dynamic(scheme: Scheme, error: float, method: Method) -> Scheme | None:
+def left_dynamic(scheme: Scheme, error: float, method: Method) -> Scheme | None:
     """The dynamic scheme of the same weights for a module whose static output error is too large; None: stay."""
     spec = scheme.activations
     if spec is None or spec.dynamic or method.dynamic_below is None:

@@ -140,7 +140,7 @@ _PRESETS = (
         summary="ranges of least squared error, weights and static activations",
     ),
     Method(name="entropy", activation_range="entropy", summary="static ranges of least KL divergence"),
-    Method(name="smoothquant", smooth=0.5, propagate=False, summary="SmoothQuant, α 0.5"),
+    Method(name="smoothquant", smooth=0.5, summary="SmoothQuant, α 0.5"),
     Method(name="smoothquant-search", smooth="search", summary="SmoothQuant, α searched per joint"),
     Method(name="gptq", rounding=_GPTQ, summary="GPTQ"),
     Method(

@@ -55,11 +55,14 @@ class Run:
     small_shape: tuple[int, int]
     has_data: bool
     kv_cache: KVCache | None = None
-    few: tuple[dict[str, Any], ...] | None = None
-    """What layers are called with for the first `few_windows` of the data: set when all data is one batch,
-    and layers are rounded while it passes (see `sequential`)."""
-    few_windows: int = 0
+    one_batch: bool = False
+    """All data is one batch, so that layers can be smoothed and rounded while it passes (see `sequential`)."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def norms_stored(self) -> torch.dtype | None:
+        """The dtype that norms are written in; None in float64, where transforms are to be exact to 1e-9."""
+        return None if self.options.dtype == torch.float64 else self.model.source.float_dtype
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -74,11 +77,6 @@ class Run:
             out = self.model.run(layer, index, self.cache[batch], self.calls[batch][index])
             if hand_on:
                 self.cache.replace(batch, out)
-
-    def few_windows_of_it(self, layer: nn.Module, index: int) -> None:
-        """The layer over the first `few_windows`; nothing is handed on."""
-        assert self.few is not None
-        self.model.run(layer, index, self.cache[0][: self.few_windows], self.few[index])
 
     def hand_on(self, layer: nn.Module, index: int, quantizers: dict[str, ActivationQuantizer]) -> None:
         """Replace the cached hidden states by what comes out of the layer, its inputs rounded."""

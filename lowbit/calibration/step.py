@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from lowbit.calibration import fold
 from lowbit.calibration.distributed import merge_observers, merge_statistics
 from lowbit.calibration.experts import UnfusedExperts
 from lowbit.calibration.graph import LayerGraph, trace
+from lowbit.calibration.joints import smooth
 from lowbit.calibration.kv_cache import KVObserver, KVQuantizer, attentions, watched
 from lowbit.calibration.layer import (
     correct_biases,
@@ -21,7 +23,6 @@ from lowbit.calibration.layer import (
     install,
     online_modules,
     quantize_weights,
-    smooth,
     transform,
     wanted_statistics,
 )
@@ -44,17 +45,21 @@ def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[st
     with run.timed("load and transform"):
         step = LayerStep.load(run, index)
         passes = plan_passes(
-            step.wanted, run.method, need_output=need_output and run.has_data, one_batch=run.few is not None,
+            step.wanted, run.method, need_output=need_output and run.has_data, one_batch=run.one_batch,
             experts=bool(step.experts), online=bool(step.online), kv_cache=run.kv_cache is not None,
             static=any(s.needs_calibration for s in step.schemes.values()),
         )  # fmt: skip
         step.transform()
     with run.timed("statistics"):
         step.watch(passes)
-    with run.timed("smoothing"):
-        step.smooth()
-    with run.timed("rounding"):
-        step.round(passes)
+    if passes.rounds:
+        with run.timed("smoothing and rounding in passing"):
+            step.round_in_passing(hand_on=passes.hands_on == "round")
+    else:
+        with run.timed("smoothing"):
+            step.smooth()
+        with run.timed("rounding"):
+            step.round()
     with run.timed("output"):
         if passes.hands_on == "own":
             step.hand_on()
@@ -65,10 +70,10 @@ def calibrate_layer(run: Run, index: int, *, need_output: bool) -> tuple[dict[st
 class Passes:
     """Which runs over the data a layer takes, and which of them hands its output on."""
 
-    watch: Literal["nothing", "few", "all"]
-    """The data that inputs are watched on before rounding."""
+    watch: bool
+    """Inputs are watched before anything is chosen."""
     rounds: bool
-    """Weights are rounded while all data passes (see `sequential`), not from statistics."""
+    """Everything is chosen while all data passes (see `sequential`), not from statistics."""
     hands_on: Literal["nothing", "watch", "round", "own"]
 
 
@@ -88,16 +93,14 @@ def plan_passes(
     `one_batch`: all data may pass at once. `static`: some activations get static scales.
     """
     if one_batch and not (experts or kv_cache or method.bias_correction or wanted.observer):
-        # Where scales move is searched on a part of the data; the rounding then sees all of it.
-        watch: Literal["nothing", "few"] = "few" if method.smooths else "nothing"
-        return Passes(watch=watch, rounds=True, hands_on="round" if need_output else "nothing")
+        return Passes(watch=False, rounds=True, hands_on="round" if need_output else "nothing")
     if not (kv_cache or wanted.anything or method.smooths or method.bias_correction or static):
-        return Passes(watch="nothing", rounds=False, hands_on="own" if need_output else "nothing")
+        return Passes(watch=False, rounds=False, hands_on="own" if need_output else "nothing")
     # Transforms are exact, so where the next layer is to see unquantized inputs, what this pass puts
     # out is what they are; unless experts see more than is routed to them, or it must run again.
     again = method.propagate or experts or online or wanted.observer is not None
     hands_on: Literal["own", "watch"] = "own" if again else "watch"
-    return Passes(watch="all", rounds=False, hands_on=hands_on if need_output else "nothing")
+    return Passes(watch=True, rounds=False, hands_on=hands_on if need_output else "nothing")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +139,7 @@ class LayerStep:
         experts = {n: m for n, m in layer.named_modules() if isinstance(m, UnfusedExperts)}
         for module in experts.values():
             module.see_all = run.options.all_experts
-        sample = run.cache[0][:1, : run.small_shape[1]].to(model.device)
+        sample = run.cache[0][:1, : run.small_shape[1]].to(model.device, copy=True)
         plain = sample if run.rotation is None else _unrotate(sample, run.rotation)
 
         def run_plain(target: nn.Module) -> Tensor:
@@ -159,16 +162,15 @@ class LayerStep:
             expected = run.rotation.apply(expected)
         if self.changed:
             self._check(expected, f"the rotation of {self.prefix}")
+        if self.online:
+            self.report["online_hadamard"] = [self._disk(n) for n in sorted(self.online)]
 
     def watch(self, passes: Passes) -> None:
         """Run the data through the layer and keep statistics of what its modules receive."""
         run = self.run
         for module in self.experts.values():
             module.token_counts.zero_()  # tracing and checking ran a few tokens too
-        if passes.watch == "few":
-            part = replace(self.wanted, hessian=False, cross=False)
-            self.statistics = self._collect(part, lambda: run.few_windows_of_it(self.layer, self.index))
-        elif passes.watch == "all":
+        if passes.watch:
             cache = run.kv_cache
             kv = {} if cache is None else {n: KVObserver(cache) for n, _ in attentions(self.layer)}
             with watched(self.layer, dict(kv)):
@@ -184,45 +186,47 @@ class LayerStep:
         run, observer = self.run, self.wanted.observer
         if not run.method.smooths:
             return
-        before = None if self.online else self._on_sample()
-        stored = run.model.source.float_dtype if run.options.dtype != torch.float64 else None
-        self.report["smoothing"], moved = smooth(
-            self.layer, self.graph, run.method, self.schemes, self.statistics, stored
-        )
+        with self._same_output(f"smoothing of {self.prefix}"):
+            self.report["smoothing"], moved = smooth(
+                self.layer, self.graph, run.method, self.schemes, self.statistics, run.norms_stored
+            )
         self.changed |= moved
-        if moved and before is not None:
-            self._check(before, f"smoothing of {self.prefix}")
         if observer is not None:
             # A histogram of the whole tensor cannot follow a change per channel: look again.
             again = self._collect(Wanted(observer=observer), self._all_data(False))
             for name, s in again.items():
                 self.statistics[name].observer = s.observer
 
-    def round(self, passes: Passes) -> None:
-        """Choose codes of weights, and scales of static activations."""
-        run, method, min_tokens = self.run, self.run.method, self.run.options.min_tokens
-        if passes.rounds:
-            self.quantized, self.report["modules"] = round_in_passing(
-                self.layer, self.graph, method, self.schemes, self.wanted,
-                self._all_data(passes.hands_on == "round"), min_tokens=min_tokens, prepare=self._prepare(),
-            )  # fmt: skip
-        else:
-            self.quantized, self.report["modules"] = quantize_weights(
-                self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=min_tokens
-            )  # fmt: skip
-            self.input_scales = input_scales(
-                self.layer, self.graph, method, self.schemes, self.statistics, self.quantized
-            )
+    def round(self) -> None:
+        """Choose codes of weights, and scales of static activations, from the statistics."""
+        run, method = self.run, self.run.method
+        self.quantized, self.report["modules"] = quantize_weights(
+            self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=run.options.min_tokens
+        )  # fmt: skip
+        self.input_scales = input_scales(
+            self.layer, self.graph, method, self.schemes, self.statistics, self.quantized
+        )
         if method.bias_correction:
             self.changed |= correct_biases(
                 self.layer, self.statistics, self.graph, self.schemes, self.quantized
             )
-        if self.online:
-            self.report["online_hadamard"] = [self._disk(n) for n in sorted(self.online)]
         dynamic = {n: s for n, s in self.schemes.items() if s != run.schemes[f"{self.prefix}.{n}"]}
         if dynamic:
             self.report["left_dynamic"] = {self._disk(n): s.name for n, s in dynamic.items()}
             run.schemes.update({f"{self.prefix}.{n}": s for n, s in dynamic.items()})
+
+    def round_in_passing(self, *, hand_on: bool) -> None:
+        """Smooth and round while all data passes."""
+        run = self.run
+        with self._same_output(f"smoothing of {self.prefix}"):
+            passed = round_in_passing(
+                self.layer, self.graph, run.method, self.schemes, self.wanted, self._all_data(hand_on),
+                min_tokens=run.options.min_tokens, prepare=self._prepare(), stored=run.norms_stored,
+            )  # fmt: skip
+        self.quantized, self.report["modules"] = passed.quantized, passed.errors
+        self.changed |= passed.changed
+        if passed.smoothing:
+            self.report["smoothing"] = passed.smoothing
 
     def hand_on(self) -> None:
         """Run the data through the layer as the next one is to see it: rounded where the method propagates."""
@@ -266,9 +270,15 @@ class LayerStep:
     def _disk(self, name: str) -> str:
         return self.run.model.disk_name(f"{self.prefix}.{name}")
 
-    def _on_sample(self, hidden: Tensor | None = None) -> Tensor:
+    def _on_sample(self, hidden: Tensor | None = None, *, online: bool = False) -> Tensor:
+        """The layer's output on a few tokens; `online`: inputs of the modules named so are rotated."""
         hidden = self.sample if hidden is None else hidden
-        return self.run.model.run(self.layer, self.index, hidden, self.run.small[self.index])
+        rotated = self.online if online else ()
+        detach = attach(self.layer, {n: ActivationQuantizer(None, hadamard=True) for n in rotated})
+        try:
+            return self.run.model.run(self.layer, self.index, hidden, self.run.small[self.index])
+        finally:
+            detach()
 
     def _all_data(self, hand_on: bool) -> Callable[[], None]:
         return lambda: self.run.all_data(self.layer, self.index, hand_on=hand_on)
@@ -287,15 +297,21 @@ class LayerStep:
         merge_statistics(statistics)
         return statistics
 
+    @contextmanager
+    def _same_output(self, what: str) -> Iterator[None]:
+        """Raise InputError where what is done inside changes the layer's output on the sample."""
+        if not (self.run.method.smooths and self.run.options.verify):
+            yield
+            return
+        expected = self._on_sample(online=True)
+        yield
+        self._check(expected, what)
+
     def _check(self, expected: Tensor, what: str) -> None:
         """Raise InputError unless the layer's output on the sample is still `expected`."""
         if not self.run.options.verify:
             return
-        detach = attach(self.layer, {n: ActivationQuantizer(None, hadamard=True) for n in self.online})
-        try:
-            found = self._on_sample()
-        finally:
-            detach()
+        found = self._on_sample(online=True)
         lost = fold.relative_change(expected - self.sample, found - self.sample)
         limit = 1e-9 if found.dtype == torch.float64 else 5e-3
         if not lost < limit:
