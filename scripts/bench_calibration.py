@@ -115,11 +115,12 @@ def prepare(work: Path, samples: int, length: int, windows: int, seeds: list[int
 
 
 def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) -> None:
-    """The child process: calibrate and print seconds and peak memory."""
+    """The child process: calibrate (or convert, where there is nothing to calibrate); print seconds and peak memory."""
     from dataclasses import replace
 
     import torch
 
+    from lowbit.api import convert
     from lowbit.calibration.calibrate import calibrate
     from lowbit.calibration.methods import best_method, get_method
     from lowbit.scheme import get_scheme
@@ -128,7 +129,10 @@ def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) ->
     chosen = replace(best_method(target) if method == "best" else get_method(method), seed=seed)
     windows = list(torch.load(ids, weights_only=True)) if chosen.needs_data(target) else []
     start, processor = time.perf_counter(), time.process_time()
-    calibrate(source, out, target, chosen, windows, overwrite=True)
+    if chosen.describe() == "plain rounding" and not windows:
+        convert(source, out, scheme)
+    else:
+        calibrate(source, out, target, chosen, windows, overwrite=True)
     found = {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - processor,
@@ -201,7 +205,8 @@ def measure(work: Path, source: Path, key: str, seed: int, arguments: argparse.N
         command += [scheme, method, str(ids), str(seed)]
     with locked(arguments.lock):
         row = run(command, arguments.threads)
-    candidate = plain(out) if key.startswith("llm-c") else calibrated(source, store.read(out))
+    finished = (out / store.MANIFEST).is_file()
+    candidate = calibrated(source, store.read(out)) if finished else plain(out)
     row |= evaluated(work, source, candidate)
     cached.parent.mkdir(exist_ok=True)
     cached.write_text(json.dumps(row, indent=1), encoding="utf-8")

@@ -26,6 +26,7 @@ from lowbit.calibration.step import calibrate_layer
 from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
 from lowbit.granularity import PerChannel
+from lowbit.host_memory import keep_freed_memory
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +49,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
     }
 
 
+@keep_freed_memory()
 def calibrate(
     source: str | Path,
     out: str | Path,

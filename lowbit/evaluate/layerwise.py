@@ -27,6 +27,7 @@ from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection
 from lowbit.evaluate.metrics import Agreement
 from lowbit.granularity import scale_shape
+from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import Quantized, quantize
 from lowbit.scheme import Scheme, get_scheme
 
@@ -154,6 +155,7 @@ def stored_modules(source: Source) -> dict[str, Scheme]:
 
 
 @torch.no_grad()
+@keep_freed_memory()
 def evaluate(
     candidate: Candidate,
     windows: Sequence[Tensor],
@@ -192,6 +194,7 @@ def evaluate(
     return report
 
 
+@keep_freed_memory()
 def final_states(candidate: Candidate, windows: Sequence[Tensor], *, batch_size: int = 4) -> list[Tensor]:
     """Hidden states [B, T, H] after the last layer, one tensor per batch."""
     stream = _Stream.start(candidate, make_batches(windows, batch_size), 1 << 40)
