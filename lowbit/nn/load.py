@@ -20,6 +20,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -32,7 +33,9 @@ def load(
     stacks of a mixture's experts are copied.
 
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
-    through accelerate. `dtype` is that of what is not quantized, and of the activations: as
+    through accelerate; what it puts on `"disk"`, or in memory beside an accelerator, is fetched for every
+    use, codes and scales too. `offload_folder` takes what a file of the checkpoint does not hold as it is
+    needed (experts in float). `dtype` is that of what is not quantized, and of the activations: as
     stored when None. Raises InputError for a checkpoint that cannot be read or run.
     """
     if device is not None and device_map is not None:
@@ -51,7 +54,9 @@ def load(
     more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model, info = model_class.from_pretrained(
         str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
-        trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True, **more,
+        trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
+        # Codes and scales are buffers: left out, all of them would stay on the device that computes.
+        offload_buffers=True, offload_folder=offload_folder, **more,
     )  # fmt: skip
     # transformers would go on with random values in their place.
     if absent := sorted([*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])]):

@@ -26,6 +26,7 @@ from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.experts import QuantExperts, refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES
+from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
@@ -159,6 +160,7 @@ class LowbitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
+        follow_offloading(model)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
         model.is_quantized = False
         return model

@@ -16,6 +16,8 @@ import lowbit
 from lowbit.errors import InputError
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, load
 from lowbit.nn.integration import register, unregister
+from lowbit.nn.offload import follow_offloading
+from lowbit.nn.stored import QuantModule
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
 
@@ -235,6 +237,29 @@ def test_device_map(tmp_path):
         assert torch.equal(logits(load(tmp_path / "out", **where), batch), want)
     with pytest.raises(InputError, match="found both"):
         load(tmp_path / "out", device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "mxfp8"])
+def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
+    """To disk by a device map, and to memory as beside an accelerator: codes leave, results stay."""
+    from accelerate import cpu_offload
+
+    build(kind).save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    batch = inputs(kind)
+    want = logits(load(tmp_path / "out"), batch)
+    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    where |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    on_disk = load(tmp_path / "out", device_map=where, offload_folder=tmp_path / "offload")
+    in_memory = load(tmp_path / "out")
+    cpu_offload(in_memory, execution_device=torch.device("cpu"), offload_buffers=True)
+    follow_offloading(in_memory)
+    for model in (on_disk, in_memory):
+        quantized = [m for m in model.model.layers[1].modules() if isinstance(m, QuantModule)]
+        assert quantized and all(m.get_buffer(n).is_meta for m in quantized for n in m.frozen)
+        assert torch.equal(logits(model, batch), want)
+        assert torch.equal(logits(model, batch), want)  # and again, when all has been given up once
 
 
 def test_bad_input(tmp_path):

@@ -1,0 +1,63 @@
+"""Experts under accelerate's offloading: it asks for a module's buffers by name, which are stacks of all experts,
+and knows the checkpoint's tensors, which are one expert's each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.linear import as_stored_scale
+
+
+class StackedWeights(Mapping[str, Tensor]):
+    """Stacked buffers of `experts`, made from the checkpoint's tensors in `weights` when asked for.
+
+    Offloaded to memory, those are views into one stack, which is then what is returned; on disk
+    they are read and stacked each time.
+    """
+
+    def __init__(self, experts: QuantExperts, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+        self._names: dict[str, list[str]] = {}
+        for name, buffer, _, _ in experts.disk_tensors():
+            self._names.setdefault(buffer, []).append(name)
+        self._dtypes = {buffer: experts.get_buffer(buffer).dtype for buffer in self._names}
+        self._scale = experts.suffixes["scale"]
+
+    def __getitem__(self, buffer: str) -> Tensor:
+        parts = [self._weights[name] for name in self._names[buffer]]
+        first = parts[0]
+        step = first.numel() * first.element_size()
+        if all(p.data_ptr() == first.data_ptr() + i * step for i, p in enumerate(parts)):
+            offset = first.storage_offset()
+            if first.untyped_storage().nbytes() >= offset * first.element_size() + len(parts) * step:
+                return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()), offset)
+        dtype = self._dtypes[buffer]
+        if buffer.endswith(self._scale):
+            like = torch.empty(first.shape, dtype=dtype, device="meta")
+            parts = [as_stored_scale(p, like) for p in parts]
+        return torch.stack(
+            [p.view(dtype) if p.element_size() == dtype.itemsize else p.to(dtype) for p in parts]
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def follow_offloading(model: nn.Module) -> None:
+    """Let accelerate's hooks find the stacks of every QuantExperts that they offload."""
+    for module in model.modules():
+        if not isinstance(module, QuantExperts):
+            continue
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            if weights is not None and not isinstance(weights, StackedWeights):
+                each.weights_map = StackedWeights(module, weights)
