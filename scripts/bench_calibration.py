@@ -285,7 +285,9 @@ def main() -> None:
         f"SmolLM2-135M, calibrated on {arguments.samples} × {arguments.length} tokens of one half of {text}, "
         f"evaluated on {seen['tokens']} of the other (BF16 perplexity {seen['reference_perplexity']:.2f}) and on "
         f"{fresh['tokens']} of {other} (unseen, {fresh['reference_perplexity']:.2f}); "
-        f"medians (and ranges) over {len(arguments.seeds)} seed(s), float32, {cpu(arguments.threads)}."
+        f"medians (and ranges) over {len(arguments.seeds)} seed(s), float32, {cpu(arguments.threads)}. Seconds are "
+        "from the checkpoint to a calibration on disk (to the converted checkpoint for rounding); llm-compressor's are "
+        "without loading the model and saving."
     )
     print(f"\n{note}\n\n{table(rows)}")
     if arguments.out:
