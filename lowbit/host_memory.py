@@ -28,7 +28,7 @@ def keep_freed_memory() -> Iterator[None]:
         yield
         return
     mallopt(_MMAP_THRESHOLD, _LARGE)
-    mallopt(_TRIM_THRESHOLD, 2 * _LARGE - 1)
+    mallopt(_TRIM_THRESHOLD, -1)  # give nothing back
     try:
         yield
     finally:
