@@ -129,7 +129,7 @@ def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) ->
     chosen = replace(best_method(target) if method == "best" else get_method(method), seed=seed)
     windows = list(torch.load(ids, weights_only=True)) if chosen.needs_data(target) else []
     start, processor = time.perf_counter(), time.process_time()
-    if chosen.describe() == "plain rounding" and not windows:
+    if chosen.name == "absmax" and not windows:
         convert(source, out, scheme)
     else:
         calibrate(source, out, target, chosen, windows, overwrite=True)

@@ -17,7 +17,7 @@ from lowbit.calibration import fold
 from lowbit.calibration.graph import LayerGraph, Norm, Pair
 from lowbit.calibration.layer import groups_of, left_dynamic
 from lowbit.calibration.methods import Method
-from lowbit.calibration.smoothquant import Smoothing, search_smoothing, smooth_scale
+from lowbit.calibration.smoothquant import Smoothing, column_absmax, search_smoothing, smooth_scale
 from lowbit.calibration.statistics import InputStatistics
 from lowbit.scheme import Scheme
 
@@ -104,9 +104,8 @@ def choose_smoothing(
     if method.smooth == "search":
         sample = s.rows().to(weights[0])
         return search_smoothing(sample, s.absmax, weights, scheme.weights, scheme.activations, tie=joint.tie)
-    weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
     alpha = float(method.smooth)
-    scale = joint.tie(smooth_scale(s.absmax, weight_absmax, alpha))
+    scale = joint.tie(smooth_scale(s.absmax, column_absmax(weights), alpha))
     return Smoothing(scale=scale, alpha=alpha, error=0.0, plain_error=0.0)
 
 

@@ -47,6 +47,11 @@ def smooth_scale(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float)
     return scale.clamp(1e-4, 1e4)
 
 
+def column_absmax(weights: Sequence[Tensor]) -> Tensor:
+    """[K]: the largest magnitude per input channel of weights [N_i, K]."""
+    return torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+
+
 def output_error(
     sample: Tensor,
     weights: Sequence[Tensor],
@@ -91,7 +96,7 @@ def search_smoothing(
     reference = [sample @ w.t() for w in weights]
     plain = output_error(sample, weights, weight_spec, activation_spec, reference)
     best = Smoothing(scale=torch.ones_like(activation_absmax), alpha=None, error=plain, plain_error=plain)
-    weight_absmax = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    weight_absmax = column_absmax(weights)
     for alpha in alphas:
         scale = smooth_scale(activation_absmax, weight_absmax, alpha).to(sample)
         scale = tie(scale) if tie is not None else scale

@@ -287,9 +287,7 @@ class QuantExperts(QuantModule):
         if stack.is_meta and not value.is_meta:
             stack = torch.empty_like(stack, device=value.device)
             self._buffers[buffer] = stack
-        stack[expert].copy_(
-            value.view(stack.dtype) if value.element_size() == stack.element_size() else value
-        )
+        fill(stack, expert, value)
 
     def __getattr__(self, name: str) -> Any:
         # `experts.3.gate_proj.weight`, as loaders walk to a tensor of the checkpoint.
@@ -302,6 +300,11 @@ class QuantExperts(QuantModule):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, scheme={self.scheme.name}"
         )
+
+
+def fill(stack: Tensor, expert: int, value: Tensor) -> None:
+    """Copy a checkpoint's tensor of one expert into its place: codes bit for bit, scales by value."""
+    stack[expert].copy_(value.view(stack.dtype) if value.element_size() == stack.element_size() else value)
 
 
 class _Expert(nn.Module):

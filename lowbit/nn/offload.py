@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn.experts import QuantExperts
-from lowbit.nn.linear import as_stored_scale
+from lowbit.nn.experts import QuantExperts, fill
 
 
 class StackedWeights(Mapping[str, Tensor]):
@@ -26,23 +25,21 @@ class StackedWeights(Mapping[str, Tensor]):
         for name, buffer, _, _ in experts.disk_tensors():
             self._names.setdefault(buffer, []).append(name)
         self._dtypes = {buffer: experts.get_buffer(buffer).dtype for buffer in self._names}
-        self._scale = experts.suffixes["scale"]
 
     def __getitem__(self, buffer: str) -> Tensor:
         parts = [self._weights[name] for name in self._names[buffer]]
         first = parts[0]
-        step = first.numel() * first.element_size()
-        if all(p.data_ptr() == first.data_ptr() + i * step for i, p in enumerate(parts)):
-            offset = first.storage_offset()
-            if first.untyped_storage().nbytes() >= offset * first.element_size() + len(parts) * step:
-                return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()), offset)
-        dtype = self._dtypes[buffer]
-        if buffer.endswith(self._scale):
-            like = torch.empty(first.shape, dtype=dtype, device="meta")
-            parts = [as_stored_scale(p, like) for p in parts]
-        return torch.stack(
-            [p.view(dtype) if p.element_size() == dtype.itemsize else p.to(dtype) for p in parts]
-        )
+        whole, size, offset = (len(parts), *first.shape), first.numel(), first.storage_offset()
+        memory = first.untyped_storage().data_ptr()
+        if all(
+            p.untyped_storage().data_ptr() == memory and p.storage_offset() == offset + i * size
+            for i, p in enumerate(parts)
+        ):
+            return first.as_strided(whole, (size, *first.stride()), offset)
+        stack = torch.empty(whole, dtype=self._dtypes[buffer])
+        for i, part in enumerate(parts):
+            fill(stack, i, part)
+        return stack
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
