@@ -23,6 +23,7 @@ from lowbit.checkpoint.headers import TensorRef, read_header
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, get_format, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
+from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts, refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES
@@ -101,7 +102,12 @@ class LowbitQuantizer(HfQuantizer):
             )
         original = self.quantization_config.original
         stored = read({"quantization_config": original} if original else {}, tensors)
-        self._swap(model, stored, tensors)
+        find = _Finder(model)
+        self._swap(model, stored, tensors, find)
+        if _on_cpu(kwargs.get("device_map")):
+            in_bfloat16 = [n for n, ref in tensors.items() if ref.dtype == "BF16" and n.endswith(".weight")]
+            found = {path: n for n in in_bfloat16 if (path := find.module(n)) is not None}
+            keep_bfloat16(model, found)
         # Scales of a quantized KV cache: transformers' cache is in float, so they are neither used nor kept.
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(k|v)_scale$"}
@@ -109,9 +115,12 @@ class LowbitQuantizer(HfQuantizer):
             original["kv_cache_scheme"] = None
 
     def _swap(
-        self, model: nn.Module, stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+        self,
+        model: nn.Module,
+        stored: Mapping[str, StoredModule],
+        tensors: Mapping[str, TensorRef],
+        find: _Finder,
     ) -> None:
-        find = _Finder(model)
         experts: dict[str, dict[str, StoredModule]] = {}
         for name, module in stored.items():
             check_runnable(name, module)
@@ -160,18 +169,24 @@ class LowbitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
+        settle(model)
         follow_offloading(model)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
         model.is_quantized = False
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for name, module in list(model.named_modules()):
+        for name, module in model.named_modules():
             if isinstance(module, QuantExperts):
                 raise InputError(f"{name}: experts cannot be dequantized in place; convert with scheme bf16")
-            if isinstance(module, QuantLinear):
-                replace_module(model, name, module.to_linear(dtype or torch.float32))
+        for name, new in in_float(model, dtype or torch.float32).items():
+            replace_module(model, name, new)
         return model
+
+
+def _on_cpu(device_map: Any) -> bool:
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    return all(place is None or str(place) == "cpu" for place in places)
 
 
 class _Finder:

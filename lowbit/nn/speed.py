@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,27 +86,24 @@ def _now(device: torch.device) -> float:
 
 
 def dequantized_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The same model in float, as it runs unquantized: every QuantLinear a Linear again.
+    """The same model in float, as it runs unquantized on torch's own Linears and Embeddings.
 
     Raises ValueError for experts, whose fused float layout is transformers' own.
     """
     import copy
 
+    from lowbit.nn.bfloat16 import in_float
     from lowbit.nn.experts import QuantExperts
-    from lowbit.nn.linear import QuantLinear
     from lowbit.nn.swap import replace_module
 
     if any(isinstance(m, QuantExperts) for m in model.modules()):
         raise ValueError("expected a model without experts; give the unquantized checkpoint to compare with")
-    swaps: Sequence[tuple[str, QuantLinear]] = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)
-    ]
-    # Linears are made first, so that the copy never holds the codes twice.
-    memo: dict[int, Any] = {id(m): m.to_linear(dtype).requires_grad_(False) for _, m in swaps}
-    for _, module in swaps:
-        memo[id(memo[id(module)])] = memo[id(module)]
+    # They are made first, so that the copy never holds the codes twice.
+    made = in_float(model, dtype)
+    modules = dict(model.named_modules())
+    memo: dict[int, Any] = {id(modules[name]): new for name, new in made.items()}
+    memo |= {id(new): new for new in made.values()}
     other = copy.deepcopy(model, memo)
-    for name, module in swaps:
-        if isinstance(other.get_submodule(name), QuantLinear):
-            replace_module(other, name, memo[id(module)])
+    for name, new in made.items():
+        replace_module(other, name, new)
     return other.to(dtype)

@@ -1,4 +1,4 @@
-"""A module whose buffers are a quantized weight as it lies on disk: they move, and are never cast or trained."""
+"""A module whose buffers are a weight as it lies on disk: they move, and are never cast or trained."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ _AS_INTEGER = {
     torch.float8_e4m3fn: torch.int8,
     torch.float8_e8m0fnu: torch.uint8,
     torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
 }
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
 
-class QuantModule(nn.Module):
-    """Base of the quantized modules. Buffers named in `frozen` keep their dtype whatever is asked for."""
+class StoredWeights(nn.Module):
+    """Base of the modules that hold a weight as it is stored. Buffers named in `frozen` keep their dtype whatever is
+    asked for."""
 
     frozen: tuple[str, ...] = ()
-    format: Format
-    quantize_activations: bool
+    quantize_activations = True
+    """False: `F.linear` of x as it is with the weight in x's dtype (see `float_activations`)."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantModule:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeights:
         def move(tensor: Tensor) -> Tensor:
             as_integer = _AS_INTEGER.get(tensor.dtype, tensor.dtype)
             moved = fn(tensor.view(as_integer))
             if moved.dtype != as_integer:
                 raise TypeError(
-                    f"expected codes and scales to keep {tensor.dtype}, found a conversion to {moved.dtype}; "
-                    "use .to(dtype) or .half(), which leave them alone, or dequantize() for a float weight"
+                    f"expected stored weights to keep {tensor.dtype}, found a conversion to {moved.dtype}; "
+                    "use .to(dtype) or .half(), which leave them alone, or to_linear() for a float weight"
                 )
             return moved.view(tensor.dtype)
 
@@ -70,29 +72,29 @@ class QuantModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and name in self.frozen:
             raise TypeError(
-                f"{type(self).__name__}.{name} holds codes and cannot be a Parameter: quantized weights are frozen; "
-                "train an adapter beside the layer, or a Linear made from dequantize()"
+                f"{type(self).__name__}.{name} cannot be a Parameter: quantized weights are frozen, as are all that "
+                "stay as stored; train an adapter beside the layer, or what to_linear() makes"
             )
         super().__setattr__(name, value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> QuantModule:
-        """Codes cannot be trained: True raises TypeError."""
+    def requires_grad_(self, requires_grad: bool = True) -> StoredWeights:
+        """Stored weights cannot be trained: True raises TypeError."""
         if requires_grad:
             raise TypeError(
-                f"the weights of {type(self).__name__} are codes and stay frozen; gradients flow through it to its "
-                "input: train an adapter beside it, or a Linear made from dequantize()"
+                f"the weights of {type(self).__name__} are as stored and stay frozen; gradients flow through it to its "
+                "input: train an adapter beside it, or what to_linear() makes"
             )
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plain pickle cannot hold float8 tensors (torch.save can). A format is stateless: its name will do.
+        # Plain pickle cannot hold float8 tensors (torch.save can).
         buffers = dict(self._buffers)
         float8 = {n: t.dtype for n, t in buffers.items() if t is not None and t.dtype in _FLOAT8}
         for name in float8:
             tensor = buffers[name]
             assert tensor is not None
             buffers[name] = tensor.view(torch.uint8)
-        return self.__dict__ | {"_buffers": buffers, "_float8": float8, "format": self.format.name}
+        return self.__dict__ | {"_buffers": buffers, "_float8": float8}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -102,7 +104,6 @@ class QuantModule(nn.Module):
             tensor = self._buffers[name]
             assert tensor is not None
             self._buffers[name] = tensor.view(dtype)
-        self.format = get_format(state["format"])
 
     def check_frozen(self) -> None:
         """TypeError when someone asked for a gradient of codes or scales."""
@@ -115,14 +116,28 @@ class QuantModule(nn.Module):
                 )
 
 
+class QuantModule(StoredWeights):
+    """Base of the quantized modules: codes and scales in an on-disk format."""
+
+    format: Format
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A format is stateless: its name will do.
+        return super().__getstate__() | {"format": self.format.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.format = get_format(state["format"])
+
+
 @contextmanager
 def float_activations(model: nn.Module) -> Iterator[None]:
-    """Within the block the quantized modules of `model` leave activations unquantized.
+    """Within the block the modules of `model` that hold stored weights leave activations unquantized.
 
     Each then computes `F.linear` with its dequantized weight, so that the model equals, bit for
     bit, one of dequantized weights: what is missing otherwise is what quantizing activations costs.
     """
-    modules = [m for m in model.modules() if isinstance(m, QuantModule)]
+    modules = [m for m in model.modules() if isinstance(m, StoredWeights)]
     before = [m.quantize_activations for m in modules]
     try:
         for module in modules:

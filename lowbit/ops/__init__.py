@@ -4,6 +4,7 @@
 |---|---|
 | `linear(x, weight, weight_scale, bias, *, activations, block, …)` | x · Wᵀ + bias, in x.dtype |
 | `linear_grouped(x, weight, weight_scale, offsets, …)` | the same per expert, rows sorted by expert |
+| `linear_bfloat16(x, weight, bias)` | x · Wᵀ + bias in float32, W in bfloat16 and never widened as a whole |
 | `matmul(a, a_scale, weight, weight_scale, …)` | the same from codes that are quantized already |
 | `dequantize(weight, weight_scale, block, k, dtype)` | the weight as floats |
 | `quantize(x, dtype, group, power_of_2)` | (codes, scale), dynamic: per token or per group |
@@ -44,14 +45,19 @@ import torch
 from torch import Tensor
 
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.ops import eager, register, register_quantize  # noqa: F401  (importing them registers the operations)
+from lowbit.ops import (  # noqa: F401  (importing them registers the operations)
+    eager,
+    register,
+    register_bfloat16,
+    register_quantize,
+)
 from lowbit.ops.settings import NoKernelError, allow_fallback, use_implementation
 from lowbit.scheme import Scheme
 
 __all__ = [
     "NoKernelError", "activations_of", "allow_fallback", "block_of", "dequantize", "hadamard", "linear",
-    "linear_grouped", "matmul", "quantize", "quantize_static", "rms_norm_quantize", "silu_mul_quantize",
-    "use_implementation",
+    "linear_bfloat16", "linear_grouped", "matmul", "quantize", "quantize_static", "rms_norm_quantize",
+    "silu_mul_quantize", "use_implementation",
 ]  # fmt: skip
 
 _ops = torch.ops.lowbit
@@ -122,6 +128,17 @@ def linear(
     return _ops.linear.default(
         x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block
     )
+
+
+def linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · Wᵀ + bias for a weight that is bfloat16 [N, K] where the rest computes in a wider dtype.
+
+    x: [..., K] float32, float16 or bfloat16 → [..., N] of the same dtype. Widening a bfloat16 is
+    exact, so this equals `F.linear(x, weight.float())` up to the order of the float32 sums, at half
+    of the memory. A gradient reaches x and bias. On CPUs only: elsewhere the weight is widened, which
+    is logged (see the module).
+    """
+    return _ops.linear_bfloat16.default(x, weight, bias)
 
 
 def linear_grouped(

@@ -49,7 +49,7 @@ DTYPE_CODES = {
 CODES = (torch.int8, torch.float8_e4m3fn)
 PARALLEL_FROM = 1 << 16  # elements to prepare before threads are worth waking
 _PARALLEL_PRODUCT = 1 << 18  # multiplications that are worth it
-_STORAGE = {torch.int8: "i8", torch.float8_e4m3fn: "e4m3", torch.int32: "u8"}
+_STORAGE = {torch.int8: "i8", torch.float8_e4m3fn: "e4m3", torch.int32: "u8", torch.bfloat16: "bf16"}
 _ELEMENT = {A_I16: 2, A_I8: 1, A_F32: 4, A_BF16: 2, A_I8_BYTES: 1, A_E4M3_BYTES: 1}
 # Elements of K per pass: a panel of weights stays in the second cache, the rows of a tile in the first.
 _CHUNK = {A_I16: 1024, A_I8: 2048, A_F32: 512, A_BF16: 1024}
@@ -164,7 +164,8 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
         tile = integer_tile(have, activations.zero is not None)
         return tile, A_I8 if tile.kind.startswith("dpbusd") else A_I16, MODE_INT8
     # e4m3 codes and bfloat16 activations are both exact in bfloat16.
-    tile = float_tile(have, rows, bfloat_exact=quantizes or x.dtype == torch.bfloat16)
+    exact = quantizes or (x.dtype == torch.bfloat16 and weights.tensor.dtype != torch.bfloat16)
+    tile = float_tile(have, rows, bfloat_exact=exact)
     codes = x.dtype == torch.float8_e4m3fn
     mode = MODE_E4M3 if quantizes and not codes else MODE_NONE
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode
@@ -308,7 +309,9 @@ def product(
     block[M.GROUP], block[M.GROUP_PADDED], block[M.CHUNK] = layout.group, layout.padded, chunk
     block[M.PER_GROUP] = int(bool(activations.group or weights.group))
     block[M.SLOT_BYTES] = slot
-    block[M.BLOCK_ROWS], block[M.BLOCK_COLS], block[M.DOT_ROWS] = height, width, tile.dot_rows
+    block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
+    # Values in bfloat16 are widened while they are loaded, whatever the rows: `cpu.linear_bfloat16` gives few.
+    block[M.DOT_ROWS] = rows if tensor.dtype == torch.bfloat16 else tile.dot_rows
     blocks = _blocks(rows, height, offsets)
     block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(blocks), len(blocks) // 3
     if routed is not None:

@@ -15,7 +15,15 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from lowbit.ops import cpu_tiles
-from lowbit.ops.cpu_emit import add_scaled, e4m3_to_f32, f32_to_bf16, fetch_add, finish_row, pointer
+from lowbit.ops.cpu_emit import (
+    add_scaled,
+    bf16_to_f32,
+    e4m3_to_f32,
+    f32_to_bf16,
+    fetch_add,
+    finish_row,
+    pointer,
+)
 from lowbit.ops.cpu_params import (
     A_BF16,
     A_F32,
@@ -25,6 +33,7 @@ from lowbit.ops.cpu_params import (
     F16,
     F32,
     SCALE_LANES,
+    W_BF16,
     W_E4M3,
     W_I8,
     W_U8,
@@ -61,8 +70,8 @@ NEAR = 4096  # bytes that the first cache has room for beside what a tile works 
 
 
 @njit(inline="always")
-def dot_rows(kind, tall, lines, cache, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
-    """A few rows, `tall` (2 or 4) at a time; weights are read once, and then stay in the first cache.
+def dot_rows(kind, tall, lines, cache, size, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
+    """A few rows, `tall` (2 or 4) at a time; weights (of `size` bytes) are read once, and then stay in the first cache.
 
     The tiles of one set of columns share the next columns' weights between them and ask for
     them piece by piece, in the order of addresses where rows are whole: memory is then busy
@@ -70,8 +79,8 @@ def dot_rows(kind, tall, lines, cache, a, lda, w, stride, c, ldc, rows, cols, k)
     """
     whole = cols // DOT_COLS * DOT_COLS
     tiles = (rows + tall - 1) // tall
-    along, across, part = 256 // tiles, 256 * stride * DOT_COLS // lines, k // tiles
-    if stride - k < LINE:
+    along, across, part = 256 // tiles, 256 * stride * DOT_COLS // lines, size * k // tiles
+    if stride - size * k < LINE:
         along, across, part = DOT_COLS * along, LINE * 256 // tiles, DOT_COLS * part
     for j in range(0, whole, DOT_COLS):
         b, i = w + j * stride, 0
@@ -150,7 +159,11 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
     raw = carray(pointer(source), n, np.uint8)
     if kind == A_F32:
         full = carray(pointer(target), padded, np.float32)
-        if storage == W_E4M3:
+        if storage == W_BF16:
+            brain = carray(pointer(source), n, np.uint16)
+            for i in range(n):
+                full[i] = bf16_to_f32(brain[i])
+        elif storage == W_E4M3:
             for i in range(n):
                 full[i] = e4m3_to_f32(raw[i])
         elif storage == W_U8:
@@ -161,17 +174,17 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
                 full[i] = np.float32(codes[i])
         full[n:padded] = 0
     elif kind == A_BF16:
-        brain = carray(pointer(target), padded, np.uint16)
+        half = carray(pointer(target), padded, np.uint16)
         if storage == W_E4M3:
             for i in range(n):
-                brain[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
+                half[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
         elif storage == W_U8:
             for i in range(n):
-                brain[i] = f32_to_bf16(np.float32(raw[i]) - np.float32(128.0))
+                half[i] = f32_to_bf16(np.float32(raw[i]) - np.float32(128.0))
         else:
             for i in range(n):
-                brain[i] = f32_to_bf16(np.float32(codes[i]))
-        brain[n:padded] = 0
+                half[i] = f32_to_bf16(np.float32(codes[i]))
+        half[n:padded] = 0
     else:
         plain = carray(pointer(target), padded, np.int8)
         plain[:n] = codes
@@ -182,7 +195,8 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
 def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     """Compile (or load) `matmul` for an instruction (see `cpu_tiles.Step`) and weight storage.
 
-    `storage` is `i8`, `e4m3` or `u8` (int8 plus 128); the integer instructions take `i8` only.
+    `storage` is `i8`, `e4m3`, `u8` (int8 plus 128) or `bf16` (values, not codes). The integer
+    instructions take `i8` only, and `bf16` goes with `fma`.
     """
     source = stamp()
     unsigned = kind.startswith("dpbusd")
@@ -192,7 +206,9 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     element = {A_I16: 2, A_F32: 4, A_BF16: 2}[operand] if not unsigned else 1
     # Weights as the tiles read them before packing: integers as stored, floats decoded.
     row_kind, row_element = (A_I8_BYTES, 1) if integer else (operand, element)
-    stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8}[storage]
+    stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8, "bf16": W_BF16}[storage]
+    plain = storage == "bf16"
+    w_size = 2 if plain else 1
     # One row alone is bound by memory: decode while loading instead of into memory.
     direct = kind.startswith("fma") or integer
     direct_kind = f"{kind}:{storage}" if direct and not integer else kind
@@ -253,19 +269,20 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                 panels = (cols + tile_cols - 1) // tile_cols * ((k_all + chunk - 1) // chunk)
                 share, ahead = block_cols * w_row // panels, following
             few = rows <= p[M_DOT_ROWS]
+            no_panel = few and (integer or plain)
             for g in range(groups):
                 in_group = min(group, k_all - g * group)
                 # Where nothing goes through the panel, no panel limits how much of K a pass takes.
-                end = w0 + (cols - 1) * w_row + g * group + (in_group + step - 1) // step * step
-                at_once = in_group if few and integer and end <= p[M_W_END] else chunk
+                end = w0 + (cols - 1) * w_row + w_size * (g * group + (in_group + step - 1) // step * step)
+                at_once = in_group if no_panel and end <= p[M_W_END] else chunk
                 for c0 in range(0, in_group, at_once):
                     depth = min(at_once, in_group - c0)
                     padded = (depth + step - 1) // step * step
-                    w = w0 + g * group + c0
+                    w = w0 + w_size * (g * group + c0)
                     a = a0 + (g * group_padded + c0) * element
                     # Reading past a row is harmless for integers (the operand is 0 there); past
                     # the last row of the tensor it is not. Floats could meet a NaN code.
-                    inside = w + (cols - 1) * w_row + padded <= p[M_W_END]
+                    inside = w + (cols - 1) * w_row + w_size * padded <= p[M_W_END]
                     if few:
                         stride = w_row
                         as_stored = inside and (integer or (direct and padded == depth))
@@ -276,11 +293,20 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             w = panel
                         if integer and DOT_COLS * w_row > NEAR:
                             dot_rows(
-                                kind, dot_tall, dot_lines, 2, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                                kind, dot_tall, dot_lines, 2, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
                             )  # fmt: skip
                         elif integer:
                             dot_rows(
-                                kind, dot_tall, dot_lines, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                                kind, dot_tall, dot_lines, 1, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                            )  # fmt: skip
+                        elif plain and as_stored:
+                            dot_rows(
+                                direct_kind, dot_tall, dot_lines, 1, 2, a, a_row, w, stride, memory, c_row, rows, cols,
+                                padded,
+                            )  # fmt: skip
+                        elif plain:
+                            dot_rows(
+                                kind, dot_tall, 1, 1, 4, a, a_row, w, stride, memory, c_row, rows, cols, padded
                             )  # fmt: skip
                         elif as_stored:
                             dot_row(direct_kind, dot_lines, a, w, stride, memory, cols, padded)

@@ -6,8 +6,8 @@ from enum import IntEnum, auto
 
 # Element types of activations and outputs; the codes are inputs only.
 F32, F16, BF16, I8_CODES, E4M3_CODES = range(5)
-# How weights are stored; U8 is int8 plus 128, as compressed-tensors packs it.
-W_I8, W_E4M3, W_U8 = range(3)
+# How weights are stored; U8 is int8 plus 128, as compressed-tensors packs it. BF16 are plain values.
+W_I8, W_E4M3, W_U8, W_BF16 = range(4)
 # What `prepare` writes: operands of the tiles, or codes as they leave a quantize operation.
 A_I16, A_I8, A_F32, A_BF16, A_I8_BYTES, A_E4M3_BYTES = range(6)
 # How `prepare` quantizes.

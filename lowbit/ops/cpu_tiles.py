@@ -63,7 +63,8 @@ class Step:
         self.elements = step_elements(kind)
         self.nan_codes: Any = None
         self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "dpbf16": 2}[self.name]
-        self.b_bytes = 1 if self.storage or self.name in ("pmaddwd", "dpbusd") else self.a_bytes
+        stored = {"": self.a_bytes, "bf16": 2}.get(self.storage, 1)
+        self.b_bytes = 1 if self.name in ("pmaddwd", "dpbusd") else stored
 
     def load_a(self, builder: Any, address: Any) -> Any:
         """One vector; for `fma` with decoding, the two float vectors that match a half's worth."""
@@ -79,9 +80,17 @@ class Step:
         if self.name == "dpbusd":
             codes = load(builder, address, vec(I8, self.elements))
             return builder.xor(codes, splat(ir.Constant(I8, -128), self.elements))
+        if self.storage == "bf16":
+            second = builder.add(address, ir.Constant(I64, 2 * self.lanes))
+            return [self._widen(builder, load(builder, at, vec(I16, self.lanes))) for at in (address, second)]
         if self.storage:
             return self._decode(builder, load(builder, address, vec(I8, self.elements)))
         return self.load_a(builder, address)
+
+    def _widen(self, builder: Any, raw: Any) -> Any:
+        """bfloat16 → float32: its bits are the upper half."""
+        wide = builder.zext(raw, vec(I32, self.lanes))
+        return builder.bitcast(builder.shl(wide, splat(ir.Constant(I32, 16), self.lanes)), self.acc)
 
     def _decode(self, builder: Any, raw: Any) -> list:
         """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.

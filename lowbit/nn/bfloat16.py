@@ -1,0 +1,195 @@
+"""Weights that a checkpoint has in bfloat16 stay so, while the model computes in float32.
+
+CPUs without bfloat16 instructions multiply float32 many times faster, and a bfloat16 is the upper half
+of a float32: widened on its way into the product, the weight takes half of the memory and of
+the time to read it, and nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import ops
+from lowbit.checkpoint.rules import role_of
+from lowbit.nn.linear import QuantLinear
+from lowbit.nn.stored import StoredWeights, autocast_input
+from lowbit.nn.swap import replace_module
+
+
+class BFloat16Linear(StoredWeights):
+    """y = x · Wᵀ + b with W in bfloat16; x […, in_features] in any float dtype, and y in the same.
+
+    For float32 on a CPU the sums are in float32, by `ops.linear_bfloat16`; elsewhere `F.linear` on
+    W cast to the dtype of x. `weight` is a buffer that stays bfloat16, `bias` follows `.to(dtype)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Uninitialized buffers; `dtype` is that of the bias."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.frozen = ("weight",)
+        self.register_buffer(
+            "weight", torch.empty(out_features, in_features, dtype=torch.bfloat16, device=device)
+        )
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        assert weight is not None
+        x = autocast_input(x)
+        if x.dtype == torch.float32 and x.is_cpu and self.quantize_activations:
+            return ops.linear_bfloat16(x, weight, bias)
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """A trainable Linear of the widened weight."""
+        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        assert weight is not None
+        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype, copy=True))
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype, copy=True))
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        bias = self._buffers["bias"] is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+
+class BFloat16Embedding(StoredWeights):
+    """Rows of a bfloat16 table in `dtype`, which follows `.to(dtype)` and `.half()`; the table does not."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An uninitialized table [num_embeddings, embedding_dim]."""
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.dtype = dtype
+        self.frozen = ("weight",)
+        self.register_buffer(
+            "weight", torch.empty(num_embeddings, embedding_dim, dtype=torch.bfloat16, device=device)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeights:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self._buffers["weight"]
+        assert weight is not None
+        return nn.functional.embedding(ids, weight).to(self.dtype)
+
+    def to_embedding(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
+        """A trainable Embedding of the widened table."""
+        weight = self._buffers["weight"]
+        assert weight is not None
+        made = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        made.weight = nn.Parameter(weight.to(dtype, copy=True))
+        return made.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, dtype={self.dtype}"
+
+
+def keepable(module: nn.Module) -> bool:
+    """Whether one of these can stand for a module: a Linear or Embedding and no subclass, that computes in float32."""
+    if type(module) is nn.Embedding:
+        return module.weight.dtype == torch.float32 and module.max_norm is None
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32
+
+
+def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
+    """Swap embeddings, the output head and Linears that a checkpoint has in bfloat16, before they are filled.
+
+    `stored`: module → its tensor on disk, of those that are bfloat16 there. Modules that share a
+    weight are swapped together or not at all. `model` is a transformers model on meta.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    config = model.config.to_dict()
+    chosen = set()
+    for path, tensor in stored.items():
+        module = model.get_submodule(path)
+        if not keepable(module):
+            continue
+        # Some code asks a module of a vision tower, or a router, for its weight's dtype.
+        role, _ = role_of(tensor.removesuffix(".weight"), tuple(module.weight.shape), config)
+        if module in ends or role == "linear":
+            chosen.add(path)
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        pair = {one.removesuffix(".weight"), other.removesuffix(".weight")}
+        whole = len(pair & stored.keys()) == 1 and all(keepable(model.get_submodule(p)) for p in pair)
+        chosen = (chosen | pair) if whole and pair & chosen else chosen - pair
+    for path in chosen:
+        new = like(model.get_submodule(path))
+        # transformers ties and initializes parameters only: `settle` makes it a buffer when that is done.
+        new.frozen = ()
+        weight = new._buffers.pop("weight")
+        assert weight is not None
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        replace_module(model, path, new)
+
+
+def settle(model: nn.Module) -> None:
+    """After loading: weights that `keep_bfloat16` left to be filled become buffers, shared where they were tied.
+
+    A parameter in another dtype than the rest would decide what transformers calls `model.dtype`.
+    """
+    buffers: dict[int, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, BFloat16Linear | BFloat16Embedding) and "weight" in module._parameters:
+            weight = module._parameters.pop("weight")
+            assert weight is not None
+            module.register_buffer("weight", buffers.setdefault(id(weight), weight.data))
+            module.frozen = ("weight",)
+
+
+def in_float(model: nn.Module, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Name → a Linear or Embedding in `dtype` for every module that holds a stored weight; what was tied stays so."""
+    made: dict[str, nn.Module] = {}
+    shared: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            made[name] = module.to_linear(dtype)
+        elif isinstance(module, BFloat16Linear | BFloat16Embedding):
+            wide = (
+                module.to_linear(dtype) if isinstance(module, BFloat16Linear) else module.to_embedding(dtype)
+            )
+            assert isinstance(module.weight, Tensor) and isinstance(wide.weight, nn.Parameter)
+            wide.weight = shared.setdefault(module.weight.data_ptr(), wide.weight)
+            made[name] = wide
+    return {name: new.requires_grad_(False) for name, new in made.items()}
+
+
+def like(module: nn.Module) -> BFloat16Linear | BFloat16Embedding:
+    """What holds the weight of a `keepable` module, on meta: to be filled from the checkpoint."""
+    if isinstance(module, nn.Embedding):
+        return BFloat16Embedding(
+            module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta"
+        )
+    assert isinstance(module, nn.Linear)
+    return BFloat16Linear(
+        module.in_features,
+        module.out_features,
+        bias=module.bias is not None,
+        dtype=torch.float32,
+        device="meta",
+    )

@@ -1,0 +1,72 @@
+"""Registration of products with weights that stay in bfloat16 while everything else is wider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.ops import cpu, reference
+from lowbit.ops.checks import FLOATS, require
+from lowbit.ops.problem import Activations, Weights
+from lowbit.ops.register import _define, _library
+from lowbit.ops.settings import fall_back, settings
+
+_PLAIN = Activations(kind="none")
+_ONE = torch.ones(1)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    require(
+        x.dim() >= 1 and x.dtype in FLOATS,
+        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
+    )
+    require(
+        weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.shape[1] == x.shape[-1],
+        lambda: (
+            f"expected a bfloat16 weight [N, {x.shape[-1]}], found {weight.dtype} {list(weight.shape)} "
+            "(weights are [out_features, in_features], not transposed)"
+        ),
+    )
+    require(
+        bias is None or list(bias.shape) == [weight.shape[0]],
+        lambda: (
+            f"expected bias of shape {[weight.shape[0]]}, found {None if bias is None else list(bias.shape)}"
+        ),
+    )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    if not x.is_cpu and settings.implementation is None:
+        fall_back("linear_bfloat16", f"{x.device.type} multiplies bfloat16 as it is: give x in bfloat16")
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    flat = x.reshape(-1, x.shape[-1])
+    weights = Weights(tensor=weight, scale=_ONE.to(x.device), block=(0, 0), k=x.shape[-1])
+    run = reference.linear if settings.implementation == "reference" else cpu.linear
+    return run(flat, weights, _PLAIN, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, weight, bias)
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, weight, bias = inputs
+    ctx.save_for_backward(weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    (weight,) = ctx.saved_tensors
+    to_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+    to_bias = None
+    if ctx.needs_input_grad[2]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return to_x, None, to_bias
+
+
+_define("linear_bfloat16(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
+torch.library.register_autograd("lowbit::linear_bfloat16", _backward, setup_context=_setup, lib=_library)
