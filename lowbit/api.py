@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
-from lowbit.checkpoint.jobs import Replacements
+from lowbit.checkpoint.jobs import Replacements, shard_of
+from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rules import Selection
 from lowbit.scheme import Scheme
@@ -28,15 +29,22 @@ class Conversion:
 
     out: str
     plan: Plan
+    part: Part
+    """The share of it that this was; part 1 of 1 is all."""
+    source_bytes: int
+    """Read for that share."""
     seconds: float
     resumed_jobs: int
     """Jobs that an earlier, killed run had finished."""
     manifest: Mapping[str, Any]
+    """Empty when another part was, or will be, the last."""
+    missing: tuple[str, ...]
+    """Output files that other parts have yet to finish. Nothing has its final name before."""
 
     @property
     def bytes_per_second(self) -> float:
         """Source bytes over wall time."""
-        return self.plan.source_bytes / self.seconds if self.seconds else 0.0
+        return self.source_bytes / self.seconds if self.seconds else 0.0
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -91,6 +99,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     calibration: str | Path | None = None,
     workers: int | None = None,
+    part: Part | None = None,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Conversion:
@@ -100,13 +109,14 @@ def convert(
     (default: one per processor). Nothing stands under its final name before everything is
     written and synced. A run that was killed resumes when it is called again with the same
     arguments: what it had written is read back and checked. Bad input raises InputError and
-    leaves nothing behind.
+    leaves nothing behind. `part`: this machine's share of the output's files, where several with
+    a common file system work on one conversion, all with the same arguments.
     """
     decided = plan(
         src, scheme, format=format, ignore=ignore, keep=keep, overrides=overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    return run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
+    return run_plan(decided, out, workers=workers, part=part, overwrite=overwrite, progress=progress)
 
 
 def run_plan(
@@ -114,41 +124,29 @@ def run_plan(
     out: str | Path,
     *,
     workers: int | None = None,
+    part: Part | None = None,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
 ) -> Conversion:
     """Execute a plan into `out`; see `convert`."""
-    from lowbit.checkpoint.journal import Journal, intact, read_journal
-    from lowbit.checkpoint.writer import JOURNAL, OutputDirectory
+    from lowbit.checkpoint.journal import intact
+    from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
-    directory = OutputDirectory(Path(out), plan, overwrite=overwrite)
+    directory = OutputDirectory(Path(out), plan, overwrite=overwrite, part=part)
     outputs = directory.prepare()
-    numbered = list(enumerate(plan.jobs))
-    checksums: dict[str, str] = {}
-    journal = None
+    mine = [(n, j) for n, j in enumerate(plan.jobs) if shard_of(j) in directory.shards]
     try:
-        done: dict[int, dict[str, str]] = {}
-        if directory.resuming:
-            recorded = read_journal(directory.partial / JOURNAL)[1]
-            done = intact(numbered, plan.shards, directory.partial, recorded)
-            for number, sums in done.items():
-                checksums.update(sums)
-                progress(plan.jobs[number].source_bytes)
-        journal = Journal(directory.partial / JOURNAL, directory.digest)
-
-        def finished(number: int, sums: dict[str, str]) -> None:
-            assert journal is not None
-            checksums.update(sums)
-            journal.record(number, sums)
-
+        assert directory.journal is not None
+        done = intact(mine, plan.shards, directory.partial, directory.record.done)
+        for number in done:
+            progress(plan.jobs[number].source_bytes)
         run_jobs(
-            [item for item in numbered if item[0] not in done], outputs,
-            workers=workers or default_workers(), progress=progress, finished=finished,
+            [item for item in mine if item[0] not in done], outputs,
+            workers=workers or default_workers(), progress=progress, finished=directory.journal.record,
         )  # fmt: skip
-        journal.close()
-        manifest = directory.finish(checksums)
+        manifest = directory.finish()
     except KeyboardInterrupt:
         directory.abandon()
         raise
@@ -161,9 +159,12 @@ def run_plan(
     return Conversion(
         out=str(out),
         plan=plan,
+        part=directory.part,
+        source_bytes=sum(job.source_bytes for _, job in mine),
         seconds=time.perf_counter() - begin,
         resumed_jobs=len(done),
         manifest=manifest,
+        missing=tuple(directory.missing()),
     )
 
 

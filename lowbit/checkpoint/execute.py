@@ -7,7 +7,7 @@ into buffers that are used again and never mapped, since mapped pages count as r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +104,12 @@ class Worker:
 
     def __init__(
         self,
-        outputs: Sequence[int],
+        outputs: Mapping[int, int],
         *,
         progress: Progress = lambda count: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`outputs`: file descriptors of the output shards, by shard number."""
+        """`outputs`: number of an output shard → its file descriptor."""
         self._outputs = outputs
         self._progress, self._cancelled = progress, cancelled
         self._inputs: dict[Path, int] = {}

@@ -66,6 +66,11 @@ class Job:
         return next(iter(self.outputs.values())).name
 
 
+def shard_of(job: Job) -> int:
+    """The output file that a job writes to: what belongs to one module is in one."""
+    return next(iter(job.outputs.values())).shard
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacements:
     """What a calibration puts in place of tensors computed from the source."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -27,12 +28,18 @@ class Journal:
         self._lock = threading.Lock()
         fresh = not file.exists()
         self._stream = file.open("a", encoding="utf-8")
+        # An empty line ends what a killed run may have left of its last one.
+        self._stream.write("" if fresh else "\n")
         if fresh:
             self._line({"plan": digest})
 
     def record(self, job: int, checksums: Mapping[str, str]) -> None:
         """Job number `job` of the plan is written."""
         self._line({"job": job, "checksums": dict(checksums)})
+
+    def synced(self, shards: Iterable[int]) -> None:
+        """All jobs of these output files are written, and the files are on the disk."""
+        self._line({"synced": sorted(shards)})
 
     def _line(self, entry: object) -> None:
         with self._lock:
@@ -43,23 +50,51 @@ class Journal:
         self._stream.close()
 
 
-def read_journal(file: Path) -> tuple[str, dict[int, dict[str, str]]]:
-    """(plan digest, job number → checksums). A torn last line is left out; ("", {}) when unreadable."""
-    digest, done = "", {}
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What journals say."""
+
+    digest: str = ""
+    """Of the plan; "" when unreadable."""
+    done: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    """Job number → checksums of its tensors."""
+    synced: frozenset[int] = frozenset()
+    """Output files that are finished and on the disk."""
+    begun: bool = False
+    """Whether there is a journal at all."""
+
+
+def read_journal(file: Path) -> Record:
+    """One journal. A line that a killed run has torn is left out."""
+    digest, done, synced = "", {}, set()
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, ValueError):
-        return "", {}
+        return Record()
     for line in lines:
         try:
             entry = json.loads(line)
             if "plan" in entry:
                 digest = str(entry["plan"])
+            elif "synced" in entry:
+                synced |= {int(n) for n in entry["synced"]}
             else:
                 done[int(entry["job"])] = {str(k): str(v) for k, v in entry["checksums"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            break
-    return digest, done
+            continue
+    return Record(digest=digest, done=done, synced=frozenset(synced))
+
+
+def read_journals(directory: Path) -> Record:
+    """All journals of a directory as one, those of every part; no digest unless all have the same."""
+    found = [read_journal(f) for f in sorted(directory.glob("journal*.jsonl"))]
+    digests = {r.digest for r in found}
+    return Record(
+        digest=digests.pop() if len(digests) == 1 else "",
+        done={number: sums for r in found for number, sums in r.done.items()},
+        synced=frozenset().union(*(r.synced for r in found)),
+        begun=bool(found),
+    )
 
 
 def intact(

@@ -3,7 +3,8 @@
 At the end everything is written and synced there first; then it is renamed, the shards
 before the index, the other files and the manifest, and config.json last. A directory without
 config.json is no model to any loader, so a killed run never looks finished. A run that was
-killed between two renames moves the files back and goes on.
+killed between two renames moves the files back and goes on. Of several parts (see `parts`) the
+one that finds the files of all others finished does that.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.layout import Shard
+from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
 
-JOURNAL = "journal.jsonl"
 # Stands in PARTIAL while finished files are moved out of it.
 FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
@@ -34,19 +35,23 @@ OTHERS = Path("others")
 class OutputDirectory:
     """OUT, from the first check to the last rename."""
 
-    def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, plan: Plan, *, overwrite: bool = False, part: Part | None = None) -> None:
         """Check that OUT can be used, without touching it. InputError when it cannot."""
         # `a/../b` names b only after links are followed, and only if a is there.
         self.out = out.resolve() if ".." in out.parts else out
-        self.plan = plan
+        self.plan, self.part = plan, part or Part()
+        self.shards = self.part.shards(plan.shards)
         self.partial = self.out / PARTIAL
         self.digest = plan.digest()
         self._overwrite = overwrite
         self._created: list[Path] = []
-        self._descriptors: list[int] = []
+        self._descriptors: dict[int, int] = {}
         self._shown: list[Path] = []
         self._lock = -1
-        self.resuming = False
+        self._stale = False
+        self.journal: Journal | None = None
+        self.record = Record()
+        """What earlier runs of this plan, and other parts of it, had done when this one began."""
         self._check()
 
     def _check(self) -> None:
@@ -66,13 +71,13 @@ class OutputDirectory:
             )
         found = {p.name for p in self.out.iterdir()}
         if PARTIAL in found:
-            self.resuming = read_journal(self.partial / JOURNAL)[0] == self.digest
-            if not self.resuming and not self._overwrite:
+            self._read_journals()
+            if self._stale and not self._overwrite:
                 raise InputError(
                     f"{self.out}: holds an unfinished conversion of another source or with other settings; "
                     "run it again as it was to finish it, or give --overwrite to begin anew"
                 )
-        finishing = self.resuming and (self.partial / FINISHING).exists()
+        finishing = not self._stale and (self.partial / FINISHING).exists()
         if found - {PARTIAL} and not self._overwrite and not finishing:
             raise InputError(
                 f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
@@ -84,27 +89,42 @@ class OutputDirectory:
                 f"(but {min(found)}); choose another place"
             )
 
-    def prepare(self) -> list[int]:
-        """Create the shards at their full size, headers written; file descriptors by shard number."""
+    def _read_journals(self) -> None:
+        record = read_journals(self.partial)
+        self._stale = record.begun and record.digest != self.digest
+        self.record = Record() if self._stale else record
+
+    def prepare(self) -> dict[int, int]:
+        """Create this part's shards at their full size, headers written; shard number → file descriptor."""
+        # Parts of one conversion work side by side; but nobody may be at work on what is moved or removed.
+        tidy = self._stale or (self.partial / FINISHING).exists()
         try:
             self._make_directories()
-            self._lock = _lock(self.out)
+            self._lock = _lock(self.out, shared=not self.part.whole and not tidy)
         except OSError as error:
             self.discard()
             raise self.explain(error) from error
         try:
             self._check_space()
-            if not self.resuming and self.partial.exists():
+            if self._stale:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(exist_ok=True)
             self._move_back()
-            for shard in self.plan.shards:
-                self._descriptors.append(_create(self.partial / shard.file, shard, keep=self.resuming))
+            self.journal = Journal(self.partial / self.part.journal, self.digest)
+            if tidy and not self.part.whole:
+                self._lock = _lock(self.out, shared=True, held=self._lock)
+            for number in sorted(self.shards):
+                shard = self.plan.shards[number]
+                self._descriptors[number] = _create(self.partial / shard.file, shard)
         except OSError as error:
             self.discard()
             raise self.explain(error) from error
         except InputError:
-            self.discard()
+            # What an earlier run wrote is still good when there is space again.
+            if self.record.begun:
+                self.abandon()
+            else:
+                self.discard()
             raise
         return self._descriptors
 
@@ -145,12 +165,17 @@ class OutputDirectory:
         """Whether an error is about OUT and not about a file of the source."""
         return not isinstance(filename, str) or self.plan.source.root not in Path(filename).parents
 
-    def finish(self, checksums: Mapping[str, str]) -> dict[str, Any]:
-        """Show the result under its final names; returns the manifest."""
-        for fd in self._descriptors:
+    def finish(self) -> dict[str, Any]:
+        """Show the result under its final names; returns the manifest, or {} while other parts are missing."""
+        assert self.journal is not None
+        for fd in self._descriptors.values():
             os.fsync(fd)
+        self.journal.synced(self.shards)
         self._close()
-        manifest = self._manifest(checksums)
+        if not self.part.whole and not self._last():
+            return {}
+        done = read_journals(self.partial).done
+        manifest = self._manifest({name: sum_ for sums in done.values() for name, sum_ in sums.items()})
         files = [Path(shard.file) for shard in self.plan.shards]
         if len(self.plan.shards) > 1:
             _write_json(self.partial / INDEX, self._index())
@@ -178,6 +203,31 @@ class OutputDirectory:
         _sync_directory(self.out)
         self._release()
         return manifest
+
+    def missing(self) -> list[str]:
+        """Files that other parts have yet to finish."""
+        if not self.partial.exists():
+            return []
+        synced = read_journals(self.partial).synced
+        return [s.file for number, s in enumerate(self.plan.shards) if number not in synced]
+
+    def _last(self) -> bool:
+        """Whether every part is done, and it falls to this one to show the result.
+
+        The lock that parts share is given back first: of those that end together, the last to do
+        so gets it for itself.
+        """
+        self._release()
+        if self.missing():
+            return False
+        try:
+            self._lock = _lock(self.out)
+        except InputError:
+            return False
+        if not self.partial.exists():  # shown by another meanwhile
+            self._release()
+            return False
+        return True
 
     def _show(self, hidden: Path, file: Path) -> None:
         (self.out / file).parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +277,9 @@ class OutputDirectory:
     def discard(self) -> None:
         """Remove what this run wrote, and the directories that it made."""
         self._close()
+        if not self.part.whole:
+            self._discard_part()
+            return
         for file in reversed(self._shown):
             file.unlink(missing_ok=True)
             for parent in file.relative_to(self.out).parents[:-1]:
@@ -240,6 +293,16 @@ class OutputDirectory:
             except OSError:
                 break
 
+    def _discard_part(self) -> None:
+        """The files of this part; those of others are theirs."""
+        for number in self.shards:
+            (self.partial / self.plan.shards[number].file).unlink(missing_ok=True)
+        (self.partial / self.part.journal).unlink(missing_ok=True)
+        self._release()
+        with suppress(OSError):  # not empty
+            for path in (self.partial, *reversed(self._created)):
+                path.rmdir()
+
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""
         self._close()
@@ -251,23 +314,26 @@ class OutputDirectory:
             self._lock = -1
 
     def _close(self) -> None:
-        for fd in self._descriptors:
+        for fd in self._descriptors.values():
             os.close(fd)
-        self._descriptors = []
+        self._descriptors = {}
+        if self.journal is not None:
+            self.journal.close()
 
 
-def _lock(directory: Path) -> int:
+def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
     """Keep other conversions out of a directory until the returned descriptor is closed.
 
-    Raises InputError when one is at work there. −1 where the file system knows no locks.
+    `shared`: but not those that share it too. `held`: a descriptor whose lock is changed. Raises
+    InputError when one is at work there. −1 where the file system knows no locks.
     """
     try:
         import fcntl
     except ImportError:
         return -1
-    fd = os.open(directory, os.O_RDONLY)
+    fd = held if held >= 0 else os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise InputError(
@@ -279,9 +345,9 @@ def _lock(directory: Path) -> int:
     return fd
 
 
-def _create(file: Path, shard: Shard, *, keep: bool) -> int:
-    """Open a shard, reserve its bytes on the disk, and write its header."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o644)
+def _create(file: Path, shard: Shard) -> int:
+    """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if hasattr(os, "posix_fallocate"):
             try:

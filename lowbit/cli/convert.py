@@ -50,6 +50,15 @@ def convert(
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
     workers: Workers = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="This machine's share, where N machines convert together on a shared file system: the same "
+            "command with 1/N … N/N, at once or in any order; the last to end shows the result.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and check, but write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in OUT.")] = False,
     json: Json = False,
@@ -60,12 +69,20 @@ def convert(
     `lowbit verify OUT --source SRC`.
     """
     from lowbit import api
+    from lowbit.checkpoint.jobs import shard_of
+    from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
 
+    share = Part() if part is None else Part.parse(part)
     wanted = wanted_recipe(recipe, scheme, ignore, keep)
     if method or (wanted.method and calibration is None):
+        if not share.whole:
+            raise InputError(
+                "expected --part without --method: every machine would calibrate; run `lowbit calibrate` once, "
+                "then give --calibration to all"
+            )
         if calibration is not None:
             raise InputError(
                 "expected --calibration or --method, found both; a calibration has its method already"
@@ -85,25 +102,35 @@ def convert(
     if not json:
         print(headline(decided))
     if dry_run:
-        OutputDirectory(out, decided, overwrite=overwrite)
+        OutputDirectory(out, decided, overwrite=overwrite, part=share)
         if json:
             print_json({**summary(decided), "dry_run": True})
         else:
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
-    with bytes_bar("converting", decided.source_bytes, quiet=json) as progress:
-        done = api.run_plan(decided, out, workers=workers, overwrite=overwrite, progress=progress)
+    shards = share.shards(decided.shards)
+    total = sum(job.source_bytes for job in decided.jobs if shard_of(job) in shards)
+    with bytes_bar("converting", total, quiet=json) as progress:
+        done = api.run_plan(decided, out, workers=workers, part=share, overwrite=overwrite, progress=progress)
     if json:
-        body = {"out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs}
+        body = {
+            "out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs,
+            "part": f"{share.number}/{share.count}", "missing_files": list(done.missing),
+        }  # fmt: skip
         print_json({**summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
         return
     if done.resumed_jobs:
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
-    share = decided.output_bytes / max(decided.source.nbytes, 1)
-    print(
-        f"wrote {out}: {say_bytes(decided.output_bytes)} ({share:.0%} of the source) in {done.seconds:.1f} s, "
-        f"{done.bytes_per_second / 1e9:.2f} GB/s"
-    )
+    speed = f"in {done.seconds:.1f} s, {done.bytes_per_second / 1e9:.2f} GB/s"
+    if not share.whole:
+        written = sum(decided.shards[number].nbytes for number in shards)
+        print(f"{share}: {say_bytes(written)} in {len(shards)} of {len(decided.shards)} files {speed}")
+        if done.missing:
+            print(f"{out} is shown when the other parts have made {len(done.missing)} more")
+            return
+        speed = "by all parts"
+    ratio = decided.output_bytes / max(decided.source.nbytes, 1)
+    print(f"wrote {out}: {say_bytes(decided.output_bytes)} ({ratio:.0%} of the source) {speed}")
 
 
 def _calibrate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lowbit.checkpoint.execute import Cancelled, Progress, Worker
 from lowbit.checkpoint.jobs import Job
@@ -19,7 +19,7 @@ def default_workers() -> int:
 
 def run_jobs(
     jobs: Sequence[tuple[int, Job]],
-    outputs: Sequence[int],
+    outputs: Mapping[int, int],
     *,
     workers: int,
     progress: Progress,

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import FILES, everything, start, wait_for_jobs
 from sample_models import block_fp8, deepseek_v3, llama, load, same_bits, write
 
 import lowbit
@@ -23,16 +23,10 @@ from lowbit.checkpoint.headers import PARTIAL
 from lowbit.checkpoint.journal import read_journal
 from lowbit.errors import InputError
 
-FILES = {"tokenizer.json": "{}", "code/modeling.py": "pass"}
-
 
 @pytest.fixture
 def src(tmp_path) -> Path:
     return write(tmp_path / "src", *deepseek_v3(), files=FILES, place=lambda n: len(n) % 2)
-
-
-def everything(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("scheme", ["int8", "mxfp8", "bf16"])
@@ -95,34 +89,6 @@ def test_progress_adds_up_to_the_source(src, tmp_path):
 
 # --- killed and resumed -----------------------------------------------------------------------
 
-RUN = """
-import os, sys, time
-from lowbit.checkpoint import execute
-import lowbit
-write = execute.Worker._write
-def slow(self, out, start, data):
-    write(self, out, start, data)
-    time.sleep(0.02)
-execute.Worker._write = slow
-print("ready", flush=True)
-lowbit.convert(sys.argv[1], sys.argv[2], "int8", workers=2, max_shard_size="200KB")
-"""
-
-
-def start(src: Path, out: Path, code: str = RUN) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(src), str(out)], env=environment, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
-    )  # fmt: skip
-
-
-def wait_for_jobs(out: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(read_journal(out / PARTIAL / "journal.jsonl")[1]) < count:
-        assert time.monotonic() < deadline, "the conversion did not get going"
-        time.sleep(0.005)
-
 
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
 def test_a_stopped_run_never_looks_finished_and_resumes(src, tmp_path, sig):
@@ -134,7 +100,7 @@ def test_a_stopped_run_never_looks_finished_and_resumes(src, tmp_path, sig):
     assert [p.name for p in out.iterdir()] == [PARTIAL]
     with pytest.raises(InputError, match="unfinished conversion; run `lowbit convert` again"):
         lowbit.verify(out)
-    before = len(read_journal(out / PARTIAL / "journal.jsonl")[1])
+    before = len(read_journal(out / PARTIAL / "journal.jsonl").done)
     done = lowbit.convert(src, out, "int8", max_shard_size="200KB")
     assert 10 <= done.resumed_jobs <= before
     lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
@@ -161,11 +127,24 @@ def test_a_damaged_partial_is_made_again(src, tmp_path, stopped):
     shards[1].unlink()
     journal = stopped / PARTIAL / "journal.jsonl"
     journal.write_text(journal.read_text() + '{"job": 1, "check')  # torn
-    recorded = len(read_journal(journal)[1])
+    recorded = len(read_journal(journal).done)
     done = lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
     assert 0 < done.resumed_jobs < recorded
     lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
     assert everything(stopped) == everything(tmp_path / "fresh")
+
+
+def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkeypatch):
+    files = everything(stopped)
+    for shard in (stopped / PARTIAL).glob("*.safetensors"):
+        shard.unlink()
+        break
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        with pytest.raises(InputError, match="GB of free disk space"):
+            lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
+    assert len(everything(stopped)) == len(files) - 1
+    assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
 
 
 def test_other_settings_do_not_mix_with_a_partial(src, stopped, tmp_path):

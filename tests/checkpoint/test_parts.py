@@ -1,0 +1,188 @@
+"""Several machines convert together: parts of a plan, in any order, at once, killed, and given again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conversions import FILES, RUN, everything, start
+from sample_models import deepseek_v3, write
+
+import lowbit
+from lowbit.checkpoint import writer
+from lowbit.checkpoint.headers import PARTIAL
+from lowbit.checkpoint.layout import Shard
+from lowbit.checkpoint.parts import Part
+from lowbit.errors import InputError
+
+SIZE = "200KB"
+
+
+def part(text: str) -> Part:
+    return Part.parse(text)
+
+
+@pytest.fixture
+def src(tmp_path) -> Path:
+    return write(tmp_path / "src", *deepseek_v3(), files=FILES, place=lambda n: len(n) % 2)
+
+
+@pytest.fixture
+def alone(src, tmp_path) -> dict[str, bytes]:
+    """What one machine makes."""
+    lowbit.convert(src, tmp_path / "alone", "int8", max_shard_size=SIZE)
+    return everything(tmp_path / "alone")
+
+
+def convert(src: Path, out: Path, which: str, **more):
+    return lowbit.convert(src, out, "int8", max_shard_size=SIZE, part=part(which), **more)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [100, 1, 1], [1, 1, 100], [1, 1, 100, 1, 1, 1], [5, 5, 5, 5]])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_share_the_files(sizes, count):
+    shards = [Shard(file=str(i), header=b"", nbytes=s, names=()) for i, s in enumerate(sizes)]
+    found = [sorted(Part(number=i + 1, count=count).shards(shards)) for i in range(count)]
+    assert [n for numbers in found for n in numbers] == list(range(len(sizes)))
+    assert all(found)
+
+
+def test_parts_are_about_as_large():
+    shards = [Shard(file=str(i), header=b"", nbytes=10 + i % 3, names=()) for i in range(60)]
+    sizes = [sum(shards[n].nbytes for n in Part(number=i + 1, count=4).shards(shards)) for i in range(4)]
+    assert max(sizes) - min(sizes) < 24
+
+
+@pytest.mark.parametrize("order", ["1 2 3", "3 1 2"])
+def test_parts_in_any_order_give_what_one_machine_gives(src, tmp_path, alone, order):
+    out = tmp_path / "out"
+    *first, last = order.split()
+    for number in first:
+        done = convert(src, out, f"{number}/3")
+        assert done.missing and done.manifest == {}
+        assert [p.name for p in out.iterdir()] == [PARTIAL]
+        with pytest.raises(InputError, match="unfinished conversion"):
+            lowbit.verify(out)
+    done = convert(src, out, f"{last}/3")
+    assert done.missing == () and everything(out) == alone
+    assert done.manifest == json.loads((out / "lowbit_manifest.json").read_text())
+    assert lowbit.verify(out).ok
+
+
+def test_parts_at_once(src, tmp_path, alone):
+    out = tmp_path / "out"
+    command = f"{sys.executable} -m lowbit convert {src} {out} --max-shard-size {SIZE} --json --part".split()
+    running = [
+        subprocess.Popen([*command, f"{i}/4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(1, 5)
+    ]
+    texts = [p.communicate(timeout=120) for p in running]
+    assert [p.returncode for p in running] == [0] * 4, texts
+    assert everything(out) == alone
+    assert sorted(json.loads(t[0])["part"] for t in texts) == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_part_that_is_given_again_goes_on(src, tmp_path, alone):
+    out = tmp_path / "out"
+    convert(src, out, "2/2")
+    first = convert(src, out, "2/2")
+    assert first.resumed_jobs > 0 and first.missing
+    done = convert(src, out, "1/2")
+    assert done.resumed_jobs == 0 and everything(out) == alone
+
+
+def test_a_killed_part(src, tmp_path, alone):
+    out = tmp_path / "out"
+    mine = RUN.replace("max_shard_size=", "part=Part(number=1, count=2), max_shard_size=")
+    assert mine != RUN
+    process = start(src, out, "from lowbit.checkpoint.parts import Part" + mine)
+    while not (out / PARTIAL / "journal-1-of-2.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    assert convert(src, out, "2/2").missing
+    assert convert(src, out, "1/2").missing == ()
+    assert everything(out) == alone
+
+
+def test_one_machine_finishes_what_parts_began(src, tmp_path, alone):
+    out = tmp_path / "out"
+    begun = convert(src, out, "1/3")
+    jobs = len(begun.plan.jobs)
+    done = lowbit.convert(src, out, "int8", max_shard_size=SIZE)
+    assert 0 < done.resumed_jobs < jobs and everything(out) == alone
+
+
+def test_another_number_of_parts_goes_on(src, tmp_path, alone):
+    out = tmp_path / "out"
+    convert(src, out, "1/3")
+    assert convert(src, out, "1/2").resumed_jobs > 0
+    assert convert(src, out, "2/2").missing == ()
+    assert everything(out) == alone
+
+
+def test_other_settings_do_not_mix(src, tmp_path):
+    out = tmp_path / "out"
+    convert(src, out, "1/2")
+    with pytest.raises(InputError, match="another source or with other settings"):
+        lowbit.convert(src, out, "fp8", max_shard_size=SIZE, part=part("2/2"))
+    done = lowbit.convert(src, out, "fp8", max_shard_size=SIZE, part=part("2/2"), overwrite=True)
+    assert done.missing
+    lowbit.convert(src, out, "fp8", max_shard_size=SIZE, part=part("1/2"), overwrite=True)
+    assert lowbit.verify(out).ok
+
+
+def test_a_failing_part_takes_only_its_own_files(src, tmp_path, monkeypatch, alone):
+    from lowbit.checkpoint import execute
+
+    out = tmp_path / "out"
+    convert(src, out, "1/2")
+    before = everything(out)
+
+    def fails(*args, **kwargs):
+        raise InputError("expected finite weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute.Worker, "_write", fails)
+        with pytest.raises(InputError, match="expected finite"):
+            convert(src, out, "2/2")
+    assert everything(out) == before
+    assert convert(src, out, "2/2").missing == () and everything(out) == alone
+
+
+def test_a_first_part_that_fails_leaves_nothing(src, tmp_path, monkeypatch):
+    from lowbit.checkpoint import execute
+
+    def fails(*args, **kwargs):
+        raise InputError("expected finite weights")
+
+    monkeypatch.setattr(execute.Worker, "_write", fails)
+    with pytest.raises(InputError, match="expected finite"):
+        convert(src, tmp_path / "deep" / "out", "2/2")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_parts_share_the_lock_and_a_whole_conversion_does_not(src, tmp_path):
+    out = tmp_path / "out"
+    plan = lowbit.plan(src, "int8", max_shard_size=SIZE)
+    one = writer.OutputDirectory(out, plan, part=part("1/2"))
+    one.prepare()
+    writer.OutputDirectory(out, plan, part=part("2/2")).prepare()
+    with pytest.raises(InputError, match="another conversion is writing here"):
+        writer.OutputDirectory(out, plan).prepare()
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0"])
+def test_bad_parts(src, tmp_path, text):
+    with pytest.raises(InputError, match="expected --part I/N"):
+        convert(src, tmp_path / "out", text)
+
+
+def test_more_parts_than_files(src, tmp_path):
+    with pytest.raises(InputError, match=r"found 500 parts and \d+ files.*--max-shard-size"):
+        convert(src, tmp_path / "out", "1/500")
+    assert not (tmp_path / "out").exists()
