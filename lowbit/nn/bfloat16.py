@@ -69,7 +69,10 @@ class BFloat16Linear(StoredWeights):
 
 
 class BFloat16Embedding(StoredWeights):
-    """Rows of a bfloat16 table in `dtype`, which follows `.to(dtype)` and `.half()`; the table does not."""
+    """Rows of a bfloat16 table in `dtype`, which follows `.to(dtype)` and `.half()`; the table does not.
+
+    `scale` multiplies them, as the embeddings of Gemma do; None: they are what they are.
+    """
 
     def __init__(
         self,
@@ -77,13 +80,15 @@ class BFloat16Embedding(StoredWeights):
         embedding_dim: int,
         *,
         padding_idx: int | None = None,
+        scale: float | None = None,
+        kind: type[nn.Embedding] = nn.Embedding,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """An uninitialized table [num_embeddings, embedding_dim]."""
+        """An uninitialized table [num_embeddings, embedding_dim]. `kind`: what `to_embedding` makes."""
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.dtype = dtype
+        self.scale, self.kind, self.dtype = scale, kind, dtype
         self.frozen = ("weight",)
         self.register_buffer(
             "weight", torch.empty(num_embeddings, embedding_dim, dtype=torch.bfloat16, device=device)
@@ -96,13 +101,17 @@ class BFloat16Embedding(StoredWeights):
     def forward(self, ids: Tensor) -> Tensor:
         weight = self._buffers["weight"]
         assert weight is not None
-        return nn.functional.embedding(ids, weight).to(self.dtype)
+        rows = nn.functional.embedding(ids, weight).to(self.dtype)
+        # Rounded to the dtype first, as transformers does.
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
 
     def to_embedding(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """A trainable Embedding of the widened table."""
         weight = self._buffers["weight"]
         assert weight is not None
-        made = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
+        more = {} if self.scale is None else {"embed_scale": self.scale}
+        made = self.kind(1, self.embedding_dim, None, **more)  # type: ignore[arg-type]
+        made.num_embeddings, made.padding_idx = self.num_embeddings, self.padding_idx
         made.weight = nn.Parameter(weight.to(dtype, copy=True))
         return made.train(self.training)
 
@@ -111,10 +120,19 @@ class BFloat16Embedding(StoredWeights):
 
 
 def keepable(module: nn.Module) -> bool:
-    """Whether one of these can stand for a module: a Linear or Embedding and no subclass, that computes in float32."""
-    if type(module) is nn.Embedding:
+    """Whether one of these can stand for a module that computes in float32: a Linear or an Embedding, of no other class
+    than torch's or transformers' scaled one."""
+    if type(module) is nn.Embedding or _scale(module) is not None:
+        assert isinstance(module, nn.Embedding)
         return module.weight.dtype == torch.float32 and module.max_norm is None
     return type(module) is nn.Linear and module.weight.dtype == torch.float32
+
+
+def _scale(module: nn.Module) -> float | None:
+    """What transformers' `…ScaledWordEmbedding` multiplies its rows by."""
+    if isinstance(module, nn.Embedding) and type(module).__name__.endswith("ScaledWordEmbedding"):
+        return getattr(module, "scalar_embed_scale", None)
+    return None
 
 
 def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
@@ -183,8 +201,9 @@ def like(module: nn.Module) -> BFloat16Linear | BFloat16Embedding:
     """What holds the weight of a `keepable` module, on meta: to be filled from the checkpoint."""
     if isinstance(module, nn.Embedding):
         return BFloat16Embedding(
-            module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta"
-        )
+            module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, scale=_scale(module),
+            kind=type(module), device="meta",
+        )  # fmt: skip
     assert isinstance(module, nn.Linear)
     return BFloat16Linear(
         module.in_features,
