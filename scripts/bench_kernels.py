@@ -1,7 +1,7 @@
 """Kernels on a GPU: first correctness, then speed, as a table of ratios to named peers.
 
     python scripts/bench_kernels.py [--models deepseek-v3 …] [--kinds fp8 int8 …] [--m 1 16 …]
-        [--json out.json] [--dry-run]
+        [--json out.json] [--write benchmarks/kernels.md] [--dry-run]
 
 Times are CUDA events around each launch, medians, with the L2 cache overwritten before each.
 A problem whose result is wrong is not timed and makes the exit code 1. `--dry-run` lists the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -133,8 +134,10 @@ def row(
     ]  # fmt: skip
 
 
-def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, Callable[[], Any]]]:
-    """(kernel call, oracle of it in float32, peers by name) on the current GPU."""
+def build(
+    problem: Problem, device: Any = "cuda"
+) -> tuple[Callable[..., Any], Callable[[], Any], dict[str, Callable[[], Any]]]:
+    """(kernel call, oracle of it in float32, peers by name) on `device`, the current GPU."""
     import torch
     from lowbit.kernels.matmul import matmul
     from lowbit.kernels.matmul_block import matmul_block
@@ -142,7 +145,7 @@ def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict
     from lowbit.kernels.matmul_weight_only import matmul_weight_only
     from lowbit.kernels.targets import device_target
 
-    device = torch.device("cuda")
+    device = torch.device(device)
     fp8 = torch.float8_e4m3fnuz if device_target(device).fp8 == "e4m3fnuz" else torch.float8_e4m3fn
 
     def codes(*shape: int) -> torch.Tensor:
@@ -179,7 +182,7 @@ def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict
         return (
             lambda launch=None: matmul_grouped(a, w, offsets, group, w_scale, launch=launch, **kwargs),
             oracle,
-            {},
+            {"bf16": _grouped_bf16(rows, k, bf16((problem.experts, n, k)), offsets)},
         )
 
     w = codes(n, k)
@@ -197,6 +200,8 @@ def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict
         w_scale = torch.rand(-(-n // 128), -(-k // 128), device=device)
         call = lambda launch=None: matmul_block(a, w, group, w_scale, launch=launch)  # noqa: E731
         left, right = lambda: a.float() * spread(group, 1), lambda: w.float() * spread(w_scale, 128)[:n]
+        if problem.kind == "fp8-block":
+            peers["torch"] = _block_scaled(a, w, group, w_scale)
     else:
         w_scale = torch.rand(n, 1, device=device)
         call = lambda launch=None: matmul(a, w, group, w_scale, launch=launch)  # noqa: E731
@@ -214,6 +219,28 @@ def build(problem: Problem) -> tuple[Callable[..., Any], Callable[[], Any], dict
     else:
         peers["vllm"] = lambda: vllm.cutlass_scaled_mm(a, w.t(), group, w_scale.t(), torch.bfloat16)
     return call, lambda: left() @ right().t(), peers
+
+
+def _grouped_bf16(rows: int, k: int, w: Any, offsets: Any) -> Callable[[], Any]:
+    """torch's own grouped product in bfloat16, on the same division of rows among experts."""
+    import torch
+
+    x = torch.randn(rows, k, dtype=torch.bfloat16, device=w.device)
+    return lambda: torch.nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=offsets[1:])
+
+
+def _block_scaled(a: Any, w: Any, a_scale: Any, w_scale: Any) -> Callable[[], Any]:
+    """torch's own fp8 product with 1×128 and 128×128 scales (sm90, CUDA 12.9 or later)."""
+    import torch
+    from torch.nn.functional import ScalingType
+
+    def call() -> Any:
+        return torch.nn.functional.scaled_mm(
+            a, w.t(), a_scale, ScalingType.BlockWise1x128, w_scale.t(), ScalingType.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    return call
 
 
 def error_of(call: Callable[[], Any], oracle: Callable[[], Any]) -> float:
@@ -241,12 +268,27 @@ def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def driver() -> str:
+    """The driver's version, as its own tool says it."""
+    for command in (
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        ["rocm-smi", "--version"],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return done.stdout.strip().splitlines()[0]
+    return "unknown"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--m", nargs="+", type=int, default=list(M))
     parser.add_argument("--json", type=Path, help="also write the measurements here")
+    parser.add_argument("--write", type=Path, help="also append the table to this Markdown file")
     parser.add_argument("--dry-run", action="store_true", help="list the problems; needs no GPU")
     arguments = parser.parse_args(argv)
     chosen = problems(arguments.models, arguments.kinds, arguments.m)
@@ -264,8 +306,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name()
     peaks = roof(device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    print(f"{device}, torch {torch.__version__}, triton {triton.__version__}\n\n| {' | '.join(COLUMNS)} |")
-    print(f"|{'---|' * len(COLUMNS)}", flush=True)
+    versions = f"driver {driver()}, torch {torch.__version__}, triton {triton.__version__}"
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    say(f"## {device}, {versions}\n\n| {' | '.join(COLUMNS)} |")
+    say(f"|{'---|' * len(COLUMNS)}")
     measured, wrong = [], 0
     for problem in chosen:
         label = f"| {problem.model} | {problem.kind} | {problem.m} | {problem.n} | {problem.k} |"
@@ -273,22 +322,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             call, oracle, peers = build(problem)
             error = error_of(call, oracle)
         except ValueError as refusal:
-            print(f"{label} refused: {refusal} |")
+            say(f"{label} refused: {refusal} |")
             continue
         if not error < 4e-3:  # bf16 output alone is 1.7e-3
             wrong += 1
-            print(f"{label} WRONG: {error:.1e} |")
+            say(f"{label} WRONG: {error:.1e} |")
             continue
         seconds, others = seconds_of(call), {}
         for name, peer in peers.items():
             try:
                 others[name] = seconds_of(peer)
-            except RuntimeError as unsupported:
+            except (RuntimeError, ValueError) as unsupported:
                 print(f"{name} cannot run {problem}: {str(unsupported).splitlines()[0]}", file=sys.stderr)
-        print(f"| {' | '.join(row(problem, seconds, others, peaks))} |", flush=True)
+        say(f"| {' | '.join(row(problem, seconds, others, peaks))} |")
         measured.append(asdict(problem) | {"seconds": seconds, "error": error, "peers": others})
     if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device, "rows": measured}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"device": device, "versions": versions, "rows": measured}, indent=1)
+        )
+    if arguments.write:
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.write.open("a", encoding="utf-8") as stream:
+            stream.write("\n" + "\n".join(lines) + "\n")
     return 1 if wrong else 0
 
 

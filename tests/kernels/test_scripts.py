@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -137,3 +139,84 @@ def test_the_command_compiles(monkeypatch):
         "-m", "lowbit.kernels.compile", "--target", "sm90", "--target", "sm80", "--json", "--jobs", "1",
     ]  # fmt: skip
     assert "TRITON_INTERPRET" not in seen["env"]
+
+
+# The halves of the scripts that measure, on the interpreter: everything but the clock.
+
+
+@pytest.fixture
+def rehearsal(monkeypatch):
+    """A card that is the CPU under Triton's interpreter, and a clock that tells the calls it was given."""
+    import lowbit.kernels.targets
+
+    build, timed = bench.build, []
+
+    def seconds_of(call, repeats=20):
+        call()
+        timed.append(call)
+        return 1e-3 * len(timed)
+
+    monkeypatch.setattr(lowbit.kernels.targets, "device_target", lambda device: get_target("sm90"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for script in (bench, tune, sys.modules["bench_kernels"]):
+        monkeypatch.setattr(script, "build", lambda problem: build(problem, "cpu"))
+        monkeypatch.setattr(script, "seconds_of", seconds_of)
+    monkeypatch.setitem(bench.MODELS, "square", [(80, 256)])
+    monkeypatch.setitem(bench.MODELS, "qwen3-moe", [])
+    monkeypatch.setitem(bench.EXPERTS, "qwen3-moe", [(80, 256, 4, 2)])
+    return timed
+
+
+@pytest.mark.parametrize("kind", bench.KINDS)
+def test_rehearsal_of_the_benchmark(rehearsal, kind, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [
+        "--models",
+        "square",
+        "qwen3-moe",
+        "--kinds",
+        kind,
+        "--m",
+        "3",
+        "20",
+        "--json",
+        str(out),
+        "--write",
+        str(tmp_path / "out.md"),
+    ]
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    grouped = kind in bench.GROUPED_KINDS
+    assert len(found["rows"]) == (4 if grouped else 2) and "refused" not in printed
+    assert all(0 < r["error"] < 4e-3 for r in found["rows"])
+    assert all("bf16" in r["peers"] for r in found["rows"])
+    assert len(printed.splitlines()) == 4 + len(found["rows"])
+    assert (tmp_path / "out.md").read_text() == "\n" + printed
+    assert re.match(r"## NVIDIA H100 80GB HBM3, driver .*, torch 2.*, triton ", printed)
+
+
+def test_a_wrong_kernel_is_not_timed(rehearsal, monkeypatch, capsys):
+    import lowbit.kernels.matmul
+
+    right = lowbit.kernels.matmul.matmul
+    monkeypatch.setattr(lowbit.kernels.matmul, "matmul", lambda *a, **kw: 1.01 * right(*a, **kw))
+    assert bench.main(["--models", "square", "--kinds", "int8", "--m", "3"]) == 1
+    assert "WRONG" in capsys.readouterr().out and not rehearsal
+
+
+def test_rehearsal_of_tuning(rehearsal, monkeypatch, tmp_path):
+    every = tune.candidates
+    # The interpreter is slow: of the candidates the first, and two others.
+    monkeypatch.setattr(tune, "candidates", lambda p, t: list(every(p, t))[:60:25])
+    monkeypatch.setattr(tune, "FOLDER", tmp_path)
+    clock = iter([5e-3, 1e-3, 2e-3])
+    monkeypatch.setattr(tune, "seconds_of", lambda call, repeats: (call(), next(clock))[1])
+    monkeypatch.setattr(tune, "device_target", lambda device: get_target("sm90"), raising=False)
+    assert tune.main(["--models", "square", "--kinds", "int8", "--m", "16"]) == 0
+    table = json.loads((tmp_path / "sm90.json").read_text())
+    (entry,) = table["entries"]
+    assert (entry["kernel"], entry["m"], entry["n"], entry["k"]) == ("matmul", 16, 80, 256)
+    assert table["device"] == "NVIDIA H100 80GB HBM3"
