@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.headers import FLOATS, TensorRef
+from lowbit.checkpoint.headers import TensorRef
 from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
+from lowbit.checkpoint.static import RowSums, static_tensors
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
@@ -61,7 +63,7 @@ def read_bytes(ref: TensorRef) -> np.ndarray:
 
 
 def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """uint8 bytes of BF16, F16, F32, F8_E8M0 or U8 (biased exponents) → float32, flat."""
+    """uint8 bytes of BF16, F16, F32, F8_E8M0 or U8 (biased exponents), I8, or I64 (float32 bits) → float32, flat."""
     if dtype == "F32":
         return raw.view(np.float32)
     if dtype == "BF16":
@@ -72,6 +74,10 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
         exponents = raw.astype(np.uint32)
         bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)  # 2⁻¹²⁷ is subnormal
         return np.where(exponents == 255, np.uint32(0x7FC00000), bits).view(np.float32)
+    if dtype == "I8":
+        return raw.view(np.int8).astype(np.float32)
+    if dtype == "I64":
+        return raw.view(np.int64).astype(np.int32).view(np.float32)
     raise InputError(f"expected scales in F32, BF16, F16 or E8M0, found {dtype}")
 
 
@@ -80,11 +86,26 @@ def read_scale(source: Source) -> np.ndarray:
     if source.scale is None:
         return _NO_SCALE
     scale = to_float(read_bytes(source.scale), source.scale.dtype)
+    if source.divisor is not None:
+        scale = scale / read_number(source.divisor)
     if not np.isfinite(scale).all():
         at = int(np.flatnonzero(~np.isfinite(scale))[0])
         raise InputError(f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {at}")
+    if source.offset is not None and to_float(read_bytes(source.offset), source.offset.dtype).any():
+        raise InputError(
+            f"{source.offset.name}: expected symmetric weights, found zero points other than 0; dequantize the "
+            "checkpoint with its own tools first"
+        )
     columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
     return np.ascontiguousarray(scale.reshape(-1, columns))
+
+
+def read_number(ref: TensorRef) -> np.float32:
+    """The one value of a tensor, such as a scale of activations; InputError where it is not one, or not finite."""
+    values = to_float(read_bytes(ref), ref.dtype)
+    if values.size != 1 or not np.isfinite(values[0]):
+        raise InputError(f"{ref.name}: expected one finite number, found {values[:4].tolist()}")
+    return values[0]
 
 
 def source_kind(source: Source) -> int:
@@ -97,6 +118,14 @@ def source_kind(source: Source) -> int:
             "use --keep to carry it as it is"
         )
     return loops.SOURCE_KINDS[source.ref.dtype]
+
+
+def _whole_number(ref: TensorRef) -> int:
+    """A zero point; InputError where int8 does not hold it."""
+    value = read_number(ref)
+    if value != np.rint(value) or not -128 <= value <= 127:
+        raise InputError(f"{ref.name}: expected a zero point from -128 to 127, found {value}")
+    return int(value)
 
 
 class Worker:
@@ -129,30 +158,43 @@ class Worker:
             return {out.name: xxhash.xxh3_128_hexdigest(job.data)}
         if job.kind == "copy":
             return self._copy(job)
+        if job.kind == "scale":
+            return self._scale(job)
         if job.kind == "cast" and job.source is not None and job.source.scale is None:
             return self._cast(job)
         return self._convert(job)
 
     def _copy(self, job: Job) -> dict[str, str]:
         assert job.source is not None
-        ref, (out,) = job.source.ref, job.outputs.values()
-        digest = xxhash.xxh3_128()
+        ref, out = job.source.ref, next(iter(job.outputs.values()))
+        digest, sums = xxhash.xxh3_128(), RowSums(job)
         for start in range(0, ref.nbytes, COPY_BYTES):
             part = self._read(ref, start, min(COPY_BYTES, ref.nbytes - start))
             digest.update(part.data)
+            sums.add(part)
             self._write(out, start, part)
             self._progress(part.size)
-        return {out.name: digest.hexdigest()}
+        done = {out.name: digest.hexdigest()}
+        if job.static is not None:
+            done |= self._write_static(job, sums, read_scale(job.source))
+        self._progress(sum(r.nbytes for r in job.source.refs[1:]))
+        return done
+
+    def _scale(self, job: Job) -> dict[str, str]:
+        """Scales in float32; zero points between float32 and int8."""
+        assert job.source is not None
+        source, (out,) = job.source, job.outputs.values()
+        if out.dtype == "I8":
+            done = self._write_whole(out, np.array([_whole_number(source.ref)], np.int8))
+        else:
+            done = self._write_whole(out, read_scale(replace(source, scale=source.ref)).reshape(-1))
+        self._progress(sum(r.nbytes for r in source.refs))
+        return done
 
     def _cast(self, job: Job) -> dict[str, str]:
         """One float dtype to another; the shape does not matter."""
         assert job.source is not None
         ref, (out,) = job.source.ref, job.outputs.values()
-        if ref.dtype not in FLOATS:
-            scale = read_scale(Source(ref=ref, scale=ref)).reshape(-1)
-            self._write(out, 0, scale.view(np.uint8))
-            self._progress(ref.nbytes)
-            return {out.name: xxhash.xxh3_128_hexdigest(scale.tobytes())}
         kind, out_kind = loops.SOURCE_KINDS[ref.dtype], _PLAIN_OUT[out.dtype]
         item, out_item = loops.SOURCE_BYTES[kind], loops.OUTPUT_BYTES[out_kind]
         step = BLOCK_BYTES // item
@@ -192,7 +234,7 @@ class Worker:
         scales, given = self._scales_for(job, source_scale, kind)
         power_of_2 = job.spec is not None and job.spec.scale != "float32"
 
-        digest = xxhash.xxh3_128()
+        digest, sums = xxhash.xxh3_128(), RowSums(job)
         row_bytes, out_row = cols * loops.SOURCE_BYTES[kind], out_cols * loops.OUTPUT_BYTES[out_kind]
         step = self._rows_per_block(row_bytes, tile_rows)
         values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
@@ -214,14 +256,29 @@ class Worker:
                     job, part, kind, row * cols, count * cols, source_scale, row, out.dtype
                 )
             digest.update(codes.data)
+            sums.add(codes)
             self._write(out, row * out_row, codes)
             self._progress(part.size)
         done = {out.name: digest.hexdigest()}
         if "scale" in job.outputs:
             done |= self._write_scales(job.outputs["scale"], scales)
-        if source.scale is not None:
-            self._progress(source.scale.nbytes)
+        if job.static is not None:
+            done |= self._write_static(job, sums, scales)
+        self._progress(sum(r.nbytes for r in source.refs[1:]))
         return done
+
+    def _write_static(self, job: Job, sums: RowSums, scales: np.ndarray) -> dict[str, str]:
+        """`deq_scale` and `quant_bias` of codes that have passed, from what was written for them."""
+        assert job.static is not None
+        deq, out, bias = job.outputs["deq_scale"], job.outputs["quant_bias"], job.static.bias
+        deq_scale, quant_bias = static_tensors(
+            read_number(job.static.scale),
+            0 if job.static.zero_point is None else _whole_number(job.static.zero_point),
+            None if bias is None else to_float(read_bytes(bias), bias.dtype),
+            scales.reshape(-1), sums.values, out.name,
+        )  # fmt: skip
+        as_stored = deq_scale.view(np.int32).astype(np.int64) if deq.dtype == "I64" else deq_scale
+        return self._write_whole(deq, as_stored) | self._write_whole(out, quant_bias)
 
     def _scales_for(self, job: Job, source_scale: np.ndarray, kind: int) -> tuple[np.ndarray, bool]:
         """(float32 [row tiles, column tiles], whether they are decided already)."""
@@ -269,7 +326,10 @@ class Worker:
         raw = scales.reshape(-1)
         if out.dtype == "U8":
             raw = (raw.view(np.uint32) >> 23).astype(np.uint8)
-        data = np.ascontiguousarray(raw).view(np.uint8)
+        return self._write_whole(out, raw)
+
+    def _write_whole(self, out: OutTensor, values: np.ndarray) -> dict[str, str]:
+        data = np.ascontiguousarray(values).view(np.uint8)
         self._write(out, 0, data)
         return {out.name: xxhash.xxh3_128_hexdigest(data.data)}
 

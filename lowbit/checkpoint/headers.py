@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import InputError
+from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, quantization_of
 
 # safetensors' own limit; a longer one is an attack or a broken file.
 MAX_HEADER_BYTES = 100_000_000
@@ -66,7 +67,8 @@ class Checkpoint:
     """In file order, shard after shard."""
     shards: tuple[Path, ...]
     config: dict[str, Any]
-    """`config.json`; empty where there is none."""
+    """`config.json`; empty where there is none. Where a file of its own describes the quantization
+    (msModelSlim's), that is its `quantization_config`."""
     others: tuple[Path, ...]
     """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
     notes: tuple[str, ...] = field(default=())
@@ -326,7 +328,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = _read_config(config_file) if config_file.is_file() else {}
     if not config:
         notes.append("no config.json: the architecture is unknown")
-    skip = {*found, *indexes, config_file, root / MANIFEST}
+    description = root / DESCRIPTION
+    if description.is_file():
+        if quantization_of(config):
+            notes.append(f"{DESCRIPTION} is left out: config.json has a quantization_config")
+        else:
+            config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
+    skip = {*found, *indexes, config_file, root / MANIFEST, description}
     others = []
     for file in _files_below(root):
         if file.suffix in WEIGHT_SUFFIXES and file not in skip:

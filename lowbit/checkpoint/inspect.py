@@ -118,7 +118,7 @@ def _odd(source: Checkpoint, stored: Mapping[str, StoredModule]) -> list[str]:
     """Things that go wrong in conversions elsewhere."""
     found = []
     tensors = source.tensors
-    apart = [m for m, s in stored.items() if tensors[s.weight].file != tensors[s.names["scale"]].file]
+    apart = [m for m, s in stored.items() if tensors[s.weight].file != tensors[s.scale].file]
     if apart:
         found.append(f"{len(apart)} weights have their scale in another shard (first: {apart[0]})")
     if fused := [n for n, t in tensors.items() if ".experts." in n and len(t.shape) == 3]:

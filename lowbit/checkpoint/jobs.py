@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
@@ -32,10 +33,43 @@ class Source:
     scale: TensorRef | None = None
     block: tuple[int, int] = (1, 1)
     """Rows and columns of the weight per source scale."""
+    divisor: TensorRef | None = None
+    """One number that `scale` is divided by: where activation and weight scale are stored multiplied."""
+    offset: TensorRef | None = None
+    """Zero points of the weight, which must all be 0."""
+
+    @classmethod
+    def of(cls, module: StoredModule, tensors: Mapping[str, TensorRef]) -> Source:
+        """The weight of a quantized module of a checkpoint."""
+        names = module.names
+        return cls(
+            ref=tensors[module.weight],
+            packed="packed" in names,
+            scale=tensors[module.scale],
+            block=block_shape(module.shape, module.spec.granularity),
+            divisor=tensors[names["input_scale"]] if "scale" not in names else None,
+            offset=tensors[names["offset"]] if "offset" in names else None,
+        )
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        return (self.ref,) if self.scale is None else (self.ref, self.scale)
+        return tuple(r for r in (self.ref, self.scale, self.divisor, self.offset) if r is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticInput:
+    """What `deq_scale` and `quant_bias` depend on beside codes and scales of a weight."""
+
+    scale: TensorRef
+    """One number, float."""
+    zero_point: TensorRef | None
+    """One number, int8 or float; None: 0."""
+    bias: TensorRef | None
+    """[N] in float."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return tuple(r for r in (self.scale, self.zero_point, self.bias) if r is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +77,27 @@ class Job:
     """An independent piece of work: one module's weight, or one tensor carried along.
 
     `copy`: bytes as they are. `cast`: to another float dtype, dequantizing where there is a
-    source scale. `quantize`: codes and scales. `pack`: int8 codes into int32. `constant`: bytes
-    known now.
+    source scale. `quantize`: codes and scales. `pack`: int8 codes into int32. `scale`: a source's
+    scales in float32, or one number in float32 or int8. `constant`: bytes known now.
     """
 
-    kind: Literal["copy", "cast", "quantize", "pack", "constant"]
+    kind: Literal["copy", "cast", "quantize", "pack", "scale", "constant"]
     shape: tuple[int, ...]
     """Of the weight, unpacked."""
     source: Source | None
     outputs: Mapping[Content, OutTensor]
     spec: TensorSpec | None = None
     given_scale: TensorRef | None = None
-    """Weight scales that a calibration chose."""
+    """Weight scales that a calibration chose, or that codes come with."""
+    static: StaticInput | None = None
+    """For `deq_scale` and `quant_bias` among the outputs."""
     data: bytes = b""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All that it reads."""
+        found = self.source.refs if self.source else ()
+        return found + (self.static.refs if self.static else ())
 
     @property
     def source_bytes(self) -> int:
@@ -131,10 +173,8 @@ class Planner:
         if stored is not None:
             self._taken.update(stored.names.values())
             # Scales for activations and zero points of the source belong to its codes.
-            self._taken.update(
-                f"{module}.{n}"
-                for n in ("input_scale", "input_zero_point", "weight_shape", "weight_zero_point")
-            )
+            names = ("input_scale", "input_zero_point", "weight_shape", "weight_zero_point")
+            self._taken.update(f"{module}.{n}" for n in names)
             anchor = stored.weight
         else:
             anchor = module + ".weight" if module + ".weight" in self.source.tensors else module
@@ -169,44 +209,34 @@ class Planner:
         rows, cols = shape[-2], shape[-1]
         outputs = {
             t.content: OutTensor(module + t.suffix, t.dtype, t.shape)
-            for t in self.target.tensors(scheme, (rows, cols))
+            for t in self.target.tensors(scheme, (rows, cols), self.main_dtype)
         }
         calibrated = stored.names if stored and stored.scheme.activations == scheme.activations else {}
-        jobs = [
-            self._input_constant(module, c, outputs.pop(c), calibrated.get(c))
-            for c in (_INPUT_SCALE, _INPUT_ZERO_POINT)
-            if c in outputs
-        ]
+        given = {c: self._given(module, c, calibrated.get(c)) for c in (_INPUT_SCALE, _INPUT_ZERO_POINT)}
+        jobs = [self._input_constant(module, c, outputs.pop(c), given[c]) for c in given if c in outputs]
         if "shape" in outputs:
             data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
             jobs.append(_constant("shape", outputs.pop("shape"), data))
+        if "offset" in outputs:
+            out = outputs.pop("offset")
+            jobs.append(_constant("offset", out, _zeros(out.nbytes)))
+        static = self._static_input(module, given) if "quant_bias" in outputs else None
         codes = self.replaced.pop(f"{module}.weight", None)
         scale = self.replaced.pop(f"{module}.weight_scale", None)
         if codes is not None and codes.dtype not in FLOATS:
             assert scale is not None  # the store checks that codes have a scale
             self._check_replacement(module, codes, scale, scheme, shape)
-            weight_job = (
-                _job("pack", codes, {"packed": outputs["packed"]})
-                if "packed" in outputs
-                else _job("copy", codes, {"codes": outputs["codes"]})
-            )
-            return [
-                weight_job,
-                _job("copy", scale, {"scale": outputs["scale"]}),
-                *jobs,
-            ]
+            source = Source(ref=codes, scale=scale)
+            return [*_as_they_are(source, outputs, static), *jobs]
+        if stored is not None and codes is None and scale is None:
+            found = self._as_stored(module, scheme, stored, outputs, static)
+            if found:
+                return [*found, *jobs]
         source = Source(ref=codes) if codes is not None else self._source(stored, anchor)
-        if stored is not None and codes is None and scale is None and stored.spec == scheme.weights:
+        there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
+        if there and ("packed" in outputs) == source.packed:
             # Already what is asked for: bit for bit, only names change.
-            source_scale = self.source.tensors[stored.names["scale"]]
-            scale_kind: Literal["copy", "cast"] = "copy" if source_scale.dtype in ("F32", "U8") else "cast"
-            weight: Content = "packed" if "packed" in outputs else "codes"
-            if (weight == "packed") == ("packed" in stored.names):
-                return [
-                    _job("copy", source.ref, {weight: outputs[weight]}),
-                    _job(scale_kind, source_scale, {"scale": outputs["scale"]}),
-                    *jobs,
-                ]
+            return [*_as_they_are(source, outputs, static), *jobs]
         return [
             Job(
                 kind="quantize",
@@ -215,9 +245,44 @@ class Planner:
                 outputs=outputs,
                 spec=scheme.weights,
                 given_scale=scale,
+                static=static,
             ),
             *jobs,
         ]
+
+    def _as_stored(
+        self,
+        module: str,
+        scheme: Scheme,
+        stored: StoredModule,
+        outputs: Mapping[Content, OutTensor],
+        static: StaticInput | None,
+    ) -> list[Job]:
+        """Copies of the tensors of a module that is in this format and scheme already; [] where it is not."""
+        assert self.target is not None
+        if stored.format != self.target.name or stored.scheme != scheme or f"{module}.bias" in self.replaced:
+            return []
+        refs = {c: self.source.tensors[stored.names[c]] for c in outputs}
+        if any(refs[c].dtype != outputs[c].dtype for c in outputs):
+            return []
+        if static is not None and static.scale.name != stored.names["input_scale"]:
+            return []
+        return [_job("copy", refs[c], {c: outputs[c]}) for c in outputs]
+
+    def _given(self, module: str, content: Content, found: str | None) -> TensorRef | None:
+        """A scale or zero point of activations from the calibration, else what the source has under `found`."""
+        ref = self.replaced.pop(f"{module}.{content}", None)
+        return ref or (self.source.tensors[found] if found else None)
+
+    def _static_input(self, module: str, given: Mapping[Content, TensorRef | None]) -> StaticInput | None:
+        scale, name = given[_INPUT_SCALE], module + ".bias"
+        if scale is None:  # refused later, with all others that lack one
+            return None
+        return StaticInput(
+            scale=scale,
+            zero_point=given[_INPUT_ZERO_POINT],
+            bias=self.replaced.get(name) or self.source.tensors.get(name),
+        )
 
     def _check_replacement(
         self, module: str, codes: TensorRef, scale: TensorRef, scheme: Scheme, shape: tuple[int, ...]
@@ -233,22 +298,23 @@ class Planner:
                     f"{scheme.name}, found {ref.dtype} {list(ref.shape)}; calibrate again with this scheme"
                 )
 
-    def _input_constant(self, module: str, content: Content, out: OutTensor, found: str | None) -> Job:
-        """From the calibration, else what the source has under the name `found`."""
-        ref = self.replaced.pop(out.name, None) or (self.source.tensors[found] if found else None)
+    def _input_constant(self, module: str, content: Content, out: OutTensor, ref: TensorRef | None) -> Job:
         if ref is not None:
-            return _job("copy" if ref.dtype == out.dtype else "cast", ref, {content: out})
-        if content == _INPUT_ZERO_POINT:
-            return _constant(content, out, b"\0" * out.nbytes)
-        self._uncalibrated.append(module)
-        return _constant(content, out, b"\0" * out.nbytes)
+            return _job("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
+        if content == _INPUT_SCALE:
+            self._uncalibrated.append(module)
+        return _constant(content, out, _zeros(out.nbytes))
 
     def require_input_scales(self) -> None:
         if self._uncalibrated:
+            first = self._uncalibrated[0]
+            there = self.stored[first].scheme if first in self.stored else None
+            way = "run `lowbit calibrate` and give --calibration, or use a dynamic scheme such as int8"
+            if there is not None and there.needs_calibration:
+                way += f"; the source's own are for {there.name}"
             raise InputError(
                 f"expected a calibrated input scale for every quantized module, found none for "
-                f"{len(self._uncalibrated)} (first: {self._uncalibrated[0]}); run `lowbit calibrate` "
-                "and give --calibration, or use a dynamic scheme such as int8"
+                f"{len(self._uncalibrated)} (first: {first}); {way}"
             )
 
     def _source(self, stored: StoredModule | None, anchor: str) -> Source:
@@ -260,12 +326,7 @@ class Planner:
                     "or carry it as it is with --keep"
                 )
             return Source(ref=ref)
-        return Source(
-            ref=self.source.tensors[stored.weight],
-            packed="packed" in stored.names,
-            scale=self.source.tensors[stored.names["scale"]],
-            block=block_shape(stored.shape, stored.spec.granularity),
-        )
+        return Source.of(stored, self.source.tensors)
 
     def _float(self, module: str, stored: StoredModule | None, anchor: str) -> Job:
         """A weight in float: dequantized, cast to the float scheme's dtype, or copied."""
@@ -304,12 +365,8 @@ class Planner:
             job = self._copy(replacement, ref.name) if replacement is not None else self._carry(ref)
             self._jobs.append((ref.name, [job]))
         for name, ref in list(self.replaced.items()):
-            module = name.rpartition(".")[0]
-            if (
-                name.endswith((".weight_scale", ".input_scale", ".input_zero_point"))
-                and module not in self.schemes
-            ):
-                continue  # the module is kept after all
+            if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
+                continue  # the module is kept after all, or has dynamic activations
             self._jobs.append((name, [self._copy(ref)]))
 
     def groups(self) -> list[list[OutTensor]]:
@@ -323,8 +380,34 @@ class Planner:
         return sorted(self._jobs, key=lambda item: place.get(item[0], len(place)))
 
 
-def _job(kind: Literal["copy", "cast", "pack"], ref: TensorRef, outputs: Mapping[Content, OutTensor]) -> Job:
+def _as_they_are(
+    source: Source, outputs: Mapping[Content, OutTensor], static: StaticInput | None
+) -> list[Job]:
+    """Codes and scales that exist already; what is derived from both is made while the codes pass."""
+    scale = source.scale
+    assert scale is not None
+    codes: dict[Content, OutTensor] = {c: o for c, o in outputs.items() if c != "scale"}
+    weight = Job(
+        kind="pack" if "packed" in outputs and not source.packed else "copy",
+        shape=source.ref.shape, source=source if static else Source(ref=source.ref), outputs=codes, static=static,
+    )  # fmt: skip
+    if "scale" not in outputs:
+        return [weight]
+    out: dict[Content, OutTensor] = {"scale": outputs["scale"]}
+    if scale.dtype in ("F32", "U8") and source.divisor is None and source.offset is None:
+        return [weight, _job("copy", scale, out)]
+    there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
+    return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]
+
+
+def _job(kind: Literal["copy", "cast", "scale"], ref: TensorRef, outputs: Mapping[Content, OutTensor]) -> Job:
     return Job(kind=kind, shape=ref.shape, source=Source(ref=ref), outputs=outputs)
+
+
+@cache
+def _zeros(count: int) -> bytes:
+    """One object for all constants of a size: there are as many as modules."""
+    return bytes(count)
 
 
 def _constant(content: Content, out: OutTensor, data: bytes) -> Job:

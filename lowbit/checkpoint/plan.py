@@ -37,6 +37,8 @@ class Plan:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     """The config.json to be written."""
+    files: Mapping[str, Mapping[str, Any]]
+    """JSON files that the format adds."""
     warnings: tuple[str, ...]
     calibration: str = ""
 
@@ -53,7 +55,7 @@ class Plan:
         from lowbit import __version__
 
         jobs = [
-            (j.kind, [(r.name, r.dtype) for r in j.source.refs] if j.source else [], str(j.spec),
+            (j.kind, [(r.name, r.dtype) for r in j.refs], str(j.spec),
              [(o.name, o.dtype, o.shape, o.shard, o.offset) for o in j.outputs.values()])
             for j in self.jobs
         ]  # fmt: skip
@@ -64,7 +66,7 @@ class Plan:
             jobs,
             [s.file for s in self.shards],
         ]
-        text = json.dumps([*identity, self.config], sort_keys=True, default=str)
+        text = json.dumps([*identity, self.config, self.files], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -113,13 +115,15 @@ def make_plan(
     layout = Layout(
         modules=planner.schemes,
         ignored=_with_tied_head(ignored, source),
+        tensors=tuple(name for shard in shards for name in shard.names),
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
     )
     config = _config(source, scheme, target, layout, replacements)
     return Plan(
         source=source, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
-        config=config, warnings=tuple(warnings), calibration=replacements.label if replacements else "",
+        config=config, files=target.files(layout) if target is not None else {}, warnings=tuple(warnings),
+        calibration=replacements.label if replacements else "",
     )  # fmt: skip
 
 
@@ -133,10 +137,8 @@ def _format(scheme: Scheme, name: str | None) -> Format | None:
     target = get_format(name or "compressed-tensors")
     if not target.holds(scheme):
         able = ", ".join(f.name for f in FORMATS.values() if f.holds(scheme))
-        raise InputError(
-            f"the format {target.name} cannot hold the scheme {scheme.name}; expected one of: {able} "
-            f"(or another scheme)"
-        )
+        advice = target.instead(scheme) or f"expected one of: {able} (or another scheme)"
+        raise InputError(f"the format {target.name} cannot hold the scheme {scheme.name}; {advice}")
     return target
 
 
@@ -166,14 +168,16 @@ def _decisions(
     for ref in source.tensors.values():
         if (module := module_of(ref, stored)) is not None:
             shapes[module] = tuple(stored[module].shape) if module in stored else ref.shape
-    left = (
-        frozenset(m for m, s in shapes.items() if len(s) == 2 and m not in stored) if stored else frozenset()
-    )
+    left: dict[str, str] = {}
+    if stored:
+        floats = (m for m, s in shapes.items() if len(s) == 2 and m not in stored)
+        left = dict.fromkeys(floats, "the source left it unquantized")
     if target is None:
         return decide(shapes, scheme, selection, config=source.config)
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
+    left |= target.left_in_float(shapes, source.config)
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,
@@ -215,6 +219,6 @@ def _config(
             holder.update({k: scheme.float_dtype for k in ("torch_dtype", "dtype") if k in holder})
     if replacements:
         config.update(replacements.config_overrides)
-    if target is not None:
-        config["quantization_config"] = target.config(layout)
+    if target is not None and (quantization := target.config(layout)) is not None:
+        config["quantization_config"] = quantization
     return config

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowbit.errors import InputError
+from lowbit.formats.format import Joined
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 
@@ -172,8 +173,8 @@ def fused_key(module: str) -> tuple[str, ...] | None:
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
 
 
-Fits = Callable[[Scheme, tuple[int, ...], bool], str]
-"""(scheme, weight shape, fused with others) → why a format cannot hold it, or ""."""
+Fits = Callable[[Scheme, tuple[int, ...], Joined], str]
+"""(scheme, weight shape, how engines join it) → why a format cannot hold it, or ""."""
 
 
 def decide(
@@ -182,14 +183,15 @@ def decide(
     selection: Selection = Selection(),
     *,
     config: Mapping[str, Any] | None = None,
-    fits: Fits = lambda scheme, shape, fused: "",
-    left_in_float: frozenset[str] = frozenset(),
+    fits: Fits = lambda scheme, shape, joined: "",
+    left_in_float: Mapping[str, str] = MappingProxyType({}),
     already: Mapping[str, TensorSpec] = MappingProxyType({}),
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
-    `left_in_float` names the modules that an already quantized source did not quantize (its
-    makers knew why), `already` how it has the others. Members of a fused group end with one
+    `left_in_float`: modules that stay unless an override says otherwise → why (an already quantized
+    source left them, or the format's engines want them so), `already` how the source has the
+    others. Members of a fused group end with one
     scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale per
     channel is used, else it is kept.
     """
@@ -213,7 +215,7 @@ def _decide_one(
     scheme: Scheme,
     selection: Selection,
     config: Mapping[str, Any],
-    left_in_float: frozenset[str],
+    left_in_float: Mapping[str, str],
 ) -> Decision:
     role, reason = role_of(module, shape, config)
     for pattern in selection.keep:
@@ -231,14 +233,16 @@ def _decide_one(
     if reason:
         return Decision(scheme=None, role=role, reason=reason)
     if module in left_in_float:
-        return Decision(scheme=None, role=role, reason="the source left it unquantized")
+        return Decision(scheme=None, role=role, reason=left_in_float[module])
     return Decision(scheme=scheme, role=role)
 
 
-def per_channel(scheme: Scheme) -> Scheme | None:
-    """The nearest scheme with a scale per channel, which fits every shape; None when it is that already."""
+def simpler(scheme: Scheme) -> Scheme | None:
+    """The nearest scheme that more shapes and engines take: a scale per channel, or dynamic activations."""
     from lowbit.granularity import PerChannel, PerGroup
 
+    if scheme.name in ("int8-static", "int8-static-asym"):
+        return get_scheme("int8")
     if scheme.name in ("int8-block", "fp8-block", "mxfp8"):
         return get_scheme("int8" if scheme.name.startswith("int8") else "fp8")
     if scheme.weights is not None and isinstance(scheme.weights.granularity, PerGroup):
@@ -258,18 +262,20 @@ def _make_fit(
     Ragged blocks of fused weights that the source has so already are carried: what its makers
     ship, engines load.
     """
-    fused = len(members) > 1 and not _EXPERT.match(members[0])
+    joined: Joined = "experts" if _EXPERT.match(members[0]) else "fused" if len(members) > 1 else ""
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
-        ours = {m: fused and already.get(m) != scheme.weights for m in having}
+        carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}
+        ours: dict[str, Joined] = {m: "" if m in carried else joined for m in having}
         problem = next((p for m in having if (p := fits(scheme, weights[m], ours[m]))), "")
         if not problem:
             continue
-        other = per_channel(scheme)
-        if other is not None and any(fits(other, weights[m], fused) for m in having):
+        other = simpler(scheme)
+        if other is not None and any(fits(other, weights[m], joined) for m in having):
             other = None
+        change = "dynamic activations" if scheme.needs_calibration else "a scale per channel"
         for m in having:
-            reason = f"{problem}; a scale per channel instead" if other else problem
+            reason = f"{problem}; {change} instead" if other else problem
             decisions[m] = replace(decisions[m], scheme=other, reason=reason)
 
 

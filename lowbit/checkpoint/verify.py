@@ -25,8 +25,10 @@ from lowbit.checkpoint.execute import (
 from lowbit.checkpoint.headers import FLOATS, MANIFEST, Checkpoint, TensorRef, open_checkpoint, read_json
 from lowbit.checkpoint.jobs import Source
 from lowbit.errors import InputError
-from lowbit.formats import StoredModule, read
-from lowbit.granularity import block_shape
+from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
+from lowbit.formats.ascend import undescribed
+
+_SCALES = ("scale", "deq_scale", "input_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ def verify_checkpoint(
     try:
         checkpoint = open_checkpoint(path)
         stored = read(checkpoint.config, checkpoint.tensors)
-        manifest = _manifest(checkpoint)
+        manifest, files = _manifest(checkpoint)
     except InputError as error:
         return Verification(
             path=str(path), tensors=0, nbytes=0, problems=(str(error),), checked=("headers and config",)
@@ -100,8 +102,15 @@ def verify_checkpoint(
     else:
         problems += _against(manifest, checkpoint)
         checked.append("names, dtypes, shapes and checksums of all tensors against the manifest")
+    if quantization_of(checkpoint.config).get("quant_method") == METHOD_OF_DESCRIPTION:
+        extra = undescribed(quantization_of(checkpoint.config), checkpoint.tensors)
+        problems += [f"{DESCRIPTION}: describes {name}, which is in no shard" for name in extra]
+        checked.append(f"{DESCRIPTION} against the names of all tensors")
+    for name, checksum in files.items():
+        if _file_checksum(checkpoint.root / name) != checksum:
+            problems.append(f"{name}: missing, or changed since it was written; convert again")
 
-    bound_to = {m.names["scale"] for m in stored.values()}
+    bound_to = {n for m in stored.values() for c, n in m.names.items() if c in _SCALES}
     sums = {name: entry["checksum"] for name, entry in manifest.items()} if manifest else {}
 
     def look(ref: TensorRef) -> list[str]:
@@ -125,19 +134,31 @@ def verify_checkpoint(
     )  # fmt: skip
 
 
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the manifest says of each tensor, by name; None where there is no manifest."""
+def _manifest(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """What the manifest says of each tensor, by name (None: there is none), and file → checksum."""
     file = checkpoint.root / MANIFEST
     if not file.is_file():
-        return None
-    tensors = read_json(file).get("tensors")
-    if not isinstance(tensors, dict) or not all(
-        isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"} for t in tensors.values()
+        return None, {}
+    manifest = read_json(file)
+    tensors, files = manifest.get("tensors"), manifest.get("files", {})
+    if (
+        not isinstance(tensors, dict)
+        or not isinstance(files, dict)
+        or not all(
+            isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"} for t in tensors.values()
+        )
     ):
         raise InputError(
             f"{file}: expected dtype, shape and checksum of each tensor, found others; convert again"
         )
-    return tensors
+    return tensors, files
+
+
+def _file_checksum(file: Path) -> str:
+    """xxh3-128 as hex; "" where there is no file."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(file.read_bytes()) if file.is_file() else ""
 
 
 def _against(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
@@ -215,7 +236,7 @@ def _errors(
         if shape != now.shape:
             missing.append(f"{module}: {list(now.shape)} here, but {list(shape)} in the source")
             continue
-        pairs.append((module, shape, there, _stored_source(now, checkpoint), now.scheme.name))
+        pairs.append((module, shape, there, Source.of(now, checkpoint.tensors), now.scheme.name))
     errors: list[TensorError] = []
 
     def compare(pair: tuple[str, tuple[int, int], Source, Source, str]) -> TensorError | str:
@@ -233,20 +254,11 @@ def _errors(
     return tuple(sorted(errors, key=lambda e: e.sqnr_db)), missing
 
 
-def _stored_source(module: StoredModule, checkpoint: Checkpoint) -> Source:
-    return Source(
-        ref=checkpoint.tensors[module.weight],
-        packed="packed" in module.names,
-        scale=checkpoint.tensors[module.names["scale"]],
-        block=block_shape(module.shape, module.spec.granularity),
-    )
-
-
 def _source_of(
     module: str, before: Mapping[str, StoredModule], origin: Checkpoint
 ) -> tuple[tuple[int, int], Source] | None:
     if module in before:
-        return before[module].shape, _stored_source(before[module], origin)
+        return before[module].shape, Source.of(before[module], origin.tensors)
     ref = origin.tensors.get(module + ".weight")
     if ref is None or len(ref.shape) != 2 or ref.dtype not in FLOATS:
         return None

@@ -24,6 +24,7 @@ from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
+from lowbit.formats import DESCRIPTION
 
 # Stands in PARTIAL while finished files are moved out of it.
 FINISHING = "finishing"
@@ -177,6 +178,9 @@ class OutputDirectory:
         done = read_journals(self.partial).done
         manifest = self._manifest({name: sum_ for sums in done.values() for name, sum_ in sums.items()})
         files = [Path(shard.file) for shard in self.plan.shards]
+        for name, content in self.plan.files.items():
+            _write_json(self.partial / name, content)
+            files.append(Path(name))
         if len(self.plan.shards) > 1:
             _write_json(self.partial / INDEX, self._index())
             files.append(Path(INDEX))
@@ -246,7 +250,7 @@ class OutputDirectory:
 
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each."""
-        for name in ("config.json", MANIFEST, INDEX):
+        for name in ("config.json", MANIFEST, INDEX, DESCRIPTION):
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
             file.unlink()
@@ -272,6 +276,11 @@ class OutputDirectory:
                 for job in self.plan.jobs
                 for t in job.outputs.values()
             },
+            **(
+                {"files": {name: _json_checksum(f) for name, f in self.plan.files.items()}}
+                if self.plan.files
+                else {}
+            ),
         }
 
     def discard(self) -> None:
@@ -369,11 +378,21 @@ def _write_json(file: Path, value: Any) -> None:
     """Write aside, sync, rename: the file is whole or absent."""
     aside = file.with_name(f".{file.name}.part")
     with aside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(_json_text(value))
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _json_checksum(value: Any) -> str:
+    """xxh3-128 of a JSON file as it is written, as hex."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(_json_text(value).encode())
 
 
 def _sync_directory(path: Path) -> None:

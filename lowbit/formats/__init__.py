@@ -7,17 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import InputError
+from lowbit.formats.ascend import DESCRIPTION, Ascend
+from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
 from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule
 from lowbit.formats.hf_fp8 import HfFp8
+from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8())}
+FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8(), Ascend(), SglangInt8())}
+METHODS: dict[str, Format] = {f.quant_method: f for f in FORMATS.values()}
+"""By the `quant_method` of their config."""
 
 __all__ = [
+    "DESCRIPTION",
     "FORMATS",
+    "METHODS",
+    "METHOD_OF_DESCRIPTION",
     "Format",
     "Info",
     "Layout",
@@ -69,13 +77,13 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
 
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
     method = quantization.get("quant_method", "compressed-tensors")
-    if not isinstance(method, str) or method not in FORMATS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(
-            f"quantization_config: expected quant_method {' or '.join(FORMATS)}, found {method!r}; "
+            f"quantization_config: expected quant_method {' or '.join(METHODS)}, found {method!r}; "
             "start from the model in float, or dequantize it with its own tools first"
         )
     try:
-        return FORMATS[method].read(quantization, tensors)
+        return METHODS[method].read(quantization, tensors)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:

@@ -13,31 +13,43 @@ from typing import Any
 
 from lowbit.dtypes import E4M3FN, INT8
 from lowbit.errors import InputError
-from lowbit.formats.format import Content, Info, Layout, Stored, StoredModule, check_scale, missing_scale
+from lowbit.formats.format import (
+    ConfigOnly,
+    Content,
+    Info,
+    Joined,
+    Layout,
+    Stored,
+    StoredModule,
+    check_scale,
+    missing_scale,
+)
 from lowbit.formats.hf_fp8 import block_problem
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
 
-class CompressedTensors:
+class CompressedTensors(ConfigOnly):
     """Holds every scheme that is quantized at all."""
 
-    name = "compressed-tensors"
+    name = quant_method = "compressed-tensors"
     loaded_by = "vLLM, vLLM-Ascend, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
         return scheme.weights is not None
 
-    def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+    def refuse(self, scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
         assert scheme.weights is not None
         granularity = scheme.weights.granularity
         if isinstance(granularity, PerGroup) and shape[-1] % granularity.size:
             return f"K = {shape[-1]} is not a multiple of {granularity.size}"
         if format_of(scheme) == "pack-quantized" and shape[-1] % 4:
             return f"K = {shape[-1]} is not a multiple of 4, the codes in an int32"
-        return block_problem(scheme, shape, fused)
+        return block_problem(scheme, shape, joined)
 
-    def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
+    def tensors(
+        self, scheme: Scheme, shape: tuple[int, int], float_dtype: str = "BF16"
+    ) -> tuple[Stored, ...]:
         spec = scheme.weights
         assert spec is not None
         scales = scale_shape(shape, spec.granularity)
@@ -122,7 +134,7 @@ class CompressedTensors:
             assert scheme.weights is not None
             if kind == "weight":
                 check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
-            found[module] = StoredModule(shape=shape, scheme=scheme, names=contents)
+            found[module] = StoredModule(shape=shape, scheme=scheme, names=contents, format=self.name)
         return found
 
 

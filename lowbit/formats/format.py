@@ -1,12 +1,13 @@
 """What a format is: names, dtypes and config on disk, for one module at a time.
 
 A format is stateless. It says which tensors hold a quantized module (`tensors`), what
-config.json says about them (`config`), and finds them again (`read`).
+config.json (`config`) or files of the format's own (`files`) say about them, and finds them
+again (`read`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,9 +15,24 @@ from lowbit.errors import InputError
 from lowbit.granularity import scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
-Content = Literal["codes", "packed", "scale", "shape", "input_scale", "input_zero_point"]
+Content = Literal[
+    "codes",
+    "packed",
+    "scale",
+    "shape",
+    "input_scale",
+    "input_zero_point",
+    "offset",
+    "deq_scale",
+    "quant_bias",
+]
 """What a tensor holds: `codes` as they are; `packed`: four int8 codes + 128 to an int32,
-little end first; `scale` of the weight; `shape` [2] of a packed weight."""
+little end first; `scale` of the weight; `shape` [2] of a packed weight; `offset`: zero points of
+the weight in float, which are 0 here. `deq_scale` = `input_scale` · `scale`, and `quant_bias` in
+int32: a static product is (Σ x codes · weight codes + quant_bias) · deq_scale."""
+
+Joined = Literal["", "fused", "experts"]
+"""How engines run a weight: alone, joined with others into one matrix, or as one of a mixture's experts."""
 
 
 class Info(Protocol):
@@ -48,7 +64,9 @@ class StoredModule:
     """[N, K] of the weight, unpacked."""
     scheme: Scheme
     names: Mapping[Content, str]
-    """Content → full tensor name. `codes` or `packed`, and `scale`, are always there."""
+    """Content → full tensor name. `codes` or `packed`, and `scale` or `deq_scale`, are always there."""
+    format: str
+    """Name of the format that it is in."""
 
     @property
     def spec(self) -> TensorSpec:
@@ -59,6 +77,11 @@ class StoredModule:
     def weight(self) -> str:
         return self.names["packed"] if "packed" in self.names else self.names["codes"]
 
+    @property
+    def scale(self) -> str:
+        """The tensor that the weight's scale is read from."""
+        return self.names["scale"] if "scale" in self.names else self.names["deq_scale"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -68,6 +91,8 @@ class Layout:
     """Quantized modules."""
     ignored: tuple[str, ...]
     """Modules with a matrix weight that stay in float."""
+    tensors: tuple[str, ...] = ()
+    """Every tensor of the checkpoint."""
     kv_cache: TensorSpec | None = None
     """How the KV cache is quantized, where `k_scale` and `v_scale` are stored."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -78,23 +103,40 @@ class Format(Protocol):
     """See the module's docstring."""
 
     name: str
+    """What users call it."""
+    quant_method: str
+    """What its `quantization_config` calls it."""
     loaded_by: str
     """Engines that read it, for people."""
 
-    def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
-        """Why a weight [N, K] under `scheme` cannot be held, or "". `fused`: engines join it with others."""
+    def refuse(self, scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
+        """Why a weight [N, K] under `scheme` cannot be held, or ""."""
         ...
 
     def holds(self, scheme: Scheme) -> bool:
-        """Whether any weight can be held under `scheme`."""
+        """Whether any weight can be held under `scheme`, if need be with a scale per channel instead."""
         ...
 
-    def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
-        """The tensors of a module, the codes first."""
+    def instead(self, scheme: Scheme) -> str:
+        """What to do about a scheme that is not held, where this format's engines know another way; else ""."""
         ...
 
-    def config(self, layout: Layout) -> dict[str, Any]:
-        """`quantization_config` for config.json."""
+    def left_in_float(self, modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+        """Modules that its engines want in float → why. `config` is the model's config.json."""
+        ...
+
+    def tensors(
+        self, scheme: Scheme, shape: tuple[int, int], float_dtype: str = "BF16"
+    ) -> tuple[Stored, ...]:
+        """The tensors of a module, the codes first. `float_dtype`: what the model is in where it is in float."""
+        ...
+
+    def config(self, layout: Layout) -> dict[str, Any] | None:
+        """`quantization_config` for config.json; None: it has none. InputError for what engines would not load."""
+        ...
+
+    def files(self, layout: Layout) -> dict[str, dict[str, Any]]:
+        """JSON files of its own, by name."""
         ...
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
@@ -103,6 +145,19 @@ class Format(Protocol):
         InputError for a quantized weight without a scale, or with one of the wrong shape.
         """
         ...
+
+
+class ConfigOnly:
+    """Base of the formats that need no file beside config.json, and no module in float."""
+
+    def instead(self, scheme: Scheme) -> str:
+        return ""
+
+    def left_in_float(self, modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+        return {}
+
+    def files(self, layout: Layout) -> dict[str, dict[str, Any]]:
+        return {}
 
 
 def check_scale(

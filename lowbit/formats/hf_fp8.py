@@ -11,7 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from lowbit.errors import InputError
-from lowbit.formats.format import Info, Layout, Stored, StoredModule, check_scale, missing_scale
+from lowbit.formats.format import (
+    ConfigOnly,
+    Info,
+    Joined,
+    Layout,
+    Stored,
+    StoredModule,
+    check_scale,
+    missing_scale,
+)
 from lowbit.granularity import PerBlock, PerTensor, scale_shape
 from lowbit.scheme import Scheme, get_scheme
 
@@ -19,21 +28,23 @@ from lowbit.scheme import Scheme, get_scheme
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
 
 
-class HfFp8:
+class HfFp8(ConfigOnly):
     """Block FP8 as DeepSeek ships it."""
 
-    name = "fp8"
+    name = quant_method = "fp8"
     loaded_by = "vLLM, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
         return scheme.weights == get_scheme("fp8-block").weights
 
-    def refuse(self, scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+    def refuse(self, scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
         if not self.holds(scheme):
             return f"the fp8 format holds fp8-block only, not {scheme.name}"
-        return block_problem(scheme, shape, fused)
+        return block_problem(scheme, shape, joined)
 
-    def tensors(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
+    def tensors(
+        self, scheme: Scheme, shape: tuple[int, int], float_dtype: str = "BF16"
+    ) -> tuple[Stored, ...]:
         spec = scheme.weights
         assert spec is not None
         return (
@@ -71,7 +82,9 @@ class HfFp8:
             shape = (info.shape[0], info.shape[1])
             assert scheme.weights is not None
             check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
-            found[module] = StoredModule(shape=shape, scheme=scheme, names={"codes": name, "scale": scale})
+            found[module] = StoredModule(
+                shape=shape, scheme=scheme, names={"codes": name, "scale": scale}, format=self.name
+            )
         return found
 
 
@@ -88,7 +101,7 @@ def _scheme_of(block: Sequence[int] | None) -> Scheme:
     return replace(preset, name=f"fp8-block-{block[0]}x{block[1]}", weights=weights, alias=None)
 
 
-def block_problem(scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
+def block_problem(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
     """Why engines refuse a block-scaled weight of this shape, or "".
 
     K must be a multiple of the block. A ragged last row block is fine in a module that stands
@@ -98,6 +111,6 @@ def block_problem(scheme: Scheme, shape: tuple[int, ...], fused: bool) -> str:
         return ""
     if shape[-1] % block.cols:
         return f"K = {shape[-1]} is not a multiple of {block.cols}"
-    if fused and shape[-2] % block.rows:
+    if joined == "fused" and shape[-2] % block.rows:
         return f"N = {shape[-2]} is not a multiple of {block.rows}, and its blocks are joined with others'"
     return ""

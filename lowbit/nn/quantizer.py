@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint.headers import TensorRef, read_header
 from lowbit.errors import InputError
-from lowbit.formats import StoredModule, get_format, read
+from lowbit.formats import METHODS, StoredModule, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts, refusal
@@ -54,8 +54,8 @@ def runs(config: Mapping[str, Any]) -> bool:
     if config.get("dequantize") or config.get("run_compressed") is False:
         return False
     try:
-        get_format(str(config["quant_method"])).read(config, {})
-    except InputError:
+        METHODS[str(config["quant_method"])].read(config, {})
+    except (InputError, KeyError):
         return False
     # Rotations that transformers' own quantizer would apply while running.
     return not config.get("transform_config")
@@ -323,7 +323,7 @@ def _rotate_inputs(model: Any, find: _Finder) -> None:
 
 def format_for(stored: StoredModule) -> str:
     """The format whose tensors these are; names may differ and are taken as found."""
-    return "compressed-tensors" if stored.scheme.name != "fp8-block" else "fp8"
+    return stored.format
 
 
 def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModule]) -> None:
