@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.formats import Format
 from lowbit.nn.linear import as_stored_scale
+from lowbit.nn.static import check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
@@ -108,6 +109,8 @@ class QuantExperts(QuantModule):
                 else:
                     module.stack(projection, "codes")[i] = codes
                 module.stack(projection, "scale")[i] = scale
+            if "offset" in module.suffixes:
+                module.stack(projection, "offset").zero_()
         return module.train(experts.training)
 
     @classmethod
@@ -145,6 +148,11 @@ class QuantExperts(QuantModule):
                 ):
                     setattr(module, key, value)
         return module
+
+    def check_symmetric(self) -> None:
+        """InputError for zero points of the weights other than 0, which no product here applies."""
+        for projection in self.projections if "offset" in self.suffixes else ():
+            check_zeros(self.stack(projection, "offset"), f"{self.projections[projection]}.weight_offset")
 
     def shape_of(self, projection: str) -> tuple[int, int]:
         """[N, K] of one expert's projection."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
+from lowbit.nn.static import StaticOperands, check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
@@ -30,7 +31,8 @@ class QuantLinear(QuantModule):
     Buffers are those of the on-disk format: for compressed-tensors `weight` and
     `weight_scale` (`weight_packed`, `weight_scale`, `weight_shape` when weight-only;
     `input_scale` and `input_zero_point` when activations are static), for `fp8` `weight` and
-    `weight_scale_inv`; `bias` in float. `.to(device)` moves them; `.half()`, `.bfloat16()` and
+    `weight_scale_inv`; for `ascend` see that format, whose `quant_bias` stands for the bias of a static
+    layer (see `static`); `bias` in float. `.to(device)` moves them; `.half()`, `.bfloat16()` and
     `.to(dtype)` cast `bias` only. Weights are frozen; a gradient reaches x through the
     dequantized weight, as if x had not been quantized (a straight-through estimate).
 
@@ -50,8 +52,12 @@ class QuantLinear(QuantModule):
         names: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        float_dtype: str = "BF16",
     ) -> None:
-        """Uninitialized buffers. `dtype` is that of the bias; `names` renames buffers (content → name)."""
+        """Uninitialized buffers. `dtype` is that of the bias; `names` renames buffers (content → name).
+
+        `float_dtype`: of the checkpoint's float tensors, which some formats store scales after.
+        """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.format = as_scheme(scheme), as_format(format)
@@ -61,7 +67,8 @@ class QuantLinear(QuantModule):
         self._block = ops.block_of(self.scheme.weights.granularity)
         self._activations = ops.activations_of(self.scheme)
         self.names: dict[str, str] = {}
-        for stored in self.format.tensors(self.scheme, (out_features, in_features)):
+        self._layout = self.format.tensors(self.scheme, (out_features, in_features), float_dtype)
+        for stored in self._layout:
             name = (names or {}).get(stored.content, stored.suffix[1:])
             self.names[stored.content] = name
             # The shape of a packed weight is known already: never left uninitialized.
@@ -72,6 +79,7 @@ class QuantLinear(QuantModule):
             )
             self.register_buffer(name, value)
         self.frozen = tuple(self.names.values())
+        self._static = StaticOperands() if "quant_bias" in self.names else None
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype or torch.get_default_dtype(), device=device)
         ) if bias else self.register_buffer("bias", None)
@@ -109,7 +117,14 @@ class QuantLinear(QuantModule):
         assert scheme.weights is not None
         codes, scale = quantize_rows(weight, scheme.weights, name=name)
         module.set_content("codes" if "codes" in module.names else "packed", codes)
+        if "scale" not in module.names:
+            raise ValueError(
+                f"{name}: expected a format that stores the weight's scale, found {module.format.name} with "
+                f"{scheme.name}; use compressed-tensors here, and `lowbit convert` for checkpoints in that format"
+            )
         module.set_content("scale", scale)
+        if "offset" in module.names:
+            module.set_content("offset", torch.zeros_like(scale))
         if bias is not None:
             module.bias = bias.detach().clone()
         if scheme.needs_calibration:
@@ -150,7 +165,7 @@ class QuantLinear(QuantModule):
 
     def restore_shapes(self) -> None:
         """After loading: scales of the shapes that the scheme asks for."""
-        for stored in self.format.tensors(self.scheme, (self.out_features, self.in_features)):
+        for stored in self._layout:
             buffer = self.content(stored.content)
             if stored.content in SCALES and buffer is not None and tuple(buffer.shape) != stored.shape:
                 self.set_content(stored.content, buffer.reshape(stored.shape))
@@ -172,7 +187,9 @@ class QuantLinear(QuantModule):
 
     @property
     def stored_scale(self) -> Tensor:
-        """The weight's scale as stored: float32, or E8M0 bytes."""
+        """The weight's scale as stored: float32, or E8M0 bytes. In a static layer of `ascend`, float32 computed."""
+        if self._static is not None:
+            return self._static.of(self).scale
         scale = self._buffers[self.names["scale"]]
         assert scale is not None
         return scale
@@ -212,12 +229,21 @@ class QuantLinear(QuantModule):
         bias = self._buffers["bias"]
         if not self.quantize_activations:
             weight = self.dequantize(x.dtype)
+            bias = bias if self._static is None else self._static.of(self).bias
             return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        zero_point = self.content("input_zero_point")
+        if self._static is not None:
+            operands = self._static.of(self)
+            bias, zero_point = operands.bias, operands.zero_point
         return ops.linear(
             x, self.codes_buffer, self.stored_scale, bias,
             activations=self._activations, block=self._block,
-            input_scale=self.content("input_scale"), input_zero_point=self.content("input_zero_point"),
+            input_scale=self.content("input_scale"), input_zero_point=zero_point,
         )  # fmt: skip
+
+    def check_symmetric(self) -> None:
+        """InputError for zero points of the weight other than 0, which no product here applies."""
+        check_zeros(self.content("offset"), self.names.get("offset", ""))
 
     def _as_float(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float64:

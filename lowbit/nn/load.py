@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_USUAL_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
 def load(
     path: str | Path,
     *,
@@ -26,11 +29,11 @@ def load(
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode.
 
-    Reads what `lowbit.convert` writes, and published compressed-tensors INT8 and FP8 and
-    DeepSeek-style block FP8 checkpoints. The model is built on meta and filled with tensors
-    mapped from the files: quantized weights are never held in full precision, and on a CPU they
-    are read when they are first used (leave the files in place while the model lives). Only the
-    stacks of a mixture's experts are copied.
+    Reads what `lowbit.convert` writes, and published checkpoints: compressed-tensors INT8 and FP8,
+    DeepSeek-style block FP8, msModelSlim's W8A8, W8A8_DYNAMIC, W8A16 and W8A8_MXFP8. The model is
+    built on meta and filled with tensors mapped from the files: quantized weights are never held in
+    full precision, and on a CPU they are read when they are first used (leave the files in place
+    while the model lives). Only the stacks of a mixture's experts are copied.
 
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
     through accelerate; what it puts on `"disk"`, or in memory beside an accelerator, is fetched for every
@@ -49,6 +52,8 @@ def load(
             "original": quantization_of(checkpoint.config),
         }
         _without_inner_config(config)
+    if not any((checkpoint.root / name).is_file() for name in _USUAL_FILES):
+        _name_files(config, checkpoint)
     if device is not None and str(device) != "cpu":
         device_map = {"": device}  # type: ignore[dict-item]
     more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -97,6 +102,16 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
         f"{checkpoint.root}: expected an architecture that transformers {transformers.__version__} knows, found "
         f"{names or 'none'} in config.json; update transformers"
     )
+
+
+def _name_files(config: Any, checkpoint: Checkpoint) -> None:
+    """Tell transformers of files with names of their own, such as msModelSlim's quant_model_weights-….safetensors."""
+    indexes = sorted(checkpoint.root.glob("*.safetensors.index.json"))
+    if len(indexes) != 1 and len(checkpoint.shards) != 1:
+        raise InputError(
+            f"{checkpoint.root}: expected an index of its {len(checkpoint.shards)} files, found none; fetch it"
+        )
+    config.transformers_weights = (indexes or list(checkpoint.shards))[0].name
 
 
 def _without_inner_config(config: Any) -> None:

@@ -169,6 +169,8 @@ class LowbitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
+            if isinstance(module, QuantLinear | QuantExperts):
+                module.check_symmetric()
         settle(model)
         follow_offloading(model)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
@@ -298,6 +300,7 @@ def _swap_linear(
     new = QuantLinear(
         expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=format_for(stored),
         names=suffixes, dtype=weight.dtype, device="meta",
+        float_dtype="F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16",
     )  # fmt: skip
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
     replace_module(model, path, new)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
 from lowbit.errors import InputError
-from lowbit.formats import Format, Layout
+from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.experts import QuantExperts, refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
@@ -86,6 +86,11 @@ def quantize_model(
         raise InputError(
             f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
             "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
+        )
+    if target.quant_method == METHOD_OF_DESCRIPTION:
+        raise InputError(
+            f"expected a format that config.json describes, found {target.name}, which has a file of its own; use "
+            f"`lowbit convert --format {target.name}` on the saved model"
         )
     before = _nbytes(model)
     candidates, unfit = _candidates(model)
