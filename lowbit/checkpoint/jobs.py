@@ -101,7 +101,7 @@ class Job:
 
     @property
     def source_bytes(self) -> int:
-        return sum(r.nbytes for r in self.source.refs) if self.source else len(self.data)
+        return sum(r.nbytes for r in self.source.refs) if self.source else 0
 
     @property
     def name(self) -> str:

@@ -152,6 +152,7 @@ class Ascend:
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
         found: dict[str, StoredModule] = {}
+        others: list[str] = []
         for name, info in tensors.items():
             kind = config.get(name)
             if not isinstance(kind, str):
@@ -161,24 +162,23 @@ class Ascend:
                 )
             module, _, last = name.rpartition(".")
             if last != "weight" or kind == _FLOAT:
-                self._check_float(name, info, kind, config.get(module + ".weight"))
-                continue
-            if kind not in _SCHEMES:
+                others.append(name)
+            elif kind in _SCHEMES:
+                found[module] = self._module(module, info, kind, tensors)
+            else:
                 raise InputError(
                     f"{DESCRIPTION}: expected {', '.join((_FLOAT, *_SCHEMES))}, found {kind} for {name}; "
                     "start from the model in float"
                 )
-            found[module] = self._module(module, info, kind, tensors)
+        for name in others:
+            info, weight_kind = tensors[name], config.get(name.rpartition(".")[0] + ".weight")
+            codes = info.dtype in ("I8", "F8_E4M3") and len(info.shape) >= 2
+            if codes or config[name] not in (_FLOAT, weight_kind):
+                raise InputError(
+                    f"{DESCRIPTION}: says {config[name]} for {name}, found {info.dtype} {list(info.shape)} without a "
+                    "weight of that type; start from the model in float"
+                )
         return found
-
-    def _check_float(self, name: str, info: Info, kind: str, weight_kind: object) -> None:
-        """What is not a quantized weight is one's side tensor, or in float."""
-        codes = info.dtype in ("I8", "F8_E4M3") and len(info.shape) >= 2
-        if codes or (kind != _FLOAT and weight_kind != kind):
-            raise InputError(
-                f"{DESCRIPTION}: says {kind} for {name}, found {info.dtype} {list(info.shape)} without such a weight; "
-                "start from the model in float"
-            )
 
     def _module(self, module: str, info: Info, kind: str, tensors: Mapping[str, Info]) -> StoredModule:
         scheme = _SCHEMES[kind]

@@ -27,17 +27,17 @@ def test_it_holds_blocks_of_128_only():
 
 
 @pytest.mark.parametrize(
-    ("shape", "fused", "refused"),
+    ("shape", "joined", "rejoined"),
     [
-        ((256, 256), True, ""),
-        ((576, 256), False, ""),
-        ((576, 256), True, "N = 576"),
-        ((256, 100), False, "K = 100"),
+        ((256, 256), "fused", ""),
+        ((576, 256), "", ""),
+        ((576, 256), "fused", "N = 576"),
+        ((256, 100), "", "K = 100"),
     ],
 )
-def test_shapes_that_engines_refuse(shape, fused, refused):
+def test_shapes_that_engines_refuse(shape, joined, refused):
     for name in ("fp8", "compressed-tensors"):
-        assert get_format(name).refuse(get_scheme("fp8-block"), shape, fused).startswith(refused)
+        assert get_format(name).refuse(get_scheme("fp8-block"), shape, joined).startswith(refused)
 
 
 @pytest.mark.parametrize("suffix", [".weight_scale_inv", ".scale", ".weight_scale"])
