@@ -374,25 +374,25 @@ def _create(file: Path, shard: Shard) -> int:
     return fd
 
 
+_JSON_STYLE: dict[str, Any] = {"indent": 2, "ensure_ascii": False}
+
+
 def _write_json(file: Path, value: Any) -> None:
     """Write aside, sync, rename: the file is whole or absent."""
     aside = file.with_name(f".{file.name}.part")
     with aside.open("w", encoding="utf-8") as stream:
-        stream.write(_json_text(value))
+        json.dump(value, stream, **_JSON_STYLE)
+        stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
 
 
-def _json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
 def _json_checksum(value: Any) -> str:
-    """xxh3-128 of a JSON file as it is written, as hex."""
+    """xxh3-128 of a JSON file as `_write_json` writes it, as hex."""
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(_json_text(value).encode())
+    return xxhash.xxh3_128_hexdigest((json.dumps(value, **_JSON_STYLE) + "\n").encode())
 
 
 def _sync_directory(path: Path) -> None:

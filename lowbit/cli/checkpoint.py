@@ -27,9 +27,12 @@ SchemeName = Annotated[
 FormatName = Annotated[
     str | None,
     typer.Option(
-        "--format", help="compressed-tensors (default), or fp8 for HF/DeepSeek block FP8.", show_default=False
+        "--format",
+        help="compressed-tensors (default); fp8: HF/DeepSeek block FP8; ascend: msModelSlim's, for vLLM-Ascend with "
+        "--quantization ascend (int8, int8-static, int8-weight-only, mxfp8); sglang: blockwise_int8 (int8-block).",
+        show_default=False,
     ),
-]
+]  # fmt: skip
 Ignore = Annotated[
     list[str] | None,
     typer.Option(

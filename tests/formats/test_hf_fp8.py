@@ -27,7 +27,7 @@ def test_it_holds_blocks_of_128_only():
 
 
 @pytest.mark.parametrize(
-    ("shape", "joined", "rejoined"),
+    ("shape", "joined", "refused"),
     [
         ((256, 256), "fused", ""),
         ((576, 256), "", ""),

@@ -92,13 +92,13 @@ def test_it_is_read_again(tmp_path):
     assert lowbit.inspect(tmp_path / "out").quantization.startswith("blockwise_int8: 32 × int8-block")
     del written["model.layers.0.self_attn.q_proj.weight_scale_inv"]
     bad = write(tmp_path / "bad", written, json.loads((tmp_path / "out" / "config.json").read_text()))
-    with pytest.raises(InputError, match="expected a scale named .*q_proj.weight_scale_inv beside I8 codes"):
+    with pytest.raises(InputError, match=r"expected a scale named .*q_proj.weight_scale_inv beside I8 codes"):
         lowbit.plan(bad, "int8")
 
 
 def test_int8_per_channel_says_how_sglang_loads_it(tmp_path):
     src = write(tmp_path / "src", *llama())
-    with pytest.raises(InputError, match="leave --format out, and serve .* --quantization w8a8_int8"):
+    with pytest.raises(InputError, match=r"leave --format out, and serve .* --quantization w8a8_int8"):
         lowbit.convert(src, tmp_path / "out", "int8", format="sglang")
 
 
