@@ -317,6 +317,19 @@ def test_what_is_written_is_read(tmp_path, scheme):
     assert set(again) == set(written) and all(same_bits(again[n], written[n]) for n in written)
 
 
+def test_what_is_kept_is_not_computed_again(tmp_path):
+    src = write(tmp_path / "src", *llama())
+    calibrated(src, tmp_path / "calib", "int8-static-asym", projections(src), offset=9)
+    written, _ = convert(src, tmp_path / "out", "int8-static-asym", calibration=tmp_path / "calib")
+    name = "model.layers.0.mlp.up_proj.quant_bias"
+    written[name] += 1  # as rounded by another tool
+    files = {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_text()}
+    other = write(tmp_path / "other", written, llama()[1], files=files)
+    again, description = convert(other, tmp_path / "again", "int8", keep=["*.mlp.*"])
+    assert same_bits(again[name], written[name]) and description[name] == "W8A8"
+    assert description["model.layers.0.self_attn.q_proj.weight"] == "W8A8_DYNAMIC"
+
+
 def test_to_compressed_tensors_bit_for_bit(tmp_path):
     src = write(tmp_path / "src", *qwen3_moe())
     convert(src, tmp_path / "ascend")
