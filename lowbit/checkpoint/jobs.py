@@ -217,21 +217,21 @@ class Planner:
         if "shape" in outputs:
             data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
             jobs.append(_constant("shape", outputs.pop("shape"), data))
-        if "offset" in outputs:
-            out = outputs.pop("offset")
-            jobs.append(_constant("offset", out, _zeros(out.nbytes)))
         static = self._static_input(module, given) if "quant_bias" in outputs else None
         codes = self.replaced.pop(f"{module}.weight", None)
         scale = self.replaced.pop(f"{module}.weight_scale", None)
+        if stored is not None and codes is None and scale is None:
+            found = self._as_stored(module, scheme, stored, outputs, static)
+            if found:
+                return [*found, *jobs]
+        if "offset" in outputs:
+            out = outputs.pop("offset")
+            jobs.append(_constant("offset", out, _zeros(out.nbytes)))
         if codes is not None and codes.dtype not in FLOATS:
             assert scale is not None  # the store checks that codes have a scale
             self._check_replacement(module, codes, scale, scheme, shape)
             source = Source(ref=codes, scale=scale)
             return [*_as_they_are(source, outputs, static), *jobs]
-        if stored is not None and codes is None and scale is None:
-            found = self._as_stored(module, scheme, stored, outputs, static)
-            if found:
-                return [*found, *jobs]
         source = Source(ref=codes) if codes is not None else self._source(stored, anchor)
         there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
         if there and ("packed" in outputs) == source.packed:

@@ -145,7 +145,8 @@ def _exactly(name: str) -> str:
 
 def stored_modules(source: Source) -> dict[str, Scheme]:
     """Module → scheme of a quantized checkpoint; empty for one in float."""
-    if not any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale")) for name in source.names):
+    scales = (".weight_scale", ".weight_scale_inv", ".scale", ".deq_scale")
+    if not any(name.endswith(scales) for name in source.names):
         return {}
     from lowbit import formats
     from lowbit.checkpoint.headers import open_checkpoint

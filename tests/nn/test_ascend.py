@@ -188,8 +188,23 @@ def test_quantize_model_and_static_layers_name_the_way(tmp_path):
 
 def test_calibration_and_evaluation_read_static_weights(tmp_path):
     from lowbit.calibration.source import Source
+    from lowbit.evaluate.layerwise import stored_modules
 
     for dtype in (torch.bfloat16, torch.float16):
         other, out = static(tmp_path / str(dtype), -5, dtype)
         name = "model.layers.1.mlp.up_proj"
+        assert len(stored_modules(Source(out))) == 14
         torch.testing.assert_close(Source(out).weight(name), Source(other).weight(name), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+def test_a_loaded_model_saves_and_loads_again(tmp_path, kind):
+    """The description goes into config.json then, where vLLM-Ascend takes it too."""
+    src = saved(kind, tmp_path / "src")
+    lowbit.convert(src, tmp_path / "out", "int8", format="ascend")
+    model = lowbit.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "again"))
+    assert set(before) == set(after) and all(torch.equal(before[n], after[n]) for n in before)
+    again = lowbit.load(tmp_path / "again")
+    assert torch.equal(logits(again, inputs(kind)), logits(model, inputs(kind)))
