@@ -87,7 +87,8 @@ def read_scale(source: Source) -> np.ndarray:
         return _NO_SCALE
     scale = to_float(read_bytes(source.scale), source.scale.dtype)
     if source.divisor is not None:
-        scale = scale / read_number(source.divisor)
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            scale = scale / read_number(source.divisor)
     if not np.isfinite(scale).all():
         at = int(np.flatnonzero(~np.isfinite(scale))[0])
         raise InputError(f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {at}")

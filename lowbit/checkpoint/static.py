@@ -54,15 +54,16 @@ def static_tensors(
     bias: float32 [N]. InputError naming `name` where a bias does not fit into int32.
     """
     deq_scale = np.float32(input_scale) * scale.astype(np.float32)
-    quant_bias = -offset * sums
+    steps = np.zeros(deq_scale.shape)
     if bias is not None:
-        whole = np.rint(bias.astype(np.float64) / deq_scale.astype(np.float64))
-        fits = np.abs(whole - offset * sums) <= _LARGEST
-        if not fits.all():
-            row = int(np.flatnonzero(~fits)[0])
-            raise InputError(
-                f"{name}: expected a bias that fits into int32, found {bias[row]} in steps of {deq_scale[row]} in row "
-                f"{row}; leave this module dynamic with an override: int8"
-            )
-        quant_bias = whole.astype(np.int64) + quant_bias
-    return deq_scale, quant_bias.astype(np.int32)
+        with np.errstate(all="ignore"):  # what is not finite does not fit
+            steps = np.rint(bias.astype(np.float64) / deq_scale.astype(np.float64))
+    fits = np.abs(steps - offset * sums) <= _LARGEST
+    if not fits.all():
+        row = int(np.flatnonzero(~fits)[0])
+        found = 0.0 if bias is None else bias[row]
+        raise InputError(
+            f"{name}: expected a bias that fits into int32, found {found} in steps of {deq_scale[row]} in row {row}; "
+            "leave this module dynamic with an override: int8"
+        )
+    return deq_scale, (steps.astype(np.int64) - offset * sums).astype(np.int32)
