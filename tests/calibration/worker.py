@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from other_device import OtherDevice
 from torch import nn
 
 from lowbit.calibration import distributed
@@ -55,7 +56,9 @@ def calibrations(directory: Path) -> None:
                 )  # fmt: skip
 
 
-def statistics_of(worker: int, *, empty: bool = False) -> dict[str, InputStatistics]:
+def statistics_of(
+    worker: int, *, empty: bool = False, device: torch.device = CPU
+) -> dict[str, InputStatistics]:
     """What worker number `worker` saw; nothing where `empty`."""
     generator = torch.Generator().manual_seed(worker)
     wanted = Wanted(hessian=True, cross=True, sample_rows=8, observer="mse")
@@ -63,7 +66,7 @@ def statistics_of(worker: int, *, empty: bool = False) -> dict[str, InputStatist
     found = {n: InputStatistics(wanted=wanted, spec=spec, rows_per_batch=2) for n in ("a", "b")}
     for name, s in found.items():
         for batch in range(0 if empty and name == "b" else 2):
-            x = torch.randn(16, 64, generator=generator) * (batch + 1)
+            x = torch.randn(16, 64, generator=generator).to(device) * (batch + 1)
             s.update(x, x if name == "a" else None)
     return found
 
@@ -71,12 +74,20 @@ def statistics_of(worker: int, *, empty: bool = False) -> dict[str, InputStatist
 def merging(directory: Path) -> None:
     """Statistics and moving averages of workers of which the second saw nothing for `b`."""
     rank = distributed.rank()
-    found = statistics_of(rank, empty=rank == 1)
-    distributed.merge_statistics(found, CPU)
-    average = make_observer("moving-average")
-    average.update(torch.full((4,), float(rank + 1)))
-    distributed.merge_observers([average], CPU)
-    same = distributed.gathered((found, average))
+    mine = torch.device("cuda", rank)
+    with OtherDevice():  # each worker's own, so that tensors of two workers' devices cannot meet
+        found = statistics_of(rank, empty=rank == 1, device=mine)
+        distributed.merge_statistics(found, mine)
+        average = make_observer("moving-average")
+        average.update(torch.full((4,), float(rank + 1), device=mine))
+        distributed.merge_observers([average], mine)
+        for s in found.values():
+            one = torch.ones(64, device=mine)
+            s.update(one * s.absmax @ s.hessian @ s.cross + s.total.float() + s.rows().sum(0))
+            assert s.hessian.device == s.observer.counts.device == average.high.device == mine
+        found = statistics_of(rank, empty=rank == 1, device=mine)
+        distributed.merge_statistics(found, mine)
+        same = distributed.gathered((found, average))
     if rank == 0:
         torch.save([_plain(s) | {"average": a.high} for s, a in same], directory / f"merging-{len(same)}.pt")
 
