@@ -305,7 +305,7 @@ def test_rounding_in_passing_is_as_good_as_in_two_runs(
     assert x < 1.25 * y and y < 1.25 * x
 
 
-def test_prompts_of_different_lengths(checkpoints, tmp_path):
+def test_a_prompt_shorter_than_the_check(checkpoints, tmp_path):
     """The shortest is shorter than the tokens that layers are checked on; it need not come first."""
     windows = [torch.arange(n) % 128 for n in (40, 9, 40, 25)]
     done = calibrate(
