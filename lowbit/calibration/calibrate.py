@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration import store
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.distributed import my_share, rank, wait_for_all, workers
+from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
 from lowbit.calibration.graph import norm_gain
 from lowbit.calibration.kv_cache import KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel, final_norm
@@ -80,6 +80,7 @@ def calibrate(
         raise InputError(
             f"expected data for method {method.name} with scheme {scheme.name}, found none; pass --data"
         )
+    share = my_share(windows)
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     schemes = module_schemes(model, scheme, selection)
@@ -93,17 +94,22 @@ def calibrate(
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
-    writer = store.Writer(out, settings, overwrite=overwrite) if rank() == 0 else None
-    wait_for_all()
-    done = set(store.load_manifest(Path(out))["layers"])
+    writer: store.Writer | None = None
+
+    def start() -> set[str]:
+        nonlocal writer
+        writer = store.Writer(out, settings, overwrite=overwrite)
+        return set(writer.manifest["layers"])
+
+    done = decided(start, model.device)
     rotation = None
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
         if writer is not None and store.MODEL_PART not in done:
-            writer.write(store.MODEL_PART, {model.disk_name(n): t for n, t in outside.items()})
-    run = _start(model, method, schemes, options, rotation, windows)
+            writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
+    run = _start(model, method, schemes, options, rotation, windows, share)
     run.kv_cache = kv_cache
     for index in range(len(model)):
         name = model.layer_name(index)
@@ -132,6 +138,7 @@ def calibrate(
             config_overrides=overrides,
             seconds={k: round(v, 3) for k, v in run.seconds.items()},
         )
+    wait_for_all()
     return store.read(out)
 
 
@@ -178,16 +185,19 @@ def _start(
     options: RunOptions,
     rotation: Rotation | None,
     windows: Sequence[Tensor],
+    share: Sequence[Tensor],
 ) -> Run:
-    """Embed the data and remember what every layer is called with."""
+    """Embed this worker's share of the data and remember what every layer is called with."""
     cache = ActivationCache(options.memory_limit, options.spill_directory)
     calls = []
     one_batch = _passes(model, method, schemes, options, windows)
-    for batch in make_batches(my_share(windows), len(windows) if one_batch else options.batch_size):
+    for batch in make_batches(share, len(windows) if one_batch else options.batch_size):
         call = model.embed(batch)
         cache.append(call.hidden)
         calls.append(call.kwargs)
-    ids = windows[0].reshape(1, -1)[:, :32] if windows else torch.arange(32).reshape(1, -1)
+    # Of the shortest, so that as many tokens can be taken from the first batch of any worker.
+    shortest = min(windows, key=torch.numel) if windows else torch.arange(32)
+    ids = shortest.reshape(1, -1)[:, :32]
     call = model.embed(ids)
     if not windows:
         # Something to trace the layers with; what it becomes does not matter.
@@ -196,7 +206,7 @@ def _start(
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
         calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
-        one_batch=one_batch,
+        batches=sum(gathered(len(cache))), one_batch=one_batch,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import unfuse
 from lowbit.calibration.source import Source
 
@@ -79,7 +80,7 @@ class LayerwiseModel:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.source, self.device, self.dtype = source, torch.device(device), dtype
+        self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
         config = AutoConfig.from_pretrained(source.path)
         if hasattr(config, "quantization_config"):

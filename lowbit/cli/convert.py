@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowbit.cli.calibrate import Device
 from lowbit.cli.checkpoint import (
     CalibrationDir,
     FormatName,
@@ -49,6 +50,7 @@ def convert(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
+    device: Device = "auto",
     workers: Workers = None,
     part: Annotated[
         str | None,
@@ -91,7 +93,11 @@ def convert(
             raise InputError(
                 "expected --dry-run without --method: calibrating is the work; plan with --calibration afterwards"
             )
-        calibration = _calibrate(src, out, wanted, method, data, samples, length, quiet=json)
+        from lowbit.calibration.distributed import rank
+
+        calibration = _calibrate(src, out, wanted, method, data, samples, length, device, quiet=json)
+        if rank() != 0:
+            return
     elif data is not None:
         raise InputError("expected --method beside --data, found none; --method best is the recommended one")
     decided = api.plan(
@@ -141,17 +147,20 @@ def _calibrate(
     data: Path | None,
     samples: int,
     length: int,
+    device: str,
     *,
     quiet: bool,
 ) -> Path:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
 
-    from lowbit.cli.calibrate import run_recipe
+    from lowbit.calibration.run import RunOptions
+    from lowbit.cli.calibrate import run_recipe, worker_device
 
     directory = out.with_name(out.name + ".calibration")
     changes: dict[str, object] = {"method": method or wanted.method}
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
-    run_recipe(src, directory, replace(wanted, **changes), quiet=quiet)  # type: ignore[arg-type]
+    options = RunOptions(device=worker_device(device))
+    run_recipe(src, directory, replace(wanted, **changes), options, quiet=quiet)  # type: ignore[arg-type]
     return directory
