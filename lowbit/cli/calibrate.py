@@ -84,7 +84,7 @@ def calibrate(
     Then:  lowbit convert SRC OUT --scheme SCHEME --calibration CALIB
 
     A run that was killed goes on when the same command is given again. Workers share the data and the
-    rounding, one per device:  torchrun --nproc-per-node 4 -m lowbit.cli calibrate SRC -o CALIB …
+    rounding, one per device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
     """
     from dataclasses import replace
 

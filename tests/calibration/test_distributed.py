@@ -121,13 +121,13 @@ def test_rounding_is_divided_by_its_cost():
 
 def test_commands_under_a_launcher(source, tmp_path):
     data = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
-    calibrated = launch("torchrun", 2, "-m", "lowbit.cli", "convert", source, tmp_path / "out",
+    calibrated = launch("torchrun", 2, "-m", "lowbit", "convert", source, tmp_path / "out",
                         "--method", "best", *data)  # fmt: skip
     assert calibrated.stdout.count("wrote") == 2  # the calibration and the checkpoint, by one worker
     command = ("eval", tmp_path / "out", "--reference", source, *data, "--json")
-    two = json.loads(launch("torchrun", 2, "-m", "lowbit.cli", *command).stdout)
+    two = json.loads(launch("torchrun", 2, "-m", "lowbit", *command).stdout)
     alone = subprocess.run(
-        [sys.executable, "-m", "lowbit.cli", *map(str, command)], capture_output=True, text=True, check=True,
+        [sys.executable, "-m", "lowbit", *map(str, command)], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     one = json.loads(alone.stdout)
@@ -136,7 +136,7 @@ def test_commands_under_a_launcher(source, tmp_path):
         assert two[key] == pytest.approx(one[key], rel=1e-3)
     assert two["layer_errors"] == pytest.approx(one["layer_errors"], rel=1e-3)
     searched = launch(
-        "torchrun", 2, "-m", "lowbit.cli", "search", source, *data, "-o", tmp_path / "r.yaml", "--json"
+        "torchrun", 2, "-m", "lowbit", "search", source, *data, "-o", tmp_path / "r.yaml", "--json"
     )
     assert json.loads(searched.stdout)["scheme"] in ("int8", "fp8")
 
@@ -147,7 +147,7 @@ def test_bad_input_ends_every_worker_with_code_2(source, tmp_path):
         (("--device", "cuda"), "expected device auto, cpu, found cuda"),
         (("--device", "cpu"), "expected at least one sample per worker, found 1 for 2 workers"),
     ):
-        command = ("-m", "lowbit.cli", "calibrate", source, "-o", tmp_path / "c", "-m", "gptq", *data, *extra)
+        command = ("-m", "lowbit", "calibrate", source, "-o", tmp_path / "c", "-m", "gptq", *data, *extra)
         done = launch("torchrun", 2, *command, code=1)
         assert message in done.stderr and "exitcode  : 2" in done.stderr
         assert not (tmp_path / "c" / store.MANIFEST).exists()
