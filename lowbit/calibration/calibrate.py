@@ -41,7 +41,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
         for ours, shape in model.linear_shapes(index).items():
             names[model.disk_name(ours)] = ours
             shapes[model.disk_name(ours)] = shape
-    decisions = decide(shapes, scheme, selection, config=model.source.config)
+    decisions = decide(shapes, scheme, selection, config=model.source.config, fused=model.source.fused)
     return {
         names[m]: d.scheme
         for m, d in decisions.items()

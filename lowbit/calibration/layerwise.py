@@ -202,22 +202,7 @@ class LayerwiseModel:
             disk.endswith(".weight") and self.source.has_weight(disk.removesuffix(".weight"))
         ):
             return self.source.tensor(disk, self.dtype).to(self.device)
-        return self._from_fused(name)
-
-    def _from_fused(self, name: str) -> Tensor | None:
-        """One expert's projection out of a checkpoint that stores experts as 3-D tensors."""
-        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
-        if match is None:
-            return None
-        prefix, expert, part = match[1], int(match[2]), match[3]
-        fused = f"{prefix}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-        if not self.source.has(fused):
-            return None
-        whole = self.source.raw(fused)[expert]
-        if part != "down":
-            half = whole.shape[0] // 2
-            whole = whole[:half] if part == "gate" else whole[half:]
-        return whole.to(self.device, self.dtype)
+        return None
 
     def _fill_outside(self) -> None:
         self._fill(self.model, "", tied=bool(getattr(self.config, "tie_word_embeddings", False)))

@@ -46,7 +46,9 @@ class TensorRef:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Absolute byte position in `file`."""
+    """Absolute byte position in `file` of the first element."""
+    pitch: int = 0
+    """For a matrix that lies transposed: elements from one stored row (a column of `shape`) to the next. 0: row major."""
 
     @property
     def elements(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from nn_reference import activations_quantized, build, dequantized, inputs, logits, tiny
+from nn_reference import FUSED, activations_quantized, build, dequantized, inputs, logits, tiny
 
 import lowbit
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
 
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
+    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe",
 ]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_converted_model_equals_the_dequantized_one(kind, tmp_path):
     model = load(tmp_path / "out")
     assert not any(t.is_meta for t in model.state_dict().values())
     assert any(isinstance(m, QuantLinear) for m in model.modules())
-    check_against_float(model, dequantized(tmp_path / "out", tmp_path / "float"), kind)
+    check_against_float(model, dequantized(tmp_path / "out", tmp_path / "float", FUSED.get(kind)), kind)
 
 
 @pytest.mark.parametrize("scheme", ["int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"])
