@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.experts import unfuse
 from lowbit.calibration.source import Source
+from lowbit.errors import InputError
 
 # Checkpoints that name a mixture's parts as its paper did; ours are transformers' names.
 _ALIASES: tuple[tuple[str, str], ...] = (
@@ -28,6 +29,8 @@ _ALIASES: tuple[tuple[str, str], ...] = (
     (r"\.mlp\.experts\.(\d+)\.down_proj", r".block_sparse_moe.experts.\1.w2"),
     (r"\.mlp\.experts\.(\d+)\.up_proj", r".block_sparse_moe.experts.\1.w3"),
     (r"\.mlp\.gate(?=\.|$)", r".block_sparse_moe.gate"),
+    # The text model of one that also sees (Qwen3.5).
+    (r"^model\.", "model.language_model."),
 )
 
 
@@ -44,9 +47,9 @@ class _Stub(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise ValueError(
-                f"expected decoder layers called with hidden states and keywords, found {len(args)} more "
-                "positional arguments; this architecture is not supported layer by layer"
+            raise InputError(
+                f"expected decoder layers called with hidden states and keywords, found {len(args)} more positional "
+                "arguments; this architecture cannot run layer by layer: convert it without --method and --calibration"
             )
         self.kwargs = kwargs
         return hidden_states
@@ -87,6 +90,11 @@ class LayerwiseModel:
         for key, value in (config_overrides or {}).items():
             if hasattr(config, key):
                 setattr(config, key, value)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise InputError(
+                f"{source.path}: expected a causal language model, to run it layer by layer, found "
+                f"{config.model_type!r}, for which transformers has none; convert it without --method and --calibration"
+            )
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
