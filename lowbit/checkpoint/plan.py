@@ -47,6 +47,11 @@ class Plan:
         return sum(j.source_bytes for j in self.jobs)
 
     @property
+    def split_experts(self) -> Mapping[str, str]:
+        """Modules of single experts → the 3-D tensor of the source that they are parts of."""
+        return fused_names(self.source, self.decisions)
+
+    @property
     def output_bytes(self) -> int:
         return sum(s.nbytes for s in self.shards)
 

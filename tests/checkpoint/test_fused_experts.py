@@ -67,7 +67,10 @@ def test_each_expert_equals_the_oracle_on_its_slice(tmp_path, model, scheme):
     check_experts(tmp_path / "out", apart, scheme)
     found = lowbit.verify(tmp_path / "out", src)
     assert found.problems == () and len(found.errors) == 2 * 3 * 3
-    decision = done.plan.decisions[MIXTURES[model][0].format(1) + ".2.up_proj"]
+    at = MIXTURES[model][0].format(1)
+    assert len(done.plan.split_experts) == 18
+    assert done.plan.split_experts[f"{at}.2.up_proj"] == f"{at}.gate_up_proj"
+    decision = done.plan.decisions[f"{at}.2.up_proj"]
     assert (decision.role, decision.reason) == ("expert", "split from experts.gate_up_proj")
     assert done.plan.source_bytes == sum(t.nbytes for t in fused.values()) + sum(
         len(j.data) for j in done.plan.jobs
