@@ -243,7 +243,10 @@ def fused_block_fp8(fused: Tensors, config: Mapping[str, Any]) -> tuple[Tensors,
         pairs = [_to_blocks(t.float(), (BLOCK, BLOCK), torch.float32) for t in tensor]
         found[name] = torch.stack([c for c, _ in pairs])
         found[name + "_scale_inv"] = torch.stack([s for _, s in pairs])
-    return found, {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}}
+    return found, {
+        **config,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+    }
 
 
 def _to_blocks(x: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

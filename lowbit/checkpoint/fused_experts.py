@@ -172,7 +172,11 @@ def _scale_problem(
 
 def scale_block(block: Any) -> tuple[int, int]:
     """`weight_block_size` of a config → rows and columns per scale; 128×128 where it says nothing."""
-    if isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block):
+    if (
+        isinstance(block, list | tuple)
+        and len(block) == 2
+        and all(isinstance(b, int) and b > 0 for b in block)
+    ):
         return block[0], block[1]
     return 128, 128
 

@@ -48,7 +48,7 @@ class TensorRef:
     offset: int
     """Absolute byte position in `file` of the first element."""
     pitch: int = 0
-    """For a matrix that lies transposed: elements from one stored row (a column of `shape`) to the next. 0: row major."""
+    """0: row major. Else it lies transposed, a column of `shape` to each stored row, so many elements apart."""
 
     @property
     def elements(self) -> int:

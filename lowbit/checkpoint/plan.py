@@ -93,7 +93,9 @@ def make_plan(
     main_dtype = _main_float(source, stored)
     fused = fused_names(on_disk, source.tensors)
     decisions = _decisions(source, stored, scheme, target, selection, replacements, fused)
-    decisions |= {n: replace(decisions[n], reason=r) for n, r in experts.whole.items() if _by_rule(decisions[n])}
+    decisions |= {
+        n: replace(decisions[n], reason=r) for n, r in experts.whole.items() if _by_rule(decisions[n])
+    }
     names = {*decisions, *fused.values()}
     warnings = list(source.notes) + [
         f"pattern {p!r} matches no module; check it against `lowbit inspect`"
@@ -221,10 +223,10 @@ def _fuse_floats(
     view = split(on_disk, leave={name.rpartition(".")[0] for name in floats}).checkpoint
     out: dict[str, Decision] = {}
     for module, decision in decisions.items():
-        name = fused.get(module)
+        name = fused.get(module, "")
         if name in floats:
             out[name] = floats[name]
-        elif name is not None:
+        elif name:
             split_from = "split from experts." + name.rpartition(".")[2]
             out[module] = replace(decision, reason="; ".join(filter(None, (decision.reason, split_from))))
         else:

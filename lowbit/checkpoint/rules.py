@@ -143,9 +143,7 @@ def check_patterns(selection: Selection) -> None:
 
 def means(pattern: str, module: str, fused: Mapping[str, str]) -> bool:
     """Whether a user's pattern means this module, by its name or by that of the fused tensor it is a part of."""
-    return pattern_matches(pattern, module) or (
-        module in fused and pattern_matches(pattern, fused[module])
-    )
+    return pattern_matches(pattern, module) or (module in fused and pattern_matches(pattern, fused[module]))
 
 
 def unmatched(selection: Selection, modules: Iterable[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import ops
-from lowbit.checkpoint.fused_experts import orientation_of
 from lowbit.formats import Format
+from lowbit.nn.fused_experts import fused_weight, parameter, refusal, transposed
 from lowbit.nn.linear import as_stored_scale
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
@@ -127,9 +126,11 @@ class QuantExperts(QuantModule):
         """Uninitialized, for the shapes, device and gate of a fused module. ValueError where the layout differs."""
         if problem := refusal(experts):
             raise ValueError(f"{type(experts).__name__}: {problem}")
-        down, act_fn = _parameter(experts, "down_proj"), experts.act_fn
+        down, act_fn = parameter(experts, "down_proj"), experts.act_fn
         assert callable(act_fn)
-        count, hidden, intermediate = down.shape if not transposed(experts) else (down.shape[0], *down.shape[:0:-1])
+        count, hidden, intermediate = (
+            down.shape if not transposed(experts) else (down.shape[0], *down.shape[:0:-1])
+        )
         found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
         if not getattr(experts, "has_gate", True):
             found.pop("gate", None)
@@ -345,58 +346,3 @@ class _Projection(nn.Module):
             experts.put(buffer, self.__dict__["_index"], value.data)
             # transformers' mark of what needs no initialization.
             experts._buffers[buffer]._is_hf_initialized = True
-
-
-def refusal(experts: nn.Module) -> str:
-    """Why a fused experts module cannot be a QuantExperts, or ""."""
-    down = getattr(experts, "down_proj", None)
-    gated = getattr(experts, "has_gate", True)
-    first = getattr(experts, "gate_up_proj" if gated else "up_proj", None)
-    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(first, Tensor) or first.dim() != 3:
-        return "expected fused 3-D experts gate_up_proj [E, 2I, H] (or up_proj) and down_proj [E, H, I]"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up projections are interleaved"
-    if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
-        return "its experts have biases or norms of their own"
-    if not callable(getattr(experts, "act_fn", None)):
-        return "it has no act_fn"
-    extra = [n for n, _ in experts.named_parameters() if n not in ("gate_up_proj", "up_proj", "down_proj")]
-    if extra:
-        return f"it has parameters beside its projections: {', '.join(extra)}"
-    count, hidden, intermediate = down.shape
-    fits = orientation_of(tuple(first.shape), tuple(down.shape)) if gated else first.shape == down.mT.shape
-    if not fits:
-        twice = 2 if gated else 1
-        return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
-    if transposed(experts) and not takes_sorted_rows(experts):
-        return "its experts are stored [E, in, out]"
-    return ""
-
-
-def transposed(experts: nn.Module) -> bool:
-    """Whether fused experts lie [E, in, out]."""
-    first, down = getattr(experts, "gate_up_proj", None), _parameter(experts, "down_proj")
-    return isinstance(first, Tensor) and orientation_of(tuple(first.shape), tuple(down.shape)) == "columns"
-
-
-def takes_sorted_rows(experts: nn.Module) -> bool:
-    """Whether a module is called as Llama 4's experts are: with the rows of all experts, and no routing."""
-    return len(inspect.signature(experts.forward).parameters) == 1
-
-
-def fused_weight(experts: nn.Module, projection: str, expert: int) -> Tensor:
-    """[N, K] of one expert's projection, a view of the fused parameter."""
-    gated = getattr(experts, "has_gate", True)
-    name = "down_proj" if projection == "down" else ("gate_up_proj" if gated else "up_proj")
-    both = _parameter(experts, name)[expert].detach()
-    both = both.mT if transposed(experts) else both
-    if name != "gate_up_proj":
-        return both
-    half = both.shape[0] // 2
-    return both[:half] if projection == "gate" else both[half:]
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value

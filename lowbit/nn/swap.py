@@ -13,7 +13,8 @@ from lowbit.checkpoint.fused_experts import fused_name, part_names
 from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
 from lowbit.errors import InputError
 from lowbit.formats import Format, Layout
-from lowbit.nn.experts import QuantExperts, refusal, transposed
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.fused_experts import refusal, transposed
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
@@ -106,7 +107,10 @@ def quantize_model(
     while order:
         candidate = order.pop(0)
         decision = decisions[candidate.disk[0]]
-        reason = decision.reason if decision.scheme is None else unfit.get(candidate.name, "")
+        why_not = unfit.get(candidate.name, "")
+        reason = decision.reason if decision.scheme is None else why_not
+        if decision.role == "experts-3d" and not decision.reason.startswith("--"):
+            reason = f"experts fused into one 3-D tensor: {why_not}"
         if (pattern := given.get(reason.removeprefix("--ignore "))) is not None:
             reason = f"--ignore {pattern}"
         if decision.scheme is None or reason:
@@ -164,14 +168,17 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
     for name, module in fused.items():
         tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[parameter(name, p)]]
         problem = refusal(module)
-        parts = [f"{p}.weight" for t in tensors for p in part_names(t, _down(module).shape[0])]
+        names = [] if problem else [p for t in tensors for p in part_names(t, _down(module).shape[0])]
+        parts = [f"{p}.weight" for p in names]
         fused_on_disk = module_of(tensors[0]).rpartition(".")[0] if parts else ""
         tensors = parts or tensors
         projections = expert_names(tensors)
         if problem:
             unfit[name] = problem
         elif not projections:
-            unfit[name] = "experts fused into one 3-D tensor on disk, under names whose layout is not known here"
+            unfit[name] = (
+                "experts fused into one 3-D tensor on disk, under names whose layout is not known here"
+            )
         found.append(
             _Candidate(
                 name=name,

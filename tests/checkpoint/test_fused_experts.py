@@ -118,7 +118,9 @@ def decoded(fused: Tensors, apart: Tensors, transposed: bool) -> Tensors:
         whole = decode_block_fp8(fused[at][int(e)], fused[at + "_scale_inv"][int(e)])
         whole = whole.T if transposed else whole
         half = whole.shape[0] // 2
-        found[name] = {"gate_proj": whole[:half], "up_proj": whole[half:], "down_proj": whole}[part].contiguous()
+        found[name] = {"gate_proj": whole[:half], "up_proj": whole[half:], "down_proj": whole}[
+            part
+        ].contiguous()
     return found
 
 
@@ -153,7 +155,9 @@ def test_fused_block_fp8_is_carried_bit_for_bit(tmp_path, monkeypatch, model, fo
             assert same_bits(written[scale], codes[name + "_scale_inv"]), name
 
 
-@pytest.mark.parametrize("options", [{"scheme": "bf16"}, {"scheme": "int8", "ignore": ["*.layers.1.*"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"scheme": "bf16"}, {"scheme": "int8", "ignore": ["*.layers.1.*"]}], ids=str
+)
 @pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl"])
 def test_fused_block_fp8_in_float_is_dequantized_in_its_3d_tensor(tmp_path, model, options):
     fused, _, config = fused_mixture(model)
@@ -321,7 +325,9 @@ def test_a_value_that_is_not_finite_is_named_by_expert(tmp_path, model):
     at = (2, 7, 128 + 5) if transposed else (2, 128 + 5, 7)
     fused[where.format(1) + ".gate_up_proj"][at] = torch.nan
     src = write(tmp_path / "src", fused, config)
-    with pytest.raises(InputError, match=r"layers\.1\..*experts\.2\.up_proj\.weight: .*found nan at \[5, 7\]"):
+    with pytest.raises(
+        InputError, match=r"layers\.1\..*experts\.2\.up_proj\.weight: .*found nan at \[5, 7\]"
+    ):
         lowbit.convert(src, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
 
@@ -421,7 +427,11 @@ def test_memory_does_not_depend_on_the_size_of_the_tensor(tmp_path, model):
         del fused
     paths = [str(tmp_path / n) for n in ("small", "large", "a", "b")]
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True, check=False, env=dict(os.environ)
+        [sys.executable, "-c", MEMORY, *paths],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ),
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 24 << 20
@@ -438,9 +448,7 @@ def test_dequantized_by_hand(tmp_path):
     for e in range(3):
         gate, up = (x @ fused[f"{at}.gate_up_proj"][e].float()).chunk(2, dim=-1)
         want = (torch.nn.functional.silu(gate) * up) @ fused[f"{at}.down_proj"][e].float()
-        g, u, d = (
-            dequantize(written[f"{at}.{e}.{p}.weight"], written[f"{at}.{e}.{p}.weight_scale"], get_scheme("int8").weights)
-            for p in ("gate_proj", "up_proj", "down_proj")
-        )  # fmt: skip
+        names = [f"{at}.{e}.{p}_proj.weight" for p in ("gate", "up", "down")]
+        g, u, d = (dequantize(written[n], written[n + "_scale"], get_scheme("int8").weights) for n in names)
         got = (torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T
         assert (got - want).norm() < 0.03 * want.norm()

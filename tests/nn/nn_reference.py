@@ -18,7 +18,6 @@ from lowbit.granularity import PerTensor
 from lowbit.quantize import choose_scale, dequantize, quantize_with
 from lowbit.scheme import Scheme, TensorSpec
 
-
 FUSED = {"qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows"}
 """Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out]."""
 
@@ -54,13 +53,16 @@ def dequantized(out: Path, to: Path, fuse: str | None = None) -> Path:
 
 def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     """`….experts.{e}.gate_proj.weight` and its like → `gate_up_proj` and `down_proj` of all experts."""
-    parents = {n.partition(".experts.")[0] + ".experts" for n in tensors if n.endswith(".experts.0.up_proj.weight")}
+    parents = {
+        n.partition(".experts.")[0] + ".experts" for n in tensors if n.endswith(".experts.0.up_proj.weight")
+    }
     whole = {n: t for n, t in tensors.items() if n.rpartition(".experts.")[0] + ".experts" not in parents}
     for parent in parents:
         count = sum(n.startswith(parent + ".") and n.endswith(".down_proj.weight") for n in tensors)
         gate, up, down = (
-            torch.stack([tensors[f"{parent}.{e}.{p}_proj.weight"] for e in range(count)]) for p in ("gate", "up", "down")
-        )  # fmt: skip
+            torch.stack([tensors[f"{parent}.{e}.{p}_proj.weight"] for e in range(count)])
+            for p in ("gate", "up", "down")
+        )
         both = torch.cat([gate, up], dim=1)
         whole[f"{parent}.gate_up_proj"] = both if layout == "rows" else both.mT
         whole[f"{parent}.down_proj"] = down if layout == "rows" else down.mT
@@ -179,7 +181,9 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
                 "deepstack_visual_indexes": [0],
             }  # fmt: skip
             moe = {**text, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-            return t.Qwen3VLMoeForConditionalGeneration, t.Qwen3VLMoeConfig(text_config=moe, vision_config=vision)
+            return t.Qwen3VLMoeForConditionalGeneration, t.Qwen3VLMoeConfig(
+                text_config=moe, vision_config=vision
+            )
         case "llama4":
             config = t.Llama4TextConfig(
                 **{**text, "intermediate_size": 48}, intermediate_size_mlp=96, num_local_experts=4,
@@ -189,7 +193,8 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
         case "gemma4-moe":
             config = t.Gemma4TextConfig(
                 **text, global_head_dim=16, num_experts=4, top_k_experts=2, moe_intermediate_size=48,
-                enable_moe_block=True, hidden_size_per_layer_input=0, layer_types=["sliding_attention", "full_attention"],
+                enable_moe_block=True, hidden_size_per_layer_input=0,
+                layer_types=["sliding_attention", "full_attention"],
             )  # fmt: skip
             return t.Gemma4ForCausalLM, config
         case "vision-language":

@@ -108,6 +108,20 @@ def test_fused_experts_in_float_stay_fused(kind, pattern, tmp_path):
     assert ignored[0] == ignored[1]
 
 
+def test_transformers_itself_loads_llama4s_experts(tmp_path):
+    """With compressed-tensors, which takes Llama 4's experts apart (and no other's, in this version)."""
+    build("llama4").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    cls, _ = tiny("llama4")
+    theirs, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    batch = inputs("llama4")
+    want = logits(cls.from_pretrained(tmp_path / "src"), batch)
+    mine, got = logits(load(tmp_path / "out"), batch), logits(theirs.eval(), batch)
+    # Its dynamic scales are not quite lowbit's, but its error is no larger.
+    assert (got - want).norm() < 1.2 * (mine - want).norm() < 0.03 * want.norm()
+
+
 def test_llama4_calls_its_experts_with_all_rows():
     model = quantize_model(build("llama4"), "int8")
     experts = next(m for m in model.modules() if isinstance(m, QuantExperts))
