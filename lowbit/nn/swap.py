@@ -176,9 +176,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         if problem:
             unfit[name] = problem
         elif not projections:
-            unfit[name] = (
-                "experts fused into one 3-D tensor on disk, under names whose layout is not known here"
-            )
+            unfit[name] = "on disk under names whose layout is not known here"
         found.append(
             _Candidate(
                 name=name,
