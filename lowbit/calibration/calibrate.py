@@ -23,7 +23,7 @@ from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Selection, decide
+from lowbit.checkpoint.rules import Selection, decide, role_of
 from lowbit.errors import InputError
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -41,7 +41,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
         for ours, shape in model.linear_shapes(index).items():
             names[model.disk_name(ours)] = ours
             shapes[model.disk_name(ours)] = shape
-    decisions = decide(shapes, scheme, selection, config=model.source.config)
+    decisions = decide(shapes, scheme, selection, config=model.source.config, fused=model.source.fused)
     return {
         names[m]: d.scheme
         for m, d in decisions.items()
@@ -105,6 +105,7 @@ def calibrate(
     rotation = None
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":
+        _refuse_towers(reader)
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
         if writer is not None and store.MODEL_PART not in done:
@@ -140,6 +141,17 @@ def calibrate(
         )
     wait_for_all()
     return store.read(out)
+
+
+def _refuse_towers(source: Source) -> None:
+    """InputError for a model that also sees or hears: what its towers add to the residual stream is not rotated."""
+    for name, ref in source.tensors.items():
+        role = role_of(name.rpartition(".")[0], ref.shape, source.config)[0]
+        if role in ("vision", "audio"):
+            raise InputError(
+                f"expected a model of text alone to rotate, found {name} in {source.path}, whose outputs would enter "
+                "the residual stream as they are; use a method without rotation (gptq, smoothquant-gptq)"
+            )
 
 
 def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtype) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def transform(layer: nn.Module, graph: LayerGraph, method: Method, rotation: Rot
         changed |= set(graph.writers)
     if method.rotate_heads:
         for pair in graph.pairs:
-            if pair.head_dim and has_hadamard(pair.head_dim):
+            if pair.head_dim and not pair.gated and has_hadamard(pair.head_dim):
                 fold.rotate_heads(layer, pair)
                 changed |= {pair.first, pair.second}
     if method.online_hadamard:

@@ -213,7 +213,9 @@ def headline(decided: Plan) -> str:
     parts = [f"{count} weights to {name}" for name, count in quantized.most_common()] or [
         "no weight quantized"
     ]
-    return f"{decided.scheme.name} as {target}: {', '.join(parts)}; {kept} modules kept"
+    apart = decided.split_experts
+    split = f" ({len(apart)} split from {len(set(apart.values()))} tensors of fused experts)" if apart else ""
+    return f"{decided.scheme.name} as {target}: {', '.join(parts)}{split}; {kept} modules kept"
 
 
 def summary(decided: Plan) -> dict[str, Any]:
@@ -225,6 +227,7 @@ def summary(decided: Plan) -> dict[str, Any]:
         "plan": decided.digest(),
         "quantized": dict(schemes),
         "kept": len(decided.decisions) - sum(schemes.values()),
+        "split_experts": len(decided.split_experts),
         "bytes_before": decided.source_bytes,
         "bytes_after": decided.output_bytes,
         "warnings": list(decided.warnings),

@@ -147,13 +147,11 @@ def _exactly(name: str) -> str:
 
 def stored_modules(source: Source) -> dict[str, Scheme]:
     """Module → scheme of a quantized checkpoint; empty for one in float."""
-    if not any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale")) for name in source.names):
+    if not any(name.endswith((".weight_scale", ".weight_scale_inv", ".scale")) for name in source.tensors):
         return {}
     from lowbit import formats
-    from lowbit.checkpoint.headers import open_checkpoint
 
-    checkpoint = open_checkpoint(source.path)
-    return {m: s.scheme for m, s in formats.read(source.config, checkpoint.tensors).items()}
+    return {m: s.scheme for m, s in formats.read(source.config, source.tensors).items()}
 
 
 @torch.no_grad()
