@@ -33,7 +33,8 @@ FormatName = Annotated[
 Ignore = Annotated[
     list[str] | None,
     typer.Option(
-        help="Leave these modules in float. A module's or parent's name, a glob ('*.o_proj') or 're:…'. Repeatable.",
+        help="Leave these modules in float. A module's or parent's name, a glob ('*.o_proj') or 're:…'; for fused "
+        "experts the 3-D tensor's name too. Repeatable.",
         metavar="PATTERN",
     ),
 ]

@@ -222,6 +222,25 @@ def test_float_schemes_keep_3d_tensors(tmp_path, model, scheme):
     assert all(same_bits(written[n], fused[n].to(dtype)) for n in fused)
 
 
+@pytest.mark.parametrize(
+    ("inner", "scheme", "why"),
+    [
+        (37, "int8-weight-only", "K = 37 is not a multiple of"),
+        (8, "int8", "smaller than 16: nothing to gain"),
+    ],
+)
+@pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
+def test_shapes_that_are_refused_stay_fused(tmp_path, model, inner, scheme, why):
+    fused, _, config = fused_mixture(model, inner=inner, layers=1)
+    fused["x.weight"] = torch.randn(32, 128).to(torch.bfloat16)
+    done = lowbit.convert(write(tmp_path / "src", fused, config), tmp_path / "out", scheme)
+    written, at = load(tmp_path / "out"), MIXTURES[model][0].format(0)
+    for leaf in ("gate_up_proj", "down_proj"):
+        assert same_bits(written[f"{at}.{leaf}"], fused[f"{at}.{leaf}"])
+        assert why in done.plan.decisions[f"{at}.{leaf}"].reason
+    assert not done.plan.split_experts
+
+
 def test_an_override_by_the_fused_name_must_mean_both(tmp_path):
     fused, apart, config = fused_mixture("qwen3.5")
     src = write(tmp_path / "src", fused, config)
