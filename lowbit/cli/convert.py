@@ -18,7 +18,9 @@ from lowbit.cli.checkpoint import (
     SchemeName,
     ShardSize,
     Source,
+    TargetName,
     Workers,
+    advice_on,
     headline,
     print_warnings,
     summary,
@@ -34,6 +36,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
     scheme: SchemeName = None,
     format: FormatName = None,
+    target: TargetName = None,
     ignore: Ignore = None,
     keep: Keep = None,
     max_shard_size: ShardSize = "5GB",
@@ -76,9 +79,13 @@ def convert(
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
+    from lowbit.targets import get_accelerator
 
+    chip = None if target is None else get_accelerator(target)
     share = Part() if part is None else Part.parse(part)
-    wanted = wanted_recipe(recipe, scheme, ignore, keep)
+    wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
+    if chip is not None and scheme is None:
+        format = format or chip.format
     if method or (wanted.method and calibration is None):
         if not share.whole:
             raise InputError(
@@ -104,13 +111,15 @@ def convert(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    print_warnings(decided)
+    print_warnings(decided, chip)
     if not json:
         print(headline(decided))
+        if chip is not None:
+            print(advice_on(decided, chip)[0])
     if dry_run:
         OutputDirectory(out, decided, overwrite=overwrite, part=share)
         if json:
-            print_json({**summary(decided), "dry_run": True})
+            print_json({**summary(decided, chip), "dry_run": True})
         else:
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
@@ -123,7 +132,7 @@ def convert(
             "out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs,
             "part": f"{share.number}/{share.count}", "missing_files": list(done.missing),
         }  # fmt: skip
-        print_json({**summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
+        print_json({**summary(decided, chip), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
         return
     if done.resumed_jobs:
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
