@@ -97,6 +97,31 @@ _ALIASES = {
 }
 
 
+def advice(accelerator: Accelerator, weight_dtype: str | None, nbytes: int) -> tuple[str, list[str]]:
+    """(how weights of `nbytes` bytes and this dtype (`int8`, `e4m3fn`, None: not quantized) run there, warnings)."""
+    parts, warnings = [], []
+    if weight_dtype is not None:
+        words = {"int8": "int8", "e4m3fn": "fp8"}[weight_dtype]
+        peak = accelerator.peak(weight_dtype)
+        if accelerator.native(weight_dtype):
+            ratio = f", {peak / accelerator.bf16:.1f} × its bf16" if peak and accelerator.bf16 else ""
+            unit = "TOP/s" if weight_dtype == "int8" else "TFLOP/s"
+            parts.append(f"{words} is multiplied natively" + (f" ({peak} {unit}{ratio})" if peak else ""))
+        else:
+            parts.append(f"{words} is not multiplied natively")
+            warnings.append(
+                f"{accelerator.title} does not multiply {words}: engines decode the weights to bf16, which saves "
+                f"memory but not arithmetic; {accelerator.scheme} suits it better"
+            )
+    if accelerator.memory_gb:
+        cards = max(1, -(-nbytes // (accelerator.memory_gb * 10**9)))
+        parts.append(
+            f"{cards} of {accelerator.memory_gb} GB hold{'s' * (cards == 1)} the {nbytes / 1e9:.3g} GB of weights, "
+            "the KV cache not counted"
+        )
+    return f"{accelerator.title}: {'; '.join(parts) or 'any memory'}", warnings
+
+
 def get_accelerator(name: str) -> Accelerator:
     """The accelerator of that name, in any case. Raises InputError naming the nearest."""
     key = name.strip().lower().replace(" ", "").replace("_", "-")

@@ -166,6 +166,46 @@ def vision_language(*, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensors, di
     return tensors, config
 
 
+# Where the experts of a layer lie, whether they are stored transposed, and the model_types, as published.
+MIXTURES = {
+    "qwen3.5": ("model.language_model.layers.{}.mlp.experts", False, "qwen3_5_moe"),
+    "gemma4": ("model.language_model.layers.{}.experts", False, "gemma4"),
+    "qwen3-vl": ("model.language_model.layers.{}.mlp.experts", True, "qwen3_vl_moe"),
+    "llama4": ("language_model.model.layers.{}.feed_forward.experts", True, "llama4"),
+}
+
+
+def fused_mixture(
+    model: str, *, dtype: torch.dtype = torch.bfloat16, hidden: int = 256, inner: int = 128, experts: int = 3,
+    layers: int = 2, seed: int = 4,
+) -> tuple[Tensors, Tensors, dict[str, Any]]:  # fmt: skip
+    """(tensors with the experts of a layer in 3-D, the same with a matrix per expert, config)."""
+    make, (where, transposed, model_type) = _maker(seed, dtype), MIXTURES[model]
+    rest = {"model.language_model.embed_tokens.weight": make(64, hidden)}
+    fused, apart = dict(rest), dict(rest)
+    for i in range(layers):
+        at = where.format(i)
+        router = {f"{at.removesuffix('experts')}gate.weight": make(experts, hidden)}
+        parts: dict[str, list[Tensor]] = {p: [] for p in ("gate_proj", "up_proj", "down_proj")}
+        for e in range(experts):
+            for name, found in parts.items():
+                matrix = make(hidden, inner) if name == "down_proj" else make(inner, hidden)
+                found.append(matrix)
+                apart[f"{at}.{e}.{name}.weight"] = matrix
+        both = [torch.cat(pair) for pair in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
+        for name, found in {"gate_up_proj": both, "down_proj": parts["down_proj"]}.items():
+            stack = torch.stack(found)
+            fused[f"{at}.{name}"] = stack.transpose(1, 2).contiguous() if transposed else stack
+        fused |= router
+        apart |= router
+    text = {"hidden_size": hidden, "num_hidden_layers": layers}
+    config = {
+        "architectures": ["X"], "model_type": model_type, "text_config": text, "vision_config": {"hidden_size": 32},
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return fused, apart, config
+
+
 def quantizable(name: str, tensor: Tensor) -> bool:
     """What DeepSeek stores in FP8: matrices but routers, embeddings, heads and eh_proj."""
     kept = ("embed_tokens", "lm_head", ".gate.weight", "eh_proj", "shared_head.head", "visual")
@@ -191,6 +231,22 @@ def block_fp8(
     if scale_dtype == torch.float8_e8m0fnu:
         quantization["scale_fmt"] = "ue8m0"
     return found, {**config, "quantization_config": quantization}
+
+
+def fused_block_fp8(fused: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """Fused experts as block FP8, each expert's scales beside it: `gate_up_proj_scale_inv` [E, ·/128, ·/128]."""
+    found: Tensors = {}
+    for name, tensor in fused.items():
+        if tensor.dim() != 3:
+            found[name] = tensor
+            continue
+        pairs = [_to_blocks(t.float(), (BLOCK, BLOCK), torch.float32) for t in tensor]
+        found[name] = torch.stack([c for c, _ in pairs])
+        found[name + "_scale_inv"] = torch.stack([s for _, s in pairs])
+    return found, {
+        **config,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+    }
 
 
 def _to_blocks(x: Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

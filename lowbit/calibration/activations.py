@@ -1,4 +1,4 @@
-"""Cached hidden states between two decoder layers: in memory up to a limit, on disk past it."""
+"""Cached hidden states between two decoder layers: in host memory up to a limit, on disk past it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 class ActivationCache:
     """A list of tensors whose items may lie in files, so that activations need not fit in memory.
 
-    The first `limit_bytes` stay in memory; what comes after goes to memory-mapped files in
-    `directory` (a temporary one when None), removed with the cache. Replacing an item of the
-    same shape and dtype writes in place.
+    The first `limit_bytes` stay in host memory (a device has to hold a layer and one batch, no more); what
+    comes after goes to memory-mapped files in `directory` (a temporary one when None), removed
+    with the cache. Items are on the CPU. Replacing one of the same shape and dtype writes in place.
     """
 
     def __init__(self, limit_bytes: int, directory: str | Path | None = None) -> None:
@@ -30,7 +30,7 @@ class ActivationCache:
         size = x.numel() * x.element_size()
         if self.bytes_in_memory + size <= self.limit_bytes:
             self.bytes_in_memory += size
-            self._items.append(x)
+            self._items.append(x.cpu())
             return
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="lowbit-", dir=self._parent)

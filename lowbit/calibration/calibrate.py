@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration import store
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.distributed import my_share, rank, wait_for_all, workers
+from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
 from lowbit.calibration.graph import norm_gain
 from lowbit.calibration.kv_cache import KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel, final_norm
@@ -23,7 +23,7 @@ from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Selection, decide
+from lowbit.checkpoint.rules import Selection, decide, role_of
 from lowbit.errors import InputError
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -41,7 +41,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
         for ours, shape in model.linear_shapes(index).items():
             names[model.disk_name(ours)] = ours
             shapes[model.disk_name(ours)] = shape
-    decisions = decide(shapes, scheme, selection, config=model.source.config)
+    decisions = decide(shapes, scheme, selection, config=model.source.config, fused=model.source.fused)
     return {
         names[m]: d.scheme
         for m, d in decisions.items()
@@ -80,6 +80,7 @@ def calibrate(
         raise InputError(
             f"expected data for method {method.name} with scheme {scheme.name}, found none; pass --data"
         )
+    share = my_share(windows)
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     schemes = module_schemes(model, scheme, selection)
@@ -93,17 +94,23 @@ def calibrate(
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
-    writer = store.Writer(out, settings, overwrite=overwrite) if rank() == 0 else None
-    wait_for_all()
-    done = set(store.load_manifest(Path(out))["layers"])
+    writer: store.Writer | None = None
+
+    def start() -> set[str]:
+        nonlocal writer
+        writer = store.Writer(out, settings, overwrite=overwrite)
+        return set(writer.manifest["layers"])
+
+    done = decided(start, model.device)
     rotation = None
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":
+        _refuse_towers(reader)
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
         if writer is not None and store.MODEL_PART not in done:
-            writer.write(store.MODEL_PART, {model.disk_name(n): t for n, t in outside.items()})
-    run = _start(model, method, schemes, options, rotation, windows)
+            writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
+    run = _start(model, method, schemes, options, rotation, windows, share)
     run.kv_cache = kv_cache
     for index in range(len(model)):
         name = model.layer_name(index)
@@ -132,7 +139,19 @@ def calibrate(
             config_overrides=overrides,
             seconds={k: round(v, 3) for k, v in run.seconds.items()},
         )
+    wait_for_all()
     return store.read(out)
+
+
+def _refuse_towers(source: Source) -> None:
+    """InputError for a model that also sees or hears: what its towers add to the residual stream is not rotated."""
+    for name, ref in source.tensors.items():
+        role = role_of(name.rpartition(".")[0], ref.shape, source.config)[0]
+        if role in ("vision", "audio"):
+            raise InputError(
+                f"expected a model of text alone to rotate, found {name} in {source.path}, whose outputs would enter "
+                "the residual stream as they are; use a method without rotation (gptq, smoothquant-gptq)"
+            )
 
 
 def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtype) -> dict[str, Tensor]:
@@ -178,16 +197,19 @@ def _start(
     options: RunOptions,
     rotation: Rotation | None,
     windows: Sequence[Tensor],
+    share: Sequence[Tensor],
 ) -> Run:
-    """Embed the data and remember what every layer is called with."""
+    """Embed this worker's share of the data and remember what every layer is called with."""
     cache = ActivationCache(options.memory_limit, options.spill_directory)
     calls = []
     one_batch = _passes(model, method, schemes, options, windows)
-    for batch in make_batches(my_share(windows), len(windows) if one_batch else options.batch_size):
+    for batch in make_batches(share, len(windows) if one_batch else options.batch_size):
         call = model.embed(batch)
         cache.append(call.hidden)
         calls.append(call.kwargs)
-    ids = windows[0].reshape(1, -1)[:, :32] if windows else torch.arange(32).reshape(1, -1)
+    # Of the shortest, so that as many tokens can be taken from the first batch of any worker.
+    shortest = min(windows, key=torch.numel) if windows else torch.arange(32)
+    ids = shortest.reshape(1, -1)[:, :32]
     call = model.embed(ids)
     if not windows:
         # Something to trace the layers with; what it becomes does not matter.
@@ -196,7 +218,7 @@ def _start(
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
         calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
-        one_batch=one_batch,
+        batches=sum(gathered(len(cache))), one_batch=one_batch,
     )  # fmt: skip
 
 

@@ -11,6 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lowbit.checkpoint.fused_experts import orientation_of
+from lowbit.errors import InputError
+
+_INSTEAD = "convert it without --method and --calibration"
+
 
 class Expert(nn.Module):
     """down(act(gate(x)) · up(x))."""
@@ -41,20 +46,20 @@ class UnfusedExperts(nn.ModuleList):
 
     @classmethod
     def like(cls, fused: nn.Module) -> UnfusedExperts:
-        """Empty experts of the shapes of a fused module. Raises ValueError for layouts that differ."""
+        """Empty experts of the shapes of a fused module. Raises InputError for layouts that differ."""
         gate_up, down = getattr(fused, "gate_up_proj", None), getattr(fused, "down_proj", None)
         act_fn = getattr(fused, "act_fn", None)
         extra = [n for n, _ in fused.named_parameters() if n not in ("gate_up_proj", "down_proj")]
         if gate_up is None or down is None or gate_up.dim() != 3 or act_fn is None or extra:
-            raise ValueError(
+            raise InputError(
                 "expected experts with gate_up_proj [E, 2I, H], down_proj [E, H, I] and act_fn, found "
-                f"{type(fused).__name__} with {[n for n, _ in fused.named_parameters()]}"
+                f"{type(fused).__name__} with {[n for n, _ in fused.named_parameters()]}; {_INSTEAD}"
             )
         count, twice, hidden = gate_up.shape
-        if tuple(down.shape) != (count, hidden, twice // 2):
-            raise ValueError(
-                f"expected down_proj {[count, hidden, twice // 2]} for gate_up_proj {list(gate_up.shape)}, "
-                f"found {list(down.shape)} in {type(fused).__name__}"
+        if orientation_of(tuple(gate_up.shape), tuple(down.shape)) != "rows":
+            raise InputError(
+                f"expected experts [E, out, in] that are called with their tokens' routing, found gate_up_proj "
+                f"{list(gate_up.shape)} and down_proj {list(down.shape)} in {type(fused).__name__}; {_INSTEAD}"
             )
         return cls([Expert(hidden, twice // 2, act_fn) for _ in range(count)])
 

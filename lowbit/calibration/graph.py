@@ -41,6 +41,8 @@ class Pair:
     """Grouped-query attention: one value head feeds this many heads of the second."""
     head_dim: int = 0
     """Width of a head for v→o; 0 for up→down."""
+    gated: bool = False
+    """A gate multiplies what passes from the first to the second (Qwen3.5): scales pass, rotations do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,8 @@ def trace(
         try:
             offset, centered = norm_gain(norm, width)
         except ValueError as error:
-            refusal = refusal or f"{name}: {error}"
+            if width == hidden_size:  # others do not read the residual stream
+                refusal = refusal or f"{name}: {error}"
             continue
         if mine:
             found_norms.append(Norm(name=name, readers=tuple(mine), offset=offset, centered=centered))
@@ -147,7 +150,10 @@ def norm_gain(norm: nn.Module, width: int) -> tuple[float, bool]:
     weight = norm.weight
     assert isinstance(weight, Tensor)
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
-    y = norm(x).double()
+    try:
+        y = norm(x).double()
+    except TypeError as error:
+        raise ValueError(f"{type(norm).__name__} takes more than what it normalizes (a gate)") from error
     x, w = x.double(), weight.double()
     plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True))
     for offset in (0.0, 1.0):
@@ -190,6 +196,7 @@ def _pairs(named: dict[str, nn.Module], config: object) -> list[Pair]:
         if leaf == "v_proj" and isinstance(o := named.get(f"{parent}.o_proj"), nn.Linear):
             attention = named[parent]
             head_dim = getattr(attention, "head_dim", 0) or getattr(config, "head_dim", 0)
+            q = named.get(f"{parent}.q_proj")
             if head_dim and module.out_features % head_dim == 0 and o.in_features % module.out_features == 0:
                 pairs.append(
                     Pair(
@@ -197,6 +204,8 @@ def _pairs(named: dict[str, nn.Module], config: object) -> list[Pair]:
                         second=f"{parent}.o_proj",
                         repeat=o.in_features // module.out_features,
                         head_dim=head_dim,
+                        # q_proj makes the gate as well.
+                        gated=isinstance(q, nn.Linear) and q.out_features == 2 * o.in_features,
                     )
                 )
         if (

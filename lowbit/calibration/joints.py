@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
+from lowbit.calibration.distributed import decided
 from lowbit.calibration.graph import LayerGraph, Norm, Pair
 from lowbit.calibration.layer import groups_of, left_dynamic
 from lowbit.calibration.methods import Method
@@ -131,12 +133,13 @@ def smooth(
     for joint in joints(graph, schemes, method):
         weights = [layer.get_submodule(m).get_parameter("weight") for m in joint.members]
         s, scheme = statistics[joint.first], schemes[joint.first]
-        chosen = choose_smoothing(joint, s, weights, scheme, method)
+        choose = partial(choose_smoothing, joint, s, weights, method=method)
+        chosen = decided(partial(choose, scheme), weights[0].device)
         if chosen is not None and method.smooth == "search":
             dynamic = left_dynamic(scheme, chosen.error, method)
             if dynamic is not None:
                 schemes.update(dict.fromkeys(joint.members, dynamic))
-                chosen = choose_smoothing(joint, s, weights, dynamic, method)
+                chosen = decided(partial(choose, dynamic), weights[0].device)
         if chosen is None or chosen.alpha is None:
             continue
         s.rescale(joint.move(layer, chosen.scale, stored))

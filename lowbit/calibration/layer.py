@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
+from lowbit.calibration.distributed import balanced, divided, workers
 from lowbit.calibration.gptq import RoundingOptions, compensate, round_group
 from lowbit.calibration.graph import LayerGraph
 from lowbit.calibration.methods import Method
@@ -38,7 +40,7 @@ def transform(layer: nn.Module, graph: LayerGraph, method: Method, rotation: Rot
         changed |= set(graph.writers)
     if method.rotate_heads:
         for pair in graph.pairs:
-            if pair.head_dim and has_hadamard(pair.head_dim):
+            if pair.head_dim and not pair.gated and has_hadamard(pair.head_dim):
                 fold.rotate_heads(layer, pair)
                 changed |= {pair.first, pair.second}
     if method.online_hadamard:
@@ -86,12 +88,20 @@ def quantize_weights(
     """Round every quantized Linear of the layer, groups that share an input together.
 
     A group with fewer than `min_tokens` tokens is rounded without its data, and the report says so.
+    Several workers divide the groups among them.
     """
     quantized: dict[str, Quantized] = {}
     report: dict[str, Any] = {}
+    tasks, costs = [], []
     for first, members in groups_of(graph, schemes):
         weights = {m: _weight(layer, m) for m in members}
-        codes, errors = round_members(weights, statistics.get(first), method, schemes, min_tokens=min_tokens)
+        tasks.append(
+            partial(round_members, weights, statistics.get(first), method, schemes, min_tokens=min_tokens)
+        )
+        rows, columns = sum(w.shape[0] for w in weights.values()), weights[first].shape[1]
+        costs.append(columns**2 * (columns + rows))  # a factorization, and updates of every row
+    device = next(layer.parameters()).device
+    for codes, errors in divided(tasks, balanced(costs, workers()), device):
         quantized |= codes
         report |= errors
     return quantized, report
@@ -139,15 +149,16 @@ def input_scales(
     layer: nn.Module,
     graph: LayerGraph,
     method: Method,
-    schemes: dict[str, Scheme],
+    schemes: Mapping[str, Scheme],
     statistics: Mapping[str, InputStatistics],
     quantized: Mapping[str, Quantized],
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Static activation scales [1] (and zero points) of every module whose scheme wants them.
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, Scheme]]:
+    """Static activation scales [1] (and zero points) of every module whose scheme wants them, and all schemes.
 
-    A module whose static activations lose too much gets a dynamic scheme in `schemes` instead.
+    A module whose static activations lose too much gets no scales, and a dynamic scheme among those returned.
     """
     out: dict[str, tuple[Tensor, Tensor | None]] = {}
+    schemes = dict(schemes)
     for first, members in groups_of(graph, schemes):
         spec = schemes[first].activations
         if spec is None or spec.dynamic:
@@ -168,7 +179,7 @@ def input_scales(
             low, high = observed_range(s.observer, method.activation_range, spec, method.percentile)
             chosen = scale_from_range(low.reshape(1), high.reshape(1), spec)
         out.update(dict.fromkeys(members, chosen))
-    return out
+    return out, schemes
 
 
 def left_dynamic(scheme: Scheme, error: float, method: Method) -> Scheme | None:

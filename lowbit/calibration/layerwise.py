@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import unfuse
 from lowbit.calibration.source import Source
+from lowbit.errors import InputError
 
 # Checkpoints that name a mixture's parts as its paper did; ours are transformers' names.
 _ALIASES: tuple[tuple[str, str], ...] = (
@@ -28,6 +30,8 @@ _ALIASES: tuple[tuple[str, str], ...] = (
     (r"\.mlp\.experts\.(\d+)\.down_proj", r".block_sparse_moe.experts.\1.w2"),
     (r"\.mlp\.experts\.(\d+)\.up_proj", r".block_sparse_moe.experts.\1.w3"),
     (r"\.mlp\.gate(?=\.|$)", r".block_sparse_moe.gate"),
+    # The text model of one that also sees (Qwen3.5).
+    (r"^model\.", "model.language_model."),
 )
 
 
@@ -44,9 +48,9 @@ class _Stub(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise ValueError(
-                f"expected decoder layers called with hidden states and keywords, found {len(args)} more "
-                "positional arguments; this architecture is not supported layer by layer"
+            raise InputError(
+                f"expected decoder layers called with hidden states and keywords, found {len(args)} more positional "
+                "arguments; this architecture cannot run layer by layer: convert it without --method and --calibration"
             )
         self.kwargs = kwargs
         return hidden_states
@@ -79,7 +83,7 @@ class LayerwiseModel:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.source, self.device, self.dtype = source, torch.device(device), dtype
+        self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
         config = AutoConfig.from_pretrained(source.path)
         if hasattr(config, "quantization_config"):
@@ -87,6 +91,11 @@ class LayerwiseModel:
         for key, value in (config_overrides or {}).items():
             if hasattr(config, key):
                 setattr(config, key, value)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise InputError(
+                f"{source.path}: expected a causal language model, to run it layer by layer, found "
+                f"{config.model_type!r}, for which transformers has none; convert it without --method and --calibration"
+            )
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
@@ -202,22 +211,7 @@ class LayerwiseModel:
             disk.endswith(".weight") and self.source.has_weight(disk.removesuffix(".weight"))
         ):
             return self.source.tensor(disk, self.dtype).to(self.device)
-        return self._from_fused(name)
-
-    def _from_fused(self, name: str) -> Tensor | None:
-        """One expert's projection out of a checkpoint that stores experts as 3-D tensors."""
-        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
-        if match is None:
-            return None
-        prefix, expert, part = match[1], int(match[2]), match[3]
-        fused = f"{prefix}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-        if not self.source.has(fused):
-            return None
-        whole = self.source.raw(fused)[expert]
-        if part != "down":
-            half = whole.shape[0] // 2
-            whole = whole[:half] if part == "gate" else whole[half:]
-        return whole.to(self.device, self.dtype)
+        return None
 
     def _fill_outside(self) -> None:
         self._fill(self.model, "", tied=bool(getattr(self.config, "tie_word_embeddings", False)))

@@ -47,14 +47,12 @@ class Overlay:
                 quantized[name] = quantize(weight, scheme.weights, name=disk)
             else:
                 quantized[name] = Quantized(
-                    codes=_read(self.calibration, f"{disk}.weight"),
-                    scale=_read(self.calibration, f"{disk}.weight_scale"),
+                    codes=self._here(f"{disk}.weight"), scale=self._here(f"{disk}.weight_scale"),
                     zero_point=None, spec=scheme.weights,
                 )  # fmt: skip
-            scales[name] = (
-                _read_if(self.calibration, f"{disk}.input_scale"),
-                _read_if(self.calibration, f"{disk}.input_zero_point"),
-            )
+            found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
+            scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
+            scales[name] = (scale, zero)
         report = self.calibration.layers.get(prefix, {})
         rotated = set(report.get("online_hadamard", []))
         online = frozenset(
@@ -71,9 +69,12 @@ class Overlay:
         for name, _ in attentions(layer):
             disk = self.model.disk_name(f"{self.model.layer_name(index)}.{name}")
             if self.calibration.has(f"{disk}.k_scale"):
-                k, v = (_read(self.calibration, f"{disk}.{leaf}") for leaf in ("k_scale", "v_scale"))
+                k, v = (self._here(f"{disk}.{leaf}") for leaf in ("k_scale", "v_scale"))
                 hooks[name] = KVQuantizer(cache, k, v)
         return hooks
+
+    def _here(self, name: str) -> Tensor:
+        return _read(self.calibration, name).to(self.model.device)
 
 
 def tensor_of(calibration: Calibration, name: str) -> Tensor | None:
@@ -87,7 +88,3 @@ def tensor_of(calibration: Calibration, name: str) -> Tensor | None:
 def _read(calibration: Calibration, name: str) -> Tensor:
     with safe_open(calibration.tensors[name].file, framework="pt") as stream:  # type: ignore[no-untyped-call]
         return stream.get_tensor(name)
-
-
-def _read_if(calibration: Calibration, name: str) -> Tensor | None:
-    return _read(calibration, name) if calibration.has(name) else None

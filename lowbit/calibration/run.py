@@ -24,13 +24,14 @@ from lowbit.scheme import Scheme
 class RunOptions:
     """How to run, none of which changes what is computed (beyond float rounding)."""
 
-    device: str = "cpu"
+    device: str | torch.device = "cpu"
+    """By name (see `devices.choose_device`), or exactly."""
     dtype: torch.dtype = torch.float32
     """Compute dtype. float32 is the fastest exact choice on CPUs."""
     batch_size: int = 8
     """Sequences that run through a layer together."""
     memory_limit: int = 4 << 30
-    """Bytes of hidden states kept in memory; the rest is spilled to disk."""
+    """Bytes of hidden states kept in host memory; the rest is spilled to disk. Of each worker."""
     spill_directory: str | None = None
     all_experts: bool = True
     """Every expert of a mixture sees every token (for its statistics only)."""
@@ -54,6 +55,8 @@ class Run:
     small: tuple[dict[str, Any], ...]
     small_shape: tuple[int, int]
     has_data: bool
+    batches: int = 1
+    """Of all workers together."""
     kv_cache: KVCache | None = None
     one_batch: bool = False
     """All data is one batch, so that layers can be smoothed and rounded while it passes (see `sequential`)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import fake_quantize
 from lowbit.calibration.source import Source
@@ -69,13 +70,16 @@ def sensitivities(
     candidates: Sequence[str] = ("int8", "fp8"),
     *,
     selection: Selection | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     batch_size: int = 4,
     memory_limit: int = 4 << 30,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Unit]:
-    """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T]."""
+    """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T].
+
+    Workers share the windows (see `distributed`), and all return the same.
+    """
     schemes = [get_scheme(c) for c in candidates]
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
@@ -83,7 +87,7 @@ def sensitivities(
     model = LayerwiseModel(Source(source), device=device)
     quantizable = module_schemes(model, schemes[0], selection or Selection())
     total = 2 * len(model)
-    batches = make_batches(windows, batch_size)
+    batches = make_batches(my_share(windows), batch_size)
     if not batches:
         raise InputError("expected data to search on, found none; pass --data")
     states = [ActivationCache(memory_limit // (len(model) + 1)) for _ in range(len(model) + 1)]
@@ -98,7 +102,7 @@ def sensitivities(
         layer = model.load(index)
         for batch, hidden in enumerate(states[index]):
             states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + rank())
     gradients = [_head_gradient(model, hidden, generator) for hidden in states[-1]]
     costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for index in reversed(range(len(model))):
@@ -109,7 +113,7 @@ def sensitivities(
         rounded = {n: _rounded(layer, n, schemes) for n in names}
         for batch, hidden in enumerate(states[index]):
             gradients[batch], seen = _layer_gradient(
-                layer, hidden, calls[batch][index], gradients[batch], names
+                layer, hidden.to(model.device), calls[batch][index], gradients[batch], names
             )
             for name, calls_of in seen.items():
                 for x, y, g in calls_of:
@@ -118,15 +122,25 @@ def sensitivities(
                         change = ((nn.functional.linear(q, weight) - y) * g).sum(-1).double().square().sum()
                         costs[prefix + name][scheme.name] += 0.5 * float(change)
         states[index].close()
-    tokens = sum(int(b.numel()) for b in batches)
-    return _units(model, quantizable, costs, [s.name for s in schemes], tokens)
+    tokens = sum(gathered(sum(int(b.numel()) for b in batches)))
+    return _units(model, quantizable, _summed(costs), [s.name for s in schemes], tokens)
+
+
+def _summed(costs: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Module → scheme → cost, summed over workers in rank order."""
+    out: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for part in gathered({module: dict(of) for module, of in costs.items()}):
+        for module, of in part.items():
+            for name, cost in of.items():
+                out[module][name] += cost
+    return out
 
 
 def _head_gradient(model: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
     """∂/∂h of Σ log p(token drawn from p), one sequence at a time to bound the logits."""
     grads = []
     for row in hidden:
-        h = row[None].detach().clone().requires_grad_(True)
+        h = row[None].to(model.device, copy=True).requires_grad_(True)
         with torch.enable_grad():
             log_p = torch.log_softmax(model.head_with_grad(h).float(), dim=-1)[0]
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)

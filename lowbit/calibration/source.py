@@ -7,7 +7,7 @@ covers is read from its shape beside the weight's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.execute import read_bytes
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.fused_experts import fused_names, split
+from lowbit.checkpoint.headers import TensorRef, open_checkpoint
+from lowbit.checkpoint.reading import read_bytes
 from lowbit.errors import InputError
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
 from lowbit.quantize import scale_as_float
@@ -42,11 +43,14 @@ class Source:
                 f"{path}: expected a config.json that says what model this is, found none; add it"
             )
         self.config: dict[str, Any] = checkpoint.config
-        self._refs = checkpoint.tensors
+        self._refs = split(checkpoint).checkpoint.tensors
+        self.fused = fused_names(checkpoint, self._refs)
+        """Modules of experts that lie in a 3-D tensor → that tensor; here each is a tensor of its own."""
 
     @property
-    def names(self) -> Iterable[str]:
-        return self._refs.keys()
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Where each lies."""
+        return self._refs
 
     def has(self, name: str) -> bool:
         return name in self._refs

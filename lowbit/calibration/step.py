@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
-from lowbit.calibration.distributed import merge_observers, merge_statistics
+from lowbit.calibration.distributed import decided, gathered, merge_observers, merge_statistics
 from lowbit.calibration.experts import UnfusedExperts
 from lowbit.calibration.graph import LayerGraph, trace
 from lowbit.calibration.joints import smooth
@@ -139,7 +139,10 @@ class LayerStep:
         experts = {n: m for n, m in layer.named_modules() if isinstance(m, UnfusedExperts)}
         for module in experts.values():
             module.see_all = run.options.all_experts
-        sample = run.cache[0][:1, : run.small_shape[1]].to(model.device, copy=True)
+        # The first worker's, so that all of them see one graph and agree on what is exact.
+        sample = decided(lambda: run.cache[0][:1, : run.small_shape[1]].clone(), model.device).to(
+            model.device
+        )
         plain = sample if run.rotation is None else _unrotate(sample, run.rotation)
 
         def run_plain(target: nn.Module) -> Tensor:
@@ -175,10 +178,10 @@ class LayerStep:
             kv = {} if cache is None else {n: KVObserver(cache) for n, _ in attentions(self.layer)}
             with watched(self.layer, dict(kv)):
                 self.statistics = self._collect(self.wanted, self._all_data(passes.hands_on == "watch"))
-            merge_observers([o for k in kv.values() for o in (k.keys, k.values)])
+            merge_observers([o for k in kv.values() for o in (k.keys, k.values)], run.model.device)
             self.kv_scales = {n: observer.scales() for n, observer in kv.items()}
-        tokens = {n: m.token_counts for n, m in self.experts.items() if int(m.token_counts.sum())}
-        if tokens:
+        tokens = {n: torch.stack(gathered(m.token_counts)).sum(0) for n, m in self.experts.items()}
+        if any(int(counts.sum()) for counts in tokens.values()):
             self.report["experts"] = {n: {"tokens": counts.tolist()} for n, counts in tokens.items()}
 
     def smooth(self) -> None:
@@ -203,8 +206,11 @@ class LayerStep:
         self.quantized, self.report["modules"] = quantize_weights(
             self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=run.options.min_tokens
         )  # fmt: skip
-        self.input_scales = input_scales(
-            self.layer, self.graph, method, self.schemes, self.statistics, self.quantized
+        self.input_scales, self.schemes = decided(
+            lambda: input_scales(
+                self.layer, self.graph, method, self.schemes, self.statistics, self.quantized
+            ),
+            run.model.device,
         )
         if method.bias_correction:
             self.changed |= correct_biases(
@@ -288,13 +294,13 @@ class LayerStep:
 
     def _collect(self, wanted: Wanted, run_data: Callable[[], None]) -> dict[str, InputStatistics]:
         """The statistics of every group's input while `run_data` runs the layer, merged over workers."""
-        rows = -(-wanted.sample_rows // max(len(self.run.cache), 1))
+        rows = -(-wanted.sample_rows // max(self.run.batches, 1))
         statistics = {
             first: InputStatistics(wanted=wanted, spec=self.schemes[first].activations, rows_per_batch=rows)
             for first, _ in groups_of(self.graph, self.schemes)
         }
         collect(self.layer, statistics, run_data, prepare=self._prepare(), by_output=self.graph.writers)
-        merge_statistics(statistics)
+        merge_statistics(statistics, self.run.model.device)
         return statistics
 
     @contextmanager
@@ -311,9 +317,12 @@ class LayerStep:
         """Raise InputError unless the layer's output on the sample is still `expected`."""
         if not self.run.options.verify:
             return
-        found = self._on_sample(online=True)
-        lost = fold.relative_change(expected - self.sample, found - self.sample)
-        limit = 1e-9 if found.dtype == torch.float64 else 5e-3
+
+        def change() -> float:
+            return fold.relative_change(expected - self.sample, self._on_sample(online=True) - self.sample)
+
+        lost = decided(change, self.run.model.device)
+        limit = 1e-9 if expected.dtype == torch.float64 else 5e-3
         if not lost < limit:
             raise InputError(
                 f"expected {what} to leave the layer's output as it was, found it changed by {lost:.1e}; this "

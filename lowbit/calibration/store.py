@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,7 +45,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100 * 1024 * 1024
 
 
-class CalibrationError(ValueError):
+class CalibrationError(InputError):
     """A calibration directory that cannot be used, with what to do about it."""
 
 

@@ -1,7 +1,6 @@
 """Carry out one job: read row blocks, convert them, write them at their offsets, hash on the way.
 
-Nothing here holds more than one row block, whatever the size of the tensor. Files are read
-into buffers that are used again and never mapped, since mapped pages count as resident.
+Nothing here holds more than one row block, whatever the size of the tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.headers import TensorRef
 from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
+from lowbit.checkpoint.reading import TransposedRows, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, static_tensors
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
@@ -40,26 +40,6 @@ Progress = Callable[[int], None]
 
 class Cancelled(Exception):
     """Another job failed; this one stopped early."""
-
-
-def read_exactly(fd: int, buffer: np.ndarray, offset: int, file: Path) -> None:
-    """Fill a uint8 buffer from a file position; InputError when the file ends before."""
-    view, done = buffer.data, 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if count == 0:
-            raise InputError(
-                f"{file}: expected {len(view)} bytes at {offset}, the file ended; it changed while reading"
-            )
-        done += count
-
-
-def read_bytes(ref: TensorRef) -> np.ndarray:
-    """A whole (small) tensor as uint8, such as a scale."""
-    buffer = np.empty(ref.nbytes, np.uint8)
-    with ref.file.open("rb") as stream:
-        read_exactly(stream.fileno(), buffer, ref.offset, ref.file)
-    return buffer
 
 
 def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
@@ -144,6 +124,7 @@ class Worker:
         self._progress, self._cancelled = progress, cancelled
         self._inputs: dict[Path, int] = {}
         self._buffers: dict[str, np.ndarray] = {}
+        self._transposed = TransposedRows()
         self._unflushed = 0
 
     def close(self) -> None:
@@ -169,8 +150,12 @@ class Worker:
         assert job.source is not None
         ref, out = job.source.ref, next(iter(job.outputs.values()))
         digest, sums = xxhash.xxh3_128(), RowSums(job)
-        for start in range(0, ref.nbytes, COPY_BYTES):
-            part = self._read(ref, start, min(COPY_BYTES, ref.nbytes - start))
+        step = COPY_BYTES
+        if ref.pitch:  # whole rows only
+            row_bytes = ref.nbytes // ref.shape[0]
+            step = max(COPY_BYTES // row_bytes, 1) * row_bytes
+        for start in range(0, ref.nbytes, step):
+            part = self._read(ref, start, min(step, ref.nbytes - start))
             digest.update(part.data)
             sums.add(part)
             self._write(out, start, part)
@@ -340,6 +325,8 @@ class Worker:
         fd = self._inputs.get(ref.file)
         if fd is None:
             fd = self._inputs[ref.file] = os.open(ref.file, os.O_RDONLY)
+        if ref.pitch:
+            return self._transposed.read(fd, ref, start, count)
         buffer = self._buffer("source", count)
         read_exactly(fd, buffer, ref.offset + start, ref.file)
         return buffer

@@ -47,7 +47,9 @@ class TensorRef:
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Absolute byte position in `file`."""
+    """Absolute byte position in `file` of the first element."""
+    pitch: int = 0
+    """0: row major. Else it lies transposed, a column of `shape` to each stored row, so many elements apart."""
 
     @property
     def elements(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.fused_experts import SplitExperts, split
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.jobs import module_of
 from lowbit.checkpoint.rules import role_of
@@ -50,7 +51,8 @@ class Inspection:
 def inspect_checkpoint(path: str | Path) -> Inspection:
     """Read the headers below `path` and say what is there. InputError when they do not fit together."""
     source = open_checkpoint(path)
-    stored, unread = _stored(source)
+    experts = split(source)
+    stored, unread = _stored(experts.checkpoint)
     text = source.config.get("text_config") or {}
     scales = {n for m in stored.values() for c, n in m.names.items() if c not in ("codes", "packed")}
 
@@ -59,6 +61,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     parameters = 0
     for ref in source.tensors.values():
         dtypes.setdefault(ref.dtype, Counter()).update(tensors=1, elements=ref.elements, bytes=ref.nbytes)
+    for ref in experts.checkpoint.tensors.values():
         if ref.name in scales or ref.name.endswith((".input_scale", ".k_scale", ".v_scale")):
             continue
         module = module_of(ref, stored)
@@ -71,7 +74,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         roles.setdefault(role, Counter()).update(modules=1, parameters=count)
 
     numbers = [int(m[1]) for n in source.tensors if (m := re.search(r"\blayers?\.(\d+)\.", n))]
-    experts = [int(m[1]) for n in source.tensors if (m := re.search(r"\.experts\.(\d+)\.", n))]
+    indices = [int(m[1]) for n in source.tensors if (m := re.search(r"\.experts\.(\d+)\.", n))]
     return Inspection(
         path=str(source.root),
         architecture=", ".join(source.config.get("architectures") or []) or "unknown",
@@ -85,9 +88,9 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         quantization=_quantization(source, stored),
         quantized_modules=len(stored),
         layers=max(numbers) + 1 if numbers else 0,
-        experts=max(experts) + 1 if experts else _fused_experts(source),
+        experts=max(indices) + 1 if indices else _fused_experts(source),
         tied_embeddings=bool(source.config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        odd=(*source.notes, *unread, *_odd(source, stored)),
+        odd=(*source.notes, *unread, *_odd(source, experts, stored)),
         other_files=tuple(str(f) for f in source.others),
     )
 
@@ -114,15 +117,18 @@ def _fused_experts(source: Checkpoint) -> int:
     )
 
 
-def _odd(source: Checkpoint, stored: Mapping[str, StoredModule]) -> list[str]:
+def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredModule]) -> list[str]:
     """Things that go wrong in conversions elsewhere."""
     found = []
-    tensors = source.tensors
-    apart = [m for m, s in stored.items() if tensors[s.weight].file != tensors[s.scale].file]
+    tensors, split_up = source.tensors, experts.checkpoint.tensors
+    apart = [m for m, s in stored.items() if split_up[s.weight].file != split_up[s.scale].file]
     if apart:
         found.append(f"{len(apart)} weights have their scale in another shard (first: {apart[0]})")
     if fused := [n for n, t in tensors.items() if ".experts." in n and len(t.shape) == 3]:
         found.append(f"{len(fused)} tensors hold all experts of a layer fused in 3-D (first: {fused[0]})")
+    if unknown := [n for n in fused if n in split_up]:
+        why = experts.whole.get(unknown[0], "under names whose layout is not known here")
+        found.append(f"{len(unknown)} of them cannot be quantized (first: {unknown[0]}: {why})")
     layers = source.config.get("num_hidden_layers")
     beyond = [
         n for n in tensors
@@ -134,10 +140,10 @@ def _odd(source: Checkpoint, stored: Mapping[str, StoredModule]) -> list[str]:
         )
     floats = Counter(t.dtype for t in tensors.values() if t.dtype in ("BF16", "F16", "F32", "F64"))
     scales = {n for s in stored.values() for n in s.names.values()}
-    wide = [n for n, t in tensors.items() if t.dtype in ("F32", "F64") and n not in scales]
+    wide = [n for n, t in split_up.items() if t.dtype in ("F32", "F64") and n not in scales]
     if wide and floats.most_common(1)[0][0] in ("BF16", "F16"):
         found.append(
-            f"{len(wide)} tensors are wider than the rest of the model (first: {wide[0]}, {tensors[wide[0]].dtype})"
+            f"{len(wide)} tensors are wider than the rest of the model (first: {wide[0]}, {split_up[wide[0]].dtype})"
         )
     if empty := [n for n, t in tensors.items() if t.elements == 0]:
         found.append(f"{len(empty)} tensors are empty (first: {empty[0]})")

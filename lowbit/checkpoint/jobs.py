@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
+from lowbit.checkpoint.fused_experts import SCALE, fused_name, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
 from lowbit.errors import InputError
-from lowbit.formats import Format, StoredModule
+from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
 from lowbit.granularity import block_shape
 from lowbit.scheme import Scheme, TensorSpec
@@ -178,7 +179,7 @@ class Planner:
             anchor = stored.weight
         else:
             anchor = module + ".weight" if module + ".weight" in self.source.tensors else module
-            self._taken.add(anchor)
+            self._taken |= {anchor, anchor + SCALE} if len(self.shape_of(module)) == 3 else {anchor}
         self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor)))
 
     def _jobs_for(
@@ -331,11 +332,28 @@ class Planner:
     def _float(self, module: str, stored: StoredModule | None, anchor: str) -> Job:
         """A weight in float: dequantized, cast to the float scheme's dtype, or copied."""
         if stored is None:
-            return self._carry(self.source.tensors[anchor])
+            ref, scale = self.source.tensors[anchor], self.source.tensors.get(anchor + SCALE)
+            if len(ref.shape) == 3 and scale is not None:
+                return self._fused_float(ref, scale)
+            return self._carry(ref)
         dtype = self._float_dtype()
         source = self._source(stored, anchor)
         out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
+
+    def _fused_float(self, ref: TensorRef, scale: TensorRef) -> Job:
+        """All experts of a 3-D tensor in block FP8, dequantized: one tall matrix, as it lies."""
+        rows, cols = scale_block(quantization_of(self.source.config).get("weight_block_size"))
+        if ref.shape[1] % rows:
+            raise InputError(
+                f"{ref.name}: expected experts of a multiple of {rows} rows to dequantize, found {list(ref.shape)}; "
+                "quantize its experts instead of leaving them in float"
+            )
+        flat = [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in (ref, scale)]
+        return Job(
+            kind="cast", shape=flat[0].shape, source=Source(ref=flat[0], scale=flat[1], block=(rows, cols)),
+            outputs={"codes": out_like(ref, self._float_dtype())},
+        )  # fmt: skip
 
     def _float_dtype(self) -> str:
         return FLOAT_NAMES[self.scheme.float_dtype] if self.scheme.float_dtype else self.main_dtype
@@ -367,6 +385,11 @@ class Planner:
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
                 continue  # the module is kept after all, or has dynamic activations
+            if (fused := fused_name(name.rpartition(".")[0])) in self.source.tensors:
+                raise InputError(
+                    f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "
+                    "quantize these experts, or calibrate with a method that leaves weights in float as they are (gptq)"
+                )
             self._jobs.append((name, [self._copy(ref)]))
 
     def groups(self) -> list[list[OutTensor]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
@@ -28,6 +29,7 @@ class Plan:
     """A decided conversion."""
 
     source: Checkpoint
+    """As it is on disk; what its jobs read may be parts of its tensors (see `fused_experts`)."""
     scheme: Scheme
     format: Format | None
     """None: plain float tensors."""
@@ -47,6 +49,11 @@ class Plan:
         return sum(j.source_bytes for j in self.jobs)
 
     @property
+    def split_experts(self) -> Mapping[str, str]:
+        """Modules of single experts → the 3-D tensor of the source that they are parts of."""
+        return fused_names(self.source, self.decisions)
+
+    @property
     def output_bytes(self) -> int:
         return sum(s.nbytes for s in self.shards)
 
@@ -55,7 +62,7 @@ class Plan:
         from lowbit import __version__
 
         jobs = [
-            (j.kind, [(r.name, r.dtype) for r in j.refs], str(j.spec),
+            (j.kind, [(r.name, r.dtype, r.offset, r.pitch) for r in j.refs], str(j.spec),
              [(o.name, o.dtype, o.shape, o.shard, o.offset) for o in j.outputs.values()])
             for j in self.jobs
         ]  # fmt: skip
@@ -82,15 +89,23 @@ def make_plan(
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
     scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
     target = _format(scheme, format)
+    on_disk, experts = source, split(source)
+    source = experts.checkpoint
     stored = read(source.config, source.tensors)
     main_dtype = _main_float(source, stored)
-    decisions = _decisions(source, stored, scheme, target, selection, replacements)
+    fused = fused_names(on_disk, source.tensors)
+    decisions = _decisions(source, stored, scheme, target, selection, replacements, fused)
+    decisions |= {
+        n: replace(decisions[n], reason=r) for n, r in experts.whole.items() if _by_rule(decisions[n])
+    }
+    names = {*decisions, *fused.values()}
     warnings = list(source.notes) + [
         f"pattern {p!r} matches no module; check it against `lowbit inspect`"
-        for p in unmatched(selection, decisions)
+        for p in unmatched(selection, names)
     ]
     if replacements:
         warnings += replacements.notes
+    source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
     planner = Planner(source, stored, scheme, target, main_dtype, replacements)
     for module, decision in decisions.items():
         planner.add_module(module, decision)
@@ -121,7 +136,7 @@ def make_plan(
     )
     config = _config(source, scheme, target, layout, replacements)
     return Plan(
-        source=source, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
+        source=on_disk, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
         config=config, files=target.files(layout) if target is not None else {}, warnings=tuple(warnings),
         calibration=replacements.label if replacements else "",
     )  # fmt: skip
@@ -163,6 +178,7 @@ def _decisions(
     target: Format | None,
     selection: Selection,
     replacements: Replacements | None,
+    fused: Mapping[str, str],
 ) -> dict[str, Decision]:
     shapes: dict[str, tuple[int, ...]] = {}
     for ref in source.tensors.values():
@@ -173,7 +189,7 @@ def _decisions(
         floats = (m for m, s in shapes.items() if len(s) == 2 and m not in stored)
         left = dict.fromkeys(floats, "the source left it unquantized")
     if target is None:
-        return decide(shapes, scheme, selection, config=source.config)
+        return decide(shapes, scheme, selection, config=source.config, fused=fused)
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
@@ -187,7 +203,39 @@ def _decisions(
         fits=target.refuse,
         left_in_float=left,
         already=already,
+        fused=fused,
     )
+
+
+def _by_rule(decision: Decision) -> bool:
+    return decision.role == "experts-3d" and not decision.reason.startswith("--")
+
+
+def _fuse_floats(
+    on_disk: Checkpoint,
+    decisions: Mapping[str, Decision],
+    stored: Mapping[str, StoredModule],
+    fused: Mapping[str, str],
+) -> tuple[Checkpoint, dict[str, Decision]]:
+    """(the view that is converted, decisions for it): experts that stay in float stay in their 3-D tensors."""
+    floats: dict[str, Decision] = {}
+    for module, name in fused.items():
+        decision = decisions[module]
+        quantized = decision.scheme is not None and decision.scheme.weights is not None
+        if not quantized and not (decision.as_found and module in stored):
+            floats[name] = replace(decision, scheme=None, role="experts-3d")
+    view = split(on_disk, leave={name.rpartition(".")[0] for name in floats}).checkpoint
+    out: dict[str, Decision] = {}
+    for module, decision in decisions.items():
+        name = fused.get(module, "")
+        if name in floats:
+            out[name] = floats[name]
+        elif name:
+            split_from = "split from experts." + name.rpartition(".")[2]
+            out[module] = replace(decision, reason="; ".join(filter(None, (decision.reason, split_from))))
+        else:
+            out[module] = decision
+    return view, out
 
 
 def _with_tied_head(ignored: tuple[str, ...], source: Checkpoint) -> tuple[str, ...]:

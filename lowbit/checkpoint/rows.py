@@ -258,6 +258,30 @@ def absmax_rows(source, kind, rows, cols, source_scale, block_rows, block_cols, 
 
 
 @_loop()
+def turn(source, pitch, columns, out, first):
+    """out[r, first + c] = source[c · pitch + r]: `columns` columns of a matrix from rows that lie `pitch` apart.
+
+    Eight columns at a time: as many streams are read as a processor prefetches, and 16 bytes are written to a row.
+    """
+    rows, whole = out.shape[0], columns // 8 * 8
+    for c in range(0, whole, 8):
+        at, to = c * pitch, first + c
+        for r in range(rows):
+            row = out[r]
+            row[to] = source[at + r]
+            row[to + 1] = source[at + pitch + r]
+            row[to + 2] = source[at + 2 * pitch + r]
+            row[to + 3] = source[at + 3 * pitch + r]
+            row[to + 4] = source[at + 4 * pitch + r]
+            row[to + 5] = source[at + 5 * pitch + r]
+            row[to + 6] = source[at + 6 * pitch + r]
+            row[to + 7] = source[at + 7 * pitch + r]
+    for c in range(whole, columns):
+        for r in range(rows):
+            out[r, first + c] = source[c * pitch + r]
+
+
+@_loop()
 def error_rows(x, y):
     """(Σ (x − y)², Σ x², max |x − y|) of two float32 vectors, in float64."""
     error, power, worst = 0.0, 0.0, 0.0

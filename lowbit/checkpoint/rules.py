@@ -142,6 +142,11 @@ def check_patterns(selection: Selection) -> None:
             ) from error
 
 
+def means(pattern: str, module: str, fused: Mapping[str, str]) -> bool:
+    """Whether a user's pattern means this module, by its name or by that of the fused tensor it is a part of."""
+    return pattern_matches(pattern, module) or (module in fused and pattern_matches(pattern, fused[module]))
+
+
 def unmatched(selection: Selection, modules: Iterable[str]) -> list[str]:
     """The user's patterns that match no module: most likely typing errors."""
     names = list(modules)
@@ -155,7 +160,7 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
         if rule.pattern.match(module):
             return rule.role, rule.reason
     if len(shape) == 3 and _inside("experts").match(module):
-        return "experts-3d", "experts fused into one 3-D tensor, which no format here can hold"
+        return "experts-3d", "experts fused into one 3-D tensor, under names whose layout is not known here"
     if len(shape) != 2:
         return ("norm" if len(shape) == 1 else "other"), "not a matrix"
     if config.get("model_type") in CONV1D_MODELS and _CONV1D.match(module):
@@ -186,18 +191,20 @@ def decide(
     fits: Fits = lambda scheme, shape, joined: "",
     left_in_float: Mapping[str, str] = MappingProxyType({}),
     already: Mapping[str, TensorSpec] = MappingProxyType({}),
+    fused: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
     `left_in_float`: modules that stay unless an override says otherwise → why (an already quantized
     source left them, or the format's engines want them so), `already` how the source has the
-    others. Members of a fused group end with one
+    others; `fused` maps experts to the 3-D tensor that holds them, whose name patterns may mean as
+    well. Members of a fused group end with one
     scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale per
     channel is used, else it is kept.
     """
     check_patterns(selection)
     decisions = {
-        module: _decide_one(module, shape, scheme, selection, config or {}, left_in_float)
+        module: _decide_one(module, shape, scheme, selection, config or {}, left_in_float, fused)
         for module, shape in weights.items()
     }
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -216,16 +223,17 @@ def _decide_one(
     selection: Selection,
     config: Mapping[str, Any],
     left_in_float: Mapping[str, str],
+    fused: Mapping[str, str],
 ) -> Decision:
     role, reason = role_of(module, shape, config)
     for pattern in selection.keep:
-        if pattern_matches(pattern, module):
+        if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--keep {pattern}", as_found=True)
     for pattern in selection.ignore:
-        if pattern_matches(pattern, module):
+        if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
     for pattern, name in selection.overrides.items():
-        if pattern_matches(pattern, module) and len(shape) == 2:
+        if means(pattern, module, fused) and len(shape) == 2:
             chosen = get_scheme(name) if name != "float" else None
             if chosen is None or chosen.weights is None:
                 return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")

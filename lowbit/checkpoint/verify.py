@@ -17,13 +17,14 @@ from lowbit.checkpoint.execute import (
     COPY_BYTES,
     Progress,
     decode_slowly,
-    read_exactly,
     read_scale,
     source_kind,
     to_float,
 )
+from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import FLOATS, MANIFEST, Checkpoint, TensorRef, open_checkpoint, read_json
 from lowbit.checkpoint.jobs import Source
+from lowbit.checkpoint.reading import TransposedRows, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
 from lowbit.formats.ascend import undescribed
@@ -83,7 +84,7 @@ def verify_checkpoint(
     Whatever is wrong with it is listed as a problem; where headers or config cannot be read,
     that is the only one. InputError when there is no checkpoint at `path`, or `source` is not one.
     """
-    origin = open_checkpoint(source) if source is not None else None
+    origin = split(open_checkpoint(source)).checkpoint if source is not None else None
     if not any(Path(path).glob("*.safetensors")):
         open_checkpoint(path)  # says what is there instead
     try:
@@ -301,6 +302,7 @@ class _RowReader:
         self._scale = read_scale(source)
         self._row_bytes = source.ref.nbytes // max(shape[0], 1)
         self._raw = np.empty(step * self._row_bytes, np.uint8)
+        self._transposed = TransposedRows()
         self._out = np.empty(step * shape[1] * 4, np.uint8)
         self._values = np.empty(max(shape[1], 1), np.float32)
         self._stream = source.ref.file.open("rb")
@@ -309,9 +311,12 @@ class _RowReader:
         self._stream.close()
 
     def read(self, row: int, count: int) -> np.ndarray:
-        part = self._raw[: count * self._row_bytes]
-        ref = self._source.ref
-        read_exactly(self._stream.fileno(), part, ref.offset + row * self._row_bytes, ref.file)
+        ref, fd = self._source.ref, self._stream.fileno()
+        if ref.pitch:
+            part = self._transposed.read(fd, ref, row * self._row_bytes, count * self._row_bytes)
+        else:
+            part = self._raw[: count * self._row_bytes]
+            read_exactly(fd, part, ref.offset + row * self._row_bytes, ref.file)
         out = self._out[: count * self._cols * 4]
         bad = loops.convert_rows(
             part, self._kind, count, self._cols, self._scale, *self._source.block, row, out, loops.TO_F32,

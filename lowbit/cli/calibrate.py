@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
     from lowbit.recipe import Recipe
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where layers run: auto (an accelerator if there is one), cpu, cuda, cuda:1, xpu, npu, … Under "
+        "`torchrun` or `accelerate launch` every worker takes a device of its own, so give no index."
+    ),
+]
 
 
 def calibrate(
@@ -47,11 +57,15 @@ def calibrate(
         Path | None,
         typer.Option(help="YAML or JSON recipe: scheme, exceptions, method, data. Replaces those options."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where layers run: cpu, cuda, cuda:1, …")] = "cpu",
+    device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
     memory_limit: Annotated[
         float,
-        typer.Option(min=0.0, metavar="GB", help="Hidden states kept in memory; the rest goes to disk."),
+        typer.Option(
+            min=0.0,
+            metavar="GB",
+            help="Hidden states kept in host memory by each worker; the rest goes to disk.",
+        ),
     ] = 4.0,
     spill: Annotated[
         Path | None, typer.Option(help="Where hidden states go; default: the temporary directory.")
@@ -69,8 +83,8 @@ def calibrate(
 
     Then:  lowbit convert SRC OUT --scheme SCHEME --calibration CALIB
 
-    A run that was killed goes on when the same command is given again. Under `torchrun` the data
-    is shared among the workers.
+    A run that was killed goes on when the same command is given again. Workers share the data and the
+    rounding, one per device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
     """
     from dataclasses import replace
 
@@ -96,20 +110,12 @@ def calibrate(
     else:
         wanted = Recipe(scheme=scheme, ignore=tuple(ignore or ()), method=method, data=given)
     options = RunOptions(
-        device=device, batch_size=batch_size, memory_limit=int(memory_limit * 1e9), all_experts=not routed_only,
-        spill_directory=str(spill) if spill else None,
+        device=worker_device(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
+        all_experts=not routed_only, spill_directory=str(spill) if spill else None,
     )  # fmt: skip
     found = run_recipe(
-        src,
-        out,
-        wanted,
-        alpha=alpha,
-        seed=seed,
-        kv_cache=kv_cache,
-        options=options,
-        overwrite=overwrite,
-        quiet=json,
-    )
+        src, out, wanted, options, alpha=alpha, seed=seed, kv_cache=kv_cache, overwrite=overwrite, quiet=json,
+    )  # fmt: skip
     if rank() != 0:
         return
     report = summary(found)
@@ -119,15 +125,25 @@ def calibrate(
     print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
 
 
+def worker_device(wanted: str) -> torch.device:
+    """The device of this process, which joins the other workers if there are any. May fail: call it before any work."""
+    from lowbit.calibration.devices import choose_device
+    from lowbit.calibration.distributed import join_workers
+
+    device = choose_device(wanted)
+    join_workers()
+    return device
+
+
 def run_recipe(
     src: Path,
     out: Path,
     wanted: Recipe,
+    options: RunOptions,
     *,
     alpha: float | None = None,
     seed: int = 0,
     kv_cache: str | None = None,
-    options: RunOptions | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Calibration:
@@ -136,7 +152,7 @@ def run_recipe(
 
     from lowbit.calibration.calibrate import calibrate as run
     from lowbit.calibration.data import load_tokenizer, load_windows
-    from lowbit.calibration.distributed import join_workers, rank
+    from lowbit.calibration.distributed import rank
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.calibration.methods import Method, best_method, get_method
 
@@ -150,7 +166,6 @@ def run_recipe(
     if alpha is not None:
         chosen = replace(chosen, smooth=alpha)
     chosen = replace(chosen, seed=int(wanted.data.get("seed", seed)))
-    join_workers()
     windows: list[Any] = []
     if wanted.data.get("path"):
         windows = load_windows(

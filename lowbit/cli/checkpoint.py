@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from lowbit.checkpoint.plan import Plan
     from lowbit.recipe import Recipe
+    from lowbit.targets import Accelerator
 
 Source = Annotated[
     Path, typer.Argument(metavar="SRC", help="Checkpoint directory: *.safetensors and config.json.")
@@ -33,10 +34,22 @@ FormatName = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="CHIP",
+        help="What it is to run on: a100, h20, mi300x, ascend910b, cpu, … Chooses the scheme and format that suit "
+        "it where none is given, and says how they run there.",
+        show_default=False,
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(
-        help="Leave these modules in float. A module's or parent's name, a glob ('*.o_proj') or 're:…'. Repeatable.",
+        help="Leave these modules in float. A module's or parent's name, a glob ('*.o_proj') or 're:…'; for fused "
+        "experts the 3-D tensor's name too. Repeatable.",
         metavar="PATTERN",
     ),
 ]
@@ -68,6 +81,7 @@ def plan(
     src: Source,
     scheme: SchemeName = None,
     format: FormatName = None,
+    target: TargetName = None,
     ignore: Ignore = None,
     keep: Keep = None,
     max_shard_size: ShardSize = "5GB",
@@ -78,16 +92,20 @@ def plan(
     """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
     from lowbit import api
     from lowbit.cli.output import print_json, say_bytes, table
+    from lowbit.targets import get_accelerator
 
-    wanted = wanted_recipe(recipe, scheme, ignore, keep)
+    chip = None if target is None else get_accelerator(target)
+    wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
+    if chip is not None and scheme is None:
+        format = format or chip.format
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    print_warnings(decided)
+    print_warnings(decided, chip)
     modules = _modules(decided)
     if json:
-        print_json({**summary(decided), "modules": modules, "files": [s.file for s in decided.shards]})
+        print_json({**summary(decided, chip), "modules": modules, "files": [s.file for s in decided.shards]})
         return
     rows = [
         [m["name"], "×".join(map(str, m["shape"])), m["before"], m["after"], say_bytes(m["bytes_before"]),
@@ -104,6 +122,8 @@ def plan(
         f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "
         f"in {len(decided.shards)} file{'s' * (len(decided.shards) != 1)}"
     )
+    if chip is not None:
+        print(advice_on(decided, chip)[0])
 
 
 def inspect(
@@ -182,7 +202,11 @@ def verify(
 
 
 def wanted_recipe(
-    recipe: Path | None, scheme: str | None, ignore: list[str] | None, keep: list[str] | None
+    recipe: Path | None,
+    scheme: str | None,
+    ignore: list[str] | None,
+    keep: list[str] | None,
+    chip: Accelerator | None = None,
 ) -> Recipe:
     """The recipe of a file, or the one that the options spell out. Both for the same thing is an error."""
     from lowbit.errors import InputError
@@ -196,16 +220,24 @@ def wanted_recipe(
             )
         return load_recipe(recipe)
     try:
-        name = get_scheme(scheme or "int8").name
+        name = get_scheme(scheme or (chip.scheme if chip else "int8")).name
     except ValueError as error:
         raise InputError(str(error)) from None
     return Recipe(scheme=name, ignore=tuple(ignore or ()), keep=tuple(keep or ()))
 
 
-def print_warnings(decided: Plan) -> None:
+def advice_on(decided: Plan, chip: Accelerator) -> tuple[str, list[str]]:
+    """(how the planned checkpoint runs on a chip, warnings)."""
+    from lowbit.targets import advice
+
+    weights = decided.scheme.weights
+    return advice(chip, None if weights is None else weights.dtype.name, decided.output_bytes)
+
+
+def print_warnings(decided: Plan, chip: Accelerator | None = None) -> None:
     from lowbit.cli.output import warn
 
-    for warning in decided.warnings:
+    for warning in (*decided.warnings, *(advice_on(decided, chip)[1] if chip else ())):
         warn(warning)
 
 
@@ -216,10 +248,12 @@ def headline(decided: Plan) -> str:
     parts = [f"{count} weights to {name}" for name, count in quantized.most_common()] or [
         "no weight quantized"
     ]
-    return f"{decided.scheme.name} as {target}: {', '.join(parts)}; {kept} modules kept"
+    apart = decided.split_experts
+    split = f" ({len(apart)} split from {len(set(apart.values()))} tensors of fused experts)" if apart else ""
+    return f"{decided.scheme.name} as {target}: {', '.join(parts)}{split}; {kept} modules kept"
 
 
-def summary(decided: Plan) -> dict[str, Any]:
+def summary(decided: Plan, chip: Accelerator | None = None) -> dict[str, Any]:
     schemes = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
     return {
         "source": str(decided.source.root),
@@ -228,9 +262,11 @@ def summary(decided: Plan) -> dict[str, Any]:
         "plan": decided.digest(),
         "quantized": dict(schemes),
         "kept": len(decided.decisions) - sum(schemes.values()),
+        "split_experts": len(decided.split_experts),
         "bytes_before": decided.source_bytes,
         "bytes_after": decided.output_bytes,
-        "warnings": list(decided.warnings),
+        "warnings": [*decided.warnings, *(advice_on(decided, chip)[1] if chip else ())],
+        **({"target": chip.name, "advice": advice_on(decided, chip)[0]} if chip else {}),
     }
 
 

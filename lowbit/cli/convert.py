@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowbit.cli.calibrate import Device
 from lowbit.cli.checkpoint import (
     CalibrationDir,
     FormatName,
@@ -17,7 +18,9 @@ from lowbit.cli.checkpoint import (
     SchemeName,
     ShardSize,
     Source,
+    TargetName,
     Workers,
+    advice_on,
     headline,
     print_warnings,
     summary,
@@ -33,6 +36,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
     scheme: SchemeName = None,
     format: FormatName = None,
+    target: TargetName = None,
     ignore: Ignore = None,
     keep: Keep = None,
     max_shard_size: ShardSize = "5GB",
@@ -49,6 +53,7 @@ def convert(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
+    device: Device = "auto",
     workers: Workers = None,
     part: Annotated[
         str | None,
@@ -74,9 +79,13 @@ def convert(
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
+    from lowbit.targets import get_accelerator
 
+    chip = None if target is None else get_accelerator(target)
     share = Part() if part is None else Part.parse(part)
-    wanted = wanted_recipe(recipe, scheme, ignore, keep)
+    wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
+    if chip is not None and scheme is None:
+        format = format or chip.format
     if method or (wanted.method and calibration is None):
         if not share.whole:
             raise InputError(
@@ -91,20 +100,26 @@ def convert(
             raise InputError(
                 "expected --dry-run without --method: calibrating is the work; plan with --calibration afterwards"
             )
-        calibration = _calibrate(src, out, wanted, method, data, samples, length, quiet=json)
+        from lowbit.calibration.distributed import rank
+
+        calibration = _calibrate(src, out, wanted, method, data, samples, length, device, quiet=json)
+        if rank() != 0:
+            return
     elif data is not None:
         raise InputError("expected --method beside --data, found none; --method best is the recommended one")
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    print_warnings(decided)
+    print_warnings(decided, chip)
     if not json:
         print(headline(decided))
+        if chip is not None:
+            print(advice_on(decided, chip)[0])
     if dry_run:
         OutputDirectory(out, decided, overwrite=overwrite, part=share)
         if json:
-            print_json({**summary(decided), "dry_run": True})
+            print_json({**summary(decided, chip), "dry_run": True})
         else:
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
@@ -117,7 +132,7 @@ def convert(
             "out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs,
             "part": f"{share.number}/{share.count}", "missing_files": list(done.missing),
         }  # fmt: skip
-        print_json({**summary(decided), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
+        print_json({**summary(decided, chip), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
         return
     if done.resumed_jobs:
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
@@ -141,17 +156,20 @@ def _calibrate(
     data: Path | None,
     samples: int,
     length: int,
+    device: str,
     *,
     quiet: bool,
 ) -> Path:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
 
-    from lowbit.cli.calibrate import run_recipe
+    from lowbit.calibration.run import RunOptions
+    from lowbit.cli.calibrate import run_recipe, worker_device
 
     directory = out.with_name(out.name + ".calibration")
     changes: dict[str, object] = {"method": method or wanted.method}
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
-    run_recipe(src, directory, replace(wanted, **changes), quiet=quiet)  # type: ignore[arg-type]
+    options = RunOptions(device=worker_device(device))
+    run_recipe(src, directory, replace(wanted, **changes), options, quiet=quiet)  # type: ignore[arg-type]
     return directory

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowbit.cli.calibrate import Device
+
 
 def evaluate(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to evaluate, quantized or not.")],
@@ -22,7 +24,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 64,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
-    device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
+    device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 4,
     max_kl: Annotated[float | None, typer.Option(help="Exit code 1 when the mean KL is above this.")] = None,
     max_change: Annotated[
@@ -37,7 +39,8 @@ def evaluate(
     """
     from lowbit.calibration import store
     from lowbit.calibration.data import load_tokenizer, load_windows
-    from lowbit.cli.calibrate import steps_bar
+    from lowbit.calibration.distributed import rank
+    from lowbit.cli.calibrate import steps_bar, worker_device
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
     from lowbit.evaluate.layerwise import calibrated, plain
@@ -45,16 +48,17 @@ def evaluate(
 
     if (max_kl is not None or max_change is not None) and reference is None and calibration is None:
         raise InputError("expected --reference SRC for --max-kl and --max-change, found none")
+    where = worker_device(device)
     windows = load_windows(data, load_tokenizer(reference or out), samples=samples, length=length, seed=seed)
     if calibration is not None:
         found = store.read(calibration)
         found.require(fingerprint=store.fingerprint(out))
-        candidate = calibrated(out, found, device=device)
+        candidate = calibrated(out, found, device=where)
         reference = reference or out
     else:
-        candidate = plain(out, device=device)
-    before = plain(reference, device=device) if reference is not None else None
-    with steps_bar("evaluating", quiet=json) as progress:
+        candidate = plain(out, device=where)
+    before = plain(reference, device=where) if reference is not None else None
+    with steps_bar("evaluating", quiet=json or rank() != 0) as progress:
         report = run(candidate, windows, before, batch_size=batch_size, progress=progress)
     result = report.to_dict()
     too_far = []
@@ -62,7 +66,9 @@ def evaluate(
         too_far.append(f"KL {result['kl']:.5f} is above {max_kl}")
     if max_change is not None and result["perplexity_change"] * 100 > max_change:
         too_far.append(f"perplexity rose by {result['perplexity_change']:.2%}, more than {max_change} %")
-    if json:
+    if rank() != 0:
+        pass  # the first worker says it
+    elif json:
         print_json({**result, "passed": not too_far})
     else:
         print(f"tokens             {result['tokens']}")

@@ -15,8 +15,8 @@ DTypeName = Annotated[
     str,
     typer.Option(
         "--dtype",
-        help="Of activations and of what is not quantized: auto (as stored; float32 on a CPU without bfloat16 "
-        "instructions), float32, bfloat16, float16.",
+        help="Of activations and of what is not quantized: auto (as stored; float32 on a CPU), float32, bfloat16, "
+        "float16.",
     ),
 ]
 Device = Annotated[
@@ -66,10 +66,8 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
     if wanted is None and device == "cpu":
-        from lowbit.ops.cpu_call import instructions
-
-        # Weights that are bfloat16 on disk stay so in memory: only the arithmetic is float32 then.
-        wanted = None if instructions().bfloat16 else torch.float32
+        # Weights that are bfloat16 on disk stay so in memory; torch's own bfloat16 operators are slower.
+        wanted = torch.float32
     start = time.perf_counter()
     model = load(path, dtype=wanted, device=device)
     seconds = time.perf_counter() - start

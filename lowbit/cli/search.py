@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowbit.cli.calibrate import Device
+
 
 def search(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint directory.")],
@@ -30,7 +32,7 @@ def search(
     samples: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
-    device: Annotated[str, typer.Option(help="Where layers run.")] = "cpu",
+    device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Find a scheme per module: the least KL divergence for a mean number of bits. Writes a recipe.
@@ -38,23 +40,27 @@ def search(
     Modules that engines fuse get one scheme. Then:  lowbit convert SRC OUT --recipe RECIPE
     """
     from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.calibration.distributed import rank
     from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
     from lowbit.checkpoint.rules import Selection
-    from lowbit.cli.calibrate import steps_bar
+    from lowbit.cli.calibrate import steps_bar, worker_device
     from lowbit.cli.output import print_json, table
 
     if budget is None and max_kl is None:
         budget = 8.5
+    where = worker_device(device)
     windows = load_windows(data, load_tokenizer(src), samples=samples, length=length, seed=seed)
     names = [c.strip() for c in candidates.split(",") if c.strip()]
-    with steps_bar("searching", quiet=json) as progress:
+    with steps_bar("searching", quiet=json or rank() != 0) as progress:
         units = sensitivities(
-            src, windows, names, selection=Selection(ignore=tuple(ignore or ())), device=device, seed=seed,
+            src, windows, names, selection=Selection(ignore=tuple(ignore or ())), device=where, seed=seed,
             progress=progress,
         )  # fmt: skip
     points = curve(units)
     choice = pick(points, budget=budget, max_kl=max_kl)
     recipe = recipe_of(units, choice, points)
+    if rank() != 0:
+        return
     recipe.save(out)
     if json:
         print_json({"recipe": str(out), **recipe.to_dict()})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.distributed import gathered, my_share
 from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
@@ -90,10 +91,11 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
                     quantized[name] = q
                 zero = f"{disk}.input_zero_point"
                 if not stored[disk].activations.dynamic:  # type: ignore[union-attr]
-                    scales[name] = (
-                        model.source.raw(f"{disk}.input_scale").float().reshape(1),
-                        model.source.raw(zero).reshape(1) if model.source.has(zero) else None,
+                    scale = model.source.raw(f"{disk}.input_scale").float().reshape(1).to(model.device)
+                    offset = (
+                        model.source.raw(zero).reshape(1).to(model.device) if model.source.has(zero) else None
                     )
+                    scales[name] = (scale, offset)
         return layer, install(layer, schemes, quantized, scales)
 
     return Candidate(model=model, load=load)
@@ -146,13 +148,11 @@ def _exactly(name: str) -> str:
 def stored_modules(source: Source) -> dict[str, Scheme]:
     """Module → scheme of a quantized checkpoint; empty for one in float."""
     scales = (".weight_scale", ".weight_scale_inv", ".scale", ".deq_scale")
-    if not any(name.endswith(scales) for name in source.names):
+    if not any(name.endswith(scales) for name in source.tensors):
         return {}
     from lowbit import formats
-    from lowbit.checkpoint.headers import open_checkpoint
 
-    checkpoint = open_checkpoint(source.path)
-    return {m: s.scheme for m, s in formats.read(source.config, checkpoint.tensors).items()}
+    return {m: s.scheme for m, s in formats.read(source.config, source.tensors).items()}
 
 
 @torch.no_grad()
@@ -170,9 +170,9 @@ def evaluate(
     """Perplexity of `candidate` on windows of token ids [T]; with a reference also KL, top-1 and layer errors.
 
     `reference_states` are the reference's `final_states` on the same windows and batch size: with them it
-    does not run again, and there are no layer errors.
+    does not run again, and there are no layer errors. Workers share the windows, and all return the same.
     """
-    batches = make_batches(windows, batch_size)
+    batches = make_batches(my_share(windows), batch_size)
     again = reference is not None and reference_states is None
     sides = [candidate, reference] if again and reference is not None else [candidate]
     streams = [_Stream.start(side, batches, memory_limit // len(sides)) for side in sides]
@@ -192,13 +192,16 @@ def evaluate(
         report.agreement.update(candidate.model.head(streams[0].cache[batch]), ids, expected)
     for stream in streams:
         stream.cache.close()
+    report.agreement, *others = gathered(report.agreement)
+    for other in others:
+        report.agreement.merge(other)
     return report
 
 
 @keep_freed_memory()
 def final_states(candidate: Candidate, windows: Sequence[Tensor], *, batch_size: int = 4) -> list[Tensor]:
-    """Hidden states [B, T, H] after the last layer, one tensor per batch."""
-    stream = _Stream.start(candidate, make_batches(windows, batch_size), 1 << 40)
+    """Hidden states [B, T, H] after the last layer, one tensor per batch (of this worker's share), on the CPU."""
+    stream = _Stream.start(candidate, make_batches(my_share(windows), batch_size), 1 << 40)
     for index in range(len(candidate.model)):
         stream.advance(index)
     return list(stream.cache)
@@ -251,4 +254,5 @@ def _distance(a: ActivationCache, b: ActivationCache, basis: Tensor | None) -> f
         lost = (back - y).double().square().sum(-1)
         total += float((lost / y.double().square().sum(-1).clamp(min=1e-30)).sum())
         tokens += lost.numel()
-    return (total / max(tokens, 1)) ** 0.5
+    totals, counts = zip(*gathered((total, tokens)), strict=True)
+    return (sum(totals) / max(sum(counts), 1)) ** 0.5

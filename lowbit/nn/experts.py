@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
+from lowbit.nn.fused_experts import fused_weight, parameter, refusal, transposed
 from lowbit.nn.linear import as_stored_scale
 from lowbit.nn.static import check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
@@ -27,6 +28,7 @@ class QuantExperts(QuantModule):
 
     hidden [T, H] in a float dtype, indices [T, k], weights [T, k] → [T, H]. An index of
     `num_experts` (expert parallelism's mark for another rank's expert) contributes nothing.
+    Llama 4 calls `experts(hidden)` with the rows of all experts, in their order: [E·T, H] → [E·T, H].
 
     Each projection is one stacked buffer [E, N, K] with its scales. The state_dict is that of
     the checkpoint, one entry per expert: `{i}.{projection}.weight`, `.weight_scale`, … with
@@ -93,7 +95,8 @@ class QuantExperts(QuantModule):
         format: Format | str = "compressed-tensors",
         name: str = "experts",
     ) -> QuantExperts:
-        """Quantize fused experts (`gate_up_proj` [E, 2I, H] or `up_proj` [E, I, H], `down_proj` [E, H, I]).
+        """Quantize fused experts: `gate_up_proj` [E, 2I, H] (or `up_proj` [E, I, H]) and `down_proj` [E, H, I],
+        or `gate_up_proj` [E, H, 2I] and `down_proj` [E, I, H].
 
         Raises ValueError for a layout that differs (see `refusal`) and for NaN or Inf.
         """
@@ -126,9 +129,11 @@ class QuantExperts(QuantModule):
         """Uninitialized, for the shapes, device and gate of a fused module. ValueError where the layout differs."""
         if problem := refusal(experts):
             raise ValueError(f"{type(experts).__name__}: {problem}")
-        down, act_fn = _parameter(experts, "down_proj"), experts.act_fn
+        down, act_fn = parameter(experts, "down_proj"), experts.act_fn
         assert callable(act_fn)
-        count, hidden, intermediate = down.shape
+        count, hidden, intermediate = (
+            down.shape if not transposed(experts) else (down.shape[0], *down.shape[:0:-1])
+        )
         found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
         if not getattr(experts, "has_gate", True):
             found.pop("gate", None)
@@ -192,7 +197,9 @@ class QuantExperts(QuantModule):
         scale = scale_as_float(self.stack(projection, "scale")[expert])
         return dequantize_rows(codes, scale, self.scheme.weights, dtype)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_size:
             raise ValueError(
                 f"expected hidden states [T, {self.hidden_size}], found {list(hidden_states.shape)}"
@@ -201,6 +208,9 @@ class QuantExperts(QuantModule):
             self.check_frozen()
         out_dtype = hidden_states.dtype
         x = autocast_input(hidden_states)
+        if top_k_index is None or top_k_weights is None:
+            offsets = torch.arange(self.num_experts + 1, device=x.device) * (x.shape[0] // self.num_experts)
+            return self._product("down", self._gated(x, offsets), offsets).to(out_dtype)
         tokens, choices = top_k_index.shape
         chosen = top_k_index.reshape(-1)
         weights = torch.where(chosen < self.num_experts, top_k_weights.reshape(-1).to(torch.float32), 0.0)
@@ -344,44 +354,3 @@ class _Projection(nn.Module):
             experts.put(buffer, self.__dict__["_index"], value.data)
             # transformers' mark of what needs no initialization.
             experts._buffers[buffer]._is_hf_initialized = True
-
-
-def refusal(experts: nn.Module) -> str:
-    """Why a fused experts module cannot be a QuantExperts, or ""."""
-    down = getattr(experts, "down_proj", None)
-    first = getattr(experts, "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", None)
-    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(first, Tensor) or first.dim() != 3:
-        return "expected fused 3-D experts gate_up_proj [E, 2I, H] (or up_proj) and down_proj [E, H, I]"
-    if getattr(experts, "is_transposed", False):
-        return "its experts are stored [E, in, out]"
-    if not getattr(experts, "is_concatenated", True):
-        return "its gate and up projections are interleaved"
-    if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
-        return "its experts have biases or norms of their own"
-    if not callable(getattr(experts, "act_fn", None)):
-        return "it has no act_fn"
-    extra = [n for n, _ in experts.named_parameters() if n not in ("gate_up_proj", "up_proj", "down_proj")]
-    if extra:
-        return f"it has parameters beside its projections: {', '.join(extra)}"
-    count, hidden, intermediate = down.shape
-    twice = 2 if getattr(experts, "has_gate", True) else 1
-    if tuple(first.shape) != (count, twice * intermediate, hidden):
-        return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
-    return ""
-
-
-def fused_weight(experts: nn.Module, projection: str, expert: int) -> Tensor:
-    """[N, K] of one expert's projection, a view of the fused parameter."""
-    if projection == "down":
-        return _parameter(experts, "down_proj")[expert].detach()
-    if not getattr(experts, "has_gate", True):
-        return _parameter(experts, "up_proj")[expert].detach()
-    both = _parameter(experts, "gate_up_proj")[expert].detach()
-    half = both.shape[0] // 2
-    return both[:half] if projection == "gate" else both[half:]
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value

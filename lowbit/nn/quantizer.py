@@ -24,7 +24,8 @@ from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
-from lowbit.nn.experts import QuantExperts, refusal
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.fused_experts import refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES
 from lowbit.nn.offload import follow_offloading

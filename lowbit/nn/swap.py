@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowbit.checkpoint.fused_experts import fused_name, part_names
 from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
-from lowbit.nn.experts import QuantExperts, refusal
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.fused_experts import refusal, transposed
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
@@ -55,6 +57,8 @@ class _Candidate:
     shape: tuple[int, ...]
     projections: Mapping[str, str] | None = None
     """Fused experts: gate, up, down → their names on disk."""
+    fused: str = ""
+    """Fused experts that are so on disk too: the module whose 3-D tensors hold them there."""
 
 
 def quantize_model(
@@ -100,7 +104,7 @@ def quantize_model(
     kept: dict[str, str] = {}
     layout: dict[str, Scheme] = {}
     ignored: list[str] = []
-    names = [*decisions, *(c.name for c in candidates)]
+    names = [*decisions, *(c.name for c in candidates), *filter(None, map(fused_name, decisions))]
     warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, names)]
     swapped: dict[int, nn.Module] = {}
     order = list(candidates)
@@ -108,14 +112,17 @@ def quantize_model(
     while order:
         candidate = order.pop(0)
         decision = decisions[candidate.disk[0]]
-        reason = decision.reason if decision.scheme is None else unfit.get(candidate.name, "")
+        why_not = unfit.get(candidate.name, "")
+        reason = decision.reason if decision.scheme is None else why_not
+        if decision.role == "experts-3d" and not decision.reason.startswith("--"):
+            reason = f"experts fused into one 3-D tensor: {why_not}"
         if (pattern := given.get(reason.removeprefix("--ignore "))) is not None:
             reason = f"--ignore {pattern}"
         if decision.scheme is None or reason:
             if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
                 kept[candidate.name] = reason
                 if decision.role not in ("embedding", "norm", "conv"):
-                    ignored += candidate.disk
+                    ignored += [candidate.fused] if candidate.fused else candidate.disk
             continue
         new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
         swapped[id(candidate.module)] = new
@@ -165,12 +172,16 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
             unfit[name] = f"its weight is tied to {tied[name]}"
     for name, module in fused.items():
         tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[parameter(name, p)]]
-        projections = expert_names(tensors)
         problem = refusal(module)
+        names = [] if problem else [p for t in tensors for p in part_names(t, _down(module).shape[0])]
+        parts = [f"{p}.weight" for p in names]
+        fused_on_disk = module_of(tensors[0]).rpartition(".")[0] if parts else ""
+        tensors = parts or tensors
+        projections = expert_names(tensors)
         if problem:
             unfit[name] = problem
         elif not projections:
-            unfit[name] = "experts fused into one 3-D tensor on disk, which no format here can hold"
+            unfit[name] = "on disk under names whose layout is not known here"
         found.append(
             _Candidate(
                 name=name,
@@ -178,6 +189,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
                 disk=tuple(module_of(t) for t in tensors),
                 shape=tuple(_down(module).shape),
                 projections=projections or None,
+                fused=fused_on_disk,
             )
         )
     return found, unfit
@@ -243,6 +255,8 @@ def _decide(
             shapes |= dict.fromkeys(c.disk, shape)
             continue
         hidden, intermediate = _down(c.module).shape[1:]
+        if transposed(c.module):
+            hidden, intermediate = intermediate, hidden
         downs = {c.projections["down"]}
         for disk in c.disk:
             shapes[disk] = (
@@ -252,7 +266,8 @@ def _decide(
     if any(is_conv1d(c.module) for c in candidates):
         # What the converter keeps for being stored [in, out] is transposed here.
         config.pop("model_type", None)
-    return decide(shapes, scheme, selection, config=config, fits=target.refuse)
+    fused = {disk: name for disk in shapes if (name := fused_name(disk)) is not None}
+    return decide(shapes, scheme, selection, config=config, fits=target.refuse, fused=fused)
 
 
 def _config_dict(model: nn.Module) -> dict[str, Any]:

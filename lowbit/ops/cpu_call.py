@@ -156,6 +156,11 @@ def _blocks(rows: int, height: int, offsets: list[int] | None) -> ctypes.Array[c
     return (ctypes.c_int64 * max(len(flat), 1))(*flat)
 
 
+def typical_rows(rows: int, experts: int) -> int:
+    """Rows that one weight is multiplied with: of a mixture's, those of one expert."""
+    return -(-rows // max(experts, 1))
+
+
 def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) -> tuple[Tile, int, int]:
     """(tile, operand kind, quantization mode) of a product."""
     have = instructions()
@@ -260,7 +265,7 @@ def product(
     (rows, k), n = x.shape, weights.n
     tensor = weights.tensor if weights.tensor.is_contiguous() else weights.tensor.contiguous()
     w_scale = weights.float_scale()
-    tile, kind, mode = _tile_for(x, weights, activations, rows)
+    tile, kind, mode = _tile_for(x, weights, activations, typical_rows(rows, len(offsets or [0, 0]) - 1))
     step, element = operand_step(tile.kind), _ELEMENT[kind]
     layout = Layout.of(k, activations.group or weights.group, step)
     codes = x.dtype in CODES

@@ -26,12 +26,14 @@ class Tile:
     def dot_rows(self) -> int:
         """Up to so many rows are multiplied with weights as stored; for more, transposing them first pays.
 
-        Floats have to be decoded anyway. Measured: with 32 registers the dot product comes to
-        nine tenths of the packed tile's speed, with 16 to less than two thirds.
+        Measured: with 32 registers the dot product of integers comes to nine tenths of the packed
+        tile's speed, with 16 to less than two thirds. Codes that become floats are decoded again for every
+        four (or two) rows.
         """
-        if not self.kind.startswith(("dpbusd", "pmaddwd")):
-            return 1
-        return 48 if self.kind.endswith("512") else 8
+        wide = self.kind.endswith("512")
+        if self.kind.startswith(("dpbusd", "pmaddwd")):
+            return 48 if wide else 8
+        return 0 if self.kind.startswith("dpbf16") else 8 if wide else 4
 
     @property
     def cols(self) -> int:
@@ -77,12 +79,11 @@ def integer_tile(instructions: Instructions, zero_point: bool = False) -> Tile:
 def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool) -> Tile:
     """The tile for products of decoded codes accumulated in float32.
 
-    `bfloat_exact`: both operands are bfloat16 values. One row is bound by memory and decodes
-    while it loads, which the float32 tile does.
+    `bfloat_exact`: both operands are bfloat16 values. A few rows are decoded while they are
+    loaded, which the float32 tiles do.
     """
-    if bfloat_exact and instructions.bfloat16 and rows > 1:
-        return _BFLOAT
-    return _WIDE_FLOAT if instructions.name.startswith("avx512") else _FLOAT
+    tile = _WIDE_FLOAT if instructions.name.startswith("avx512") else _FLOAT
+    return _BFLOAT if bfloat_exact and instructions.bfloat16 and rows > tile.dot_rows else tile
 
 
 @cache

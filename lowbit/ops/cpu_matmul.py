@@ -2,8 +2,8 @@
 # The bodies below are compiled by numba, whose intrinsics mypy cannot type.
 """`matmul`: an operand made by `prepare` times weights as stored, [N, K]; then scales, bias and routed weight.
 
-A task is a block of the output. A few rows of integers are multiplied with weights as stored;
-for more, and for floats, the block's weights are decoded and transposed into a panel first.
+A task is a block of the output. A few rows are multiplied with weights as stored, decoded while they
+are loaded; for more, the block's weights are decoded and transposed into a panel first.
 """
 
 from __future__ import annotations
@@ -102,19 +102,6 @@ def dot_rows(kind, tall, lines, cache, size, a, lda, w, stride, c, ldc, rows, co
 
 
 @njit(inline="always")
-def dot_row(kind, lines, a, w, stride, c, cols, k):  # type: ignore[no-untyped-def]
-    """One row of floats, decoded while loading or not."""
-    across = 256 * stride * DOT_COLS // lines
-    whole = cols // DOT_COLS * DOT_COLS
-    for j in range(0, whole, DOT_COLS):
-        b = w + j * stride
-        dot_tile(kind, 1, DOT_COLS, 1, a, 0, b, stride, b + DOT_COLS * stride, 256, across, c + 4 * j, 0, k)
-    for j in range(whole, cols):
-        b = w + j * stride
-        dot_tile(kind, 1, 1, 1, a, 0, b, stride, b, 0, 0, c + 4 * j, 0, k)
-
-
-@njit(inline="always")
 def packed_rows(kind, tall, vectors, ldb, a, a_row, b, ahead, share, c, c_row, rows, units):  # type: ignore[no-untyped-def]
     """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2.
 
@@ -209,7 +196,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8, "bf16": W_BF16}[storage]
     plain = storage == "bf16"
     w_size = 2 if plain else 1
-    # One row alone is bound by memory: decode while loading instead of into memory.
+    # A few rows are bound by memory: decode while loading instead of into memory.
     direct = kind.startswith("fma") or integer
     direct_kind = f"{kind}:{storage}" if direct and not integer else kind
     tile_cols = tile_vectors * lanes
@@ -299,19 +286,15 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             dot_rows(
                                 kind, dot_tall, dot_lines, 1, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
                             )  # fmt: skip
-                        elif plain and as_stored:
-                            dot_rows(
-                                direct_kind, dot_tall, dot_lines, 1, 2, a, a_row, w, stride, memory, c_row, rows, cols,
-                                padded,
-                            )  # fmt: skip
-                        elif plain:
-                            dot_rows(
-                                kind, dot_tall, 1, 1, 4, a, a_row, w, stride, memory, c_row, rows, cols, padded
-                            )  # fmt: skip
                         elif as_stored:
-                            dot_row(direct_kind, dot_lines, a, w, stride, memory, cols, padded)
+                            dot_rows(
+                                direct_kind, dot_tall, dot_lines, 1, w_size, a, a_row, w, stride, memory, c_row,
+                                rows, cols, padded,
+                            )  # fmt: skip
                         else:
-                            dot_row(kind, 1, a, w, stride, memory, cols, padded)
+                            dot_rows(
+                                kind, dot_tall, 1, 1, element, a, a_row, w, stride, memory, c_row, rows, cols, padded
+                            )  # fmt: skip
                         continue
                     units = padded * element // 4
                     for j in range(0, cols, lanes):

@@ -118,7 +118,7 @@ def _invalid(problem: Problem) -> str | None:
 
 
 def _choose_cpu(problem: Problem) -> Decision:
-    from lowbit.ops.cpu_call import instructions
+    from lowbit.ops.cpu_call import instructions, typical_rows
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
     have = instructions()
@@ -133,7 +133,7 @@ def _choose_cpu(problem: Problem) -> Decision:
         tile = integer_tile(have, problem.zero_point)
         return Decision(implementation="cpu", kernel=_tile_name(tile), multiplies="int8 × int8")
     exact = quantizes or problem.activation_dtype == "bfloat16"
-    tile = float_tile(have, problem.m, bfloat_exact=exact)
+    tile = float_tile(have, typical_rows(problem.m, problem.experts), bfloat_exact=exact)
     unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float32"
     return Decision(
         implementation="cpu", kernel=_tile_name(tile), multiplies=f"{unit} × {unit}",

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     LlamaConfig,
     MixtralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
+# The test of several workers shares `worker`; pytest's importlib mode puts no test directory on the path.
+sys.path.insert(0, str(Path(__file__).parent))
+
+TEXT = "the quick brown fox jumps over the lazy dog and then some more words follow it home again " * 60
 COMMON = {
     "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16,
@@ -62,3 +70,16 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 def windows() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     return list(torch.randint(0, 128, (12, 48), generator=generator))
+
+
+@pytest.fixture(scope="session")
+def source(checkpoints, tmp_path_factory) -> Path:
+    """The Llama with a tokenizer; `text.txt` lies beside it."""
+    out = tmp_path_factory.mktemp("cli") / "model"
+    shutil.copytree(checkpoints["llama"], out)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(out)
+    (out.parent / "text.txt").write_text(TEXT)
+    return out

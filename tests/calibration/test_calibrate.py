@@ -303,3 +303,12 @@ def test_rounding_in_passing_is_as_good_as_in_two_runs(
         assert (a[first] == b[first]).double().mean() > 0.995
     x, y = kl(source, once, windows[:4]), kl(source, twice, windows[:4])
     assert x < 1.25 * y and y < 1.25 * x
+
+
+def test_a_prompt_shorter_than_the_check(checkpoints, tmp_path):
+    """The shortest is shorter than the tokens that layers are checked on; it need not come first."""
+    windows = [torch.arange(n) % 128 for n in (40, 9, 40, 25)]
+    done = calibrate(
+        checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["smoothquant-gptq"], windows
+    )
+    assert done.complete and done.data["tokens"] == 114

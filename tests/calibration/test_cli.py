@@ -6,8 +6,6 @@ import json
 import shutil
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lowbit.calibration import store
@@ -15,20 +13,6 @@ from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.cli import app
 from lowbit.errors import InputError
 from lowbit.recipe import load_recipe
-
-TEXT = "the quick brown fox jumps over the lazy dog and then some more words follow it home again " * 60
-
-
-@pytest.fixture(scope="module")
-def source(checkpoints, tmp_path_factory):
-    out = tmp_path_factory.mktemp("cli") / "model"
-    shutil.copytree(checkpoints["llama"], out)
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"]))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(out)
-    (out.parent / "text.txt").write_text(TEXT)
-    return out
 
 
 def lowbit(*arguments, code: int = 0):

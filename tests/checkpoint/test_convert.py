@@ -482,7 +482,8 @@ def test_an_override_quantizes_any_matrix(tmp_path, scheme, shape):
     assert lowbit.verify(tmp_path / "out", src).ok
 
 
-def test_fused_3d_experts_stay_and_are_said_to(tmp_path):
+def test_fused_3d_experts_of_an_unknown_layout_stay_and_are_said_to(tmp_path):
+    """Stored [experts, in, out] by a model_type that is not known for it; see test_fused_experts.py."""
     tensors, config = llama()
     experts = {
         "model.layers.0.mlp.experts.gate_up_proj": torch.randn(4, 128, 256).to(torch.bfloat16),

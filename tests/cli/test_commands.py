@@ -58,6 +58,20 @@ def test_convert_and_verify(run, src, tmp_path):
     assert load(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
 
 
+def test_a_target_chooses_the_scheme(run, src, tmp_path):
+    code, out, _ = run("plan", src, "--target", "h100")
+    assert code == 0 and "fp8 as compressed-tensors" in out and "NVIDIA H100 SXM: fp8 is multiplied" in out
+    code, out, _ = run("convert", src, tmp_path / "out", "-t", "a100", "--json")
+    found = json.loads(out)
+    assert (found["scheme"], found["target"]) == ("int8", "a100") and "624 TOP/s" in found["advice"]
+    code, out, err = run(
+        "convert", src, tmp_path / "o", "-t", "a100", "-s", "fp8-block", "--dry-run", "--json"
+    )
+    assert "does not multiply fp8" in err and "does not multiply fp8" in json.loads(out)["warnings"][-1]
+    assert run("plan", src, "-t", "a100", "-s", "bf16")[0] == 0
+    assert run("plan", src, "-t", "z80")[0] == 2
+
+
 def test_verify_exits_with_1_when_something_is_wrong(run, src, tmp_path):
     run("convert", src, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"

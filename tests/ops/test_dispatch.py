@@ -93,12 +93,15 @@ def test_cpu_names_its_tile(path):
     assert chosen.multiplies == "int8 × int8"
 
 
-def test_one_row_is_decoded_while_loading(monkeypatch):
+def test_a_few_rows_are_decoded_while_loading(monkeypatch):
     monkeypatch.setattr(cpu, "instructions", lambda: Instructions(name="avx512_vnni", bfloat16=True))
     dispatch.choose.cache_clear()
     try:
-        assert choose(problem("fp8", m=1), "cpu").kernel.startswith("fma512")
-        assert choose(problem("fp8", m=2), "cpu").kernel.startswith("dpbf16512")
+        for m in (1, 8):
+            assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
+        assert choose(problem("fp8", m=9), "cpu").kernel.startswith("dpbf16512")
+        # Of a mixture the rows of one expert count.
+        assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("fma512")
         assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith(
             "fma512"
         )

@@ -66,7 +66,7 @@ def relative(out: Tensor, expected: Tensor) -> float:
 
 
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.weights is not None]
-SIZES = [(1, 100, 160), (3, 16, 100), (33, 130, 496)]
+SIZES = [(1, 100, 160), (3, 16, 100), (8, 37, 200), (33, 130, 496)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -1,0 +1,206 @@
+"""A mixture's experts that a checkpoint holds in 3-D tensors, seen as one matrix per expert and projection.
+
+`….experts.gate_up_proj` and `….experts.down_proj` hold all experts of a layer:
+
+    [E, 2I, H] and [E, H, I]   as transformers 5 writes every mixture (Qwen3.5-MoE, Gemma 4)
+    [E, H, 2I] and [E, I, H]   transposed: Llama 4 and Qwen3-VL-MoE as published
+
+with the gate before the up projection. Engines load quantized experts as matrices named
+`….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`), which llm-compressor and ModelOpt write
+too. `split` gives a view of a checkpoint with those: each is a range of bytes in the same file (or a
+transposed one), so the rest of a conversion needs no word about them. This is the only place that
+knows the layouts, and what it is not certain of stays whole, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
+from lowbit.formats import quantization_of
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
+"""Fused parameter → its projections of one expert, in their order on disk."""
+SCALE = "_scale_inv"
+"""Appended to a fused parameter's name: the scales of its block FP8 codes."""
+
+# gate and up alternate in these, whatever their shape is.
+_INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
+# Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
+_TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+_NAME = re.compile(rf"^(?P<parent>(?:.*\.)?experts)\.(?P<leaf>(?:{GATE_UP}|{DOWN})(?:{SCALE})?)$")
+_PER_EXPERT = re.compile(r"^(?P<parent>(?:.*\.)?experts)\.\d+\.(?P<part>\w+)$")
+
+Shape = tuple[int, ...]
+Orientation = Literal["rows", "columns"]
+"""What a projection's outputs are in the stored matrices: `rows` [out, in], or `columns` [in, out]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitExperts:
+    """A checkpoint whose fused experts are taken apart."""
+
+    checkpoint: Checkpoint
+    """With a reference per expert and projection in place of each 3-D tensor that was split."""
+    whole: Mapping[str, str]
+    """3-D expert tensors left as they are → why."""
+
+
+def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
+    """The view of `source` with its fused experts split, but for the modules (`….experts`) in `leave`."""
+    found: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in source.tensors.items():
+        if (match := _NAME.match(name)) and len(ref.shape) == 3:
+            found.setdefault(match["parent"], {})[match["leaf"]] = ref
+    if not found:
+        return SplitExperts(checkpoint=source, whole={})
+    beside = _beside(source, found)
+    parts: dict[str, list[TensorRef]] = {}
+    whole: dict[str, str] = {}
+    for parent, members in found.items():
+        reason = _problem(members, source.config) or beside.get(parent, "")
+        if reason or parent in leave:
+            whole |= {f"{parent}.{leaf}": reason for leaf in members}
+            continue
+        orientation = orientation_of(members[GATE_UP].shape, members[DOWN].shape)
+        assert orientation is not None  # else `_problem` had found it
+        for leaf, ref in members.items():
+            parts[ref.name] = list(_parts(parent, leaf, ref, orientation))
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        tensors |= {part.name: part for part in parts.get(name, (ref,))}
+    return SplitExperts(checkpoint=replace(source, tensors=tensors), whole=whole)
+
+
+def fused_name(module: str) -> str | None:
+    """The 3-D tensor that would hold a module such as `….experts.3.up_proj`; None for other modules."""
+    match = _PER_EXPERT.match(module)
+    if match is None:
+        return None
+    return next((f"{match['parent']}.{fused}" for fused, p in PARTS.items() if match["part"] in p), None)
+
+
+def fused_names(source: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Of modules or tensors of a view, those that are part of a 3-D tensor of `source`: module → that tensor."""
+    found = {m: fused for n in names if (fused := fused_name(m := n.removesuffix(".weight"))) is not None}
+    return {m: fused for m, fused in found.items() if fused in source.tensors}
+
+
+def part_names(fused: str, experts: int) -> list[str]:
+    """Modules per expert and projection of a 3-D tensor's name, or [] when it is not one that can be split."""
+    match = _NAME.match(fused)
+    if match is None or match["leaf"] not in PARTS:
+        return []
+    return [f"{match['parent']}.{e}.{part}" for e in range(experts) for part in PARTS[match["leaf"]]]
+
+
+def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
+    """How a pair of 3-D tensors is stored; None when the two do not fit together.
+
+    No two sizes fit both ways: I would have to be H and ½H at once.
+    """
+    if len(gate_up) != 3 or len(down) != 3 or gate_up[0] != down[0] or 0 in (*gate_up, *down):
+        return None
+    if gate_up[1] == 2 * down[2] and gate_up[2] == down[1]:
+        return "rows"
+    if gate_up[1] == down[2] and gate_up[2] == 2 * down[1]:
+        return "columns"
+    return None
+
+
+def _beside(source: Checkpoint, parents: Collection[str]) -> dict[str, str]:
+    """Experts with tensors other than the fused ones: biases, norms, or some expert by itself."""
+    others: dict[str, list[str]] = {}
+    known = {*PARTS, *(p + SCALE for p in PARTS)}
+    for name in source.tensors:
+        for match in re.finditer(r"\bexperts(?=\.)", name):
+            parent, rest = name[: match.end()], name[match.end() + 1 :]
+            if parent in parents and rest not in known:
+                others.setdefault(parent, []).append(rest)
+    return {
+        parent: f"experts fused into one 3-D tensor, with others beside them that are not known here ({rest[0]})"
+        for parent, rest in others.items()
+    }
+
+
+def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str:
+    """Why the fused experts of one module cannot be split with certainty, or ""."""
+    fused = "experts fused into one 3-D tensor"
+    if not members.keys() >= PARTS.keys():
+        return f"{fused}, without {' and '.join(PARTS.keys() - members.keys())} beside it"
+    types = {str(c.get("model_type")) for c in _configs(config)}
+    if types & _INTERLEAVED:
+        return f"{fused}, in which gate and up projections alternate"
+    gate_up, down = members[GATE_UP], members[DOWN]
+    orientation = orientation_of(gate_up.shape, down.shape)
+    if orientation is None:
+        return f"{fused}, of shapes that do not fit together: {list(gate_up.shape)} and {list(down.shape)}"
+    hidden = down.shape[1] if orientation == "rows" else down.shape[2]
+    declared = {c["hidden_size"] for c in _configs(config) if isinstance(c.get("hidden_size"), int)}
+    if declared and hidden not in declared:
+        return f"{fused}, of hidden size {hidden}, which config.json does not have"
+    if orientation == "columns" and not types & _TRANSPOSED:
+        return f"{fused}, stored [experts, in, out] by a model that is not known to keep gate before up"
+    for leaf in PARTS:
+        if problem := _scale_problem(leaf, members, orientation, config):
+            return f"{fused}, {problem}"
+    return ""
+
+
+def _scale_problem(
+    leaf: str, members: Mapping[str, TensorRef], orientation: Orientation, config: Mapping[str, Any]
+) -> str:
+    codes, scale = members[leaf], members.get(leaf + SCALE)
+    if scale is None:
+        return "" if codes.dtype in FLOATS else f"stored as {codes.dtype} without scales"
+    block = quantization_of(config).get("weight_block_size")
+    rows, cols = scale_block(block)
+    n, k = codes.shape[1:]
+    if scale.shape != (codes.shape[0], -(-n // rows), -(-k // cols)):
+        return f"whose scales {list(scale.shape)} are not one per {rows}×{cols} block"
+    if orientation == "columns" and rows != cols:
+        return "stored [experts, in, out] with blocks that are not square"
+    half = codes.shape[1 if orientation == "rows" else 2] // 2
+    if leaf == GATE_UP and half % rows:
+        return f"whose gate and up halves of {half} do not end on the border of a block of {rows}"
+    return ""
+
+
+def scale_block(block: Any) -> tuple[int, int]:
+    """`weight_block_size` of a config → rows and columns per scale; 128×128 where it says nothing."""
+    if (
+        isinstance(block, list | tuple)
+        and len(block) == 2
+        and all(isinstance(b, int) and b > 0 for b in block)
+    ):
+        return block[0], block[1]
+    return 128, 128
+
+
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and those inside it (`text_config`, …)."""
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _configs(value)
+
+
+def _parts(parent: str, leaf: str, ref: TensorRef, orientation: Orientation) -> Iterator[TensorRef]:
+    """The matrices of a fused tensor, in the order of their bytes."""
+    experts, n, k = ref.shape
+    kind = "weight" + (SCALE if leaf.endswith(SCALE) else "")
+    names = PARTS[leaf.removesuffix(SCALE)]
+    item = ITEM_BYTES[ref.dtype]
+    for e in range(experts):
+        for i, part in enumerate(names):
+            name, at = f"{parent}.{e}.{part}.{kind}", ref.offset + e * n * k * item
+            if orientation == "rows":
+                shape = (n // len(names), k)
+                yield TensorRef(name, ref.dtype, shape, ref.file, at + i * shape[0] * k * item)
+            else:
+                shape = (k // len(names), n)
+                yield TensorRef(name, ref.dtype, shape, ref.file, at + i * shape[0] * item, pitch=k)

@@ -1,0 +1,65 @@
+"""transformers' fused experts modules: which of them lowbit understands, and where a projection lies in them."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor, nn
+
+from lowbit.checkpoint.fused_experts import orientation_of
+
+
+def refusal(experts: nn.Module) -> str:
+    """Why a fused experts module cannot be a QuantExperts, or ""."""
+    down = getattr(experts, "down_proj", None)
+    gated = getattr(experts, "has_gate", True)
+    first = getattr(experts, "gate_up_proj" if gated else "up_proj", None)
+    if not isinstance(down, Tensor) or down.dim() != 3 or not isinstance(first, Tensor) or first.dim() != 3:
+        return "expected fused 3-D experts gate_up_proj [E, 2I, H] (or up_proj) and down_proj [E, H, I]"
+    if not getattr(experts, "is_concatenated", True):
+        return "its gate and up projections are interleaved"
+    if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
+        return "its experts have biases or norms of their own"
+    if not callable(getattr(experts, "act_fn", None)):
+        return "it has no act_fn"
+    extra = [n for n, _ in experts.named_parameters() if n not in ("gate_up_proj", "up_proj", "down_proj")]
+    if extra:
+        return f"it has parameters beside its projections: {', '.join(extra)}"
+    count, hidden, intermediate = down.shape
+    fits = orientation_of(tuple(first.shape), tuple(down.shape)) if gated else first.shape == down.mT.shape
+    if not fits:
+        twice = 2 if gated else 1
+        return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
+    if transposed(experts) and not takes_sorted_rows(experts):
+        return "its experts are stored [E, in, out]"
+    return ""
+
+
+def transposed(experts: nn.Module) -> bool:
+    """Whether fused experts lie [E, in, out]."""
+    first, down = getattr(experts, "gate_up_proj", None), parameter(experts, "down_proj")
+    return isinstance(first, Tensor) and orientation_of(tuple(first.shape), tuple(down.shape)) == "columns"
+
+
+def takes_sorted_rows(experts: nn.Module) -> bool:
+    """Whether a module is called as Llama 4's experts are: with the rows of all experts, and no routing."""
+    return len(inspect.signature(experts.forward).parameters) == 1
+
+
+def fused_weight(experts: nn.Module, projection: str, expert: int) -> Tensor:
+    """[N, K] of one expert's projection, a view of the fused parameter."""
+    gated = getattr(experts, "has_gate", True)
+    name = "down_proj" if projection == "down" else ("gate_up_proj" if gated else "up_proj")
+    both = parameter(experts, name)[expert].detach()
+    both = both.mT if transposed(experts) else both
+    if name != "gate_up_proj":
+        return both
+    half = both.shape[0] // 2
+    return both[:half] if projection == "gate" else both[half:]
+
+
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """A tensor of a module by its name."""
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value
