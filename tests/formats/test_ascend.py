@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conversions import RUN, everything, start, wait_for_jobs
-from sample_models import block_fp8, deepseek_v3, llama, load, qwen3_moe, same_bits, write
+from sample_models import block_fp8, deepseek_v3, fused_mixture, llama, load, qwen3_moe, same_bits, write
 from torch import Tensor
 
 import lowbit
@@ -217,6 +217,17 @@ def test_block_fp8_of_deepseek_in_one_step(tmp_path):
     assert sum(".experts." in m for m in quantized) == 12 and "model.layers.1.mlp.gate" not in quantized
     assert not any(m.startswith("model.layers.2.") for m in quantized), "multi-token prediction"
     assert lowbit.verify(tmp_path / "out", src).ok
+
+
+@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl"])
+def test_experts_fused_into_3d_tensors(tmp_path, model):
+    fused, split, config = fused_mixture(model)
+    from_fused, description = convert(write(tmp_path / "fused", fused, config), tmp_path / "a")
+    from_split, _ = convert(write(tmp_path / "split", split, config), tmp_path / "b")
+    assert set(from_fused) == set(from_split) and all(
+        same_bits(from_fused[n], from_split[n]) for n in from_split
+    )
+    assert sum(".experts." in n and n.endswith(".weight") for n in description) == 18
 
 
 def test_static_attention_and_dynamic_experts(tmp_path):
