@@ -26,10 +26,11 @@ class Journal:
     def __init__(self, file: Path, digest: str) -> None:
         """Open for appending; a new file begins with the plan's digest."""
         self._lock = threading.Lock()
-        fresh = not file.exists()
+        # Killed before its first line, it says nothing of what it belongs to.
+        fresh = not read_journal(file).digest
         self._stream = file.open("a", encoding="utf-8")
         # An empty line ends what a killed run may have left of its last one.
-        self._stream.write("" if fresh else "\n")
+        self._stream.write("\n")
         if fresh:
             self._line({"plan": digest})
 
@@ -86,8 +87,11 @@ def read_journal(file: Path) -> Record:
 
 
 def read_journals(directory: Path) -> Record:
-    """All journals of a directory as one, those of every part; no digest unless all have the same."""
-    found = [read_journal(f) for f in sorted(directory.glob("journal*.jsonl"))]
+    """All journals of a directory as one, those of every part; no digest unless all have the same.
+
+    One that was killed before its first line is left out.
+    """
+    found = [r for f in sorted(directory.glob("journal*.jsonl")) if (r := read_journal(f)).digest]
     digests = {r.digest for r in found}
     return Record(
         digest=digests.pop() if len(digests) == 1 else "",

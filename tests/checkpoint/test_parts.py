@@ -109,6 +109,15 @@ def test_a_killed_part(src, tmp_path, alone):
     assert everything(out) == alone
 
 
+@pytest.mark.parametrize("torn", ["", '{"plan": "12'])
+def test_a_part_that_was_killed_before_its_first_line(src, tmp_path, alone, torn):
+    out = tmp_path / "out"
+    (out / PARTIAL).mkdir(parents=True)
+    (out / PARTIAL / "journal-1-of-2.jsonl").write_text(torn)
+    assert convert(src, out, "2/2").missing
+    assert convert(src, out, "1/2").missing == () and everything(out) == alone
+
+
 def test_one_machine_finishes_what_parts_began(src, tmp_path, alone):
     out = tmp_path / "out"
     begun = convert(src, out, "1/3")
