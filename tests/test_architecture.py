@@ -36,6 +36,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "calibration": {"cli"},
     "evaluate": {"cli"},
     "api": {"cli"},
+    "quality": {"cli"},
 }
 
 

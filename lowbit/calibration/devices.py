@@ -63,6 +63,15 @@ def choose_device(wanted: str | torch.device) -> torch.device:
     return device
 
 
+def join(wanted: str | torch.device) -> torch.device:
+    """`choose_device`, and join the other workers if there are any. May fail: call it before any work."""
+    from lowbit.calibration.distributed import join_workers
+
+    device = choose_device(wanted)
+    join_workers()
+    return device
+
+
 def _only_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
+    from lowbit.calibration.methods import Method
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
     from lowbit.recipe import Recipe
@@ -88,6 +89,7 @@ def calibrate(
     """
     from dataclasses import replace
 
+    from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
     from lowbit.calibration.methods import METHODS
     from lowbit.calibration.run import RunOptions
@@ -110,7 +112,7 @@ def calibrate(
     else:
         wanted = Recipe(scheme=scheme, ignore=tuple(ignore or ()), method=method, data=given)
     options = RunOptions(
-        device=worker_device(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
+        device=join(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
         all_experts=not routed_only, spill_directory=str(spill) if spill else None,
     )  # fmt: skip
     found = run_recipe(
@@ -123,16 +125,6 @@ def calibrate(
         print_json(report)
         return
     print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
-
-
-def worker_device(wanted: str) -> torch.device:
-    """The device of this process, which joins the other workers if there are any. May fail: call it before any work."""
-    from lowbit.calibration.devices import choose_device
-    from lowbit.calibration.distributed import join_workers
-
-    device = choose_device(wanted)
-    join_workers()
-    return device
 
 
 def run_recipe(
@@ -148,40 +140,22 @@ def run_recipe(
     quiet: bool = False,
 ) -> Calibration:
     """Calibrate as a recipe says, with a progress bar, and say what was done (unless `quiet`)."""
-    from dataclasses import replace
-
-    from lowbit.calibration.calibrate import calibrate as run
-    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit import quality
     from lowbit.calibration.distributed import rank
-    from lowbit.calibration.kv_cache import KVCache
-    from lowbit.calibration.methods import Method, best_method, get_method
 
-    target = wanted.get_scheme()
-    name = wanted.method or "best"
-    chosen: Method
-    if name == "best":
-        chosen = best_method(target)
-    else:
-        chosen = get_method(name) if isinstance(name, str) else Method.from_dict(dict(name))
-    if alpha is not None:
-        chosen = replace(chosen, smooth=alpha)
-    chosen = replace(chosen, seed=int(wanted.data.get("seed", seed)))
-    windows: list[Any] = []
-    if wanted.data.get("path"):
-        windows = load_windows(
-            wanted.data["path"], load_tokenizer(src), samples=int(wanted.data.get("samples", 128)),
-            length=int(wanted.data.get("length", 2048)), seed=int(wanted.data.get("seed", 0)),
-        )  # fmt: skip
     quiet = quiet or rank() != 0
-    if not quiet:
+
+    def started(method: Method, windows: Sequence[Tensor]) -> None:
         tokens = sum(int(w.numel()) for w in windows)
-        print(f"{target.name} with {chosen.name}: {chosen.describe()}")
+        print(f"{wanted.scheme} with {method.name}: {method.describe()}")
         print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
+
+    of = {"seed": seed, **wanted.data}
     with steps_bar("calibrating", quiet=quiet) as progress:
-        found = run(
-            src, out, target, chosen, windows, selection=wanted.selection(), options=options,
-            kv_cache=KVCache.parse(kv_cache) if kv_cache else None, data=dict(wanted.data),
-            overwrite=overwrite, progress=progress,
+        found = quality.calibrate(
+            src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,
+            ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides, options=options, kv_cache=kv_cache,
+            overwrite=overwrite, started=None if quiet else started, progress=progress, **of,
         )  # fmt: skip
     if not quiet:
         _say(out, summary(found))

@@ -163,13 +163,14 @@ def _calibrate(
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
 
+    from lowbit.calibration.devices import join
     from lowbit.calibration.run import RunOptions
-    from lowbit.cli.calibrate import run_recipe, worker_device
+    from lowbit.cli.calibrate import run_recipe
 
     directory = out.with_name(out.name + ".calibration")
     changes: dict[str, object] = {"method": method or wanted.method}
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
-    options = RunOptions(device=worker_device(device))
+    options = RunOptions(device=join(device))
     run_recipe(src, directory, replace(wanted, **changes), options, quiet=quiet)  # type: ignore[arg-type]
     return directory

@@ -37,29 +37,21 @@ def evaluate(
 
     Activations are rounded as an engine would. One decoder layer of each model is in memory at a time.
     """
-    from lowbit.calibration import store
-    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit import quality
+    from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import steps_bar, worker_device
+    from lowbit.cli.calibrate import steps_bar
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
-    from lowbit.evaluate.layerwise import calibrated, plain
-    from lowbit.evaluate.layerwise import evaluate as run
 
     if (max_kl is not None or max_change is not None) and reference is None and calibration is None:
         raise InputError("expected --reference SRC for --max-kl and --max-change, found none")
-    where = worker_device(device)
-    windows = load_windows(data, load_tokenizer(reference or out), samples=samples, length=length, seed=seed)
-    if calibration is not None:
-        found = store.read(calibration)
-        found.require(fingerprint=store.fingerprint(out))
-        candidate = calibrated(out, found, device=where)
-        reference = reference or out
-    else:
-        candidate = plain(out, device=where)
-    before = plain(reference, device=where) if reference is not None else None
+    where = join(device)
     with steps_bar("evaluating", quiet=json or rank() != 0) as progress:
-        report = run(candidate, windows, before, batch_size=batch_size, progress=progress)
+        report = quality.measure(
+            out, data, reference=reference, calibration=calibration, samples=samples, length=length, seed=seed,
+            device=where, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
     result = report.to_dict()
     too_far = []
     if max_kl is not None and result["kl"] > max_kl:
@@ -73,7 +65,7 @@ def evaluate(
     else:
         print(f"tokens             {result['tokens']}")
         print(f"perplexity         {result['perplexity']:.4f}")
-        if before is not None:
+        if report.compared:
             print(
                 f"  of the reference {result['reference_perplexity']:.4f} ({result['perplexity_change']:+.2%})"
             )

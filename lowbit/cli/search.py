@@ -39,40 +39,30 @@ def search(
 
     Modules that engines fuse get one scheme. Then:  lowbit convert SRC OUT --recipe RECIPE
     """
-    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit import quality
+    from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
-    from lowbit.checkpoint.rules import Selection
-    from lowbit.cli.calibrate import steps_bar, worker_device
+    from lowbit.cli.calibrate import steps_bar
     from lowbit.cli.output import print_json, table
 
-    if budget is None and max_kl is None:
-        budget = 8.5
-    where = worker_device(device)
-    windows = load_windows(data, load_tokenizer(src), samples=samples, length=length, seed=seed)
-    names = [c.strip() for c in candidates.split(",") if c.strip()]
+    where = join(device)
     with steps_bar("searching", quiet=json or rank() != 0) as progress:
-        units = sensitivities(
-            src, windows, names, selection=Selection(ignore=tuple(ignore or ())), device=where, seed=seed,
-            progress=progress,
+        recipe = quality.search(
+            src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
+            ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where, progress=progress,
         )  # fmt: skip
-    points = curve(units)
-    choice = pick(points, budget=budget, max_kl=max_kl)
-    recipe = recipe_of(units, choice, points)
     if rank() != 0:
         return
     recipe.save(out)
     if json:
         print_json({"recipe": str(out), **recipe.to_dict()})
         return
-    step = max(1, len(points) // 12)
-    rows = [[f"{p.bits:.3f}", f"{p.kl:.5f}", "<-" if p == choice else ""] for p in points[::step]]
-    if choice not in points[::step]:
-        rows.append([f"{choice.bits:.3f}", f"{choice.kl:.5f}", "<-"])
-    print(table(["bits", "predicted KL", ""], sorted(rows, key=lambda r: float(r[0])), right={0, 1}))
-    for name, kl in recipe.notes["uniform"].items():
-        print(f"{name} everywhere: predicted KL {kl:.5f}")
-    print(
-        f"wrote {out}: {choice.bits:.3f} bits, predicted KL {choice.kl:.5f}, {len(recipe.overrides)} exceptions"
-    )
+    notes = recipe.notes
+    bits, kl, curve = notes["bits"], notes["predicted_kl"], notes["curve"]
+    rows = [(b, f"{k:.5f}", "") for b, k in curve[:: max(1, len(curve) // 12)] if round(bits, 3) != b]
+    shown = [[f"{b:.3f}", k, mark] for b, k, mark in sorted([*rows, (bits, f"{kl:.5f}", "<-")])]
+    print(table(["bits", "predicted KL", ""], shown, right={0, 1}))
+    for name, uniform in notes["uniform"].items():
+        print(f"{name} everywhere: predicted KL {uniform:.5f}")
+    print(f"wrote {out}: {bits:.3f} bits, predicted KL {kl:.5f}, {len(recipe.overrides)} exceptions")
     print(f"next: lowbit convert {src} OUT --recipe {out}")

@@ -1,0 +1,176 @@
+"""Calibration, measuring and search as Python functions; the command line is a thin layer over these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lowbit.calibration.methods import Method
+    from lowbit.calibration.run import RunOptions
+    from lowbit.calibration.store import Calibration
+    from lowbit.evaluate.layerwise import Report
+    from lowbit.recipe import Recipe
+    from lowbit.scheme import Scheme
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)."""
+
+
+def calibrate(
+    src: str | Path,
+    out: str | Path,
+    scheme: str | Scheme = "int8",
+    *,
+    method: str | Mapping[str, Any] | Method = "best",
+    data: str | Path | Sequence[Tensor] | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    alpha: float | None = None,
+    kv_cache: str | None = None,
+    ignore: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    device: str | torch.device = "auto",
+    options: RunOptions | None = None,
+    overwrite: bool = False,
+    started: Callable[[Method, Sequence[Tensor]], None] | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Choose scales, transforms and roundings for `scheme` on data, and write them to the directory `out`.
+
+    Then: `lowbit.convert(src, …, scheme, calibration=out)`. `method`: `best` (the recommended combination
+    for the scheme), a name in `lowbit.calibration.methods.METHODS`, a mapping of settings, or a Method;
+    `alpha` replaces its SmoothQuant exponent. `data`: a text file, a .jsonl of prompts or a directory of
+    them, of which `samples` windows of `length` tokens are drawn with `seed`; or windows of token ids [T].
+    `kv_cache`: also scales of keys and values: fp8, int8, fp8-head, int8-head. `ignore`, `keep`, `overrides`:
+    as for `lowbit.convert`. `device`: `auto`, or where layers run (see `calibration.devices`), unless
+    `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
+    it is called again with the same arguments; workers under `torchrun` share the work. `started` is called
+    with the method and the windows, before the work. Raises InputError.
+    """
+    from dataclasses import replace
+
+    from lowbit.calibration.calibrate import calibrate as run
+    from lowbit.calibration.devices import join
+    from lowbit.calibration.kv_cache import KVCache
+    from lowbit.calibration.methods import Method as MethodClass
+    from lowbit.calibration.methods import best_method, get_method
+    from lowbit.calibration.run import RunOptions as Options
+    from lowbit.checkpoint.rules import Selection
+    from lowbit.scheme import get_scheme
+
+    target = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    options = options or Options(device=join(device))
+    if isinstance(method, str):
+        chosen = best_method(target) if method == "best" else get_method(method)
+    else:
+        chosen = method if isinstance(method, MethodClass) else MethodClass.from_dict(dict(method))
+    chosen = replace(chosen, seed=seed, smooth=chosen.smooth if alpha is None else alpha)
+    windows, described = _windows(src, data, samples, length, seed)
+    if started is not None:
+        started(chosen, windows)
+    return run(
+        src, out, target, chosen, windows, options=options, overwrite=overwrite, progress=progress, data=described,
+        selection=Selection(ignore=tuple(ignore), keep=tuple(keep), overrides=dict(overrides or {})),
+        kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
+    )  # fmt: skip
+
+
+def measure(
+    out: str | Path,
+    data: str | Path | Sequence[Tensor],
+    *,
+    reference: str | Path | None = None,
+    calibration: str | Path | None = None,
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> Report:
+    """Perplexity of a checkpoint, quantized or not, its activations rounded as an engine would.
+
+    With `reference`, what it was made from: also the KL divergence to it in nats per token, how often the
+    likeliest token is the same, and the error after each layer. `calibration`: `out` is evaluated with
+    that laid over it, unconverted, against itself. `data`, `samples`, `length`, `seed`, `device`: as
+    for `calibrate`. One decoder layer of each model is in memory at a time. Raises InputError.
+    """
+    from lowbit.calibration import store
+    from lowbit.calibration.devices import join
+    from lowbit.evaluate.layerwise import calibrated, plain
+    from lowbit.evaluate.layerwise import evaluate as run
+
+    where = join(device)
+    windows, _ = _windows(reference or out, data, samples, length, seed)
+    if calibration is None:
+        candidate = plain(out, device=where)
+    else:
+        found = store.read(calibration)
+        found.require(fingerprint=store.fingerprint(out))
+        candidate = calibrated(out, found, device=where)
+        reference = reference or out
+    before = None if reference is None else plain(reference, device=where)
+    return run(candidate, windows, before, batch_size=batch_size, progress=progress)
+
+
+def search(
+    src: str | Path,
+    data: str | Path | Sequence[Tensor],
+    *,
+    budget: float | None = None,
+    max_kl: float | None = None,
+    candidates: Sequence[str] = ("int8", "fp8"),
+    ignore: Sequence[str] = (),
+    samples: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> Recipe:
+    """A recipe with a scheme per module: the least KL divergence for `budget` mean bits per weight (default 8.5).
+
+    Or, with `max_kl`, the smallest model whose predicted KL is at most that. `candidates`: schemes to choose
+    from; float is always one. Modules that engines fuse get one scheme. `recipe.notes` has the curve
+    of bits against KL; `recipe.save` writes it for `lowbit convert --recipe`. The rest as for `calibrate`.
+    """
+    from lowbit.calibration.devices import join
+    from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
+    from lowbit.checkpoint.rules import Selection
+
+    if budget is None and max_kl is None:
+        budget = 8.5
+    where = join(device)
+    windows, _ = _windows(src, data, samples, length, seed)
+    units = sensitivities(
+        src, windows, list(candidates), selection=Selection(ignore=tuple(ignore)), device=where, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    points = curve(units)
+    return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points)
+
+
+def _windows(
+    src: str | Path, data: str | Path | Sequence[Tensor] | None, samples: int, length: int, seed: int
+) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """(windows of token ids, what is said of them in a calibration)."""
+    from lowbit.calibration.data import load_tokenizer, load_windows
+
+    if data is None:
+        return [], {}
+    if not isinstance(data, str | Path):
+        if any(w.dim() != 1 or w.is_floating_point() for w in data):
+            raise InputError(
+                "expected data as windows of token ids [T], found other tensors; tokenize it first"
+            )
+        return data, {}
+    windows = load_windows(data, load_tokenizer(src), samples=samples, length=length, seed=seed)
+    return windows, {"path": str(data), "samples": samples, "length": length, "seed": seed}

@@ -1,0 +1,65 @@
+"""calibrate, evaluate and search as Python functions: what the commands do, from a text or from token ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lowbit
+from lowbit.calibration.data import load_tokenizer, load_windows
+from lowbit.calibration.methods import get_method
+from lowbit.errors import InputError
+
+DRAWN = {"samples": 6, "length": 32}
+
+
+@pytest.fixture
+def text(source):
+    return source.parent / "text.txt"
+
+
+def tensors(path):
+    return {k: v for f in path.rglob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def test_from_a_text_or_from_its_windows(source, text, tmp_path):
+    seen = []
+    found = lowbit.calibrate(
+        source, tmp_path / "a", "int8", method="gptq", data=text, **DRAWN, device="cpu",
+        started=lambda method, windows: seen.append((method.name, len(windows))),
+    )  # fmt: skip
+    assert seen == [("gptq", 6)] and found.data["samples"] == 6 and found.scheme == "int8"
+    windows = load_windows(text, load_tokenizer(source), seed=0, **DRAWN)
+    lowbit.calibrate(source, tmp_path / "b", "int8", method=get_method("gptq"), data=windows, device="cpu")
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert a.keys() == b.keys() and a and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_calibrate_convert_evaluate(source, text, tmp_path):
+    calibration, out = tmp_path / "c", tmp_path / "out"
+    lowbit.calibrate(source, calibration, "int8", data=text, **DRAWN, device="cpu")
+    lowbit.convert(source, out, "int8", calibration=calibration)
+    found = lowbit.measure(out, text, reference=source, **DRAWN, device="cpu").to_dict()
+    overlaid = lowbit.measure(source, text, calibration=calibration, **DRAWN, device="cpu").to_dict()
+    assert 0 < found["kl"] == pytest.approx(overlaid["kl"], rel=1e-3)
+    lowbit.convert(source, tmp_path / "plain", "int8")
+    rounded = lowbit.measure(tmp_path / "plain", text, reference=source, **DRAWN, device="cpu").to_dict()
+    assert found["kl"] < rounded["kl"]
+    assert "kl" not in lowbit.measure(source, text, **DRAWN, device="cpu").to_dict()
+
+
+def test_search_gives_a_recipe(source, text, tmp_path):
+    recipe = lowbit.search(source, text, budget=9, **DRAWN, device="cpu")
+    assert recipe.notes["bits"] <= 9 and recipe.overrides
+    recipe.save(tmp_path / "r.yaml")
+    done = lowbit.convert(source, tmp_path / "out", recipe.scheme, overrides=recipe.overrides)
+    assert {d.scheme.name for d in done.plan.decisions.values() if d.scheme} <= {"int8", "fp8"}
+
+
+def test_data_that_is_no_tokens(source, tmp_path):
+    with pytest.raises(InputError, match="windows of token ids"):
+        lowbit.calibrate(source, tmp_path / "c", method="gptq", data=[torch.randn(32)], device="cpu")
+    with pytest.raises(InputError, match="expected data for method"):
+        lowbit.calibrate(source, tmp_path / "c", method="gptq", device="cpu")
+    assert not (tmp_path / "c").exists()
