@@ -10,7 +10,7 @@ from lowbit.errors import InputError
 from lowbit.formats.ascend import DESCRIPTION, Ascend
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
 from lowbit.formats.compressed_tensors import CompressedTensors
-from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule
+from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule, quantization_of
 from lowbit.formats.hf_fp8 import HfFp8
 from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
@@ -46,15 +46,6 @@ def get_format(name: str) -> Format:
             f"did you mean {nearest(key, list(FORMATS))}?"
         )
     return FORMATS[key]
-
-
-def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a model's config.json, also where it lies in `text_config`; {} if none."""
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(holder.get(key), dict):
-                return holder[key]
-    return {}
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

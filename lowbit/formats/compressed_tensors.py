@@ -23,6 +23,7 @@ from lowbit.formats.format import (
     StoredModule,
     check_scale,
     missing_scale,
+    quantization_of,
 )
 from lowbit.formats.hf_fp8 import block_problem
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
@@ -94,7 +95,7 @@ class CompressedTensors(ConfigOnly):
             "format": formats[0] if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": _args(layout.kv_cache),
+            "kv_cache_scheme": _kv_cache(layout),
             "ignore": list(layout.ignored),
             "config_groups": body,
         }
@@ -136,6 +137,13 @@ class CompressedTensors(ConfigOnly):
                 check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
             found[module] = StoredModule(shape=shape, scheme=scheme, names=contents, format=self.name)
         return found
+
+
+def _kv_cache(layout: Layout) -> dict[str, Any] | None:
+    """Of a calibration, else of the source where its scales of keys and values are carried along."""
+    found = quantization_of(layout.config).get("kv_cache_scheme")
+    carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
+    return dict(found) if found and carried and layout.kv_cache is None else _args(layout.kv_cache)
 
 
 def format_of(scheme: Scheme) -> str:

@@ -99,6 +99,15 @@ class Layout:
     """The model's own config.json."""
 
 
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a model's config.json, also where it lies in `text_config`; {} if none."""
+    for holder in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(holder.get(key), dict):
+                return holder[key]
+    return {}
+
+
 class Format(Protocol):
     """See the module's docstring."""
 

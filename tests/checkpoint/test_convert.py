@@ -650,3 +650,23 @@ def test_quantizable_is_what_the_rules_say():
         "model.layers.1.mlp.experts.0.up_proj.weight", tensors["model.layers.1.mlp.experts.0.up_proj.weight"]
     )
     assert not quantizable("model.layers.1.mlp.gate.weight", tensors["model.layers.1.mlp.gate.weight"])
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_kv_cache_scales_keep_what_describes_them(tmp_path, scheme):
+    """Scales of keys and values that a source has are carried, and so is the config that makes engines use them."""
+    src = write(tmp_path / "src", *llama())
+    lowbit.convert(src, tmp_path / "fp8", "fp8")
+    tensors = load(tmp_path / "fp8")
+    tensors |= {f"model.layers.0.self_attn.{kv}_scale": torch.tensor([0.5]) for kv in "kv"}
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    kv = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = kv
+    with_kv = write(tmp_path / "kv", tensors, config)
+    lowbit.convert(with_kv, tmp_path / "out", scheme)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["kv_cache_scheme"] == kv
+    assert load(tmp_path / "out")["model.layers.0.self_attn.k_scale"].item() == 0.5
+    lowbit.convert(tmp_path / "fp8", tmp_path / "without", scheme)
+    plain = json.loads((tmp_path / "without" / "config.json").read_text())["quantization_config"]
+    assert plain["kv_cache_scheme"] is None
