@@ -18,6 +18,7 @@ from lowbit.ops.settings import Implementation
 
 if TYPE_CHECKING:
     from lowbit.kernels.tuned_tables import LaunchParameters  # type: ignore[import-not-found]
+    from lowbit.ops.cpu_isa import Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ def _choose_cpu(problem: Problem) -> Decision:
     from lowbit.ops.cpu_call import instructions, typical_rows
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
-    have = instructions()
+    have, rows = instructions(), typical_rows(problem.m, problem.experts)
     quantizes = problem.activations != "none"
     if have.name == "portable":
         both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else "float32 × float32"
@@ -131,17 +132,20 @@ def _choose_cpu(problem: Problem) -> Decision:
         )  # fmt: skip
     if quantizes and problem.weight_dtype == "int8":
         tile = integer_tile(have, problem.zero_point)
-        return Decision(implementation="cpu", kernel=_tile_name(tile), multiplies="int8 × int8")
+        return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
     exact = quantizes or problem.activation_dtype == "bfloat16"
-    tile = float_tile(have, typical_rows(problem.m, problem.experts), bfloat_exact=exact)
+    tile = float_tile(have, rows, bfloat_exact=exact)
     unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float32"
+    when = "while they are loaded" if rows <= tile.dot_rows else "block by block"
     return Decision(
-        implementation="cpu", kernel=_tile_name(tile), multiplies=f"{unit} × {unit}",
-        note=f"{problem.weight_dtype} codes are decoded to {unit} block by block, exactly",
+        implementation="cpu", kernel=_tile_name(tile, rows), multiplies=f"{unit} × {unit}",
+        note=f"{problem.weight_dtype} codes are decoded to {unit} {when}, exactly",
     )  # fmt: skip
 
 
-def _tile_name(tile) -> str:  # type: ignore[no-untyped-def]
+def _tile_name(tile: Tile, rows: int) -> str:
+    if rows <= tile.dot_rows:
+        return f"{tile.kind}, dot products with rows as stored"
     return f"{tile.kind}, {tile.rows}×{tile.cols} tile"
 
 
