@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
-from lowbit.checkpoint.jobs import Replacements, shard_of
+from lowbit.checkpoint.jobs import Replacements
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.rules import Selection
@@ -137,7 +137,7 @@ def run_plan(
     begin = time.perf_counter()
     directory = OutputDirectory(Path(out), plan, overwrite=overwrite, part=part)
     outputs = directory.prepare()
-    mine = [(n, j) for n, j in enumerate(plan.jobs) if shard_of(j) in directory.shards]
+    mine = plan.jobs_in(directory.shards)
     try:
         assert directory.journal is not None
         done = intact(mine, plan.shards, directory.partial, directory.record.done)

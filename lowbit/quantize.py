@@ -94,9 +94,11 @@ def scale_from_range(low: Tensor, high: Tensor, spec: TensorSpec) -> tuple[Tenso
 
 
 def scale_as_float(scale: Tensor) -> Tensor:
-    """A stored scale (float, or E8M0 bytes as uint8) → float32."""
+    """A stored scale (float, E8M0 bytes as uint8, or the bits of a float32 in an int64) → float32."""
     if scale.dtype in (torch.uint8, E8M0.torch_dtype):
         return decode_e8m0(scale)
+    if scale.dtype == torch.int64:  # msModelSlim's deq_scale
+        return scale.to(torch.int32).view(torch.float32)
     return scale.to(torch.float32)
 
 

@@ -78,9 +78,8 @@ class Source:
             return weight.to(dtype)
         name = next((module + s for s in _SCALES if self.has(module + s)), None)
         if name is None and self.has(f"{module}.deq_scale"):
-            # msModelSlim's static layers: the scales of weight and input multiplied, maybe as the bits of a float.
-            scale = self.raw(f"{module}.deq_scale")
-            scale = scale.to(torch.int32).view(torch.float32) if scale.dtype == torch.int64 else scale
+            # msModelSlim's static layers: the scales of weight and input multiplied.
+            scale = scale_as_float(self.raw(f"{module}.deq_scale"))
             scale = scale / self.raw(f"{module}.input_scale").to(torch.float32)
             return self._decode(weight.to(torch.float32), scale, module).to(dtype)
         if name is None:

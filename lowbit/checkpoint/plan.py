@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
-from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of
+from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
 from lowbit.checkpoint.rules import Decision, Selection, decide, unmatched
 from lowbit.errors import InputError
@@ -47,6 +47,10 @@ class Plan:
     @property
     def source_bytes(self) -> int:
         return sum(j.source_bytes for j in self.jobs)
+
+    def jobs_in(self, shards: Collection[int]) -> list[tuple[int, Job]]:
+        """The jobs, with their numbers, that write to these output files."""
+        return [(n, job) for n, job in enumerate(self.jobs) if shard_of(job) in shards]
 
     @property
     def split_experts(self) -> Mapping[str, str]:

@@ -74,7 +74,6 @@ def convert(
     `lowbit verify OUT --source SRC`.
     """
     from lowbit import api
-    from lowbit.checkpoint.jobs import shard_of
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import bytes_bar, print_json, say_bytes
@@ -124,7 +123,7 @@ def convert(
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
     shards = share.shards(decided.shards)
-    total = sum(job.source_bytes for job in decided.jobs if shard_of(job) in shards)
+    total = sum(job.source_bytes for _, job in decided.jobs_in(shards))
     with bytes_bar("converting", total, quiet=json) as progress:
         done = api.run_plan(decided, out, workers=workers, part=share, overwrite=overwrite, progress=progress)
     if json:

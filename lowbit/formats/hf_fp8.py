@@ -45,17 +45,7 @@ class HfFp8(ConfigOnly):
     def tensors(
         self, scheme: Scheme, shape: tuple[int, int], float_dtype: str = "BF16"
     ) -> tuple[Stored, ...]:
-        spec = scheme.weights
-        assert spec is not None
-        return (
-            Stored(suffix=".weight", dtype="F8_E4M3", shape=shape, content="codes"),
-            Stored(
-                suffix=".weight_scale_inv",
-                dtype="F32",
-                shape=scale_shape(shape, spec.granularity),
-                content="scale",
-            ),
-        )
+        return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
         return {
@@ -91,14 +81,31 @@ class HfFp8(ConfigOnly):
 def _scheme_of(block: Sequence[int] | None) -> Scheme:
     """The preset for 128×128 blocks; without blocks there is one scale per weight."""
     preset = get_scheme("fp8-block")
+    if block is not None:
+        return with_blocks(preset, block)
     assert preset.weights is not None
-    if block is None:
-        weights = replace(preset.weights, granularity=PerTensor())
-        return replace(get_scheme("fp8"), name="fp8-tensor", weights=weights, alias=None)
+    weights = replace(preset.weights, granularity=PerTensor())
+    return replace(get_scheme("fp8"), name="fp8-tensor", weights=weights, alias=None)
+
+
+def with_blocks(preset: Scheme, block: Sequence[int]) -> Scheme:
+    """A block-scaled preset with blocks of rows × columns of another size; itself where they are its own."""
+    assert preset.weights is not None
     weights = replace(preset.weights, granularity=PerBlock(*block))
     if weights == preset.weights:
         return preset
-    return replace(preset, name=f"fp8-block-{block[0]}x{block[1]}", weights=weights, alias=None)
+    return replace(preset, name=f"{preset.name}-{block[0]}x{block[1]}", weights=weights, alias=None)
+
+
+def block_tensors(scheme: Scheme, shape: tuple[int, int]) -> tuple[Stored, ...]:
+    """`weight`, and `weight_scale_inv` in float32."""
+    spec = scheme.weights
+    assert spec is not None
+    scales = scale_shape(shape, spec.granularity)
+    return (
+        Stored(suffix=".weight", dtype=spec.dtype.safetensors, shape=shape, content="codes"),
+        Stored(suffix=SCALE_SUFFIXES[0], dtype="F32", shape=scales, content="scale"),
+    )
 
 
 def block_problem(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:

@@ -7,8 +7,7 @@ Its INT8 with a scale per channel (`w8a8_int8`) is loaded from compressed-tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import InputError
@@ -22,11 +21,10 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
-from lowbit.formats.hf_fp8 import block_problem
-from lowbit.granularity import PerBlock, scale_shape
+from lowbit.formats.hf_fp8 import SCALE_SUFFIXES, block_problem, block_tensors, with_blocks
 from lowbit.scheme import Scheme, get_scheme
 
-_SCALE = ".weight_scale_inv"
+_SCALE = SCALE_SUFFIXES[0]
 # The engine asks for the names of the modules that it builds, and compares them as a whole.
 _JOINED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
@@ -63,13 +61,7 @@ class SglangInt8(ConfigOnly):
     def tensors(
         self, scheme: Scheme, shape: tuple[int, int], float_dtype: str = "BF16"
     ) -> tuple[Stored, ...]:
-        spec = scheme.weights
-        assert spec is not None
-        scales = scale_shape(shape, spec.granularity)
-        return (
-            Stored(suffix=".weight", dtype="I8", shape=shape, content="codes"),
-            Stored(suffix=_SCALE, dtype="F32", shape=scales, content="scale"),
-        )
+        return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
         if experts := [m for m in layout.ignored if _EXPERTS.match(m)]:
@@ -93,7 +85,7 @@ class SglangInt8(ConfigOnly):
         block = config.get("weight_block_size")
         if not isinstance(block, list | tuple) or len(block) != 2:
             raise InputError(f"quantization_config: expected weight_block_size [rows, cols], found {block!r}")
-        scheme = _scheme_of(block)
+        scheme = with_blocks(get_scheme("int8-block"), block)
         assert scheme.weights is not None
         found: dict[str, StoredModule] = {}
         for name, info in tensors.items():
@@ -109,12 +101,3 @@ class SglangInt8(ConfigOnly):
                 shape=shape, scheme=scheme, names={"codes": name, "scale": scale}, format=self.name
             )
         return found
-
-
-def _scheme_of(block: Sequence[int]) -> Scheme:
-    preset = get_scheme("int8-block")
-    assert preset.weights is not None
-    weights = replace(preset.weights, granularity=PerBlock(*block))
-    if weights == preset.weights:
-        return preset
-    return replace(preset, name=f"int8-block-{block[0]}x{block[1]}", weights=weights, alias=None)

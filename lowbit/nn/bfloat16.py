@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.checkpoint.rules import role_of
 from lowbit.nn.linear import QuantLinear
-from lowbit.nn.stored import StoredWeights, autocast_input
+from lowbit.nn.stored import StoredWeights, autocast_input, float_linear
 from lowbit.nn.swap import replace_module
 
 
@@ -57,11 +57,7 @@ class BFloat16Linear(StoredWeights):
         """A trainable Linear of the widened weight."""
         weight, bias = self._buffers["weight"], self._buffers["bias"]
         assert weight is not None
-        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight.to(dtype, copy=True))
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.to(dtype, copy=True))
-        return linear.train(self.training)
+        return float_linear(weight.to(dtype, copy=True), bias).train(self.training)
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"] is not None
@@ -103,7 +99,7 @@ class BFloat16Embedding(StoredWeights):
         assert weight is not None
         rows = nn.functional.embedding(ids, weight).to(self.dtype)
         # Rounded to the dtype first, as transformers does.
-        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype).item()
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=self.dtype)
 
     def to_embedding(self, dtype: torch.dtype = torch.float32) -> nn.Embedding:
         """A trainable Embedding of the widened table."""

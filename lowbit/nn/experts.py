@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
-from lowbit.nn.fused_experts import fused_weight, parameter, refusal, transposed
+from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
 from lowbit.nn.linear import as_stored_scale
 from lowbit.nn.static import check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
@@ -131,9 +131,7 @@ class QuantExperts(QuantModule):
             raise ValueError(f"{type(experts).__name__}: {problem}")
         down, act_fn = parameter(experts, "down_proj"), experts.act_fn
         assert callable(act_fn)
-        count, hidden, intermediate = (
-            down.shape if not transposed(experts) else (down.shape[0], *down.shape[:0:-1])
-        )
+        count, hidden, intermediate = sizes(experts)
         found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
         if not getattr(experts, "has_gate", True):
             found.pop("gate", None)

@@ -41,6 +41,12 @@ def transposed(experts: nn.Module) -> bool:
     return isinstance(first, Tensor) and orientation_of(tuple(first.shape), tuple(down.shape)) == "columns"
 
 
+def sizes(experts: nn.Module) -> tuple[int, int, int]:
+    """(experts, hidden size, intermediate size) of a fused module, whichever way it lies."""
+    count, hidden, intermediate = parameter(experts, "down_proj").shape
+    return (count, intermediate, hidden) if transposed(experts) else (count, hidden, intermediate)
+
+
 def takes_sorted_rows(experts: nn.Module) -> bool:
     """Whether a module is called as Llama 4's experts are: with the rows of all experts, and no routing."""
     return len(inspect.signature(experts.forward).parameters) == 1

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.formats import Format
 from lowbit.nn.static import StaticOperands, check_zeros
-from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
+from lowbit.nn.stored import (
+    TORCH_DTYPES,
+    QuantModule,
+    as_format,
+    as_scheme,
+    autocast_input,
+    float_linear,
+    pack,
+    unpack,
+)
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
 from lowbit.scheme import Scheme
@@ -206,12 +215,7 @@ class QuantLinear(QuantModule):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A trainable Linear of the dequantized weight."""
-        bias = self._buffers["bias"]
-        linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantize(dtype))
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.to(dtype, copy=True))
-        return linear.train(self.training)
+        return float_linear(self.dequantize(dtype), self._buffers["bias"]).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):

@@ -299,7 +299,7 @@ def _swap_linear(
     bias = getattr(module, "bias", None)
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in stored.names.items()}
     new = QuantLinear(
-        expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=format_for(stored),
+        expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=stored.format,
         names=suffixes, dtype=weight.dtype, device="meta",
         float_dtype="F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16",
     )  # fmt: skip
@@ -325,11 +325,6 @@ def _rotate_inputs(model: Any, find: _Finder) -> None:
         module.hadamard = block
 
 
-def format_for(stored: StoredModule) -> str:
-    """The format whose tensors these are; names may differ and are taken as found."""
-    return stored.format
-
-
 def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModule]) -> None:
     experts = model.get_submodule(path)
     if problem := refusal(experts):
@@ -347,7 +342,7 @@ def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModul
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
     try:
         new = QuantExperts.like(
-            experts, next(iter(schemes)), projections=projections, format=format_for(first), names=suffixes
+            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes
         )
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error

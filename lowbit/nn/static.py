@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.quantize import scale_as_float
 
 if TYPE_CHECKING:
     from lowbit.nn.linear import QuantLinear
@@ -64,7 +65,7 @@ def operands(
     codes: Tensor, deq_scale: Tensor, quant_bias: Tensor, input_scale: Tensor, offset: Tensor
 ) -> Operands:
     """int8 [N, K], float32 (or its bits as int64) [N], int32 [N], [1], [1] as stored → what `ops.linear` takes."""
-    deq = deq_scale.to(torch.int32).view(torch.float32) if deq_scale.dtype == torch.int64 else deq_scale
+    deq = scale_as_float(deq_scale)
     zero_point = offset.to(torch.int8).reshape(1)
     sums = codes.sum(1, dtype=torch.int64)
     steps = quant_bias.to(torch.int64) + zero_point.to(torch.int64) * sums

@@ -176,6 +176,16 @@ def unpack(packed: Tensor, k: int) -> Tensor:
     return (raw.to(torch.int16) - 128).to(torch.int8)
 
 
+def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A trainable Linear that takes `weight` [N, K] over, and a copy of `bias` in its dtype."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(weight.dtype, copy=True))
+    return linear
+
+
 def autocast_input(x: Tensor) -> Tensor:
     """What `F.linear` would compute in under autocast."""
     kind = x.device.type

@@ -14,7 +14,7 @@ from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide,
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import refusal, transposed
+from lowbit.nn.fused_experts import parameter, refusal, sizes
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
@@ -151,16 +151,16 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         if isinstance(getattr(m, "weight", None), Tensor) and not isinstance(m, QuantModule) and n not in fused
     }  # fmt: skip
 
-    def parameter(name: str, leaf: str) -> str:
+    def full_name(name: str, leaf: str) -> str:
         return f"{name}.{leaf}" if name else leaf
 
-    wanted = [parameter(n, "weight") for n in weights]
-    wanted += [parameter(n, p) for n, m in fused.items() for p, _ in m.named_parameters(recurse=False)]
+    wanted = [full_name(n, "weight") for n in weights]
+    wanted += [full_name(n, p) for n, m in fused.items() for p, _ in m.named_parameters(recurse=False)]
     disk = tensors_on_disk(model, wanted)
     found: list[_Candidate] = []
     unfit: dict[str, str] = {}
     for name, module in weights.items():
-        on_disk = (module_of(disk[parameter(name, "weight")][0]),)
+        on_disk = (module_of(disk[full_name(name, "weight")][0]),)
         weight = module.weight
         assert isinstance(weight, Tensor)
         found.append(_Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
@@ -171,9 +171,10 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
     for name, module in fused.items():
-        tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[parameter(name, p)]]
+        tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[full_name(name, p)]]
         problem = refusal(module)
-        names = [] if problem else [p for t in tensors for p in part_names(t, _down(module).shape[0])]
+        shape = tuple(parameter(module, "down_proj").shape)
+        names = [] if problem else [p for t in tensors for p in part_names(t, shape[0])]
         parts = [f"{p}.weight" for p in names]
         fused_on_disk = module_of(tensors[0]).rpartition(".")[0] if parts else ""
         tensors = parts or tensors
@@ -187,7 +188,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
                 name=name,
                 module=module,
                 disk=tuple(module_of(t) for t in tensors),
-                shape=tuple(_down(module).shape),
+                shape=shape,
                 projections=projections or None,
                 fused=fused_on_disk,
             )
@@ -198,12 +199,6 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
 def _is_fused_experts(module: nn.Module) -> bool:
     down = module._parameters.get("down_proj")
     return down is not None and down.dim() == 3
-
-
-def _down(experts: nn.Module) -> Tensor:
-    down = experts.down_proj
-    assert isinstance(down, Tensor)
-    return down
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
@@ -254,9 +249,7 @@ def _decide(
             shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
             shapes |= dict.fromkeys(c.disk, shape)
             continue
-        hidden, intermediate = _down(c.module).shape[1:]
-        if transposed(c.module):
-            hidden, intermediate = intermediate, hidden
+        _, hidden, intermediate = sizes(c.module)
         downs = {c.projections["down"]}
         for disk in c.disk:
             shapes[disk] = (

@@ -315,7 +315,7 @@ def product(
     block[M.PER_GROUP] = int(bool(activations.group or weights.group))
     block[M.SLOT_BYTES] = slot
     block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
-    # Values in bfloat16 are widened while they are loaded, whatever the rows: `cpu.linear_bfloat16` gives few.
+    # Values in bfloat16 are widened while they are loaded, however many rows: faster than through a panel.
     block[M.DOT_ROWS] = rows if tensor.dtype == torch.bfloat16 else tile.dot_rows
     blocks = _blocks(rows, height, offsets)
     block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(blocks), len(blocks) // 3

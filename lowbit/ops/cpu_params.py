@@ -90,4 +90,4 @@ class M(_Index):
     SLOT_BYTES = auto()
     BLOCK_ROWS = auto()
     BLOCK_COLS = auto()
-    DOT_ROWS = auto()  # integers of up to so many rows are multiplied as stored, without a panel
+    DOT_ROWS = auto()  # up to so many rows are multiplied with weights as stored, without a panel
