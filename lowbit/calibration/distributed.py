@@ -38,12 +38,15 @@ def join_workers() -> None:
     import os
 
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
+        # Its functions have the group as a default argument: imported later (by torch.compile, so by most
+        # models), they would keep a group alive that has been left.
+
         dist.init_process_group("gloo")
         atexit.register(_leave)
 
 
 def _leave() -> None:
-    """Give up the group: its threads abort a process that ends while they run."""
+    """Give up the group: a thread of it that frees a tensor while the interpreter ends aborts the process."""
     _group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()

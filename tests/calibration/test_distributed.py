@@ -113,6 +113,30 @@ def test_merged_statistics_are_those_of_all_data_on_every_worker(tmp_path):
     assert [(tmp_path / f"refusal-{r}.txt").read_text() for r in range(3)] == ["raised by 1"] * 3
 
 
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that frees its last tensor while the interpreter ends aborts the process, now and then."""
+    script = """
+import sys
+from pathlib import Path
+import torch
+from lowbit.calibration import distributed
+
+def threads():
+    return [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+
+distributed.join_workers()
+import torch._dynamo  # as transformers does
+distributed.gathered(torch.ones(3))
+assert any("gloo" in t for t in threads()), threads()
+distributed._leave()
+assert not any("gloo" in t for t in threads()), threads()
+Path(f"{sys.argv[1]}-{distributed.rank()}").touch()
+"""
+    (tmp_path / "leave.py").write_text(script)
+    launch("torchrun", 2, tmp_path / "leave.py", tmp_path / "left")
+    assert (tmp_path / "left-0").exists()
+
+
 def test_rounding_is_divided_by_its_cost():
     assert balanced([1, 1, 9, 3, 3], 2) == [1, 1, 0, 1, 1]
     assert balanced([5, 5, 5, 5], 4) == [0, 1, 2, 3]
