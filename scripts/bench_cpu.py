@@ -26,6 +26,9 @@ GOALS = (
 )
 
 
+FLOAT64 = "fp8 summed in float64"
+
+
 def contenders(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
     import torch
     from torch.nn.functional import linear
@@ -41,7 +44,7 @@ def contenders(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
         "fp32": lambda: linear(x, w),
         "bf16": lambda: linear(brain, brain_weight),
     }
-    for name in ("int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "fp8 weight-only"):
+    for name in ("int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "fp8 weight-only", FLOAT64):
         scheme = get_scheme(name.split()[0])
         assert scheme.weights is not None
         weight = quantize(w, scheme.weights)
@@ -50,7 +53,19 @@ def contenders(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
             "block": ops.block_of(scheme.weights.granularity),
         }
         calls[name] = lambda a=arguments, q=weight: ops.linear(brain, q.codes, q.scale, **a)
+    calls[FLOAT64] = _in_float64(calls[FLOAT64])
     return calls
+
+
+def _in_float64(call: Callable[[], object]) -> Callable[[], object]:
+    from lowbit import ops
+
+    def run() -> None:
+        ops.use_float64_sums(True)
+        call()
+        ops.use_float64_sums(False)
+
+    return run
 
 
 def measure(m: int, n: int, k: int, rounds: int) -> dict[str, float]:

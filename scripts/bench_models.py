@@ -219,6 +219,11 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         with ops.use_implementation("reference"):
             exact = greedy(model)
         mine["greedy tokens as the float64 reference"] = _agreement(fast, exact)
+        if scheme == "fp8":
+            ops.use_float64_sums(True)
+            float64 = look(f"lowbit {scheme}, sums in float64", model)
+            float64["greedy tokens as the float64 reference"] = _agreement(greedy(model), exact)
+            ops.use_float64_sums(False)
         simulated = _fake_quantized(out)
         theirs = look(f"the same, simulated in float32 ({scheme})", simulated)
         theirs["greedy tokens as the float64 reference"] = _agreement(greedy(simulated), exact)

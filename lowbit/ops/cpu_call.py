@@ -38,6 +38,7 @@ from lowbit.ops.cpu_params import (
     P,
 )
 from lowbit.ops.problem import Activations, Weights
+from lowbit.ops.settings import settings
 
 DTYPE_CODES = {
     torch.float32: F32,
@@ -170,7 +171,7 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
         return tile, A_I8 if tile.kind.startswith("dpbusd") else A_I16, MODE_INT8
     # e4m3 codes and bfloat16 activations are both exact in bfloat16.
     exact = quantizes or (x.dtype == torch.bfloat16 and weights.tensor.dtype != torch.bfloat16)
-    tile = float_tile(have, rows, bfloat_exact=exact)
+    tile = float_tile(have, rows, bfloat_exact=exact, float64=settings.float64_sums)
     codes = x.dtype == torch.float8_e4m3fn
     mode = MODE_E4M3 if quantizes and not codes else MODE_NONE
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode
@@ -279,7 +280,8 @@ def product(
     threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
     prepare_threads = torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
     height, width = _block(rows, n, tile, threads)
-    chunk = min(up(_CHUNK[kind], step), layout.padded)
+    # float64 sums stay in registers until they are rounded: all of a group in one pass.
+    chunk = layout.padded if tile.kind.startswith("fmad") else min(up(_CHUNK[kind], step), layout.padded)
     decoded = lanes(tile.kind) * chunk * (1 if kind in (A_I8, A_I16) else element)
     slot = up(8 * height * width + 16 * width + width * chunk * element + decoded, 64)
     prepare_slot = up(4 * layout.group, 64)

@@ -14,7 +14,7 @@ from lowbit.ops.cpu_params import F32 as F32_OUT
 from lowbit.ops.cpu_params import SCALE_LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 class _BFloat(ir.types.Type):

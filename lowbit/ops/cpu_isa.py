@@ -66,6 +66,9 @@ _INTEGER = {
 }
 _WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4)
 _FLOAT = Tile(kind="fma256", rows=6, vectors=2)
+# In float64 each vector takes two registers.
+_WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2)
+_DOUBLE = Tile(kind="fmad256", rows=4, vectors=1)
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
 
 
@@ -76,13 +79,16 @@ def integer_tile(instructions: Instructions, zero_point: bool = False) -> Tile:
     return _INTEGER[instructions.name]
 
 
-def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool) -> Tile:
-    """The tile for products of decoded codes accumulated in float32.
+def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool, float64: bool = False) -> Tile:
+    """The tile for products of decoded codes accumulated in float32, or in float64.
 
     `bfloat_exact`: both operands are bfloat16 values. A few rows are decoded while they are
     loaded, which the float32 tiles do.
     """
-    tile = _WIDE_FLOAT if instructions.name.startswith("avx512") else _FLOAT
+    wide = instructions.name.startswith("avx512")
+    if float64:
+        return _WIDE_DOUBLE if wide else _DOUBLE
+    tile = _WIDE_FLOAT if wide else _FLOAT
     return _BFLOAT if bfloat_exact and instructions.bfloat16 and rows > tile.dot_rows else tile
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.ops import reference
 from lowbit.ops.problem import Activations, Weights
+from lowbit.ops.settings import settings
 from lowbit.quantize import scale_as_float
 
 # |sum| of so many products of codes, and of distances to a zero point, stays below 2²⁴, where
@@ -33,12 +34,13 @@ def linear(
     a_scale = activations.scale
     if x.dtype not in (torch.int8, torch.float8_e4m3fn) and activations.kind != "none":
         x, a_scale = reference.quantize(x, codes.dtype, activations)
-    a = x.float() - activations.zero_point
+    integer = codes.dtype == torch.int8 and activations.kind != "none"
+    real = torch.float64 if settings.float64_sums and not integer else torch.float32
+    a = x.to(real) - activations.zero_point
     if a_scale is not None:
         a_scale = (
             a_scale.float().reshape(-1, a_scale.shape[-1] if activations.group else 1).expand(len(x), -1)
         )
-    integer = codes.dtype == torch.int8 and activations.kind != "none"
     exact = (
         0
         if not integer
@@ -80,7 +82,7 @@ def _product(
     a: Tensor, codes: Tensor, a_scale: Tensor | None, scale: Tensor, w_group: int, a_group: int, exact: int
 ) -> Tensor:
     k = a.shape[1]
-    w = codes.float()
+    w = codes.to(a.dtype)
     group = a_group or w_group or max(k, 1)
     total = torch.zeros(a.shape[0], codes.shape[0], dtype=torch.float32)
     for g in range(-(-k // group)):
@@ -93,9 +95,9 @@ def _product(
 
 
 def _exact_sum(a: Tensor, w: Tensor, start: int, end: int, exact: int) -> Tensor:
-    """Σ over start … end: exact for integers, where `exact` says how many fit float32; 0: floats."""
+    """Σ over start … end: exact for integers, where `exact` says how many fit float32; 0: floats, in their dtype."""
     if not exact:
-        return a[:, start:end] @ w[:, start:end].T
+        return (a[:, start:end] @ w[:, start:end].T).float()
     total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32)
     for first in range(start, end, exact):
         part = slice(first, min(first + exact, end))

@@ -9,6 +9,9 @@ Every instruction used is exact on integer codes:
     dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form);
              the weight is made unsigned, w + 128, and 128 · Σa is taken off at the end
 
+and of decoded codes, `fma` and `dpbf16` add in float32, `fmad` in float64: exact for e4m3, whose
+products are multiples of 2⁻¹⁸ below 2¹⁸, so that 2¹⁷ of them fit float64's 53 bits.
+
 `pmaddubsw`, which saturates pairs to 16 bits, is what makes other int8 matmuls wrong
 without VNNI, and is not used.
 
@@ -30,6 +33,7 @@ from lowbit.ops.cpu_emit import (
     BF16,
     F16,
     F32,
+    F64,
     I8,
     I16,
     I32,
@@ -59,20 +63,22 @@ class Step:
         name, _, self.storage = kind.partition(":")
         self.name, self.bits = name[:-3], int(name[-3:])
         self.lanes = self.bits // 32
-        self.acc = vec(F32 if self.name in ("fma", "dpbf16") else I32, self.lanes)
+        self.real = vec(F32, self.lanes)
+        self.acc = {"fma": self.real, "dpbf16": self.real, "fmad": vec(F64, self.lanes)}.get(
+            self.name, vec(I32, self.lanes)
+        )
         self.elements = step_elements(kind)
         self.nan_codes: Any = None
-        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "dpbf16": 2}[self.name]
+        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "fmad": 4, "dpbf16": 2}[self.name]
         stored = {"": self.a_bytes, "bf16": 2}.get(self.storage, 1)
         self.b_bytes = 1 if self.name in ("pmaddwd", "dpbusd") else stored
 
     def load_a(self, builder: Any, address: Any) -> Any:
-        """One vector; for `fma` with decoding, the two float vectors that match a half's worth."""
-        if self.name == "fma" and self.storage:
+        """One vector; for `fma` and `fmad` with decoding, the two float vectors that match a half's worth."""
+        if self.storage:
             second = builder.add(address, ir.Constant(I64, 4 * self.lanes))
-            return [load(builder, address, self.acc), load(builder, second, self.acc)]
-        kind = {"fma": self.acc, "dpbusd": vec(I8, self.elements), "pmaddwd": vec(I16, self.elements)}
-        return load(builder, address, kind.get(self.name, vec(BF16, self.elements)))
+            return [load(builder, address, self.real), load(builder, second, self.real)]
+        return load(builder, address, vec(self.element, self.elements))
 
     def load_b(self, builder: Any, address: Any) -> Any:
         if self.name == "pmaddwd":
@@ -90,7 +96,7 @@ class Step:
     def _widen(self, builder: Any, raw: Any) -> Any:
         """bfloat16 → float32: its bits are the upper half."""
         wide = builder.zext(raw, vec(I32, self.lanes))
-        return builder.bitcast(builder.shl(wide, splat(ir.Constant(I32, 16), self.lanes)), self.acc)
+        return builder.bitcast(builder.shl(wide, splat(ir.Constant(I32, 16), self.lanes)), self.real)
 
     def _decode(self, builder: Any, raw: Any) -> list:
         """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.
@@ -104,7 +110,7 @@ class Step:
             if self.storage == "u8":  # int8 plus 128: flipping the top bit takes it off
                 raw = builder.xor(raw, splat(ir.Constant(I8, -128), self.elements))
             parts = (shuffle(builder, raw, raw, half) for half in halves)
-            return [builder.sitofp(builder.sext(part, vec(I32, self.lanes)), self.acc) for part in parts]
+            return [builder.sitofp(builder.sext(part, vec(I32, self.lanes)), self.real) for part in parts]
         wide = builder.sext(raw, vec(I16, self.elements))
         bits = builder.and_(
             builder.shl(wide, splat(ir.Constant(I16, 7), self.elements)),
@@ -114,7 +120,7 @@ class Step:
         greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
         self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
         parts = (shuffle(builder, bits, bits, half) for half in halves)
-        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.acc) for part in parts]
+        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
 
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
         if self.name == "pmaddwd":
@@ -126,7 +132,11 @@ class Step:
             return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, a, b])
         pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
         for x, y in pairs:
-            acc = call(builder, f"llvm.fma.v{self.lanes}f32", self.acc, [x, y, acc])
+            if self.name == "fmad":
+                x, y = (builder.fpext(v, self.acc) for v in (x, y))
+            acc = call(
+                builder, f"llvm.fma.v{self.lanes}{self.acc.element.intrinsic_name}", self.acc, [x, y, acc]
+            )
         return acc
 
     def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
@@ -137,17 +147,27 @@ class Step:
         any_nan = builder.icmp_unsigned(
             "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
         )
-        scaled = builder.fmul(sums, splat(ir.Constant(F32, 256.0), self.lanes))
-        return builder.select(any_nan, splat(ir.Constant(F32, float("nan")), self.lanes), scaled)
+        scaled = builder.fmul(sums, splat(ir.Constant(self.acc.element, 256.0), self.lanes))
+        return builder.select(any_nan, splat(ir.Constant(self.acc.element, float("nan")), self.lanes), scaled)
 
     def add(self, builder: Any) -> Any:
-        return builder.fadd if self.acc.element is F32 else builder.add
+        return builder.add if self.acc.element is I32 else builder.fadd
+
+    def add_to(self, builder: Any, sums: Any, address: Any) -> None:
+        """Add to what stands in memory, in 32 bits: float64 sums are rounded here, once."""
+        if self.name == "fmad":
+            sums = builder.fptrunc(sums, _as_f32(sums.type))
+        store(builder, self.add(builder)(load(builder, address, sums.type), sums), address)
+
+    @property
+    def element(self) -> ir.Type:
+        """What the operand holds."""
+        return {"pmaddwd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[self.name]
 
     @property
     def unit(self) -> ir.VectorType:
         """A vector of 32-bit units as this instruction reads it."""
-        element = {"pmaddwd": I16, "dpbusd": I8, "fma": F32, "dpbf16": BF16}[self.name]
-        return vec(element, self.bits // (8 * self.a_bytes))
+        return vec(self.element, self.bits // (8 * self.a_bytes))
 
     def load_units(self, builder: Any, address: Any) -> Any:
         """One row's next `lanes` units, as `packed_tile` wants them, in a vector of int32."""
@@ -157,10 +177,14 @@ class Step:
         return load(builder, address, units)
 
 
+def _as_f32(kind: ir.Type) -> ir.Type:
+    return vec(F32, kind.count) if isinstance(kind, ir.VectorType) else F32
+
+
 def step_elements(kind: str) -> int:
     """Elements of K that one step of `kind` consumes."""
     name, _, storage = kind.partition(":")
-    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "dpbf16": 16}[name[:-3]]
+    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "fmad": 32, "dpbf16": 16}[name[:-3]]
     return 2 * once if storage else once
 
 
@@ -207,7 +231,7 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr, weights as stored.
 
     `kind`, `mr`, `nr`, `cache` are compile-time constants. Addresses and row strides are in
-    bytes; `c` is int32 (float32 for the float kinds); `k` is a multiple of
+    bytes; `c` is int32 (float32 for the float kinds, `fmad` too); `k` is a multiple of
     `step_elements(kind)`. For dpbusd the sums are those of b + 128.
 
     Rows are short, so the hardware's own prefetching only ever starts on them: with the step
@@ -251,21 +275,19 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
         ended = loop(builder, k, step.elements, starts, body)
         totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
         totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
-        add, element = step.add(builder), step.acc.element
         for i in range(rows):
             row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
             for j in range(0, cols, 4):
                 width = min(4, cols - j)
                 four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
-                values = _reduce4(builder, four, add)
+                values = _reduce4(builder, four, step.add(builder))
                 address = builder.add(row_address, ir.Constant(I64, 4 * j))
                 if width == 4:
-                    store(builder, add(load(builder, address, values.type), values), address)
+                    step.add_to(builder, values, address)
                     continue
                 for at in range(width):
                     value = builder.extract_element(values, ir.Constant(I32, at))
-                    there = builder.add(address, ir.Constant(I64, 4 * at))
-                    store(builder, add(load(builder, there, element), value), there)
+                    step.add_to(builder, value, builder.add(address, ir.Constant(I64, 4 * at)))
         return context.get_dummy_value()
 
     return signature, codegen
@@ -318,13 +340,11 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
             return sums
 
         totals = loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
-        add = step.add(builder)
         for i in range(rows):
             row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
             for v in range(vectors):
                 address = builder.add(row_address, ir.Constant(I64, bytes_each * v))
-                total = totals[i * vectors + v]
-                store(builder, add(load(builder, address, step.acc), total), address)
+                step.add_to(builder, totals[i * vectors + v], address)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.ops.problem import Weights
-from lowbit.ops.settings import Implementation
+from lowbit.ops.settings import Implementation, settings
 
 if TYPE_CHECKING:
     from lowbit.kernels.tuned_tables import LaunchParameters  # type: ignore[import-not-found]
@@ -91,14 +91,13 @@ def problem_of(
 FLOAT_NAMES = ("float16", "bfloat16", "float32")
 
 
-@lru_cache(maxsize=4096)
 def choose(problem: Problem, target: str) -> Decision | Refusal:
     """The implementation of `problem` on `target`: `cpu`, or a name in `lowbit.kernels.targets`."""
     reason = _invalid(problem)
     if reason:
         return Refusal(reason=reason)
     if target == "cpu":
-        return _choose_cpu(problem)
+        return choose_cpu(problem, settings.float64_sums)
     return _choose_triton(problem, target)
 
 
@@ -118,14 +117,17 @@ def _invalid(problem: Problem) -> str | None:
     return None
 
 
-def _choose_cpu(problem: Problem) -> Decision:
+@lru_cache(maxsize=4096)
+def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
+    """The same for the CPU that this runs on."""
     from lowbit.ops.cpu_call import instructions, typical_rows
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
     have, rows = instructions(), typical_rows(problem.m, problem.experts)
     quantizes = problem.activations != "none"
     if have.name == "portable":
-        both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else "float32 × float32"
+        floats = "float64 × float64" if float64_sums else "float32 × float32"
+        both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else floats
         return Decision(
             implementation="cpu", kernel="portable", multiplies=both,
             note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
@@ -134,8 +136,8 @@ def _choose_cpu(problem: Problem) -> Decision:
         tile = integer_tile(have, problem.zero_point)
         return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
     exact = quantizes or problem.activation_dtype == "bfloat16"
-    tile = float_tile(have, rows, bfloat_exact=exact)
-    unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float32"
+    tile = float_tile(have, rows, bfloat_exact=exact, float64=float64_sums)
+    unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float64" if float64_sums else "float32"
     when = "while they are loaded" if rows <= tile.dot_rows else "block by block"
     return Decision(
         implementation="cpu", kernel=_tile_name(tile, rows), multiplies=f"{unit} × {unit}",
@@ -162,6 +164,7 @@ def kernel_of(problem: Problem) -> str:
     return "matmul"
 
 
+@lru_cache(maxsize=4096)
 def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     try:
         from lowbit.kernels.launch import choose_launch, refusal  # type: ignore[import-not-found]

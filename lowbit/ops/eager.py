@@ -53,7 +53,7 @@ def linear(
         x.shape, x.stride(), x.dtype, weight.data_ptr(), weight.shape, weight.dtype, weight_scale.data_ptr(),
         weight_scale.shape, weight_scale.dtype, None if bias is None else (bias.data_ptr(), bias.dtype, bias.stride()),
         None if input_scale is None else (input_scale.data_ptr(), input_scale.dtype), activations, block,
-        torch.get_num_threads(), instructions().name,
+        torch.get_num_threads(), instructions().name, settings.float64_sums,
     )  # fmt: skip
     try:
         calls: dict[tuple, tuple[Call, list[int]] | None] = _local.calls

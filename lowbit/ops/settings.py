@@ -23,12 +23,20 @@ class NoKernelError(RuntimeError):
 @dataclass
 class _Settings:
     fallback: bool
+    float64_sums: bool
     implementation: Implementation | None
 
 
 def _from_environment() -> _Settings:
-    refuse = os.environ.get("LOWBIT_NO_FALLBACK", "0").strip().lower() not in ("", "0", "false", "no", "off")
-    return _Settings(fallback=not refuse, implementation=None)
+    return _Settings(
+        fallback=not _switched_on("LOWBIT_NO_FALLBACK"),
+        float64_sums=_switched_on("LOWBIT_FLOAT64_SUMS"),
+        implementation=None,
+    )
+
+
+def _switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "0").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 settings = _from_environment()
@@ -41,6 +49,17 @@ def allow_fallback(allowed: bool) -> None:
     reason in the log of `lowbit.ops`. False: it raises NoKernelError.
     """
     settings.fallback = allowed
+
+
+def use_float64_sums(wanted: bool) -> None:
+    """Whether products of fp8 codes, weight-only products and those with bfloat16 weights sum in float64 on the CPU.
+
+    False (the default unless LOWBIT_FLOAT64_SUMS=1 is set): in float32, as fast as the CPU can, in an order
+    that depends on its instructions. True: in float64, rounded once. Of fp8 codes the sums are then exact (for
+    K up to 2¹⁷) and the same bits on every CPU, as int8's always are; of floats, as good as exact. With AVX2
+    it takes about twice the time of float32; against bfloat16 instructions more.
+    """
+    settings.float64_sums = wanted
 
 
 @contextmanager

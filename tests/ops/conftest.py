@@ -20,12 +20,12 @@ def _seed() -> None:
 def _pin(name: str, monkeypatch) -> Iterator[str]:
     monkeypatch.setenv("LOWBIT_CPU_ISA", name)
     cpu.instructions.cache_clear()
-    dispatch.choose.cache_clear()
+    dispatch.choose_cpu.cache_clear()
     assert cpu.instructions().name == name
     yield name
     monkeypatch.undo()
     cpu.instructions.cache_clear()
-    dispatch.choose.cache_clear()
+    dispatch.choose_cpu.cache_clear()
 
 
 @pytest.fixture(params=ISAS)

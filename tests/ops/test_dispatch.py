@@ -95,7 +95,7 @@ def test_cpu_names_its_tile(path):
 
 def test_a_few_rows_are_decoded_while_loading(monkeypatch):
     monkeypatch.setattr(cpu, "instructions", lambda: Instructions(name="avx512_vnni", bfloat16=True))
-    dispatch.choose.cache_clear()
+    dispatch.choose_cpu.cache_clear()
     try:
         for m in (1, 8):
             assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
@@ -110,7 +110,25 @@ def test_a_few_rows_are_decoded_while_loading(monkeypatch):
             "fma512"
         )
     finally:
-        dispatch.choose.cache_clear()
+        dispatch.choose_cpu.cache_clear()
+
+
+def test_float64_sums_are_a_choice_of_their_own():
+    before = choose(problem("fp8", m=64), "cpu")
+    ops.use_float64_sums(True)
+    try:
+        found = choose(problem("fp8", m=64), "cpu")
+        assert found.multiplies == "float64 × float64" and found != before
+        assert choose(problem("int8", m=64), "cpu").multiplies == "int8 × int8"
+    finally:
+        ops.use_float64_sums(False)
+    assert choose(problem("fp8", m=64), "cpu") == before
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False)])
+def test_float64_sums_by_environment(monkeypatch, value, wanted):
+    monkeypatch.setenv("LOWBIT_FLOAT64_SUMS", value)
+    assert settings._from_environment().float64_sums is wanted
 
 
 def test_decisions_are_made_per_bucket():

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit import ops
 from lowbit.dtypes import E4M3FN, INT8
 from lowbit.ops import cpu, cpu_isa
+from lowbit.ops.cpu_call import up
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES, TensorSpec
 
@@ -218,6 +219,62 @@ def test_eight_bit_activations_keep_their_eight_bits(path):
     exact = x.double() @ w.double().T
     error = ((out - exact) ** 2).sum(1) / (exact**2).sum(1)
     assert float(-10 * torch.log10(error.mean())) > 37
+
+
+@pytest.fixture
+def float64_sums():
+    ops.use_float64_sums(True)
+    yield
+    ops.use_float64_sums(False)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "fp8-block", "mxfp8"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 67, 576), (3, 6, 40), (7, 33, 200), (9, 70, 1000), (65, 130, 2048)]
+)
+def test_float64_sums_of_fp8_codes_are_exact(path, float64_sums, scheme, m, n, k):
+    """The same bits as the reference's, on every instruction set; float32 sums are not, also right after."""
+    if scheme == "mxfp8" and k % 32:
+        k = up(k, 32)
+    arguments = make(scheme, m, n, k, torch.float32).arguments
+    arguments["x"] *= torch.logspace(-2, 2, k)
+    exact = ops.linear(**arguments)
+    with ops.use_implementation("reference"):
+        assert torch.equal(exact, ops.linear(**arguments))
+    if k == 2048 and scheme in ("fp8", "fp8-static"):
+        ops.use_float64_sums(False)
+        assert not torch.equal(exact, ops.linear(**arguments))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_float64_sums_of_floats_are_rounded_once(path, float64_sums, m):
+    x, w = torch.rand(m, 4096), torch.rand(24, 4096)
+    weight = quantize(w, SCHEMES["int8-weight-only"].weights)
+    brain = w.to(torch.bfloat16)
+    found = ops.linear(x, weight.codes, weight.scale.float(), activations="none", block=(1, 128))
+    with ops.use_implementation("reference"):
+        expected = ops.linear(x, weight.codes, weight.scale.float(), activations="none", block=(1, 128))
+    assert relative(found, expected.double()) < 1e-7
+    assert relative(ops.linear_bfloat16(x, brain), x.double() @ brain.double().T) < 2**-24
+
+
+@pytest.mark.parametrize("m", [1, 20])
+def test_float64_sums_keep_not_a_number(path, float64_sums, m):
+    x, codes = torch.randn(m, 256), torch.randn(40, 256).to(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[7, 100] = 0x7F
+    out = ops.linear(x, codes, torch.ones(40, 1), activations="token", block=(1, 0))
+    assert out[:, 7].isnan().all() and not out[:, :7].isnan().any() and not out[:, 8:].isnan().any()
+
+
+def test_float64_sums_of_experts(path, float64_sums):
+    codes, x = torch.randn(3, 50, 320).to(torch.float8_e4m3fn), torch.randn(24, 320)
+    arguments = {
+        "x": x, "weight": codes, "weight_scale": torch.rand(3, 50, 1), "offsets": torch.tensor([0, 1, 1, 24]),
+        "activations": "token", "block": (1, 0),
+    }  # fmt: skip
+    found = ops.linear_grouped(**arguments)
+    with ops.use_implementation("reference"):
+        assert torch.equal(found, ops.linear_grouped(**arguments))
 
 
 def test_bfloat16_instructions_are_tested_where_they_exist():
