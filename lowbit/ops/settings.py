@@ -56,8 +56,8 @@ def use_float64_sums(wanted: bool) -> None:
 
     False (the default unless LOWBIT_FLOAT64_SUMS=1 is set): in float32, as fast as the CPU can, in an order
     that depends on its instructions. True: in float64, rounded once. Of fp8 codes the sums are then exact (for
-    K up to 2¹⁷) and the same bits on every CPU, as int8's always are; of floats, as good as exact. With AVX2
-    it takes about twice the time of float32; against bfloat16 instructions more.
+    K up to 2¹⁷) and the same bits on every CPU, as int8's always are; of floats, as good as exact. It takes
+    about twice the time, and up to four times where the CPU has bfloat16 instructions (benchmarks/cpu.md).
     """
     settings.float64_sums = wanted
 
