@@ -165,7 +165,7 @@ def run_plan(
         seconds=time.perf_counter() - begin,
         resumed_jobs=len(done),
         manifest=manifest,
-        missing=tuple(directory.missing()),
+        missing=directory.missing,
     )
 
 

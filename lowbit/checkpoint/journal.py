@@ -24,15 +24,12 @@ class Journal:
     """Append-only record beside the unfinished shards."""
 
     def __init__(self, file: Path, digest: str) -> None:
-        """Open for appending; a new file begins with the plan's digest."""
+        """Open for appending. The plan's digest is said again by each run that writes here."""
         self._lock = threading.Lock()
-        # Killed before its first line, it says nothing of what it belongs to.
-        fresh = not read_journal(file).digest
         self._stream = file.open("a", encoding="utf-8")
         # An empty line ends what a killed run may have left of its last one.
         self._stream.write("\n")
-        if fresh:
-            self._line({"plan": digest})
+        self._line({"plan": digest})
 
     def record(self, job: int, checksums: Mapping[str, str]) -> None:
         """Job number `job` of the plan is written."""

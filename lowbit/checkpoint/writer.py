@@ -53,6 +53,8 @@ class OutputDirectory:
         self.journal: Journal | None = None
         self.record = Record()
         """What earlier runs of this plan, and other parts of it, had done when this one began."""
+        self.missing: tuple[str, ...] = ()
+        """Once this part is finished: files that others have yet to."""
         self._check()
 
     def _check(self) -> None:
@@ -173,10 +175,10 @@ class OutputDirectory:
             os.fsync(fd)
         self.journal.synced(self.shards)
         self._close()
-        if not self.part.whole and not self._last():
+        record = read_journals(self.partial) if self.part.whole else self._last()
+        if record is None:
             return {}
-        done = read_journals(self.partial).done
-        manifest = self._manifest({name: sum_ for sums in done.values() for name, sum_ in sums.items()})
+        manifest = self._manifest({n: sum_ for sums in record.done.values() for n, sum_ in sums.items()})
         files = [Path(shard.file) for shard in self.plan.shards]
         for name, content in self.plan.files.items():
             _write_json(self.partial / name, content)
@@ -208,30 +210,27 @@ class OutputDirectory:
         self._release()
         return manifest
 
-    def missing(self) -> list[str]:
-        """Files that other parts have yet to finish."""
-        if not self.partial.exists():
-            return []
-        synced = read_journals(self.partial).synced
-        return [s.file for number, s in enumerate(self.plan.shards) if number not in synced]
-
-    def _last(self) -> bool:
-        """Whether every part is done, and it falls to this one to show the result.
+    def _last(self) -> Record | None:
+        """The record of every part, if all are done and it falls to this one to show the result.
 
         The lock that parts share is given back first: of those that end together, the last to do
         so gets it for itself.
         """
         self._release()
-        if self.missing():
-            return False
+        record = read_journals(self.partial)
+        if self.partial.exists():  # else shown by another meanwhile
+            shards = enumerate(self.plan.shards)
+            self.missing = tuple(s.file for number, s in shards if number not in record.synced)
+        if self.missing:
+            return None
         try:
             self._lock = _lock(self.out)
         except InputError:
-            return False
-        if not self.partial.exists():  # shown by another meanwhile
+            return None
+        if not self.partial.exists():
             self._release()
-            return False
-        return True
+            return None
+        return record
 
     def _show(self, hidden: Path, file: Path) -> None:
         (self.out / file).parent.mkdir(parents=True, exist_ok=True)

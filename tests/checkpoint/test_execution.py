@@ -134,6 +134,22 @@ def test_a_damaged_partial_is_made_again(src, tmp_path, stopped):
     assert everything(stopped) == everything(tmp_path / "fresh")
 
 
+def test_a_journal_is_read_once_at_the_start_and_once_at_the_end(src, stopped, monkeypatch):
+    reads, read = [], Path.read_text
+
+    def counted(self, *args, **kwargs):
+        if self.name.startswith("journal"):
+            reads.append(self.name)
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    at_start = []
+    lowbit.convert(
+        src, stopped, "int8", max_shard_size="200KB", progress=lambda count: at_start.append(len(reads))
+    )
+    assert (at_start[0], len(reads)) == (1, 2)
+
+
 def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkeypatch):
     files = everything(stopped)
     for shard in (stopped / PARTIAL).glob("*.safetensors"):
