@@ -40,6 +40,8 @@ class Conversion:
     """Empty when another part was, or will be, the last."""
     missing: tuple[str, ...]
     """Output files that other parts have yet to finish. Nothing has its final name before."""
+    not_finite: tuple[str, ...]
+    """Tensors that were copied from the source with NaN or Inf in them: here, and by parts that ended before."""
 
     @property
     def bytes_per_second(self) -> float:
@@ -110,7 +112,8 @@ def convert(
     (default: one per processor). Nothing stands under its final name before everything is
     written and synced. A run that was killed resumes when it is called again with the same
     arguments: what it had written is read back and checked. Bad input raises InputError and
-    leaves nothing behind. `part`: this machine's share of the output's files, where several with
+    leaves nothing behind. NaN or Inf are bad input in what is quantized or cast; what is copied
+    with them is listed in `not_finite`. `part`: this machine's share of the output's files, where several with
     a common file system work on one conversion, all with the same arguments.
     """
     decided = plan(
@@ -145,7 +148,8 @@ def run_plan(
             progress(plan.jobs[number].source_bytes)
         run_jobs(
             [item for item in mine if item[0] not in done], outputs,
-            workers=workers or default_workers(), progress=progress, finished=directory.journal.record,
+            workers=workers or default_workers(), progress=progress,
+            not_finite=directory.journal.not_finite, finished=directory.journal.record,
         )  # fmt: skip
         manifest = directory.finish()
     except KeyboardInterrupt:
@@ -166,6 +170,7 @@ def run_plan(
         resumed_jobs=len(done),
         manifest=manifest,
         missing=directory.missing,
+        not_finite=directory.not_finite,
     )
 
 

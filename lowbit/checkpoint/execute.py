@@ -17,7 +17,7 @@ from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.headers import TensorRef
 from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
-from lowbit.checkpoint.reading import TransposedRows, read_bytes, read_exactly
+from lowbit.checkpoint.reading import TransposedRows, finite, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, static_tensors
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
@@ -26,6 +26,8 @@ from lowbit.granularity import PerTensor, block_shape, scale_shape
 # together with the codes.
 BLOCK_BYTES = 1 << 20
 COPY_BYTES = 4 << 20
+# Of what is copied, so much is hashed and then looked at: from the second-level cache, not from memory again.
+_LOOK_BYTES = 256 << 10
 # Ask for write-back this often, so that the final fsync finds little left to do.
 FLUSH_BYTES = 32 << 20
 
@@ -117,11 +119,13 @@ class Worker:
         outputs: Mapping[int, int],
         *,
         progress: Progress = lambda count: None,
+        not_finite: Callable[[str], None] = lambda name: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`outputs`: number of an output shard → its file descriptor."""
+        """`outputs`: number of an output shard → its file descriptor. `not_finite` is told of tensors that were
+        copied with NaN or Inf in them."""
         self._outputs = outputs
-        self._progress, self._cancelled = progress, cancelled
+        self._progress, self._not_finite_in, self._cancelled = progress, not_finite, cancelled
         self._inputs: dict[Path, int] = {}
         self._buffers: dict[str, np.ndarray] = {}
         self._transposed = TransposedRows()
@@ -148,18 +152,24 @@ class Worker:
 
     def _copy(self, job: Job) -> dict[str, str]:
         assert job.source is not None
-        ref, out = job.source.ref, next(iter(job.outputs.values()))
-        digest, sums = xxhash.xxh3_128(), RowSums(job)
+        ref, (content, out) = job.source.ref, next(iter(job.outputs.items()))
+        dtype = "F8_E8M0" if content == "scale" and ref.dtype == "U8" else ref.dtype
+        digest, sums, looks_finite = xxhash.xxh3_128(), RowSums(job), True
         step = COPY_BYTES
         if ref.pitch:  # whole rows only
             row_bytes = ref.nbytes // ref.shape[0]
             step = max(COPY_BYTES // row_bytes, 1) * row_bytes
         for start in range(0, ref.nbytes, step):
             part = self._read(ref, start, min(step, ref.nbytes - start))
-            digest.update(part.data)
+            for at in range(0, part.size, _LOOK_BYTES):
+                look = part[at : at + _LOOK_BYTES]
+                digest.update(look.data)
+                looks_finite = looks_finite and finite(look, dtype)
             sums.add(part)
             self._write(out, start, part)
             self._progress(part.size)
+        if not looks_finite:
+            self._not_finite_in(out.name)
         done = {out.name: digest.hexdigest()}
         if job.static is not None:
             done |= self._write_static(job, sums, read_scale(job.source))

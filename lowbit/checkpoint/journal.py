@@ -35,6 +35,10 @@ class Journal:
         """Job number `job` of the plan is written."""
         self._line({"job": job, "checksums": dict(checksums)})
 
+    def not_finite(self, tensor: str) -> None:
+        """An output tensor was copied from the source with NaN or Inf in it."""
+        self._line({"not_finite": tensor})
+
     def synced(self, shards: Iterable[int]) -> None:
         """All jobs of these output files are written, and the files are on the disk."""
         self._line({"synced": sorted(shards)})
@@ -58,13 +62,15 @@ class Record:
     """Job number → checksums of its tensors."""
     synced: frozenset[int] = frozenset()
     """Output files that are finished and on the disk."""
+    not_finite: frozenset[str] = frozenset()
+    """Output tensors that were copied with NaN or Inf in them."""
     begun: bool = False
     """Whether there is a journal at all."""
 
 
 def read_journal(file: Path) -> Record:
     """One journal. A line that a killed run has torn is left out."""
-    digest, done, synced = "", {}, set()
+    digest, done, synced, not_finite = "", {}, set(), set()
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, ValueError):
@@ -76,11 +82,13 @@ def read_journal(file: Path) -> Record:
                 digest = str(entry["plan"])
             elif "synced" in entry:
                 synced |= {int(n) for n in entry["synced"]}
+            elif "not_finite" in entry:
+                not_finite.add(str(entry["not_finite"]))
             else:
                 done[int(entry["job"])] = {str(k): str(v) for k, v in entry["checksums"].items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return Record(digest=digest, done=done, synced=frozenset(synced))
+    return Record(digest=digest, done=done, synced=frozenset(synced), not_finite=frozenset(not_finite))
 
 
 def read_journals(directory: Path) -> Record:
@@ -94,6 +102,7 @@ def read_journals(directory: Path) -> Record:
         digest=digests.pop() if len(digests) == 1 else "",
         done={number: sums for r in found for number, sums in r.done.items()},
         synced=frozenset().union(*(r.synced for r in found)),
+        not_finite=frozenset().union(*(r.not_finite for r in found)),
         begun=bool(found),
     )
 

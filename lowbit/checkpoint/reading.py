@@ -21,6 +21,15 @@ TILE_BYTES = 32 << 20
 # Stored rows that are read and turned together: they stay in the second-level cache.
 _STRIP_BYTES = 512 << 10
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+# Signed and unsigned integers as wide as a float dtype, and the bits of its smallest magnitude that is
+# not finite: as integers, magnitudes order like the numbers, with Inf and NaN on top.
+_TOPS = {
+    "F64": (np.int64, np.uint64, 0x7FF0000000000000),
+    "F32": (np.int32, np.uint32, 0x7F800000),
+    "BF16": (np.int16, np.uint16, 0x7F80),
+    "F16": (np.int16, np.uint16, 0x7C00),
+    "F8_E4M3": (np.int8, np.uint8, 0x7F),
+}
 
 
 def read_exactly(fd: int, buffer: np.ndarray, offset: int, file: Path) -> None:
@@ -44,6 +53,20 @@ def read_bytes(ref: TensorRef) -> np.ndarray:
         else:
             read_exactly(stream.fileno(), buffer, ref.offset, ref.file)
     return buffer
+
+
+def finite(part: np.ndarray, dtype: str) -> bool:
+    """Whether uint8 bytes of a dtype hold neither NaN nor Inf; True for one that has none.
+
+    Of positive numbers the largest is the largest signed integer, of negative ones the largest unsigned.
+    """
+    if dtype == "F8_E8M0":
+        return bool(part.max(initial=0) < 0xFF)
+    if dtype not in _TOPS:
+        return True
+    signed, unsigned, top = _TOPS[dtype]
+    sign = 1 << (8 * ITEM_BYTES[dtype] - 1)
+    return bool(part.view(signed).max(initial=0) < top and part.view(unsigned).max(initial=0) < sign | top)
 
 
 class TransposedRows:

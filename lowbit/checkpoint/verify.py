@@ -24,7 +24,7 @@ from lowbit.checkpoint.execute import (
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import FLOATS, MANIFEST, Checkpoint, TensorRef, open_checkpoint, read_json
 from lowbit.checkpoint.jobs import Source
-from lowbit.checkpoint.reading import TransposedRows, read_exactly
+from lowbit.checkpoint.reading import TransposedRows, finite, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
 from lowbit.formats.ascend import undescribed
@@ -205,17 +205,7 @@ def _finite(part: np.ndarray, dtype: str, is_scale: bool) -> bool:
     if is_scale:
         values = to_float(part, dtype)
         return bool(np.isfinite(values).all() and (values > 0).all())
-    # As integers, magnitudes order like the numbers, with Inf and NaN on top.
-    match dtype:
-        case "BF16":
-            return bool((part.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
-        case "F16":
-            return bool((part.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7C00)
-        case "F32":
-            return bool((part.view(np.uint32) & 0x7FFFFFFF).max(initial=0) < 0x7F800000)
-        case "F8_E4M3":
-            return bool((part & 0x7F).max(initial=0) < 0x7F)
-    return True
+    return finite(part, dtype)
 
 
 def _errors(

@@ -55,6 +55,8 @@ class OutputDirectory:
         """What earlier runs of this plan, and other parts of it, had done when this one began."""
         self.missing: tuple[str, ...] = ()
         """Once this part is finished: files that others have yet to."""
+        self.not_finite: tuple[str, ...] = ()
+        """Once this part is finished: tensors that it, or one before, copied with NaN or Inf in them."""
         self._check()
 
     def _check(self) -> None:
@@ -175,8 +177,11 @@ class OutputDirectory:
             os.fsync(fd)
         self.journal.synced(self.shards)
         self._close()
-        record = read_journals(self.partial) if self.part.whole else self._last()
-        if record is None:
+        if not self.part.whole:
+            self._release()
+        record = read_journals(self.partial)
+        self.not_finite = tuple(sorted(record.not_finite))
+        if not self.part.whole and not self._last(record):
             return {}
         manifest = self._manifest({n: sum_ for sums in record.done.values() for n, sum_ in sums.items()})
         files = [Path(shard.file) for shard in self.plan.shards]
@@ -210,27 +215,25 @@ class OutputDirectory:
         self._release()
         return manifest
 
-    def _last(self) -> Record | None:
-        """The record of every part, if all are done and it falls to this one to show the result.
+    def _last(self, record: Record) -> bool:
+        """Whether every part is done by what the journals say, and it falls to this one to show the result.
 
-        The lock that parts share is given back first: of those that end together, the last to do
-        so gets it for itself.
+        The lock that parts share is given back before they are read: of those that end together, the
+        last to do so gets it for itself.
         """
-        self._release()
-        record = read_journals(self.partial)
         if self.partial.exists():  # else shown by another meanwhile
             shards = enumerate(self.plan.shards)
             self.missing = tuple(s.file for number, s in shards if number not in record.synced)
         if self.missing:
-            return None
+            return False
         try:
             self._lock = _lock(self.out)
         except InputError:
-            return None
+            return False
         if not self.partial.exists():
             self._release()
-            return None
-        return record
+            return False
+        return True
 
     def _show(self, hidden: Path, file: Path) -> None:
         (self.out / file).parent.mkdir(parents=True, exist_ok=True)

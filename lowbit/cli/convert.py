@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,7 +77,7 @@ def convert(
     from lowbit import api
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import bytes_bar, print_json, say_bytes
+    from lowbit.cli.output import bytes_bar, print_json, say_bytes, warn
     from lowbit.errors import InputError
     from lowbit.targets import get_accelerator
 
@@ -126,12 +127,18 @@ def convert(
     total = sum(job.source_bytes for _, job in decided.jobs_in(shards))
     with bytes_bar("converting", total, quiet=json) as progress:
         done = api.run_plan(decided, out, workers=workers, part=share, overwrite=overwrite, progress=progress)
+    if done.not_finite:
+        warn(not_finite_warning(done.not_finite))
     if json:
         body = {
             "out": done.out, "seconds": round(done.seconds, 3), "resumed_jobs": done.resumed_jobs,
             "part": f"{share.number}/{share.count}", "missing_files": list(done.missing),
+            "gb_per_second": round(done.bytes_per_second / 1e9, 3), "not_finite": list(done.not_finite),
         }  # fmt: skip
-        print_json({**summary(decided, chip), **body, "gb_per_second": round(done.bytes_per_second / 1e9, 3)})
+        said = summary(decided, chip)
+        if done.not_finite:
+            said["warnings"].append(not_finite_warning(done.not_finite))
+        print_json({**said, **body})
         return
     if done.resumed_jobs:
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
@@ -145,6 +152,15 @@ def convert(
         speed = "by all parts"
     ratio = decided.output_bytes / max(decided.source.nbytes, 1)
     print(f"wrote {out}: {say_bytes(decided.output_bytes)} ({ratio:.0%} of the source) {speed}")
+
+
+def not_finite_warning(tensors: Sequence[str]) -> str:
+    """What to say of tensors that were copied with NaN or Inf in them."""
+    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    return (
+        f"{', '.join(tensors[:3])}{more}: copied as found, with NaN or Inf; they are so in the source, "
+        "and `lowbit verify` reports them"
+    )
 
 
 def _calibrate(

@@ -23,10 +23,12 @@ def run_jobs(
     *,
     workers: int,
     progress: Progress,
+    not_finite: Callable[[str], None],
     finished: Callable[[int, dict[str, str]], None],
 ) -> None:
     """Run numbered jobs in order on `workers` threads; `finished(number, checksums)` after each.
 
+    `not_finite(name)` before that, for a tensor that was copied with NaN or Inf in it.
     The first error stops the others soon and is raised here; so does Ctrl-C.
     """
     waiting: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
@@ -36,7 +38,7 @@ def run_jobs(
     errors: list[BaseException] = []
 
     def work() -> None:
-        worker = Worker(outputs, progress=progress, cancelled=stop.is_set)
+        worker = Worker(outputs, progress=progress, not_finite=not_finite, cancelled=stop.is_set)
         try:
             while not stop.is_set():
                 try:

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conversions import FILES, everything, start, wait_for_jobs
@@ -21,6 +22,7 @@ import lowbit
 from lowbit.checkpoint import execute, writer
 from lowbit.checkpoint.headers import PARTIAL
 from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.reading import finite
 from lowbit.errors import InputError
 
 
@@ -389,6 +391,68 @@ def test_an_error_in_one_job_stops_the_others(tmp_path):
     with pytest.raises(InputError, match=r"found nan at \[0, 0\]"):
         lowbit.convert(src, tmp_path / "out", "int8", workers=2, progress=seen.append)
     assert not (tmp_path / "out").exists()
+
+
+# --- NaN and Inf in what is copied ------------------------------------------------------------
+
+EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_what_is_copied_with_nan_or_inf_is_named(tmp_path, dtype, bad):
+    tensors, config = llama()
+    large = torch.randn(1024, 600).to(dtype)
+    tensors[EMBEDDING], tensors[NORM] = large.clone(), tensors[NORM].to(dtype)
+    tensors[NORM][-1] = bad
+    src = write(tmp_path / "src", tensors, config)
+    assert lowbit.convert(src, tmp_path / "norm", "int8").not_finite == (NORM,)
+    for row in (0, 500, 1023):  # in the first, a later and the last piece that is looked at
+        tensors[EMBEDDING] = large.clone()
+        tensors[EMBEDDING][row, row // 2] = bad
+        src = write(tmp_path / f"src{row}", tensors, config)
+        done = lowbit.convert(src, tmp_path / f"out{row}", "int8")
+        assert done.not_finite == (EMBEDDING, NORM)
+        found = lowbit.verify(tmp_path / f"out{row}")
+        assert [p.partition(":")[0] for p in found.problems] == [EMBEDDING, NORM]
+
+
+def test_what_is_kept_or_carried_as_codes_is_named_too(tmp_path):
+    tensors, config = block_fp8(*llama())
+    bad = "model.layers.0.mlp.up_proj.weight"
+    tensors[bad].view(torch.uint8)[200, 7] = 0xFF
+    src = write(tmp_path / "src", tensors, config)
+    assert lowbit.convert(src, tmp_path / "same", "fp8-block").not_finite == (bad,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_finite_agrees_with_torch_on_every_pattern(dtype):
+    name = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    wanted = torch.isfinite(bits.view(dtype)).tolist()
+    raw = bits.numpy().view(np.uint8).reshape(-1, 2)
+    assert [finite(row, name) for row in raw] == wanted
+
+
+def test_finite_agrees_with_torch_on_every_byte():
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    for name, dtype in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E8M0", torch.float8_e8m0fnu)):
+        wanted = torch.isfinite(codes.view(dtype).float()).tolist()
+        assert [finite(row, name) for row in codes.numpy().reshape(-1, 1)] == wanted
+    assert finite(np.full(8, 255, np.uint8), "I8") and finite(np.empty(0, np.uint8), "BF16")
+
+
+def test_a_resumed_run_knows_what_was_copied_before_it(tmp_path):
+    tensors, config = llama(layers=6)
+    tensors[EMBEDDING][0, 0] = torch.nan
+    src, out = write(tmp_path / "src", tensors, config), tmp_path / "out"
+    process = start(src, out)
+    wait_for_jobs(out, 10)
+    process.kill()
+    process.wait(60)
+    job = next(n for n, j in enumerate(lowbit.plan(src).jobs) if j.name == EMBEDDING)
+    assert job in read_journal(out / PARTIAL / "journal.jsonl").done
+    assert lowbit.convert(src, out, "int8", max_shard_size="200KB").not_finite == (EMBEDDING,)
 
 
 # --- where OUT may be -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,21 @@ def test_convert_and_verify(run, src, tmp_path):
     assert code == 0 and err == "" and out.rstrip().endswith("ok")
     assert "SQNR dB" in out and "median SQNR" in out
     assert load(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+
+
+def test_nan_in_what_is_copied_is_a_warning(run, tmp_path):
+    tensors, config = llama()
+    norms = [n for n in tensors if n.endswith("norm.weight")]
+    for name in norms:
+        tensors[name][0] = torch.nan
+    src = write(tmp_path / "src", tensors, config)
+    code, out, err = run("convert", src, tmp_path / "out")
+    assert code == 0 and "wrote" in out
+    assert re.search(rf"^warning: .* and {len(norms) - 3} more: copied as found, with NaN or Inf", err)
+    code, out, err = run("convert", src, tmp_path / "again", "--json")
+    body = json.loads(out)
+    assert code == 0 and sorted(body["not_finite"]) == sorted(norms)
+    assert "copied as found" in body["warnings"][-1] and "copied as found" in err
 
 
 def test_a_target_chooses_the_scheme(run, src, tmp_path):
