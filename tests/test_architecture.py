@@ -19,15 +19,16 @@ BASE = {"errors", "dtypes", "granularity"}
 NUMERICS = BASE | {"scheme", "quantize"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "compiling": set(),
     "dtypes": {"errors"},
     "granularity": {"errors", "dtypes"},
     "scheme": BASE,
     "quantize": BASE | {"scheme"},
     "formats": NUMERICS,
-    "checkpoint": NUMERICS | {"formats", "__version__"},
+    "checkpoint": NUMERICS | {"compiling", "formats", "__version__"},
     "engines": NUMERICS | {"formats", "checkpoint"},
     "targets": BASE | {"scheme"},
-    "ops": NUMERICS | {"kernels", "targets"},
+    "ops": NUMERICS | {"compiling", "kernels", "targets"},
     "kernels": set(),
 }
 # What only the outer layers may reach.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+import lowbit.compiling  # noqa: F401  (says so when it takes long)
+
 INT, E4M3FN = 0, 1
 
 

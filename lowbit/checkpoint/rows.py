@@ -17,6 +17,8 @@ from functools import partial
 import numpy as np
 from numba import njit
 
+import lowbit.compiling  # noqa: F401  (says so when it takes long)
+
 # How the source is stored.
 BF16, F16, F32, E4M3, INT8, INT8_PACKED = range(6)
 SOURCE_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "F8_E4M3": E4M3, "I8": INT8}

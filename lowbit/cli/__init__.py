@@ -52,8 +52,10 @@ def _options(
 
 def main() -> None:
     """Entry point. Bad input is one line on standard error and exit code 2."""
+    from lowbit.cli.output import say_when_compiling
     from lowbit.errors import InputError
 
+    say_when_compiling()
     try:
         app()
     except InputError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -35,6 +37,22 @@ def print_json(value: Any) -> None:
 
 def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
+
+
+class _StandardError(logging.Handler):
+    """Messages as they are, on what is standard error at the time (a progress bar stands in for it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+def say_when_compiling() -> None:
+    """On standard error, once, when loops are not compiled yet; of several workers, by the first."""
+    log = logging.getLogger("lowbit.compiling")
+    if not log.handlers and os.environ.get("RANK", "0") == "0":
+        log.setLevel(logging.INFO)
+        log.addHandler(_StandardError())
+        log.propagate = False
 
 
 @contextmanager

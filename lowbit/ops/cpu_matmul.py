@@ -174,7 +174,8 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
         half[n:padded] = 0
     else:
         plain = carray(pointer(target), padded, np.int8)
-        plain[:n] = codes
+        for i in range(n):
+            plain[i] = codes[i]
         plain[n:padded] = 0
 
 
@@ -340,9 +341,9 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
             # −0.0 leaves every value as it is, −0.0 too.
             bias[:] = np.float32(-0.0)
             if p[M_BIAS] != 0:
-                bias[:cols] = carray(
-                    pointer(p[M_BIAS] + 4 * (expert * p[M_BIAS_EXPERT] + n0)), cols, np.float32
-                )
+                given = carray(pointer(p[M_BIAS] + 4 * (expert * p[M_BIAS_EXPERT] + n0)), cols, np.float32)
+                for j in range(cols):
+                    bias[j] = given[j]
             out_element = 4 if p[M_OUT_DTYPE] != F16 and p[M_OUT_DTYPE] != BF16 else 2
             for i in range(rows):
                 a_scale, routed, offset = np.float32(1.0), np.float32(1.0), np.int32(0)

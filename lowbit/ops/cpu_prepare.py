@@ -91,7 +91,8 @@ def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, 
             values[i] = round_e4m3(values[i] / scale)
     if kind == A_F32:
         full = carray(pointer(target), padded, np.float32)
-        full[:n] = values[:n]
+        for i in range(n):
+            full[i] = values[i]
         full[n:padded] = 0
     elif kind == A_BF16:
         brain = carray(pointer(target), padded, np.uint16)

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numba import carray, njit, types
 
+import lowbit.compiling  # noqa: F401  (says so when it takes long)
 from lowbit.ops.cpu_emit import bf16_to_f32, e4m3_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, pointer
 from lowbit.ops.cpu_params import BF16, E4M3_CODES, F16, I8_CODES
 
