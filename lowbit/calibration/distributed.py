@@ -40,6 +40,7 @@ def join_workers() -> None:
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         # Its functions have the group as a default argument: imported later (by torch.compile, so by most
         # models), they would keep a group alive that has been left.
+        import torch.distributed.nn.functional  # noqa: F401
 
         dist.init_process_group("gloo")
         atexit.register(_leave)
