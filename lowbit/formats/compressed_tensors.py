@@ -143,7 +143,12 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     """Of a calibration, else of the source where its scales of keys and values are carried along."""
     found = quantization_of(layout.config).get("kv_cache_scheme")
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
-    return dict(found) if found and carried and layout.kv_cache is None else _args(layout.kv_cache)
+    if found and carried and layout.kv_cache is None:
+        return dict(found)
+    args = _args(layout.kv_cache)
+    if args is not None and args["strategy"] == "channel":
+        args["strategy"] = "attn_head"
+    return args
 
 
 def format_of(scheme: Scheme) -> str:
