@@ -46,6 +46,8 @@ class CompressedTensors(ConfigOnly):
             return f"K = {shape[-1]} is not a multiple of {granularity.size}"
         if format_of(scheme) == "pack-quantized" and shape[-1] % 4:
             return f"K = {shape[-1]} is not a multiple of 4, the codes in an int32"
+        if joined == "experts" and scheme.weights.dtype is INT8 and scheme.needs_calibration:
+            return "vLLM and SGLang run INT8 experts with dynamic activations only"
         return block_problem(scheme, shape, joined)
 
     def tensors(
