@@ -72,6 +72,7 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
                 kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=8,
                 num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, moe_intermediate_size=128,
                 first_k_dense_replace=1, topk_method="noaux_tc",
+                scoring_func="sigmoid",
             )  # fmt: skip
             return t.DeepseekV3ForCausalLM, config
         case "Qwen3.5-MoE":
@@ -81,6 +82,7 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
             return t.Qwen3_5MoeForConditionalGeneration, config
         case "Qwen3-VL-MoE":
             text = {**TEXT, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+            text["norm_topk_prob"] = True
             vision = {**VISION, "deepstack_visual_indexes": [0]}
             config = t.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
             return t.Qwen3VLMoeForConditionalGeneration, config

@@ -2,7 +2,7 @@
 
     python scripts/engine_vllm.py [--plain] CHECKPOINT IDS.json OUT.json [CHECKPOINT IDS.json OUT.json …]
 
-IDS.json is {"prompts": [[token id, …], …], "new_tokens": n}. OUT.json gets for every prompt the logprob of each token
+IDS.json is {"prompts": [[token id, …], …], "new_tokens": n}, and perhaps "dtype" (float32 without). OUT.json gets for every prompt the logprob of each token
 after the first, the greedy tokens that follow, and for every kind of layer the class that vLLM chose for it and the
 kernel; or {"refused": why}. Each checkpoint runs in a process of its own, all from one import of vLLM.
 
@@ -47,6 +47,7 @@ from vllm.model_executor.kernels.linear import (  # noqa: E402
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 from vllm.model_executor.model_loader import base_loader  # noqa: E402
 from vllm.model_executor.models import registry  # noqa: E402
 from vllm.platforms import PlatformEnum  # noqa: E402
@@ -121,6 +122,9 @@ def _last_choices() -> None:
     ):
         for module in modules:
             setattr(module, name, _or_stand_in(getattr(module, name), backend))
+    # vLLM 0.32's C++ rotary embedding for CPUs misreads the keys of latent attention, which are not contiguous: from
+    # the second token on its DeepSeek is not that of transformers. Its own implementation in torch is right.
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     # Of vLLM's methods only this one takes no float32, in which all else is compared; its kernels for CPUs need AMX.
     Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
     # Marlin's own demands on a GPU; what it demands of shapes stays with vLLM's create_weights.
@@ -170,6 +174,8 @@ def _in_float(layer: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(layer, LinearBase):
         weight = _dequantize(layer, "weight", list(getattr(layer, "logical_widths", [layer.output_size])))
         layer.quant_method = UnquantizedLinearMethod()
+        # Otherwise the activation function before it would quantize its output.
+        layer._input_quant_key = None
         _replace(layer, {"weight": weight.to(dtype)})
         return
     inner = layer.moe_config.intermediate_size_per_partition
@@ -223,12 +229,21 @@ def _watch(plain: bool, found: dict[str, Any]) -> None:
             found["layers"].setdefault(kind, [])
             if list(chosen) not in found["layers"][kind]:
                 found["layers"][kind].append(list(chosen))
-            if chosen[0] != "float" and (plain or chosen[1] == STAND_IN):
+            # Latent attention reads this weight while loading, after the CPU's INT8 kernel has packed it away.
+            absorbed = name.endswith("kv_b_proj")
+            if chosen[0] != "float" and (plain or absorbed or chosen[1] == STAND_IN):
                 found["stand_ins"].append(name)
                 _in_float(layer, model_config.dtype)
         process(model, model_config, target)
 
     base_loader.process_weights_after_loading = watched
+
+
+def _float_cache(config: Any) -> Any:
+    """The scales of keys and values are loaded, but the cache holds floats."""
+    if quantization := getattr(config, "quantization_config", None):
+        quantization["kv_cache_scheme"] = None
+    return config
 
 
 def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
@@ -240,9 +255,9 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
     prompts, new = ids["prompts"], ids["new_tokens"]
     longest = max(map(len, prompts)) + new
     engine = LLM(
-        checkpoint, dtype="float32", max_model_len=longest, enforce_eager=True, disable_log_stats=True,
+        checkpoint, dtype=ids.get("dtype", "float32"), max_model_len=longest, enforce_eager=True, disable_log_stats=True,
         skip_tokenizer_init=True, enable_prefix_caching=False, max_num_seqs=8, distributed_executor_backend="uni",
-        language_model_only=True, kv_cache_dtype=ids.get("kv_cache_dtype", "auto"),
+        language_model_only=True, hf_overrides=_float_cache if plain else None,
     )  # fmt: skip
     parameters = SamplingParams(
         temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=0, detokenize=False
