@@ -158,7 +158,7 @@ def _dequantize(layer: nn.Module, stem: str, rows: list[int]) -> Tensor:
     scale = scale.data
     scale = torch.exp2(scale.float() - 127) if scale.dtype is torch.uint8 else scale.float()
     n, k = codes.shape[-2:]
-    if scale.dim() == codes.dim() - 1:
+    if scale.dim() < codes.dim():
         # One scale for each of the matrices.
         scale = scale.reshape(*codes.shape[:-2], -1)
         scale = torch.repeat_interleave(scale, torch.tensor(rows), dim=-1) if scale.shape[-1] > 1 else scale
