@@ -14,8 +14,8 @@ Both bounds were chosen before the first run; the medians and lowbit's own unres
 mixture had a code that float rounding tipped over, and with it a router's choice, and SmolLM2's thirty layers had
 amplified such codes.
 
-`--damage` shows that the bounds would notice: checkpoints with one wrong scale, one missed scale, one matrix in the other
-order and two experts exchanged must fail the plain comparison.
+`--damage` shows that the bounds would notice: checkpoints with one wrong scale, one missed scale, one matrix in the
+other order and two experts exchanged must fail the plain comparison.
 
 Another engine is a script with the call `[--plain] CHECKPOINT IDS.json OUT.json …` (see engine_vllm.py), and a line in
 ENGINES. Results are kept in the working directory; `--write docs/engines.md` makes the table of all of them.
@@ -29,22 +29,19 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_damage import DAMAGED, check  # beside this file
-from engine_models import FUSED, VOCABULARY, architecture, write  # beside this file
+from engine_cases import DTYPES, HOWS, NEW_TOKENS, Case, cases, convert, prompts, source  # beside this file
+from engine_damage import DAMAGED, check
+from engine_models import FUSED, architecture
+from engine_references import cache_quantized, compare, disturbed, float_where, logprobs, of_tokens, typical
 from engine_table import markdown
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.calibration.kv_cache import KVHook, watched
-from lowbit.nn import QuantExperts, QuantLinear, float_activations
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "nn"))
@@ -53,130 +50,8 @@ from nn_reference import dequantized  # noqa: E402 (code · scale written out, f
 ENGINES = {"vllm": "engine_vllm.py"}
 PLAIN = 1e-3
 KERNEL = 0.5
-# vLLM's linear attention on CPUs takes bfloat16 only. There the bounds are relative to what bfloat16 costs the
-# unquantized model, which may cost this much.
-DTYPES = {"Qwen3.5-MoE": "bfloat16"}
+# Where an engine computes in bfloat16, bounds are relative to what that costs the unquantized model, at most this much.
 BF16 = 0.1
-NEW_TOKENS = 4
-
-DENSE = ("Llama", "Qwen2", "Qwen3", "Gemma 2", "Phi-3")
-MIXTURES = (
-    "Qwen3-MoE", "Qwen2-MoE", "Mixtral", "GLM-4.5", "DeepSeek-V3", "Qwen3.5-MoE", "Qwen3-VL-MoE", "Llama 4",
-    "Gemma 4 MoE",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """One conversion: arguments of `lowbit.convert`, and of `lowbit.calibrate` before it."""
-
-    scheme: str
-    format: str | None = None
-    overrides: dict[str, str] = field(default_factory=dict)
-    calibrate: bool = False
-    kv_cache: str | None = None
-
-
-MIXED = {
-    "re:.*layers\\.0\\.self_attn\\.o_proj": "float",
-    "re:.*self_attn\\..*": "fp8",
-    "re:.*layers\\.1\\..*experts.*": "fp8",
-    "re:.*layers\\.1\\.(mlp|feed_forward)\\.(gate|up|gate_up|down)_proj": "int8-weight-only",
-}
-HOWS = {
-    "bf16": How(scheme="bf16"),
-    "int8": How(scheme="int8"),
-    "int8-static": How(scheme="int8-static", calibrate=True),
-    "int8-weight-only": How(scheme="int8-weight-only"),
-    "int8-block": How(scheme="int8-block"),
-    "fp8": How(scheme="fp8"),
-    "fp8-static": How(scheme="fp8-static", calibrate=True),
-    "fp8-block": How(scheme="fp8-block"),
-    "fp8-block as HF fp8": How(scheme="fp8-block", format="fp8"),
-    "mxfp8": How(scheme="mxfp8"),
-    "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8"),
-    "int8 + fp8 + W8A16 mixed": How(scheme="int8", overrides=MIXED),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """An architecture and a conversion; `at` is its folder."""
-
-    kind: str
-    how: str
-    at: Path
-
-    @property
-    def title(self) -> str:
-        return f"{self.kind}: {self.how}"
-
-    @property
-    def out(self) -> Path:
-        return self.at / "out"
-
-
-def cases(work: Path, only: list[str]) -> Iterator[Case]:
-    for kind in (*DENSE, *MIXTURES, "SmolLM2"):
-        for how in HOWS:
-            at = work / _file(kind) / _file(how)
-            case = Case(kind=kind, how=how, at=at)
-            if not only or any(part in case.title for part in only):
-                yield case
-
-
-def _file(name: str) -> str:
-    return name.replace(" ", "-").replace(",", "").replace("+", "and")
-
-
-def source(case: Case, work: Path) -> Path:
-    if case.kind == "SmolLM2":
-        from smollm2 import write_smollm2
-
-        return write_smollm2(work / "SmolLM2" / "source")
-    return write(case.kind, work / _file(case.kind) / "source")
-
-
-def prompts(kind: str, source: Path) -> list[list[int]]:
-    """Five windows of token ids; for SmolLM2 those of a text."""
-    if kind == "SmolLM2":
-        from demo import documentation
-        from transformers import AutoTokenizer
-
-        text = documentation(AutoTokenizer.from_pretrained(source), 5 * 64)
-        return [text[at : at + 64] for at in range(0, 5 * 64, 64)]
-    generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        for length in (48, 31, 17, 40, 24)
-    ]
-
-
-def convert(case: Case, work: Path) -> str:
-    """Write the checkpoint; → why lowbit did not, or ""."""
-    how, src = HOWS[case.how], source(case, work)
-    if (case.out / "config.json").is_file():
-        return ""
-    calibration = None
-    try:
-        if how.calibrate:
-            calibration = case.at / "calibration"
-            windows = [torch.tensor(p) for p in prompts(case.kind, src) * 4]
-            lowbit.calibrate(
-                src,
-                calibration,
-                how.scheme,
-                method="absmax",
-                data=windows,
-                kv_cache=how.kv_cache,
-                overwrite=True,
-            )
-        lowbit.convert(
-            src, case.out, how.scheme, format=how.format, overrides=how.overrides, calibration=calibration
-        )
-    except lowbit.InputError as error:
-        return str(error)
-    return ""
 
 
 def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], plain: bool) -> None:
@@ -184,60 +59,6 @@ def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], p
         return
     call = [str(python), str(HERE / ENGINES[engine]), *(["--plain"] if plain else [])]
     subprocess.run([*call, *(str(p) for job in jobs for p in job)], check=True)
-
-
-# What the engine fuses, by the last part of its layer's name.
-MEMBERS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a", "in_proj_ba"),
-}
-
-
-@contextmanager
-def float_where(model: nn.Module, layers: list[str]) -> Iterator[None]:
-    """Leave activations unquantized in the modules that the engine multiplied in float."""
-    with ExitStack() as stack:
-        places = set()
-        for layer in layers:
-            parent, _, last = layer.partition("layers.")[2].rpartition(".")
-            places |= {f"{parent}.{m}" for m in MEMBERS.get(last, (last,))}
-            if "experts" in layer and "shared_expert" not in layer:
-                places.add(f"{parent.removesuffix('.experts')}.experts")
-        for name, module in model.named_modules():
-            if isinstance(module, QuantExperts | QuantLinear):
-                after = name.partition("layers.")[2]
-                if after in places:
-                    stack.enter_context(float_activations(module))
-        yield
-
-
-@torch.no_grad()
-def logprobs(model: nn.Module, ids: list[int]) -> Tensor:
-    """float64 [T, vocabulary]: row t is the distribution of token t + 1."""
-    out = model(input_ids=torch.tensor([ids]))
-    return torch.log_softmax(out.logits[0].double(), -1)
-
-
-def compare(
-    model: nn.Module, asked: list[list[int]], answers: list[dict[str, Any]]
-) -> tuple[list[Tensor], list[float]]:
-    """For every prompt: differences of its token logprobs; how far behind the best its worst greedy token is."""
-    differences, behind = [], []
-    for ids, answer in zip(asked, answers, strict=True):
-        table = logprobs(model, ids + answer["greedy"])
-        differences.append(torch.tensor(answer["logprobs"], dtype=torch.float64) - of_tokens(table, ids))
-        made = table[len(ids) - 1 : -1]
-        chosen = made[torch.arange(len(made)), torch.tensor(answer["greedy"])]
-        behind.append(float((made.max(-1).values - chosen).max()))
-    return differences, behind
-
-
-def of_tokens(table: Tensor, ids: list[int]) -> Tensor:
-    """The logprob of each token after the first."""
-    return table[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
 
 
 def float_model(case: Case) -> nn.Module:
@@ -290,87 +111,39 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     differences, behind = compare(exact, asked, plain["prompts"])
     bound, row["plain"] = PLAIN, float(torch.cat(differences).abs().max())
     if case.kind in DTYPES:
-        row["plain"] = _typical(differences)
+        row["plain"] = typical(differences)
         bound = BF16 if case.how == "bf16" else 3 * before[f"{case.kind}: bf16"]["plain"]
     ok = row["plain"] <= bound and statistics.median(behind) <= 8 * bound
     row |= {"bound": bound, "multiplied": sorted(chosen_kernels(plain)), "kv_cache": True}
     if why := kernels.get("refused"):
         # It loaded, and chose a kernel that cannot run on this machine.
         row["kernel_failed"] = why.strip()
-    if HOWS[case.how].kv_cache:
-        row["kv_cache"] = kv_scales(case) == sorted(map(tuple, plain["kv_scales"].values()))
+    scales = kv_scales(case)
+    if scales:
+        given = sorted(x for pair in plain["kv_scales"].values() for x in pair)
+        row["kv_cache"] = given == sorted(float(t) for t in scales.values())
         ok = ok and row["kv_cache"]
     if has_kernel(case, engine) and "refused" not in kernels:
         model = lowbit.load(case.out, dtype=torch.float32)
-        with float_where(model, kernels["stand_ins"]), cache_quantized(case, model):
+        with float_where(model, kernels["stand_ins"]), cache_quantized(model, scales):
             differences, behind = compare(model, asked, kernels["prompts"])
             own = [of_tokens(logprobs(model, ids), ids) for ids in asked]
             costs = [x - of_tokens(logprobs(exact, ids), ids) for x, ids in zip(own, asked, strict=True)]
             with disturbed(model):
                 moved = [of_tokens(logprobs(model, ids), ids) - x for ids, x in zip(asked, own, strict=True)]
-        row |= {"cost": _typical(costs), "kernel": _typical(differences), "unrest": _typical(moved)}
+        row |= {"cost": typical(costs), "kernel": typical(differences), "unrest": typical(moved)}
         row["kernel_bound"] = max(KERNEL * row["cost"], 2 * row["unrest"]) + bound
         ok = ok and row["kernel"] <= row["kernel_bound"]
         ok = ok and statistics.median(behind) <= 8 * row["kernel_bound"]
     return {**row, "result": "same" if ok else "different"}
 
 
-@contextmanager
-def disturbed(model: nn.Module) -> Iterator[None]:
-    """Embeddings moved by about what float32 sums in another order differ: codes tip over, and deep models amplify it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def move(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output * (1 + 1e-6 * torch.randn(output.shape, generator=generator))
-
-    hook = model.get_input_embeddings().register_forward_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def toward_zero(keys: Tensor, values: Tensor) -> KVHook:
-    """vLLM's kernels for CPUs (0.32) do not round what they write to an FP8 cache: they cut its mantissa off."""
-
-    def cut(x: Tensor, scale: Tensor) -> Tensor:
-        x = (x / scale).clamp(-448, 448)
-        codes = x.to(torch.float8_e4m3fn)
-        larger = codes.float().abs() > x.abs()
-        return (codes.view(torch.uint8) - larger.to(torch.uint8)).view(torch.float8_e4m3fn).float() * scale
-
-    return lambda key, value: (cut(key, keys), cut(value, values))
-
-
-@contextmanager
-def cache_quantized(case: Case, model: nn.Module) -> Iterator[None]:
-    """Round keys and values as the engine's cache does, where the case has scales for them."""
-    tensors = load_file(case.out / "model.safetensors") if HOWS[case.how].kv_cache else {}
-    hooks: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        after = "layers." + name.partition("layers.")[2]
-        for stored, scale in tensors.items():
-            if stored.endswith(f"{after}.k_scale") and hasattr(module, "k_proj"):
-                values = tensors[stored.removesuffix("k_scale") + "v_scale"]
-                hooks[name] = toward_zero(scale, values)
-    assert bool(hooks) == bool(HOWS[case.how].kv_cache)
-    with watched(model, hooks):
-        yield
-
-
-def kv_scales(case: Case) -> list[tuple[float, float]]:
-    """(scale of keys, scale of values) of every attention in the checkpoint, sorted."""
+def kv_scales(case: Case) -> dict[str, Tensor]:
+    """Every attention's scales of keys and of values in the checkpoint; none unless the case has them."""
+    if not HOWS[case.how].kv_cache:
+        return {}
     tensors = load_file(case.out / "model.safetensors")
-    return sorted(
-        (float(t.max()), float(tensors[n.removesuffix("k_scale") + "v_scale"].max()))
-        for n, t in tensors.items()
-        if n.endswith(".k_scale")
-    )
-
-
-def _typical(differences: list[Tensor]) -> float:
-    """The median of the prompts' root mean squares."""
-    return statistics.median(float(x.square().mean().sqrt()) for x in differences)
+    return {n: t for n, t in tensors.items() if n.endswith((".k_scale", ".v_scale"))}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Whether the comparison of check_engines.py would notice: the engine gets damaged checkpoints, the reference does not."""
+"""Whether check_engines.py would notice: the engine gets damaged checkpoints, the reference does not."""
 
 from __future__ import annotations
 

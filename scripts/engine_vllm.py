@@ -2,9 +2,10 @@
 
     python scripts/engine_vllm.py [--plain] CHECKPOINT IDS.json OUT.json [CHECKPOINT IDS.json OUT.json …]
 
-IDS.json is {"prompts": [[token id, …], …], "new_tokens": n}, and perhaps "dtype" (float32 without). OUT.json gets for every prompt the logprob of each token
-after the first, the greedy tokens that follow, and for every kind of layer the class that vLLM chose for it and the
-kernel; or {"refused": why}. Each checkpoint runs in a process of its own, all from one import of vLLM.
+IDS.json is {"prompts": [[token id, …], …], "new_tokens": n}, and perhaps "dtype" (float32 without). OUT.json gets
+for every prompt the logprob of each token after the first and the greedy tokens that follow, and for every kind of
+layer the class that vLLM chose for it and the kernel; or {"refused": why}. Each checkpoint runs in a process of its
+own, all from one import of vLLM.
 
 vLLM's CPU backend has no kernel for some schemes. There its config parsing, layers, fusions, `load_weights` and shape
 checks run all the same, and only the product is ours: what vLLM loaded is dequantized where vLLM put it, and vLLM's own
@@ -15,6 +16,7 @@ float32 arithmetic is between the logprobs and those of the dequantized model.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -41,8 +43,8 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.model_executor.kernels.linear import (  # noqa: E402
     Fp8BlockScaledMMLinearKernel,
     FP8ScaledMMLinearKernel,
-    Mxfp8LinearKernel,
     MPLinearKernel,
+    Mxfp8LinearKernel,
 )
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
@@ -106,13 +108,12 @@ def _last_choices() -> None:
         table.setdefault(PlatformEnum.CPU, []).append(kernel)
     from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, int_wna16
     from vllm.model_executor.layers.quantization import fp8 as fp8_method
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
-        compressed_tensors_moe_w8a8_fp8 as ct_fp8,
-        compressed_tensors_moe_w8a8_int8 as ct_int8,
-        compressed_tensors_moe_w8a8_mxfp8 as ct_mxfp8,
-        compressed_tensors_moe_wna16 as ct_packed,
-    )
+    from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe as ct
 
+    ct_fp8, ct_int8, ct_mxfp8, ct_packed = (
+        importlib.import_module(f"{ct.__name__}.compressed_tensors_moe_{kind}")
+        for kind in ("w8a8_fp8", "w8a8_int8", "w8a8_mxfp8", "wna16")
+    )
     fallback = fp8.Fp8MoeBackend.TRITON
     for modules, name, backend in (
         ((ct_fp8, fp8_method), "select_fp8_moe_backend", fallback),
@@ -183,7 +184,6 @@ def _in_float(layer: nn.Module, dtype: torch.dtype) -> None:
     down = _dequantize(layer, "w2_weight", [layer.moe_config.hidden_dim])
     method = UnquantizedFusedMoEMethod(layer.moe_config)
     _replace(layer, {"w13_weight": both.to(dtype), "w2_weight": down.to(dtype)})
-    layer._replace_quant_method(method) if hasattr(layer, "_replace_quant_method") else None
     layer.quant_method = method
 
 
@@ -255,9 +255,9 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
     prompts, new = ids["prompts"], ids["new_tokens"]
     longest = max(map(len, prompts)) + new
     engine = LLM(
-        checkpoint, dtype=ids.get("dtype", "float32"), max_model_len=longest, enforce_eager=True, disable_log_stats=True,
-        skip_tokenizer_init=True, enable_prefix_caching=False, max_num_seqs=8, distributed_executor_backend="uni",
-        language_model_only=True, hf_overrides=_float_cache if plain else None,
+        checkpoint, dtype=ids.get("dtype", "float32"), max_model_len=longest, max_num_seqs=8, enforce_eager=True,
+        disable_log_stats=True, skip_tokenizer_init=True, enable_prefix_caching=False, language_model_only=True,
+        distributed_executor_backend="uni", hf_overrides=_float_cache if plain else None,
     )  # fmt: skip
     parameters = SamplingParams(
         temperature=0, max_tokens=new, ignore_eos=True, prompt_logprobs=0, detokenize=False

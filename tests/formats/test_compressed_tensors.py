@@ -318,8 +318,8 @@ def test_patterns_are_short_and_exact():
     assert name_patterns(layers[:-1], layers[-1:]) == layers[:-1]
 
 
-# Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names among
-# the targets but no patterns.
+# Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
+# among the targets but no patterns.
 WRAPPED = {
     "model.language_model.layers": "language_model.model.layers",
     "language_model.model.layers": "language_model.model.layers",
