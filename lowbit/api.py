@@ -194,6 +194,8 @@ def verify(
 
 def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -> Replacements:
     from lowbit.calibration import store
+    from lowbit.calibration.kv_cache import KVCache
+    from lowbit.dtypes import INT8
     from lowbit.scheme import get_scheme
 
     calibration = store.read(path)
@@ -214,9 +216,15 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
             f"{len(online)} modules need their input rotated while running (online Hadamard): only lowbit does "
             "that, any other engine would compute nonsense; use rotate-gptq for those"
         )
+    kv_cache = None
+    if calibration.kv_cache and any(name.endswith(".k_scale") for name in tensors):
+        kv_cache = KVCache(**calibration.kv_cache).stored
+        if kv_cache.dtype is INT8:
+            notes.append("vLLM takes KV caches of FP8 only, and refuses a config that says INT8")
     return Replacements(
         tensors=tensors,
         module_schemes=calibration.module_schemes,
+        kv_cache=kv_cache,
         config_overrides=overrides,
         notes=tuple(notes),
         label=f"{calibration.method} {store.fingerprint(path) if tensors else ''}",

@@ -83,6 +83,12 @@ def calibrate(
     share = my_share(windows)
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
+    linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
+    if kv_cache is not None and not any(n.endswith(".k_proj") for n in linears):
+        raise InputError(
+            "expected attention with k_proj and v_proj, whose keys and values a cache holds, found none (multi-head "
+            "latent attention caches something else); calibrate without a KV cache"
+        )
     schemes = module_schemes(model, scheme, selection)
     settings: dict[str, Any] = {
         "scheme": scheme.name,

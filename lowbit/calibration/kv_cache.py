@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
 from lowbit.dtypes import DTYPES
 from lowbit.errors import InputError
-from lowbit.granularity import PerTensor
+from lowbit.granularity import PerChannel, PerTensor
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
 
@@ -40,7 +40,15 @@ class KVCache:
 
     @property
     def spec(self) -> TensorSpec:
+        """Of the values that share one scale."""
         return TensorSpec(dtype=DTYPES[self.dtype], granularity=PerTensor())
+
+    @property
+    def stored(self) -> TensorSpec:
+        """As a format's config describes it; a head is a channel."""
+        return TensorSpec(
+            dtype=DTYPES[self.dtype], granularity=PerChannel() if self.per_head else PerTensor()
+        )
 
     @classmethod
     def parse(cls, text: str) -> KVCache:

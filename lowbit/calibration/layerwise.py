@@ -202,6 +202,10 @@ class LayerwiseModel:
                 return candidate
         return name
 
+    def disk_attention(self, name: str) -> str:
+        """The checkpoint's name of an attention module, which has no weight of its own to be known by."""
+        return self.disk_name(f"{name}.k_proj").removesuffix(".k_proj")
+
     def tensor(self, name: str) -> Tensor | None:
         """A parameter by our name: from the override, or the checkpoint; None when neither has it."""
         disk = self.disk_name(name)

@@ -67,7 +67,7 @@ class Overlay:
         cache = KVCache(**self.calibration.kv_cache)
         hooks: dict[str, KVHook] = {}
         for name, _ in attentions(layer):
-            disk = self.model.disk_name(f"{self.model.layer_name(index)}.{name}")
+            disk = self.model.disk_attention(f"{self.model.layer_name(index)}.{name}")
             if self.calibration.has(f"{disk}.k_scale"):
                 k, v = (self._here(f"{disk}.{leaf}") for leaf in ("k_scale", "v_scale"))
                 hooks[name] = KVQuantizer(cache, k, v)

@@ -269,8 +269,9 @@ class LayerStep:
                 if isinstance(value, Tensor) and not (leaf == "weight" and name in self.quantized):
                     out[f"{self._disk(name)}.{leaf}"] = value.detach().to(stored).cpu()
         for name, pair in self.kv_scales.items():
+            attention = self.run.model.disk_attention(f"{self.prefix}.{name}")
             for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
-                out[f"{self._disk(name)}.{leaf}"] = scale.float().cpu()
+                out[f"{attention}.{leaf}"] = scale.float().cpu()
         return out
 
     def _disk(self, name: str) -> str:

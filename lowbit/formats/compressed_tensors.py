@@ -46,6 +46,8 @@ class CompressedTensors(ConfigOnly):
             return f"K = {shape[-1]} is not a multiple of {granularity.size}"
         if format_of(scheme) == "pack-quantized" and shape[-1] % 4:
             return f"K = {shape[-1]} is not a multiple of 4, the codes in an int32"
+        if joined == "experts" and scheme.weights.dtype is INT8 and scheme.needs_calibration:
+            return "vLLM and SGLang run INT8 experts with dynamic activations only"
         return block_problem(scheme, shape, joined)
 
     def tensors(
@@ -143,7 +145,12 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     """Of a calibration, else of the source where its scales of keys and values are carried along."""
     found = quantization_of(layout.config).get("kv_cache_scheme")
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
-    return dict(found) if found and carried and layout.kv_cache is None else _args(layout.kv_cache)
+    if found and carried and layout.kv_cache is None:
+        return dict(found)
+    args = _args(layout.kv_cache)
+    if args is not None and args["strategy"] == "channel":
+        args["strategy"] = "attn_head"
+    return args
 
 
 def format_of(scheme: Scheme) -> str:
@@ -259,18 +266,29 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
     """Names → a short list of names and `re:` patterns that matches them and none of `outside`.
 
     Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
-    every target for every module, so 46,000 names would take minutes to load.
+    every target for every module, so 46,000 names would take minutes to load. What comes before the
+    layers is left open where models are wrapped: engines have `language_model.model.layers` for
+    `model.language_model.layers`, and translate names, but not patterns.
     """
     names, others = list(members), list(outside)
-    by_pattern: dict[str, list[str]] = {}
+    by_pattern: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) + "$"
-        by_pattern.setdefault(pattern, []).append(name)
+        by_pattern.setdefault(_generalized(name), []).append(name)
     targets: list[str] = []
-    for pattern, matched in by_pattern.items():
-        compiled = re.compile(pattern)
-        if len(matched) > 1 and not any(compiled.match(o) for o in others):
-            targets.append("re:" + pattern)
+    for patterns, matched in by_pattern.items():
+        fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
+        if len(matched) > 1 and fitting:
+            targets.append("re:" + fitting[0])
         else:
             targets.extend(matched)
     return targets
+
+
+def _generalized(name: str) -> tuple[str, ...]:
+    """Patterns of a name with any numbers in it, the widest first."""
+    pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) + "$"
+    before, layers, after = pattern.partition("layers" + r"\.\d+")
+    if before in ("", r"model\.") or not layers:
+        return (pattern,)
+    wrapped = (rf".*language_model\.(.*\.)?{layers}{after}",) if "language_model" in before else ()
+    return (rf".*\b{layers}{after}", *wrapped)

@@ -94,7 +94,7 @@ class Layout:
     tensors: tuple[str, ...] = ()
     """Every tensor of the checkpoint."""
     kv_cache: TensorSpec | None = None
-    """How the KV cache is quantized, where `k_scale` and `v_scale` are stored."""
+    """How the KV cache is quantized, where `k_scale` and `v_scale` are stored; per channel: one scale per head."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The model's own config.json."""
 

@@ -196,3 +196,22 @@ def test_experts_in_float_cannot_be_changed_within_their_3d_tensor(sources, wind
 def test_what_cannot_be_calibrated_is_refused(sources, windows, tmp_path, kind, method, match):
     with pytest.raises(InputError, match=match):
         calibrate(sources[kind], tmp_path / "calib", get_scheme("int8"), get_method(method), windows)
+
+
+def test_static_int8_leaves_experts_dynamic(tmp_path):
+    """Engines run INT8 experts with dynamic activations only; they refuse a checkpoint whose experts are static."""
+    torch.manual_seed(0)
+    model_of("text").save_pretrained(tmp_path / "src")
+    windows = [torch.randint(3, 120, (24,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    lowbit.calibrate(
+        tmp_path / "src", tmp_path / "calib", "int8-static", method="absmax", data=windows, device="cpu"
+    )
+    plan = lowbit.plan(tmp_path / "src", "int8-static", calibration=tmp_path / "calib")
+    expert = plan.decisions["model.layers.1.mlp.experts.0.gate_proj"]
+    assert expert.scheme == get_scheme("int8") and "dynamic activations instead" in expert.reason
+    assert plan.decisions["model.layers.1.self_attn.q_proj"].scheme == get_scheme("int8-static")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8-static", calibration=tmp_path / "calib")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.1.self_attn.q_proj.input_scale" in written
+    assert not any(".experts." in n and n.endswith("input_scale") for n in written)
+    lowbit.load(tmp_path / "out")

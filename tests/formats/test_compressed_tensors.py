@@ -318,6 +318,35 @@ def test_patterns_are_short_and_exact():
     assert name_patterns(layers[:-1], layers[-1:]) == layers[:-1]
 
 
+# Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
+# among the targets but no patterns.
+WRAPPED = {
+    "model.language_model.layers": "language_model.model.layers",
+    "language_model.model.layers": "language_model.model.layers",
+    "thinker.model.layers": "language_model.model.layers",
+}
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+def test_patterns_of_wrapped_models_match_in_engines_that_wrap_them_otherwise(prefix):
+    members = [f"{prefix}.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo"]
+    others = [f"{prefix}.{i}.mlp.down_proj" for i in range(3)] + ["model.visual.blocks.0.attn.qkv"]
+    targets = name_patterns(members, others)
+    assert len(targets) == 4 and all(t.startswith("re:") for t in targets)
+    for names, wanted in ((members, True), (others, False)):
+        for name in (*names, *(n.replace(prefix, WRAPPED[prefix]) for n in names)):
+            assert any(re.match(t[3:], name) for t in targets) == wanted
+
+
+def test_patterns_of_wrapped_models_leave_a_tower_with_the_same_layers_alone():
+    members = [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(3)]
+    tower = [f"model.vision_tower.encoder.layers.{i}.self_attn.q_proj" for i in range(3)]
+    (target,) = name_patterns(members, tower)
+    for name in (*members, "language_model.model.layers.2.self_attn.q_proj"):
+        assert re.match(target[3:], name)
+    assert not any(re.match(target[3:], t) for t in tower)
+
+
 NAMES = st.lists(
     st.builds(
         "m.{}.{}{}".format,

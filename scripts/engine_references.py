@@ -1,0 +1,113 @@
+"""What an engine's logprobs are compared with: lowbit's own models and transformers', run here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.calibration.kv_cache import KVHook, watched
+from lowbit.nn import QuantExperts, QuantLinear, float_activations
+
+# What the engine fuses, by the last part of its layer's name.
+MEMBERS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a", "in_proj_ba"),
+}
+
+
+@contextmanager
+def float_where(model: nn.Module, layers: list[str]) -> Iterator[None]:
+    """Leave activations unquantized in the modules that the engine multiplied in float."""
+    with ExitStack() as stack:
+        places = set()
+        for layer in layers:
+            parent, _, last = layer.partition("layers.")[2].rpartition(".")
+            places |= {f"{parent}.{m}" for m in MEMBERS.get(last, (last,))}
+            if "experts" in layer and "shared_expert" not in layer:
+                places.add(f"{parent.removesuffix('.experts')}.experts")
+        for name, module in model.named_modules():
+            if isinstance(module, QuantExperts | QuantLinear):
+                after = name.partition("layers.")[2]
+                if after in places:
+                    stack.enter_context(float_activations(module))
+        yield
+
+
+@torch.no_grad()
+def logprobs(model: nn.Module, ids: list[int]) -> Tensor:
+    """float64 [T, vocabulary]: row t is the distribution of token t + 1."""
+    out = model(input_ids=torch.tensor([ids]))
+    return torch.log_softmax(out.logits[0].double(), -1)
+
+
+def compare(
+    model: nn.Module, asked: list[list[int]], answers: list[dict[str, Any]]
+) -> tuple[list[Tensor], list[float]]:
+    """For every prompt: differences of its token logprobs; how far behind the best its worst greedy token is."""
+    differences, behind = [], []
+    for ids, answer in zip(asked, answers, strict=True):
+        table = logprobs(model, ids + answer["greedy"])
+        differences.append(torch.tensor(answer["logprobs"], dtype=torch.float64) - of_tokens(table, ids))
+        made = table[len(ids) - 1 : -1]
+        chosen = made[torch.arange(len(made)), torch.tensor(answer["greedy"])]
+        behind.append(float((made.max(-1).values - chosen).max()))
+    return differences, behind
+
+
+def of_tokens(table: Tensor, ids: list[int]) -> Tensor:
+    """The logprob of each token after the first."""
+    return table[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+
+
+@contextmanager
+def disturbed(model: nn.Module) -> Iterator[None]:
+    """Embeddings moved by what float32 sums in another order differ: codes tip over, and deep models amplify it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def move(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * (1 + 1e-6 * torch.randn(output.shape, generator=generator))
+
+    hook = model.get_input_embeddings().register_forward_hook(move)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def toward_zero(keys: Tensor, values: Tensor) -> KVHook:
+    """vLLM's kernels for CPUs (0.32) do not round what they write to an FP8 cache: they cut its mantissa off."""
+
+    def cut(x: Tensor, scale: Tensor) -> Tensor:
+        x = (x / scale).clamp(-448, 448)
+        codes = x.to(torch.float8_e4m3fn)
+        larger = codes.float().abs() > x.abs()
+        return (codes.view(torch.uint8) - larger.to(torch.uint8)).view(torch.float8_e4m3fn).float() * scale
+
+    return lambda key, value: (cut(key, keys), cut(value, values))
+
+
+@contextmanager
+def cache_quantized(model: nn.Module, scales: dict[str, Tensor]) -> Iterator[None]:
+    """Round keys and values as the engine's cache does, wherever `scales` has a `k_scale` and a `v_scale`."""
+    hooks: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        after = "layers." + name.partition("layers.")[2]
+        for stored, scale in scales.items():
+            if stored.endswith(f"{after}.k_scale") and hasattr(module, "k_proj"):
+                hooks[name] = toward_zero(scale, scales[stored.removesuffix("k_scale") + "v_scale"])
+    assert 2 * len(hooks) == len(scales)
+    with watched(model, hooks):
+        yield
+
+
+def typical(differences: list[Tensor]) -> float:
+    """The median of the prompts' root mean squares."""
+    return statistics.median(float(x.square().mean().sqrt()) for x in differences)

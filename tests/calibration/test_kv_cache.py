@@ -1,0 +1,64 @@
+"""KV-cache scales of a calibration, as a converted checkpoint holds them: engines use them by name and by config."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from safetensors.torch import load_file
+from test_fused_experts import TEXT, model_of
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lowbit
+from lowbit.errors import InputError
+
+DENSE = {k: v for k, v in TEXT.items() if "expert" not in k and "moe" not in k}
+WINDOWS = [torch.randint(3, 120, (24,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+# What vLLM 0.32's CompressedTensorsKVCacheMethod asks of the scheme.
+STRATEGIES = {"fp8": "tensor", "fp8-head": "attn_head", "int8": "tensor"}
+
+
+def converted(model, root, kv_cache):
+    torch.manual_seed(0)
+    model.save_pretrained(root / "src")
+    lowbit.calibrate(
+        root / "src", root / "calib", "int8", method="absmax", data=WINDOWS, kv_cache=kv_cache, device="cpu"
+    )
+    plan = lowbit.plan(root / "src", "int8", calibration=root / "calib")
+    lowbit.convert(root / "src", root / "out", "int8", calibration=root / "calib")
+    config = json.loads((root / "out" / "config.json").read_text())
+    return load_file(root / "out" / "model.safetensors"), config["quantization_config"], plan.warnings
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_the_config_says_how_the_cache_is_quantized(kind, tmp_path):
+    tensors, config, warnings = converted(LlamaForCausalLM(LlamaConfig(**DENSE)), tmp_path, kind)
+    args = QuantizationArgs.model_validate(config["kv_cache_scheme"])
+    number = "int" if kind == "int8" else "float"
+    assert (args.num_bits, args.type, args.symmetric, args.dynamic) == (8, number, True, False)
+    assert args.strategy == STRATEGIES[kind]
+    for i in range(2):
+        for leaf in ("k_scale", "v_scale"):
+            scale = tensors[f"model.layers.{i}.self_attn.{leaf}"]
+            assert scale.shape == ((2,) if "head" in kind else (1,)) and scale.dtype == torch.float32
+    assert any("INT8" in w for w in warnings) == (kind == "int8")
+
+
+def test_scales_lie_beside_the_projections_of_a_vision_language_model(tmp_path):
+    """`model.language_model.layers.…`, where k_proj is: engines that map prefixes refuse any other name."""
+    tensors, config, _ = converted(model_of("seeing"), tmp_path, "fp8")
+    beside = {n.removesuffix("k_proj.weight") for n in tensors if n.endswith("self_attn.k_proj.weight")}
+    assert {n.removesuffix("k_scale") for n in tensors if n.endswith(".k_scale")} == beside
+    assert len(beside) == 1 and config["kv_cache_scheme"]["type"] == "float"
+
+
+def test_latent_attention_has_no_keys_to_calibrate(tmp_path):
+    heads = {k: v for k, v in DENSE.items() if k not in ("head_dim", "num_key_value_heads")}
+    config = DeepseekV3Config(
+        **heads, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="k_proj and v_proj"):
+        converted(DeepseekV3ForCausalLM(config), tmp_path, "fp8")
