@@ -164,9 +164,9 @@ def _dequantize(layer: nn.Module, stem: str, rows: list[int]) -> Tensor:
         scale = scale.reshape(*codes.shape[:-2], -1)
         scale = torch.repeat_interleave(scale, torch.tensor(rows), dim=-1) if scale.shape[-1] > 1 else scale
         return codes * scale.unsqueeze(-1).expand(*codes.shape[:-2], n, 1)
-    high = n if scale.shape[-2] == n else 128
-    wide = k // scale.shape[-1] if scale.shape[-2] == n else 128
-    scale = scale.repeat_interleave(-(-high // n) if high == n else high, -2).repeat_interleave(wide, -1)
+    # A row for every row of the weight: channels or groups; otherwise blocks.
+    high, wide = (1, k // scale.shape[-1]) if scale.shape[-2] == n else (128, 128)
+    scale = scale.repeat_interleave(high, -2).repeat_interleave(wide, -1)
     return codes * scale[..., :n, :k]
 
 
