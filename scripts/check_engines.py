@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from engine_cases import DTYPES, HOWS, NEW_TOKENS, Case, cases, convert, prompts, source  # beside this file
 from engine_damage import DAMAGED, check
-from engine_models import FUSED, architecture
+from engine_models import FUSED, TURNED, architecture, turn_experts
 from engine_references import cache_quantized, compare, disturbed, float_where, logprobs, of_tokens, typical
 from engine_table import markdown
 from safetensors.torch import load_file
@@ -63,12 +63,16 @@ def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], p
 
 def float_model(case: Case) -> nn.Module:
     """The dequantized checkpoint in transformers, float32."""
-    if HOWS[case.how].scheme == "bf16":
+    if HOWS[case.how].scheme == "bf16" and case.kind != TURNED:
         at = case.out
     else:
         at = case.at / "float"
         shutil.rmtree(at, ignore_errors=True)
-        dequantized(case.out, at, FUSED.get(case.kind))
+        if HOWS[case.how].scheme == "bf16":
+            shutil.copytree(case.out, at)
+            turn_experts(at / "model.safetensors")
+        else:
+            dequantized(case.out, at, FUSED.get(case.kind))
     import transformers
 
     cls = transformers.LlamaForCausalLM if case.kind == "SmolLM2" else architecture(case.kind)[0]

@@ -106,6 +106,10 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
 FUSED = {"Qwen3-VL-MoE": "rows", "Llama 4": "columns", "Gemma 4 MoE": "rows"}
 
 
+# Its experts are published [E, in, out], and so read by engines; transformers writes and reads them [E, out, in].
+TURNED = "Qwen3-VL-MoE"
+
+
 def write(kind: str, out: Path) -> Path:
     """The checkpoint of an architecture, unless it is there. Rows differ in size, so that a wrong scale shows."""
     if (out / "config.json").is_file():
@@ -127,8 +131,8 @@ def write(kind: str, out: Path) -> Path:
             else:
                 parameter.copy_(torch.randn_like(parameter))
     model.to(torch.bfloat16).save_pretrained(out)
-    if kind == "Qwen3-VL-MoE":
-        _as_published(out / "model.safetensors")
+    if kind == TURNED:
+        turn_experts(out / "model.safetensors")
     return out
 
 
@@ -136,8 +140,8 @@ def _ones(parameter: torch.Tensor, inputs: int) -> list[int]:
     return [1 if d == inputs else n for d, n in enumerate(parameter.shape) if d]
 
 
-def _as_published(file: Path) -> None:
-    """Qwen3-VL-MoE's experts are published [E, in, out]; transformers writes them [E, out, in]."""
+def turn_experts(file: Path) -> None:
+    """Between the two layouts of TURNED, in place."""
     tensors = load_file(file)
     turned = {n: v.mT.contiguous() if v.dim() == 3 and ".experts." in n else v for n, v in tensors.items()}
     save_file(turned, file, {"format": "pt"})

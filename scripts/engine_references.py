@@ -32,10 +32,13 @@ def float_where(model: nn.Module, layers: list[str]) -> Iterator[None]:
             parent, _, last = layer.partition("layers.")[2].rpartition(".")
             places |= {f"{parent}.{m}" for m in MEMBERS.get(last, (last,))}
             if "experts" in layer and "shared_expert" not in layer:
-                places.add(f"{parent.removesuffix('.experts')}.experts")
+                # What stands around experts has names of its own in every library.
+                places.add(f"{parent.partition('.')[0]}: experts")
         for name, module in model.named_modules():
             if isinstance(module, QuantExperts | QuantLinear):
                 after = name.partition("layers.")[2]
+                if isinstance(module, QuantExperts):
+                    after = f"{after.partition('.')[0]}: experts"
                 if after in places:
                     stack.enter_context(float_activations(module))
         yield
