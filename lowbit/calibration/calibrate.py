@@ -210,7 +210,7 @@ def _start(
     calls = []
     one_batch = _passes(model, method, schemes, options, windows)
     for batch in make_batches(share, len(windows) if one_batch else options.batch_size):
-        call = model.embed(batch)
+        call = model.embed(batch, cache.hold)
         cache.append(call.hidden)
         calls.append(call.kwargs)
     # Of the shortest, so that as many tokens can be taken from the first batch of any worker.

@@ -93,7 +93,7 @@ def sensitivities(
     states = [ActivationCache(memory_limit // (len(model) + 1)) for _ in range(len(model) + 1)]
     calls = []
     for ids in batches:
-        call = model.embed(ids)
+        call = model.embed(ids, states[0].hold)
         states[0].append(call.hidden)
         calls.append(call.kwargs)
     for index in range(len(model)):
@@ -113,7 +113,7 @@ def sensitivities(
         rounded = {n: _rounded(layer, n, schemes) for n in names}
         for batch, hidden in enumerate(states[index]):
             gradients[batch], seen = _layer_gradient(
-                layer, hidden.to(model.device), calls[batch][index], gradients[batch], names
+                model, layer, hidden, calls[batch][index], gradients[batch], names
             )
             for name, calls_of in seen.items():
                 for x, y, g in calls_of:
@@ -151,7 +151,12 @@ def _head_gradient(model: LayerwiseModel, hidden: Tensor, generator: torch.Gener
 
 
 def _layer_gradient(
-    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], gradient: Tensor, names: Sequence[str]
+    model: LayerwiseModel,
+    layer: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    gradient: Tensor,
+    names: Sequence[str],
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
     """(gradient at the layer's input, name → [(input, output without bias, gradient at the output)])."""
     kept: list[tuple[str, Tensor, Tensor]] = []
@@ -166,10 +171,8 @@ def _layer_gradient(
     handles = [layer.get_submodule(n).register_forward_hook(keep(n)) for n in names]
     try:
         with torch.enable_grad():
-            h = hidden.detach().clone().requires_grad_(True)
-            out = layer(h, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            out.backward(gradient)
+            h = hidden.to(model.device, copy=True).requires_grad_(True)
+            model.run_with_grad(layer, h, kwargs).backward(gradient)
     finally:
         for handle in handles:
             handle.remove()

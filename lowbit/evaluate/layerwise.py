@@ -219,7 +219,7 @@ class _Stream:
     def start(cls, side: Candidate, batches: Sequence[Tensor], memory_limit: int) -> _Stream:
         stream = cls(side=side, cache=ActivationCache(memory_limit), calls=[])
         for ids in batches:
-            call = side.model.embed(ids)
+            call = side.model.embed(ids, stream.cache.hold)
             stream.cache.append(call.hidden)
             stream.calls.append(call.kwargs)
         return stream
