@@ -174,7 +174,9 @@ def shared_states(kwargs: dict[str, Any]) -> list[Tensor]:
     for value in kwargs.values():
         if isinstance(value, MutableMapping):
             for entry in value.values():
-                found += [t for t in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(t, Tensor)]
+                found += [
+                    t for t in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(t, Tensor)
+                ]
     return found
 
 

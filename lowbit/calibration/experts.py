@@ -31,7 +31,7 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.act_fn = act_fn
-        self.__dict__["apply_gate"] = apply_gate
+        self.apply_gate = apply_gate
         """[…, 2I], gate and up side by side → […, I]; None: act(gate) · up."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,4 +142,6 @@ def unfuse(layer: nn.Module, name: str) -> None:
     """Replace one fused experts module of `layer`. Raises InputError for layouts that differ."""
     fused = layer.get_submodule(name)
     with torch.device(next(fused.parameters()).device):
-        setattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], UnfusedExperts.like(fused))
+        setattr(
+            layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], UnfusedExperts.like(fused)
+        )

@@ -120,7 +120,7 @@ def trace(
             continue
         if mine:
             found_norms.append(Norm(name=name, readers=tuple(mine), offset=offset, centered=centered))
-        elif width == hidden_size:
+        elif width == hidden_size and name.rpartition(".")[2] not in ("q_norm", "k_norm"):
             refusal = refusal or f"{name} normalizes what is added to the residual stream"
     linears = tuple(n for n in linears if n in inputs or ".experts." in n)
     writers = tuple(n for n in linears if n.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj"))

@@ -53,7 +53,9 @@ class LayerwiseModel:
             if hasattr(config, key):
                 setattr(config, key, value)
         with torch.device("meta"):
-            self.model = _model_class(config, source)._from_config(config, dtype=dtype)
+            self.model = _model_class(config, source)._from_config(
+                config, dtype=dtype, experts_implementation="eager"
+            )
         self.model.eval().requires_grad_(False)
         self.config = config
         self.text_config = config.get_text_config()
@@ -76,6 +78,14 @@ class LayerwiseModel:
 
     def layer_name(self, index: int) -> str:
         return f"{self.layers_name}.{index}"
+
+    def kind(self, index: int) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """What a decoder layer is made of, equal for layers that differ in nothing but their weights."""
+        layer = self._meta_layers[index]
+        found: list[tuple[str, str, tuple[int, ...]]] = [
+            (n, type(m).__name__, ()) for n, m in layer.named_modules()
+        ]
+        return tuple(found + [(n, "", tuple(p.shape)) for n, p in layer.named_parameters()])
 
     def embed(self, ids: Tensor, hold: Hold = lambda x: x) -> LayerCall:
         """Token ids [B, T] → hidden states [B, T, H] before the first layer, with every layer's keywords.
@@ -232,7 +242,7 @@ def _model_class(config: Any, source: Source) -> Any:
         transformers.AutoModelForCausalLM._model_mapping,
         transformers.AutoModelForImageTextToText._model_mapping,
     )
-    known = [m[type(config)] for m in mappings if type(config) in m]
+    known: list[Any] = [m[type(config)] for m in mappings if type(config) in m]
     if not known:
         raise InputError(
             f"{source.path}: expected a language model, to run it layer by layer, found {config.model_type!r}, for "
@@ -257,7 +267,15 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleLis
 
 def final_norm(base: nn.Module) -> nn.Module:
     """The norm after the last decoder layer."""
-    for name in ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f", "embedding_norm"):
+    for name in (
+        "norm",
+        "final_layernorm",
+        "final_layer_norm",
+        "ln_f",
+        "final_norm",
+        "norm_f",
+        "embedding_norm",
+    ):
         if isinstance(norm := getattr(base, name, None), nn.Module):
             return norm
     raise InputError(f"expected a final norm in {type(base).__name__}, found none")

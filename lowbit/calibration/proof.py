@@ -60,7 +60,11 @@ def _unchanged(layer: nn.Module, joints: Sequence[Norm | Pair], run: Run, expect
         passed = scale if isinstance(joint, Norm) else fold.repeat_heads(scale, joint)
         handles.append(module.register_forward_hook(partial(_divide, scale)))
         for reader in readers:
-            handles.append(layer.get_submodule(reader).register_forward_pre_hook(partial(_multiply, passed), with_kwargs=True))
+            handles.append(
+                layer.get_submodule(reader).register_forward_pre_hook(
+                    partial(_multiply, passed), with_kwargs=True
+                )
+            )
     try:
         got = list(run())
     finally:

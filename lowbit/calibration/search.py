@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import fake_quantize
@@ -102,6 +103,11 @@ def sensitivities(
         layer = model.load(index)
         for batch, hidden in enumerate(states[index]):
             states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
+    if any(shared_states(call[-1]) for call in calls):
+        raise InputError(
+            f"expected decoder layers on their own, found some in {source} that use the keys and values of others, "
+            "whose cost would be counted in part; use one scheme, or a recipe of your own"
+        )
     generator = torch.Generator().manual_seed(seed + rank())
     gradients = [_head_gradient(model, hidden, generator) for hidden in states[-1]]
     costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))

@@ -36,6 +36,7 @@ SIGLIP = {
     "patch_size": 14,
 }  # fmt: skip
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+PARTIAL = {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}}
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_d_conv": 4,
     "mamba_expand": 2, "mamba_chunk_size": 16,
@@ -81,12 +82,12 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
     "mixtral": _of("MixtralConfig", **TEXT, **MOE),
     "deepseek_v2": _of("DeepseekV2Config", **NO_HEAD | LATENT | {"topk_method": "greedy"}),
     "deepseek_v3": _of("DeepseekV3Config", **NO_HEAD | LATENT),
-    "deepseek_v32": _of("DeepseekV32Config", **NO_HEAD | LATENT | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}),
+    "deepseek_v32": _of("DeepseekV32Config", **NO_HEAD | LATENT, index_n_heads=2, index_head_dim=32, index_topk=8),
     "glm4": _of("Glm4Config", **TEXT),
     "glm4_moe": _of("Glm4MoeConfig", **TEXT | ROUTED),
     "glm4_moe_lite": _of("Glm4MoeLiteConfig", **NO_HEAD | LATENT),
     "glm4v": _seeing("Glm4v", {**TEXT, **MROPE}, SEES),
-    "glm4v_moe": _seeing("Glm4vMoe", TEXT | ROUTED | {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}}, SEES),
+    "glm4v_moe": _seeing("Glm4vMoe", TEXT | ROUTED | PARTIAL, SEES),
     "gemma2": _of("Gemma2Config", **TEXT, **SLIDING, query_pre_attn_scalar=16),
     "gemma3": _of("Gemma3TextConfig", "Gemma3ForCausalLM", **TEXT, **SLIDING, query_pre_attn_scalar=16),
     "gemma3-sees": _seeing("Gemma3", {**TEXT, **SLIDING, "query_pre_attn_scalar": 16}, SIGLIP, mm_tokens_per_image=4),
