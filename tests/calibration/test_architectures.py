@@ -114,9 +114,9 @@ def traced(model: LayerwiseModel, index: int, module, hidden, kwargs) -> LayerGr
 @EACH
 def test_transforms_are_exact_in_float64(sources, ids, name):
     """Rotation where it is allowed, and a scale through every joint: logits to 1e-9."""
-    ids = ids[:2, :24]
+    ids, source = ids[:2, :24], sources(name)
     with Double():
-        model = LayerwiseModel(Source(sources(name)), dtype=torch.float64)
+        model = LayerwiseModel(Source(source), dtype=torch.float64)
         want = run_through(model, ids)
         method = settled(Method(name="rotate", rotate="hadamard", rotate_heads=True, else_smooth=True), model)
         if name in CHOSEN:
