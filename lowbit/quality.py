@@ -75,10 +75,9 @@ def calibrate(
         chosen = method if isinstance(method, MethodClass) else MethodClass.from_dict(dict(method))
     chosen = replace(chosen, seed=seed, smooth=chosen.smooth if alpha is None else alpha)
     windows, described = _windows(src, data, samples, length, seed)
-    if started is not None:
-        started(chosen, windows)
     return run(
-        src, out, target, chosen, windows, options=options, overwrite=overwrite, progress=progress, data=described,
+        src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
+        data=described,
         selection=Selection(ignore=tuple(ignore), keep=tuple(keep), overrides=dict(overrides or {})),
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip

@@ -22,23 +22,29 @@ class ActivationCache:
         self.limit_bytes = limit_bytes
         self.bytes_in_memory = 0
         self.bytes_spilled = 0
+        self._files = 0
         self._parent = directory
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._items: list[Tensor] = []
 
     def append(self, x: Tensor) -> None:
+        self._items.append(self.hold(x))
+
+    def hold(self, x: Tensor) -> Tensor:
+        """`x` on the CPU, in memory or in a file as there is room, without making it an item."""
         size = x.numel() * x.element_size()
         if self.bytes_in_memory + size <= self.limit_bytes:
             self.bytes_in_memory += size
-            self._items.append(x.cpu())
-            return
+            # A copy where it is part of something larger, which would stay in memory with it.
+            return x.cpu() if x.is_contiguous() else x.contiguous().cpu()
         if self._directory is None:
             self._directory = tempfile.TemporaryDirectory(prefix="lowbit-", dir=self._parent)
-        file = Path(self._directory.name) / f"{len(self._items)}.bin"
+        file = Path(self._directory.name) / f"{self._files}.bin"
+        self._files += 1
         mapped = torch.from_file(str(file), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
         mapped.copy_(x)
         self.bytes_spilled += size
-        self._items.append(mapped)
+        return mapped
 
     def __len__(self) -> int:
         return len(self._items)

@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowbit.calibration import store
 from lowbit.calibration.activations import ActivationCache
+from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
-from lowbit.calibration.graph import norm_gain
 from lowbit.calibration.kv_cache import KVCache, watched
-from lowbit.calibration.layerwise import LayerwiseModel, final_norm
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.overlay import Overlay
+from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import Rotation, make_rotation
 from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Selection, decide, role_of
+from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -62,12 +63,14 @@ def calibrate(
     options: RunOptions | None = None,
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    started: Callable[[Method, Sequence[Tensor]], None] | None = None,
     progress: Progress | None = None,
 ) -> store.Calibration:
     """Calibrate `source` for `scheme` with `method` on `windows` of token ids [T]; returns what was written.
 
     One decoder layer and the hidden states of the data (spilled past `options.memory_limit`) are in
-    memory. An interrupted run resumes when called again with the same arguments. Raises
+    memory. An interrupted run resumes when called again with the same arguments. `started` is called with
+    the method, which may not rotate where the model does not allow it (see `Method.else_smooth`). Raises
     InputError for a scheme that quantizes no weights, data that is missing, and architectures
     that cannot be run layer by layer or rotated.
     """
@@ -89,6 +92,9 @@ def calibrate(
             "expected attention with k_proj and v_proj, whose keys and values a cache holds, found none (multi-head "
             "latent attention caches something else); calibrate without a KV cache"
         )
+    method = settled(method, model)
+    if started is not None:
+        started(method, windows)
     schemes = module_schemes(model, scheme, selection)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
@@ -111,7 +117,6 @@ def calibrate(
     rotation = None
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":
-        _refuse_towers(reader)
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
         if writer is not None and store.MODEL_PART not in done:
@@ -124,7 +129,8 @@ def calibrate(
             progress(name, index, len(model))
         last = index == len(model) - 1
         finished = name in done
-        if finished and (last or not windows):
+        shares = shares_states(run.small[index])
+        if finished and (last or not (windows or shares)):
             continue
         if finished and method.propagate:
             _replay(run, index, store.read(out))
@@ -149,53 +155,6 @@ def calibrate(
     return store.read(out)
 
 
-def _refuse_towers(source: Source) -> None:
-    """InputError for a model that also sees or hears: what its towers add to the residual stream is not rotated."""
-    for name, ref in source.tensors.items():
-        role = role_of(name.rpartition(".")[0], ref.shape, source.config)[0]
-        if role in ("vision", "audio"):
-            raise InputError(
-                f"expected a model of text alone to rotate, found {name} in {source.path}, whose outputs would enter "
-                "the residual stream as they are; use a method without rotation (gptq, smoothquant-gptq)"
-            )
-
-
-def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtype) -> dict[str, Tensor]:
-    """Rotate embeddings and lm_head of a model in memory, in place, the final norm folded into lm_head.
-
-    Returns the changed tensors by our names, as they will be stored; the model computes with those.
-    """
-    embedding = model.model.get_input_embeddings()
-    head = model.model.get_output_embeddings()
-    norm = final_norm(model.base)
-    if head is None or not isinstance(embedding, nn.Embedding):
-        raise InputError(
-            "expected token embeddings and lm_head to rotate, found none; use a method without rotation"
-        )
-    others = [n for n, m in model.base.named_modules() if isinstance(m, nn.Embedding) and m is not embedding]
-    offset, centered = norm_gain(norm, rotation.size)
-    if others or centered:
-        raise InputError(
-            f"expected one embedding and RMSNorm, found {others or type(norm).__name__}; use a method without rotation"
-        )
-    gain = norm.weight.detach() + offset  # type: ignore[operator]
-
-    def keep(x: Tensor) -> nn.Parameter:
-        if model.dtype == torch.float64:
-            return nn.Parameter(x, requires_grad=False)
-        return nn.Parameter(x.to(stored).to(model.dtype), requires_grad=False)
-
-    before = embedding.weight.detach()
-    head.weight = keep(rotation.apply(head.weight.detach() * gain))
-    embedding.weight = keep(rotation.apply(before))
-    norm.weight = nn.Parameter(torch.full_like(gain, 1.0 - offset), requires_grad=False)
-    names = {id(m): n for n, m in model.model.named_modules()}
-    return {
-        f"{names[id(m)]}.weight": m.weight.detach().to(stored)  # type: ignore[operator]
-        for m in (embedding, head, norm)
-    }
-
-
 def _start(
     model: LayerwiseModel,
     method: Method,
@@ -210,7 +169,7 @@ def _start(
     calls = []
     one_batch = _passes(model, method, schemes, options, windows)
     for batch in make_batches(share, len(windows) if one_batch else options.batch_size):
-        call = model.embed(batch)
+        call = model.embed(batch, cache.hold)
         cache.append(call.hidden)
         calls.append(call.kwargs)
     # Of the shortest, so that as many tokens can be taken from the first batch of any worker.
@@ -272,6 +231,8 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
     run.schemes.update({n: get_scheme(left[d]) for n in run.schemes if (d := run.model.disk_name(n)) in left})
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
+    if shares_states(run.small[index]):  # what later layers' samples will look up
+        run.model.run(layer, index, run.cache[0][:1, : run.small_shape[1]], run.small[index])
     with watched(layer, overlay.kv_hooks(layer, index)):
         run.hand_on(layer, index, quantizers)
 

@@ -29,6 +29,8 @@ class Norm:
     """The gain is `offset + weight`: 0 for Llama, 1 for Gemma."""
     centered: bool
     """It subtracts the mean (LayerNorm): no rotation passes through it."""
+    movable: bool = True
+    """Its readers are all that read it (see `proof`): scales may move from it into them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class LayerGraph:
     """The joints of one decoder layer; names are relative to the layer."""
 
     linears: tuple[str, ...]
+    """Those that are called: not a Linear whose weight the layer reads by itself (Mamba's)."""
     groups: tuple[tuple[str, ...], ...]
     """Linear layers that read the same tensor; together they cover `linears`."""
     norms: tuple[Norm, ...]
@@ -106,7 +109,7 @@ def trace(
         width = norm.weight.shape[0] if isinstance(getattr(norm, "weight", None), Tensor) else 0
         mine = []
         for reader, seen in inputs.items():
-            if _same(outputs[name], seen) and seen.shape[-1] == width:
+            if _reads(named[reader], outputs[name], seen) and seen.shape[-1] == width:
                 # With all experts seeing all tokens, an expert's Linear layers are seen on their own too.
                 mine += [part for part in _parts(reader, named[reader]) if part not in mine]
         try:
@@ -117,8 +120,9 @@ def trace(
             continue
         if mine:
             found_norms.append(Norm(name=name, readers=tuple(mine), offset=offset, centered=centered))
-        elif width == hidden_size:
+        elif width == hidden_size and name.rpartition(".")[2] not in ("q_norm", "k_norm"):
             refusal = refusal or f"{name} normalizes what is added to the residual stream"
+    linears = tuple(n for n in linears if n in inputs or ".experts." in n)
     writers = tuple(n for n in linears if n.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj"))
     if any(n.centered for n in found_norms):
         refusal = refusal or "LayerNorm subtracts the mean, and a rotation moves it"
@@ -138,10 +142,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
+def _reads(reader: nn.Module, out: Tensor, seen: Tensor) -> bool:
+    return reader.reads(out, seen) if isinstance(reader, UnfusedExperts) else _same(out, seen)
+
+
 def _parts(name: str, module: nn.Module) -> list[str]:
-    if isinstance(module, UnfusedExperts):
-        return [f"{name}.{i}.{p}" for i in range(len(module)) for p in ("gate_proj", "up_proj")]
-    return [name]
+    return [f"{name}.{p}" for p in module.first_parts] if isinstance(module, UnfusedExperts) else [name]
 
 
 @torch.no_grad()

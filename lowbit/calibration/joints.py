@@ -84,7 +84,9 @@ def joints(graph: LayerGraph, schemes: Mapping[str, Scheme], method: Method) -> 
     by_member = {m: (first, ms) for first, ms in groups_of(graph, schemes) for m in ms}
     for norm in graph.norms if "norm" in method.smooth_joints else ():
         groups = {by_member[r] for r in norm.readers if r in by_member}
-        if len(groups) == 1:  # else nothing quantized reads it, or its readers see different tokens (experts)
+        if (
+            norm.movable and len(groups) == 1
+        ):  # else nothing quantized reads it, or its readers see different tokens (experts)
             first, members = groups.pop()
             yield Joint(before=norm, first=first, members=members)
     for pair in graph.pairs:

@@ -2,67 +2,28 @@
 
 The model is built on the meta device, so it costs nothing. Embeddings, the final norm, the
 rotary tables and lm_head are filled for good; a decoder layer is filled from the checkpoint when it is
-asked for, and forgotten afterwards. Whatever else the model's own forward prepares for its
-layers (rotary embeddings, masks, sliding windows) is recorded by running that forward with
-every layer replaced by a stub, so nothing about the architecture is assumed but a list of
-decoder layers that take hidden states first and return them.
+asked for, and forgotten afterwards; vision and audio towers stay on meta. Whatever else the
+model's own forward prepares for its layers is recorded by running it with stubs (see `calls`).
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved
 from lowbit.calibration.devices import choose_device
-from lowbit.calibration.experts import unfuse
+from lowbit.calibration.experts import fused_modules, unfuse
+from lowbit.calibration.names import CheckpointNames
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 
-# Checkpoints that name a mixture's parts as its paper did; ours are transformers' names.
-_ALIASES: tuple[tuple[str, str], ...] = (
-    (r"\.mlp\.experts\.(\d+)\.gate_proj", r".block_sparse_moe.experts.\1.w1"),
-    (r"\.mlp\.experts\.(\d+)\.down_proj", r".block_sparse_moe.experts.\1.w2"),
-    (r"\.mlp\.experts\.(\d+)\.up_proj", r".block_sparse_moe.experts.\1.w3"),
-    (r"\.mlp\.gate(?=\.|$)", r".block_sparse_moe.gate"),
-    # The text model of one that also sees (Qwen3.5).
-    (r"^model\.", "model.language_model."),
-)
-
-
 Override = Callable[[str], Tensor | None]
 """Checkpoint name → a tensor that takes its place, or None."""
-
-
-class _Stub(nn.Module):
-    """Stands for a decoder layer: records what it is called with, returns the hidden states."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kwargs: dict[str, Any] = {}
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise InputError(
-                f"expected decoder layers called with hidden states and keywords, found {len(args)} more positional "
-                "arguments; this architecture cannot run layer by layer: convert it without --method and --calibration"
-            )
-        self.kwargs = kwargs
-        return hidden_states
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCall:
-    """A batch at the entrance of the decoder: what every layer gets beside the hidden states."""
-
-    hidden: Tensor
-    kwargs: tuple[dict[str, Any], ...]
-    """One per layer; layers of one kind share masks and rotary tables by reference."""
 
 
 class LayerwiseModel:
@@ -81,7 +42,7 @@ class LayerwiseModel:
         override: Override | None = None,
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
@@ -91,26 +52,21 @@ class LayerwiseModel:
         for key, value in (config_overrides or {}).items():
             if hasattr(config, key):
                 setattr(config, key, value)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise InputError(
-                f"{source.path}: expected a causal language model, to run it layer by layer, found "
-                f"{config.model_type!r}, for which transformers has none; convert it without --method and --calibration"
-            )
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.model = _model_class(config, source)._from_config(
+                config, dtype=dtype, experts_implementation="eager"
+            )
         self.model.eval().requires_grad_(False)
         self.config = config
-        self.layers_name, layers = find_layers(self.model)
+        self.text_config = config.get_text_config()
+        self._names = CheckpointNames(self.model, source.tensors)
+        decoder = self.model.get_decoder()
+        self.layers_name, layers = find_layers(self.model, decoder)
         self._meta_layers = list(layers)
-        self._stubs = nn.ModuleList(_Stub() for _ in layers)
-        for stub, layer in zip(self._stubs, layers, strict=True):
-            # A model's forward may read such facts from its layers.
-            for name in ("attention_type", "layer_type", "is_sliding"):
-                if hasattr(layer, name):
-                    setattr(stub, name, getattr(layer, name))
+        self._stubs = nn.ModuleList(Stub(layer) for layer in layers)
         self.base.layers = self._stubs
         self._fill_outside()
-        self._calls: dict[tuple[int, int], tuple[dict[str, Any], ...]] = {}
+        self._record = Recorder(self.base, list(self._stubs))  # type: ignore[arg-type]
 
     @property
     def base(self) -> nn.Module:
@@ -123,33 +79,24 @@ class LayerwiseModel:
     def layer_name(self, index: int) -> str:
         return f"{self.layers_name}.{index}"
 
-    @torch.no_grad()
-    def embed(self, ids: Tensor) -> LayerCall:
-        """Token ids [B, T] → hidden states [B, T, H] before the first layer, with every layer's keywords."""
-        ids = ids.to(self.device)
-        shape = (ids.shape[0], ids.shape[1])
-        if shape not in self._calls:
-            hidden = self._run_base(ids)
-            self._calls[shape] = tuple(stub.kwargs for stub in self._stubs)  # type: ignore[misc]
-        else:
-            hidden = self._run_base(ids)
-        return LayerCall(hidden=hidden, kwargs=self._calls[shape])
+    def kind(self, index: int) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """What a decoder layer is made of, equal for layers that differ in nothing but their weights."""
+        layer = self._meta_layers[index]
+        found: list[tuple[str, str, tuple[int, ...]]] = [
+            (n, type(m).__name__, ()) for n, m in layer.named_modules()
+        ]
+        return tuple(found + [(n, "", tuple(p.shape)) for n, p in layer.named_parameters()])
 
-    def _run_base(self, ids: Tensor) -> Tensor:
-        # The final norm runs in the stubbed forward and is undone by taking its input instead.
-        seen: list[Tensor] = []
-        norm = final_norm(self.base)
-        handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            self.base(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
-        return seen[0]
+    def embed(self, ids: Tensor, hold: Hold = lambda x: x) -> LayerCall:
+        """Token ids [B, T] → hidden states [B, T, H] before the first layer, with every layer's keywords.
+
+        What depends on the tokens beside the hidden states (Gemma's per-layer inputs) goes through `hold`.
+        """
+        return self._record(ids.to(self.device), hold)
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
-        layer = copy.deepcopy(self._meta_layers[index])
-        unfuse(layer)
+        layer = self._empty(index)
         prefix = self.layer_name(index)
         return {
             f"{prefix}.{n}": tuple(m.weight.shape)
@@ -159,8 +106,7 @@ class LayerwiseModel:
 
     def load(self, index: int, override: Override | None = None) -> nn.Module:
         """Decoder layer `index`, filled from the checkpoint, fused experts taken apart. A fresh module."""
-        layer = copy.deepcopy(self._meta_layers[index])
-        unfuse(layer)
+        layer = self._empty(index)
         mine, self._override = self._override, override or self._override
         try:
             self._fill(layer, self.layer_name(index))
@@ -168,10 +114,23 @@ class LayerwiseModel:
             self._override = mine
         return layer.eval().requires_grad_(False)
 
+    def _empty(self, index: int) -> nn.Module:
+        """Decoder layer `index` on meta. Experts that the checkpoint's reader leaves in 3-D tensors stay so."""
+        layer = copy.deepcopy(self._meta_layers[index])
+        prefix = self.layer_name(index)
+        for name, module in fused_modules(layer):
+            if not any(self.source.has(self.disk_name(f"{prefix}.{name}.{p}")) for p in module._parameters):
+                unfuse(layer, name)
+        return layer
+
     @torch.no_grad()
     def run(self, layer: nn.Module, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Hidden states [B, T, H] → the same after `layer`."""
-        out = layer(hidden.to(self.device), **kwargs)
+        return self.run_with_grad(layer, hidden, kwargs)
+
+    def run_with_grad(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """`run`, differentiable."""
+        out = layer(hidden.to(self.device), **moved(kwargs, self.device))
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -181,26 +140,20 @@ class LayerwiseModel:
 
     def head_with_grad(self, hidden: Tensor) -> Tensor:
         """`head`, differentiable."""
-        base = self.base
-        forward = base.forward
-        # The model's own forward does what comes after its body (softcapping, logit scales).
-        normed = final_norm(base)(hidden.to(self.device))
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        base.forward = lambda *a, **k: MoeModelOutputWithPast(last_hidden_state=normed)  # type: ignore[method-assign,assignment]
+        # The model's own forward does all that comes after the layers (norm, softcapping, logit scales).
+        last = self._stubs[-1]
+        last.output = hidden.to(self.device)  # type: ignore[assignment]
         try:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             return self.model(input_ids=ids, use_cache=False).logits
         finally:
-            base.forward = forward  # type: ignore[method-assign]
+            last.output = None  # type: ignore[assignment]
+            for stub in self._stubs:
+                stub.calls = []  # type: ignore[assignment]
 
     def disk_name(self, name: str) -> str:
         """The checkpoint's name of one of our tensors or modules."""
-        for pattern, alias in (("", ""), *_ALIASES):
-            candidate = re.sub(pattern, alias, name) if pattern else name
-            if self.source.has(candidate) or self.source.has_weight(candidate):
-                return candidate
-        return name
+        return self._names(name)
 
     def disk_attention(self, name: str) -> str:
         """The checkpoint's name of an attention module, which has no weight of its own to be known by."""
@@ -218,21 +171,32 @@ class LayerwiseModel:
         return None
 
     def _fill_outside(self) -> None:
-        self._fill(self.model, "", tied=bool(getattr(self.config, "tie_word_embeddings", False)))
+        """Fill what text passes before and after the layers: the body and the head, not towers beside the body."""
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        body, head = self.layers_name.rpartition(".")[0], self.model.get_output_embeddings()
+        name = next((n for n, m in self.model.named_modules() if m is head), "")
+        # The head lies beside the body, or beside the wrapper that holds the body and the towers.
+        beside = name.rpartition(".")[0]
+        inside = f"{beside}." if beside else ""
+        children = [f"{inside}{n}" for n, _ in self.model.get_submodule(beside).named_children()]
+        for part in (body, *(c for c in children if c != body and not body.startswith(c + "."))):
+            self._fill(
+                self.model.get_submodule(part), part, optional=("weight",) if tied and part == name else ()
+            )
+        if tied and head is not None:
+            head.weight = self.model.get_input_embeddings().weight
 
-    def _fill(self, module: nn.Module, prefix: str, tied: bool = False) -> None:
+    def _fill(self, module: nn.Module, prefix: str, optional: tuple[str, ...] = ()) -> None:
         missing = []
         own = {n for n, _ in module.named_parameters(remove_duplicate=False)}
         for name, value in list(module.state_dict(keep_vars=True).items()):
-            full = f"{prefix}.{name}" if prefix else name
+            full = f"{prefix}.{name}"
             tensor = self.tensor(full)
-            if tensor is None and tied and full == "lm_head.weight":
-                continue
             if tensor is None:
-                missing.append(full)
+                missing += [full] if name not in optional else []
                 continue
             if tensor.shape != value.shape:
-                raise ValueError(
+                raise InputError(
                     f"expected {full} of shape {list(value.shape)} for {type(self.model).__name__}, "
                     f"found {list(tensor.shape)} in {self.source.path}"
                 )
@@ -240,12 +204,10 @@ class LayerwiseModel:
             leaf = name.rpartition(".")[2]
             setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if name in own else tensor)
         if missing:
-            raise KeyError(
-                f"expected {missing[:4]} in {self.source.path}, found no such tensors "
-                f"({len(missing)} missing); is config.json that of this checkpoint?"
+            raise InputError(
+                f"expected {missing[:4]} in {self.source.path}, found no such tensors ({len(missing)} missing); "
+                f"is config.json that of this checkpoint? If it is, {INSTEAD}"
             )
-        if tied:
-            self.model.lm_head.weight = self.model.get_input_embeddings().weight
         self._compute_buffers(module)
 
     def _compute_buffers(self, module: nn.Module) -> None:
@@ -262,32 +224,58 @@ class LayerwiseModel:
             for key, parameter in parameters.items():
                 if parameter is not None:
                     part._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
-            self.model._init_weights(part)
+            getattr(self.base, "_init_weights", self.model._init_weights)(part)
             part._parameters.update(parameters)
             bad = [b for b in buffers if not bool(torch.isfinite(getattr(part, b).float()).all())]
             if bad:
-                raise ValueError(
+                raise InputError(
                     f"expected {type(self.model).__name__} to compute {bad} of {name}, found it does not; "
-                    "this architecture is not supported layer by layer"
+                    f"this architecture cannot run layer by layer: {INSTEAD}"
                 )
 
 
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the decoder layers: the longest `layers` list. Raises ValueError when there is none."""
+def _model_class(config: Any, source: Source) -> Any:
+    """The class that config.json names where it writes text, else transformers' causal model for the config."""
+    import transformers
+
+    mappings = (
+        transformers.AutoModelForCausalLM._model_mapping,
+        transformers.AutoModelForImageTextToText._model_mapping,
+    )
+    known: list[Any] = [m[type(config)] for m in mappings if type(config) in m]
+    if not known:
+        raise InputError(
+            f"{source.path}: expected a language model, to run it layer by layer, found {config.model_type!r}, for "
+            f"which transformers has none; {INSTEAD}"
+        )
+    return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
+
+
+def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name in `model`, list) of `decoder`'s layers: its longest `layers` list. InputError where there is none."""
     found = [
-        (n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and n.endswith("layers")
-    ]
+        (n, m) for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] == "layers" and any(m is d for d in decoder.modules())
+    ]  # fmt: skip
     if not found:
-        raise ValueError(
+        raise InputError(
             f"expected a module list named `layers` in {type(model).__name__}, found none; "
-            "this architecture is not supported layer by layer"
+            f"this architecture cannot run layer by layer: {INSTEAD}"
         )
     return max(found, key=lambda item: len(item[1]))
 
 
 def final_norm(base: nn.Module) -> nn.Module:
     """The norm after the last decoder layer."""
-    for name in ("norm", "final_layernorm", "ln_f", "final_norm"):
+    for name in (
+        "norm",
+        "final_layernorm",
+        "final_layer_norm",
+        "ln_f",
+        "final_norm",
+        "norm_f",
+        "embedding_norm",
+    ):
         if isinstance(norm := getattr(base, name, None), nn.Module):
             return norm
-    raise ValueError(f"expected a final norm in {type(base).__name__}, found none")
+    raise InputError(f"expected a final norm in {type(base).__name__}, found none")

@@ -19,6 +19,10 @@ class Method:
     summary: str = ""
     rotate: Literal["none", "hadamard", "orthogonal"] = "none"
     """Rotate the residual stream, folded into the weights."""
+    else_smooth: bool = False
+    """Where the residual stream cannot be rotated, smooth its norms instead (see `without_rotation`)."""
+    not_rotated: str = ""
+    """Why it was smoothed instead."""
     rotate_heads: bool = False
     """Rotate every value head, folded into v_proj and o_proj."""
     online_hadamard: bool = False
@@ -92,7 +96,16 @@ class Method:
             parts.append(f"modules that keep less than {self.dynamic_below:g} dB left dynamic")
         if self.bias_correction:
             parts.append("bias correction")
+        if self.not_rotated:
+            parts.append(f"not rotated: {self.not_rotated}")
         return "; ".join(parts) or "plain rounding"
+
+    def without_rotation(self, reason: str) -> Method:
+        """What comes nearest for a model whose residual stream cannot be rotated, for `reason`."""
+        return replace(
+            self, name=self.name.replace("rotate", "smoothquant"), rotate="none", rotate_heads=False,
+            smooth_joints=("norm", "v-o", "up-down"), else_smooth=False, not_rotated=reason,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """As recipes and manifests store it; `from_dict` reads it back."""
@@ -184,6 +197,8 @@ def get_method(name: str) -> Method:
 def best_method(scheme: Scheme) -> Method:
     """The recommended combination for a scheme. Its `name` and `describe()` say what it is.
 
+    Where it rotates, a model that cannot be rotated is smoothed instead.
+
     Rotation makes activations Gaussian, which integers like; a float format's codes are denser near
     zero and lose by it, so float schemes keep their outliers.
     """
@@ -194,5 +209,5 @@ def best_method(scheme: Scheme) -> Method:
     if scheme.weights.dtype.kind != "int":
         return replace(METHODS["gptq"], activation_range="absmax")
     if scheme.needs_calibration:
-        return METHODS["rotate-gptq-static"]
-    return METHODS["rotate-gptq"]
+        return replace(METHODS["rotate-gptq-static"], else_smooth=True)
+    return replace(METHODS["rotate-gptq"], else_smooth=True)

@@ -56,4 +56,23 @@ def _integer_module(weight: Tensor, bias: Tensor | None, quantized: Quantized, s
     module.set_content("scale", quantized.scale)
     if bias is not None:
         module.bias = bias.detach()
-    return module
+    return _IntegerLinear(module, weight.dtype)
+
+
+class _IntegerLinear(nn.Module):
+    """A QuantLinear whose `weight` is in float, for layers that read it by themselves (Mamba's)."""
+
+    def __init__(self, quantized: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.quantized, self.dtype = quantized, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self.quantized.dequantize(self.dtype)  # type: ignore[operator]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.quantized.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantized(x)

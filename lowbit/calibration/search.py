@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import fake_quantize
@@ -93,7 +94,7 @@ def sensitivities(
     states = [ActivationCache(memory_limit // (len(model) + 1)) for _ in range(len(model) + 1)]
     calls = []
     for ids in batches:
-        call = model.embed(ids)
+        call = model.embed(ids, states[0].hold)
         states[0].append(call.hidden)
         calls.append(call.kwargs)
     for index in range(len(model)):
@@ -102,6 +103,11 @@ def sensitivities(
         layer = model.load(index)
         for batch, hidden in enumerate(states[index]):
             states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
+    if any(shared_states(call[-1]) for call in calls):
+        raise InputError(
+            f"expected decoder layers on their own, found some in {source} that use the keys and values of others, "
+            "whose cost would be counted in part; use one scheme, or a recipe of your own"
+        )
     generator = torch.Generator().manual_seed(seed + rank())
     gradients = [_head_gradient(model, hidden, generator) for hidden in states[-1]]
     costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -113,7 +119,7 @@ def sensitivities(
         rounded = {n: _rounded(layer, n, schemes) for n in names}
         for batch, hidden in enumerate(states[index]):
             gradients[batch], seen = _layer_gradient(
-                layer, hidden.to(model.device), calls[batch][index], gradients[batch], names
+                model, layer, hidden, calls[batch][index], gradients[batch], names
             )
             for name, calls_of in seen.items():
                 for x, y, g in calls_of:
@@ -151,7 +157,12 @@ def _head_gradient(model: LayerwiseModel, hidden: Tensor, generator: torch.Gener
 
 
 def _layer_gradient(
-    layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], gradient: Tensor, names: Sequence[str]
+    model: LayerwiseModel,
+    layer: nn.Module,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    gradient: Tensor,
+    names: Sequence[str],
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
     """(gradient at the layer's input, name → [(input, output without bias, gradient at the output)])."""
     kept: list[tuple[str, Tensor, Tensor]] = []
@@ -166,10 +177,8 @@ def _layer_gradient(
     handles = [layer.get_submodule(n).register_forward_hook(keep(n)) for n in names]
     try:
         with torch.enable_grad():
-            h = hidden.detach().clone().requires_grad_(True)
-            out = layer(h, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
-            out.backward(gradient)
+            h = hidden.to(model.device, copy=True).requires_grad_(True)
+            model.run_with_grad(layer, h, kwargs).backward(gradient)
     finally:
         for handle in handles:
             handle.remove()

@@ -107,7 +107,7 @@ def round_in_passing(
         group = _Group(members, look, prepare.get(first))
         for m in members:
             linears[m] = layer.get_submodule(m)
-            _put(layer, m, _Passing(m, group))
+            _put(layer, m, _Passing(m, linears[m], group))
     try:
         run()
     finally:
@@ -152,9 +152,14 @@ class _Group:
 class _Passing(nn.Module):
     """Takes a Linear's place while the data passes."""
 
-    def __init__(self, name: str, group: _Group) -> None:
+    def __init__(self, name: str, linear: nn.Module, group: _Group) -> None:
         super().__init__()
         self.name, self.group = name, group
+        # For layers that read it by itself (Mamba), and for those that ask for its dtype or shape.
+        self.__dict__["linear"] = linear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["linear"], name)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group(self.name, x)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
+from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import decided, gathered, merge_observers, merge_statistics
 from lowbit.calibration.experts import UnfusedExperts
 from lowbit.calibration.graph import LayerGraph, trace
@@ -27,6 +29,7 @@ from lowbit.calibration.layer import (
     wanted_statistics,
 )
 from lowbit.calibration.methods import Method
+from lowbit.calibration.proof import proven
 from lowbit.calibration.rotation import Rotation, apply_online_hadamard
 from lowbit.calibration.run import Run
 from lowbit.calibration.sequential import round_in_passing
@@ -148,7 +151,12 @@ class LayerStep:
         def run_plain(target: nn.Module) -> Tensor:
             return model.run(target, index, plain, run.small[index])
 
-        graph = trace(layer, run_plain, sample.shape[-1], model.config)
+        def run_whole() -> list[Tensor]:
+            return [run_plain(layer), *shared_states(run.small[index])]
+
+        graph = trace(layer, run_plain, sample.shape[-1], model.text_config)
+        if run.method.smooths or run.method.rotate_heads:
+            graph = decided(partial(proven, layer, graph, run_whole), model.device)
         activations = next((s.activations for s in schemes.values()), None)
         return cls(
             run=run, index=index, prefix=prefix, layer=layer, graph=graph, schemes=schemes, experts=experts,

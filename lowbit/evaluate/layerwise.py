@@ -25,7 +25,7 @@ from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
-from lowbit.checkpoint.rules import Selection
+from lowbit.checkpoint.rules import Selection, decide
 from lowbit.evaluate.metrics import Agreement
 from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
@@ -107,6 +107,7 @@ def rounded(
     """A checkpoint as plain conversion to `scheme` would make it, without writing it. Dynamic activations only."""
     model = LayerwiseModel(Source(source), **model_options)
     schemes = module_schemes(model, scheme, selection or Selection())
+    _round_outside(model, scheme, selection or Selection())
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, prefix = model.load(index), model.layer_name(index) + "."
@@ -131,8 +132,22 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
     schemes = module_schemes(
         model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration))
     )
+    _round_outside(model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration)))
     overlay = Overlay(calibration, model, schemes)
     return Candidate(model=model, load=overlay.load, kv_hooks=overlay.kv_hooks)
+
+
+@torch.no_grad()
+def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> None:
+    """Round what a conversion quantizes outside the decoder layers (Gemma 4's projection to per-layer inputs)."""
+    body = model.layers_name.rpartition(".")[0]
+    linears = {
+        model.disk_name(f"{body}.{n}"): m.weight for n, m in model.base.named_modules() if isinstance(m, nn.Linear)
+    }  # fmt: skip
+    shapes = {n: tuple(w.shape) for n, w in linears.items()}
+    for name, decision in decide(shapes, scheme, selection, config=model.source.config).items():
+        if decision.scheme is not None and decision.scheme.weights is not None:
+            linears[name].copy_(quantize(linears[name], decision.scheme.weights, name=name).dequantize())
 
 
 def _overrides(calibration: Calibration) -> dict[str, str]:
@@ -219,7 +234,7 @@ class _Stream:
     def start(cls, side: Candidate, batches: Sequence[Tensor], memory_limit: int) -> _Stream:
         stream = cls(side=side, cache=ActivationCache(memory_limit), calls=[])
         for ids in batches:
-            call = side.model.embed(ids)
+            call = side.model.embed(ids, stream.cache.hold)
             stream.cache.append(call.hidden)
             stream.calls.append(call.kwargs)
         return stream

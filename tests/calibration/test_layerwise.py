@@ -13,10 +13,10 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from lowbit.calibration import fold, layer
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import rotate_outside
 from lowbit.calibration.graph import trace
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
+from lowbit.calibration.rotate_model import rotate_outside
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source

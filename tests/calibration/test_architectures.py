@@ -1,0 +1,263 @@
+"""Every architecture: layer by layer equal to the whole model, transforms exact, calibrated better than rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from torch.overrides import TorchFunctionMode
+
+import lowbit
+from lowbit.calibration import fold, layer, store
+from lowbit.calibration.calibrate import calibrate
+from lowbit.calibration.calls import shared_states
+from lowbit.calibration.graph import LayerGraph, trace
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.methods import METHODS, Method, best_method, get_method
+from lowbit.calibration.proof import proven
+from lowbit.calibration.rotate_model import rotate_outside, settled
+from lowbit.calibration.rotation import make_rotation
+from lowbit.calibration.run import RunOptions
+from lowbit.calibration.source import Source
+from lowbit.errors import InputError
+from lowbit.evaluate.layerwise import calibrated, evaluate, plain
+from lowbit.scheme import get_scheme
+
+REFUSED = {
+    "gemma3n": "several streams",
+    "deepseek_v4": "several streams",
+    "falcon_h1": "to compute .*mup_vector",
+}
+# One of each way of calling layers, naming tensors and holding experts.
+CHOSEN = [
+    "llama4", "llama4-sees", "gemma3-sees", "gemma4", "gemma4-moe", "gemma4-sees", "qwen2_5_vl", "qwen3_vl",
+    "qwen3_vl_moe", "qwen3_5_moe-sees", "qwen3_next", "gpt_oss", "glm4_moe", "minimax_m2", "nemotron_h", "jamba",
+    "bamba",
+]  # fmt: skip
+RUN = [n for n in ARCHITECTURES if n not in REFUSED]
+EACH = pytest.mark.parametrize(
+    "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.slow) for n in RUN]
+)
+ROTATED = {"llama4", "qwen3_next", "glm4_moe", "minimax_m2", "nemotron_h", "jamba", "bamba"}
+"""Of those chosen. The others see, normalize what is added to the residual stream, or have experts in 3-D tensors."""
+
+
+class Double(TorchFunctionMode):
+    """Casts to float32 go to float64: transformers' norms and routers would hide what is to be exact to 1e-9."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def wide(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        if func is torch.Tensor.float:
+            return args[0].double()
+        if func is torch.Tensor.view:  # of bytes that were read
+            return func(*args, **(kwargs or {}))
+        return func(*(wide(a) for a in args), **{k: wide(v) for k, v in (kwargs or {}).items()})
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Name → checkpoint, written when first asked for."""
+    root = tmp_path_factory.mktemp("architectures")
+
+    def get(name: str) -> Path:
+        if not (root / name).exists():
+            build(name).save_pretrained(root / name)
+        return root / name
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 120, (4, 48), generator=torch.Generator().manual_seed(1))
+
+
+def run_through(model: LayerwiseModel, ids: torch.Tensor) -> torch.Tensor:
+    call = model.embed(ids)
+    hidden = call.hidden
+    for index in range(len(model)):
+        hidden = model.run(model.load(index), index, hidden, call.kwargs[index])
+    return model.head(hidden)
+
+
+@EACH
+def test_layer_by_layer_equals_the_whole_model(sources, ids, name):
+    with torch.no_grad():
+        want = build(name)(input_ids=ids).logits
+    model = LayerwiseModel(Source(sources(name)))
+    torch.testing.assert_close(run_through(model, ids), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    # A second batch of that shape gets its own inputs.
+    other = ids.flip(0)
+    torch.testing.assert_close(
+        run_through(model, other), want.flip(0), rtol=1e-5, atol=1e-5 * float(want.abs().max())
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_others_are_refused(sources, ids, name):
+    with pytest.raises(InputError, match=REFUSED[name]):
+        run_through(LayerwiseModel(Source(sources(name))), ids)
+
+
+def traced(model: LayerwiseModel, index: int, module, hidden, kwargs) -> LayerGraph:
+    def run() -> list[torch.Tensor]:
+        return [model.run(module, index, hidden, kwargs), *shared_states(kwargs)]
+
+    return proven(module, trace(module, lambda _: run()[0], hidden.shape[-1], model.text_config), run)
+
+
+@EACH
+def test_transforms_are_exact_in_float64(sources, ids, name):
+    """Rotation where it is allowed, and a scale through every joint: logits to 1e-9."""
+    ids, source = ids[:2, :24], sources(name)
+    with Double():
+        model = LayerwiseModel(Source(source), dtype=torch.float64)
+        want = run_through(model, ids)
+        method = settled(Method(name="rotate", rotate="hadamard", rotate_heads=True, else_smooth=True), model)
+        if name in CHOSEN:
+            assert (method.rotate == "hadamard") == (name in ROTATED), method.not_rotated
+        rotation = None
+        if method.rotate != "none":
+            rotation = make_rotation(64, "hadamard", seed=3)
+        plain_call = model.embed(ids)
+        states = plain_call.hidden
+        graphs = []
+        for index in range(len(model)):
+            module = model.load(index)
+            graphs.append(traced(model, index, module, states, plain_call.kwargs[index]))
+            states = model.run(module, index, states, plain_call.kwargs[index])
+        if rotation is not None:
+            rotate_outside(model, rotation, torch.float32)
+        call = model.embed(ids)
+        hidden, moved = call.hidden, 0
+        generator = torch.Generator().manual_seed(1)
+        for index, graph in enumerate(graphs):
+            module = model.load(index)
+            layer.transform(module, graph, method, rotation)
+            for norm in graph.norms:
+                if norm.movable:
+                    width = module.get_submodule(norm.name).weight.shape[0]
+                    fold.scale_norm(module, norm, torch.rand(width, generator=generator).double() + 0.5)
+                    moved += 1
+            for pair in graph.pairs:
+                width = module.get_submodule(pair.first).weight.shape[0]
+                fold.scale_pair(module, pair, torch.rand(width, generator=generator).double() + 0.5)
+                moved += 1
+            hidden = model.run(module, index, hidden, call.kwargs[index])
+        got = model.head(hidden)
+    assert moved > 0
+    assert float((got - want).abs().max()) < 1e-9 * float(want.abs().max())
+
+
+def kl(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Median over tokens: one that is routed otherwise would decide a mean."""
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).median())
+
+
+def calibrated_kl(source: Path, at: Path, ids: torch.Tensor, want: torch.Tensor, method: Method) -> float:
+    generator = torch.Generator().manual_seed(0)
+    windows = list(torch.randint(3, 120, (12, 48), generator=generator))
+    calibrate(source, at / "calib", get_scheme("int8"), method, windows, options=RunOptions(min_tokens=8))
+    lowbit.convert(source, at / "out", "int8", calibration=at / "calib")
+    with torch.no_grad():
+        return kl(want, lowbit.load(at / "out")(input_ids=ids).logits)
+
+
+@EACH
+def test_best_runs_and_is_better_than_rounding(sources, ids, tmp_path, name):
+    with torch.no_grad():
+        want = build(name)(input_ids=ids).logits
+    lowbit.convert(sources(name), tmp_path / "rounded", "int8")
+    with torch.no_grad():
+        rounded = kl(want, lowbit.load(tmp_path / "rounded")(input_ids=ids).logits)
+    found = calibrated_kl(sources(name), tmp_path, ids, want, best_method(get_scheme("int8")))
+    assert 0 < found < rounded
+    chosen = store.read(tmp_path / "calib").method
+    assert chosen["not_rotated"] or chosen["rotate"] == "hadamard"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["absmax", "smoothquant", "gptq"])
+@pytest.mark.parametrize("name", RUN)
+def test_every_method_runs_and_is_not_worse_than_rounding(sources, ids, tmp_path, name, method):
+    with torch.no_grad():
+        want = build(name)(input_ids=ids).logits
+    lowbit.convert(sources(name), tmp_path / "rounded", "int8")
+    with torch.no_grad():
+        rounded = kl(want, lowbit.load(tmp_path / "rounded")(input_ids=ids).logits)
+    found = calibrated_kl(sources(name), tmp_path, ids, want, get_method(method))
+    if method == "absmax":
+        assert found == pytest.approx(rounded)
+    else:
+        assert found < 1.1 * rounded
+
+
+def test_values_that_are_normalized_or_shared_are_not_scaled(sources, ids):
+    """Gemma 4 normalizes its values, and lets later layers use them."""
+    model = LayerwiseModel(Source(sources("gemma4")))
+    call = model.embed(ids)
+    module = model.load(0)
+    graph = trace(
+        module, lambda m: model.run(m, 0, call.hidden, call.kwargs[0]), call.hidden.shape[-1], model.text_config
+    )  # fmt: skip
+    assert "self_attn.v_proj" in {p.first for p in graph.pairs}
+    found = traced(model, 0, module, call.hidden, call.kwargs[0])
+    assert {p.first for p in found.pairs} == {"mlp.up_proj"}
+    assert all(n.movable for n in found.norms)
+
+
+def test_what_reads_a_norm_unseen_keeps_it_in_place(sources, ids):
+    """gpt-oss's experts stay in a 3-D tensor, which no scale could move into."""
+    model = LayerwiseModel(Source(sources("gpt_oss")))
+    call = model.embed(ids)
+    graph = traced(model, 0, model.load(0), call.hidden, call.kwargs[0])
+    assert {n.name: n.movable for n in graph.norms} == {
+        "input_layernorm": True, "post_attention_layernorm": False
+    }  # fmt: skip
+
+
+def test_what_layers_share_survives_an_interruption_and_the_disk(sources, tmp_path, ids):
+    """Gemma 4's last layers use the keys and values of earlier ones; per-layer inputs are spilled."""
+    windows, scheme = [*ids[:3], ids[3, :32]], get_scheme("int8")
+    options = RunOptions(min_tokens=8, batch_size=2)
+    method = METHODS["gptq"]
+    calibrate(sources("gemma4"), tmp_path / "whole", scheme, method, windows, options=options)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    small = RunOptions(min_tokens=8, batch_size=2, memory_limit=0)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(
+            sources("gemma4"), tmp_path / "again", scheme, method, windows, options=small, progress=stop
+        )
+    calibrate(sources("gemma4"), tmp_path / "again", scheme, method, windows, options=small)
+    for name, tensor in store.read(tmp_path / "whole").tensors.items():
+        other = store.read(tmp_path / "again").tensors[name]
+        assert tensor.file.read_bytes() == other.file.read_bytes(), name
+
+
+def test_search_refuses_layers_that_share(sources, ids):
+    with pytest.raises(InputError, match="keys and values of others"):
+        lowbit.search(sources("gemma4"), list(ids), device="cpu")
+    assert lowbit.search(sources("gemma4-moe"), list(ids), budget=12.0, device="cpu").overrides
+
+
+@pytest.mark.parametrize("name", ["llama4-sees", "gemma4", "jamba"])
+def test_an_evaluation_sees_what_was_written(sources, tmp_path, ids, name):
+    source = sources(name)
+    calibrate(
+        source, tmp_path / "calib", get_scheme("int8"), METHODS["gptq"], list(ids), options=RunOptions(min_tokens=8)
+    )  # fmt: skip
+    lowbit.convert(source, tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    a = evaluate(plain(tmp_path / "out"), list(ids), plain(source)).agreement.to_dict(compared=True)
+    b = evaluate(calibrated(source, store.read(tmp_path / "calib")), list(ids), plain(source))
+    assert a == pytest.approx(b.agreement.to_dict(compared=True), rel=1e-3)
+    assert 0 < a["kl"] < 0.02
