@@ -194,8 +194,13 @@ def test_every_method_runs_and_is_not_worse_than_rounding(sources, ids, tmp_path
     found = calibrated_kl(sources(name), tmp_path, ids, want, get_method(method))
     if method == "absmax":
         assert found == pytest.approx(rounded)
-    else:
+    elif method == "smoothquant":
         assert found < 1.1 * rounded
+    else:
+        # What GPTQ promises is the layer's own error; the KL of random weights follows it within luck.
+        reports = store.read(tmp_path / "calib").layers.values()
+        errors = [m for r in reports for m in r["modules"].values() if "nearest_error" in m]
+        assert errors and all(m["error"] <= m["nearest_error"] for m in errors)
 
 
 def test_values_that_are_normalized_or_shared_are_not_scaled(sources, ids):
