@@ -115,14 +115,13 @@ def watched(layer: nn.Module, hooks: dict[str, KVHook]) -> Iterator[None]:
     if not hooks:
         yield
         return
-    _register()
     changed: list[tuple[Any, str]] = []
     for name, hook in hooks.items():
         module: Any = layer.get_submodule(name)
         module._lowbit_kv = (hook, module.config._attn_implementation)
         changed.append((module, module.config._attn_implementation))
-    for module, _ in changed:
-        module.config._attn_implementation = _NAME
+    for module, implementation in changed:
+        module.config._attn_implementation = _registered(implementation)
     try:
         yield
     finally:
@@ -131,11 +130,18 @@ def watched(layer: nn.Module, hooks: dict[str, KVHook]) -> Iterator[None]:
             del module._lowbit_kv
 
 
-def _register() -> None:
+def _registered(implementation: str) -> str:
+    """The name of `_attend` around `implementation`, under which models make the masks that it expects."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if _NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
+    name = f"{_NAME}_{implementation}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            # Without one transformers makes no mask at all.
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        ALL_ATTENTION_FUNCTIONS.register(name, _attend)
+    return name
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

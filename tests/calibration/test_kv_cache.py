@@ -9,9 +9,17 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file
 from test_fused_experts import TEXT, model_of
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import lowbit
+from lowbit.calibration.kv_cache import attentions, watched
 from lowbit.errors import InputError
 
 DENSE = {k: v for k, v in TEXT.items() if "expert" not in k and "moe" not in k}
@@ -62,3 +70,20 @@ def test_latent_attention_has_no_keys_to_calibrate(tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="k_proj and v_proj"):
         converted(DeepseekV3ForCausalLM(config), tmp_path, "fp8")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_watching_a_whole_model_changes_nothing_else(implementation):
+    """transformers makes no mask, not even of the sliding window, for a function of attention that it does not know."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**DENSE, sliding_window=8)).eval()
+    model.set_attn_implementation(implementation)
+    seen: list[str] = []
+    hooks = {n: lambda k, v, n=n: (seen.append(n), (k, v))[1] for n, _ in attentions(model)}
+    with torch.no_grad():
+        expected = model(input_ids=WINDOWS[0][None]).logits
+        with watched(model, hooks):
+            found = model(input_ids=WINDOWS[0][None]).logits
+        again = model(input_ids=WINDOWS[0][None]).logits
+    assert seen == list(hooks) and len(seen) == 2
+    assert torch.equal(found, expected) and torch.equal(again, expected)
