@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration.kv_cache import KVHook, watched
+from lowbit.calibration.kv_cache import KVHook, attentions, watched
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
 
 # What the engine fuses, by the last part of its layer's name.
@@ -101,10 +101,10 @@ def toward_zero(keys: Tensor, values: Tensor) -> KVHook:
 def cache_quantized(model: nn.Module, scales: dict[str, Tensor]) -> Iterator[None]:
     """Round keys and values as the engine's cache does, wherever `scales` has a `k_scale` and a `v_scale`."""
     hooks: dict[str, Any] = {}
-    for name, module in model.named_modules():
+    for name, _ in attentions(model):
         after = "layers." + name.partition("layers.")[2]
         for stored, scale in scales.items():
-            if stored.endswith(f"{after}.k_scale") and hasattr(module, "k_proj"):
+            if stored.endswith(f"{after}.k_scale"):
                 hooks[name] = toward_zero(scale, scales[stored.removesuffix("k_scale") + "v_scale"])
     assert 2 * len(hooks) == len(scales)
     with watched(model, hooks):

@@ -14,7 +14,7 @@ from lowbit.calibration import store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
-from lowbit.calibration.kv_cache import KVCache, watched
+from lowbit.calibration.kv_cache import KEYS, KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.overlay import Overlay
@@ -87,10 +87,10 @@ def calibrate(
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
-    if kv_cache is not None and not any(n.endswith(".k_proj") for n in linears):
+    if kv_cache is not None and not any(n.rpartition(".")[2] in KEYS for n in linears):
         raise InputError(
-            "expected attention with k_proj and v_proj, whose keys and values a cache holds, found none (multi-head "
-            "latent attention caches something else); calibrate without a KV cache"
+            f"expected attention with {' or '.join(KEYS)}, whose keys and values a cache holds, found none "
+            "(multi-head latent attention caches something else); calibrate without a KV cache"
         )
     method = settled(method, model)
     if started is not None:

@@ -22,6 +22,9 @@ from lowbit.scheme import TensorSpec
 
 _NAME = "lowbit_kv_cache"
 
+KEYS = ("k_proj", "qkv_proj")
+"""Linears that make the keys of an attention whose cache holds them as they are; Phi-3 has one for all three."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
@@ -103,9 +106,9 @@ KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Attention modules whose cache holds the keys and values that k_proj and v_proj make."""
+    """Attention modules whose cache holds the keys and values that their `KEYS` make."""
     for name, module in layer.named_modules():
-        if isinstance(getattr(module, "k_proj", None), nn.Module) and hasattr(module, "v_proj"):
+        if any(isinstance(getattr(module, keys, None), nn.Module) for keys in KEYS):
             yield name, module
 
 

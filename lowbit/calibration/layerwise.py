@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved
 from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import fused_modules, unfuse
+from lowbit.calibration.kv_cache import KEYS
 from lowbit.calibration.names import CheckpointNames
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
@@ -157,7 +158,8 @@ class LayerwiseModel:
 
     def disk_attention(self, name: str) -> str:
         """The checkpoint's name of an attention module, which has no weight of its own to be known by."""
-        return self.disk_name(f"{name}.k_proj").removesuffix(".k_proj")
+        disk = [self.disk_name(f"{name}.{keys}") for keys in KEYS]
+        return next(d.rpartition(".")[0] for d in disk if self.source.has_weight(d))
 
     def tensor(self, name: str) -> Tensor | None:
         """A parameter by our name: from the override, or the checkpoint; None when neither has it."""

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 import lowbit
@@ -62,13 +64,32 @@ def test_scales_lie_beside_the_projections_of_a_vision_language_model(tmp_path):
     assert len(beside) == 1 and config["kv_cache_scheme"]["type"] == "float"
 
 
+def test_attention_whose_projections_are_one_has_scales_too(tmp_path):
+    """Its keys are the second part of qkv_proj's rows, turned by the rotary embedding."""
+    model = Phi3ForCausalLM(Phi3Config(**DENSE, pad_token_id=0)).eval()
+    tensors, config, _ = converted(model, tmp_path, "fp8")
+    keys, values = [], []
+    with torch.no_grad():
+        for window in WINDOWS:
+            cache = model(input_ids=window[None], use_cache=True).past_key_values
+            keys.append([layer.keys.abs().amax() for layer in cache.layers])
+            values.append([layer.values.abs().amax() for layer in cache.layers])
+    for i in range(2):
+        for leaf, seen in (("k_scale", keys), ("v_scale", values)):
+            expected = torch.stack([of[i] for of in seen]).amax() / 448
+            found = tensors[f"model.layers.{i}.self_attn.{leaf}"]
+            # The second layer's came through the first one's INT8 weights.
+            torch.testing.assert_close(found, expected[None], rtol=(1e-5, 0.01)[i], atol=0)
+    assert config["kv_cache_scheme"]["num_bits"] == 8
+
+
 def test_latent_attention_has_no_keys_to_calibrate(tmp_path):
     heads = {k: v for k, v in DENSE.items() if k not in ("head_dim", "num_key_value_heads")}
     config = DeepseekV3Config(
         **heads, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
         v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
     )  # fmt: skip
-    with pytest.raises(InputError, match="k_proj and v_proj"):
+    with pytest.raises(InputError, match="k_proj or qkv_proj"):
         converted(DeepseekV3ForCausalLM(config), tmp_path, "fp8")
 
 
