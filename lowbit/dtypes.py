@@ -65,6 +65,11 @@ E8M0 = DType(
     max=2.0**127, smallest=2.0**-127,
 )  # fmt: skip
 
+# Of sources only, and weights only: stored packed, eight to an int32.
+INT4 = DType(
+    name="int4", kind="int", torch_name="int8", safetensors="I32", max=7.0, smallest=1.0, bits=4,
+)  # fmt: skip
+
 DTYPES: dict[str, DType] = {d.name: d for d in (INT8, E4M3FN, E4M3FNUZ, E5M2, E8M0)}
 
 INT8_ASYMMETRIC_MIN, INT8_ASYMMETRIC_MAX = -128, 127

@@ -135,8 +135,13 @@ class Source:
         return values * expand_scale(scale, (rows, cols), granularity)
 
     def _packed(self, module: str) -> Tensor:
-        """compressed-tensors' pack-quantized int8: bytes of q + 128, little end first, in int32."""
+        """compressed-tensors' pack-quantized int8 and int4: q + 128 or q + 8, little end first, in int32."""
         packed = self.raw(f"{module}.weight_packed").contiguous()
         rows, cols = (int(n) for n in self.raw(f"{module}.weight_shape"))
-        codes = packed.view(torch.uint8).reshape(rows, -1)[:, :cols].to(torch.float32) - 128.0
+        raw = packed.view(torch.uint8).reshape(rows, -1)
+        if packed.shape[1] == -(-cols // 8):
+            raw, middle = torch.stack([raw & 15, raw >> 4], -1).reshape(rows, -1), 8.0
+        else:
+            middle = 128.0
+        codes = raw[:, :cols].to(torch.float32) - middle
         return self._decode(codes, self.raw(f"{module}.weight_scale").to(torch.float32), module)

@@ -83,6 +83,20 @@ def read_scale(source: Source) -> np.ndarray:
     return np.ascontiguousarray(scale.reshape(-1, columns))
 
 
+def check_shape(source: Source, shape: tuple[int, ...]) -> None:
+    """InputError where a packed weight has fewer columns than its int32s have room for."""
+    if source.shape is None:
+        return
+    found = tuple(
+        read_bytes(source.shape).view({"I32": np.int32, "I64": np.int64}[source.shape.dtype]).tolist()
+    )
+    if found != shape:
+        raise InputError(
+            f"{source.shape.name}: expected {list(shape)}, what the packed codes have room for, found {list(found)}; "
+            "keep this weight in float with compressed-tensors' own tools first"
+        )
+
+
 def read_number(ref: TensorRef) -> np.float32:
     """The one value of a tensor, such as a scale of activations; InputError where it is not one, or not finite."""
     values = to_float(read_bytes(ref), ref.dtype)
@@ -94,7 +108,7 @@ def read_number(ref: TensorRef) -> np.float32:
 def source_kind(source: Source) -> int:
     """Which decoder the source needs; InputError for a dtype that has none."""
     if source.packed:
-        return loops.INT8_PACKED
+        return loops.INT4_PACKED if source.bits == 4 else loops.INT8_PACKED
     if source.ref.dtype not in loops.SOURCE_KINDS:
         raise InputError(
             f"{source.ref.name}: expected {', '.join(loops.SOURCE_KINDS)}, found {source.ref.dtype}; "
@@ -192,7 +206,7 @@ class Worker:
         assert job.source is not None
         ref, (out,) = job.source.ref, job.outputs.values()
         kind, out_kind = loops.SOURCE_KINDS[ref.dtype], _PLAIN_OUT[out.dtype]
-        item, out_item = loops.SOURCE_BYTES[kind], loops.OUTPUT_BYTES[out_kind]
+        item, out_item = loops.source_bytes(kind, 1), loops.OUTPUT_BYTES[out_kind]
         step = BLOCK_BYTES // item
         digest = xxhash.xxh3_128()
         for start in range(0, ref.elements, step):
@@ -221,6 +235,7 @@ class Worker:
         out = next(o for c, o in job.outputs.items() if c in ("codes", "packed"))
         out_kind = _out_kind(job, out)
         out_cols = -(-cols // 4) * 4 if out_kind == loops.TO_INT8_PACKED else cols
+        check_shape(source, job.shape)
         source_scale = read_scale(source)
         one_scale = job.spec is None or isinstance(job.spec.granularity, PerTensor)
         # One scale for all is a scale per row that is known by now.
@@ -231,7 +246,7 @@ class Worker:
         power_of_2 = job.spec is not None and job.spec.scale != "float32"
 
         digest, sums = xxhash.xxh3_128(), RowSums(job)
-        row_bytes, out_row = cols * loops.SOURCE_BYTES[kind], out_cols * loops.OUTPUT_BYTES[out_kind]
+        row_bytes, out_row = loops.source_bytes(kind, cols), out_cols * loops.OUTPUT_BYTES[out_kind]
         step = self._rows_per_block(row_bytes, tile_rows)
         values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
         for row in range(0, rows, step):
@@ -297,7 +312,7 @@ class Worker:
         """A first pass over the weight for its largest magnitude."""
         assert job.source is not None and job.spec is not None
         rows, cols = job.shape
-        row_bytes = cols * loops.SOURCE_BYTES[kind]
+        row_bytes = loops.source_bytes(kind, cols)
         step = self._rows_per_block(row_bytes, 1)
         peak = np.float32(0.0)
         for row in range(0, rows, step):
@@ -404,6 +419,8 @@ def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
         return part.view(np.int8).astype(np.float32)
     if kind == loops.INT8_PACKED:
         return part.astype(np.float32) - 128
+    if kind == loops.INT4_PACKED:
+        return np.stack([part & 15, part >> 4], axis=-1).reshape(-1).astype(np.float32) - 8
     names: Mapping[int, str] = {v: k for k, v in loops.SOURCE_KINDS.items()}
     return to_float(part, names[kind])
 

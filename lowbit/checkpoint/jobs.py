@@ -30,7 +30,11 @@ class Source:
 
     ref: TensorRef
     packed: bool = False
-    """int8 codes + 128, four to an int32."""
+    """int8 codes + 128, four to an int32, or int4 codes + 8, eight to one."""
+    bits: int = 8
+    """Of a packed code."""
+    shape: TensorRef | None = None
+    """[N, K] of a packed weight."""
     scale: TensorRef | None = None
     block: tuple[int, int] = (1, 1)
     """Rows and columns of the weight per source scale."""
@@ -46,6 +50,8 @@ class Source:
         return cls(
             ref=tensors[module.weight],
             packed="packed" in names,
+            bits=module.spec.dtype.bits,
+            shape=tensors.get(names["shape"]) if "shape" in names else None,
             scale=tensors[module.scale],
             block=block_shape(module.shape, module.spec.granularity),
             divisor=tensors[names["input_scale"]] if "scale" not in names else None,
@@ -54,7 +60,9 @@ class Source:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        return tuple(r for r in (self.ref, self.scale, self.divisor, self.offset) if r is not None)
+        return tuple(
+            r for r in (self.ref, self.scale, self.shape, self.divisor, self.offset) if r is not None
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

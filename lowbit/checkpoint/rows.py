@@ -20,13 +20,19 @@ from numba import njit
 import lowbit.compiling  # noqa: F401  (says so when it takes long)
 
 # How the source is stored.
-BF16, F16, F32, E4M3, INT8, INT8_PACKED = range(6)
+BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED = range(7)
 SOURCE_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "F8_E4M3": E4M3, "I8": INT8}
-SOURCE_BYTES = {BF16: 2, F16: 2, F32: 4, E4M3: 1, INT8: 1, INT8_PACKED: 1}
+_SOURCE_BITS = {BF16: 16, F16: 16, F32: 32, E4M3: 8, INT8: 8, INT8_PACKED: 8, INT4_PACKED: 4}
 
 # What is written. TO_F32 is for verification.
 TO_INT8, TO_INT8_PACKED, TO_E4M3, TO_BF16, TO_F16, TO_F32 = range(6)
 OUTPUT_BYTES = {TO_INT8: 1, TO_INT8_PACKED: 1, TO_E4M3: 1, TO_BF16: 2, TO_F16: 2, TO_F32: 4}
+
+
+def source_bytes(kind: int, count: int) -> int:
+    """Bytes of `count` elements, an even number of them where two are in a byte."""
+    return count * _SOURCE_BITS[kind] // 8
+
 
 _INF_BITS = np.uint32(0x7F800000)
 _SMALLEST_SCALE = np.float32(2.0**-126)
@@ -89,6 +95,17 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
         signed = source.view(np.int8)[start : start + count]
         for i in range(count):
             values[i] = np.float32(signed[i])
+    elif kind == INT4_PACKED:
+        # The first of two is in the lower half of a byte.
+        first = start % 2
+        if first:
+            values[0] = np.float32(np.int32(source[start // 2] >> np.uint8(4)) - 8)
+        pairs = source[(start + first) // 2 : (start + count + 1) // 2]
+        for i in range((count - first) // 2):
+            values[first + 2 * i] = np.float32(np.int32(pairs[i] & np.uint8(15)) - 8)
+            values[first + 2 * i + 1] = np.float32(np.int32(pairs[i] >> np.uint8(4)) - 8)
+        if (count - first) % 2:
+            values[count - 1] = np.float32(np.int32(pairs[pairs.size - 1] & np.uint8(15)) - 8)
     else:
         offset = source[start : start + count]
         for i in range(count):
@@ -199,7 +216,7 @@ def convert_rows(
 ):  # fmt: skip
     """Convert `rows` rows that begin at row `row0` of the weight.
 
-    source        uint8 [≥ rows · cols · item], the rows as stored, row major
+    source        uint8 [≥ rows · cols · item], the rows as stored, row major; INT4: two to a byte
     source_scale  float32 [*, *] one scale per block_rows × block_cols tile; empty: none
     out           uint8 [≥ rows · out_cols · item]; rows are `out_cols` ≥ cols elements apart
     scales        float32 [⌈rows / tile_rows⌉, ⌈cols / tile_cols⌉]: written, or read if `given`

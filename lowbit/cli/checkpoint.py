@@ -286,7 +286,7 @@ def _modules(decided: Plan) -> list[dict[str, Any]]:
             {
                 "name": out.name,
                 "shape": list(job.shape),
-                "before": job.source.ref.dtype,
+                "before": f"int{job.source.bits} in I32" if job.source.packed else job.source.ref.dtype,
                 "after": after,
                 "bytes_before": job.source_bytes,
                 "bytes_after": sum(o.nbytes for o in job.outputs.values()),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lowbit.dtypes import E4M3FN, INT8
+from lowbit.dtypes import E4M3FN, INT4, INT8
 from lowbit.errors import InputError
 from lowbit.formats.format import (
     ConfigOnly,
@@ -44,8 +44,8 @@ class CompressedTensors(ConfigOnly):
         granularity = scheme.weights.granularity
         if isinstance(granularity, PerGroup) and shape[-1] % granularity.size:
             return f"K = {shape[-1]} is not a multiple of {granularity.size}"
-        if format_of(scheme) == "pack-quantized" and shape[-1] % 4:
-            return f"K = {shape[-1]} is not a multiple of 4, the codes in an int32"
+        if format_of(scheme) == "pack-quantized" and shape[-1] % _per_int32(scheme):
+            return f"K = {shape[-1]} is not a multiple of {_per_int32(scheme)}, the codes in an int32"
         if joined == "experts" and scheme.weights.dtype is INT8 and scheme.needs_calibration:
             return "vLLM and SGLang run INT8 experts with dynamic activations only"
         return block_problem(scheme, shape, joined)
@@ -59,7 +59,7 @@ class CompressedTensors(ConfigOnly):
         scale_dtype = "U8" if spec.scale == "e8m0" else "F32"
         scale = Stored(suffix=".weight_scale", dtype=scale_dtype, shape=scales, content="scale")
         if format_of(scheme) == "pack-quantized":
-            packed = (shape[0], -(-shape[1] // 4))
+            packed = (shape[0], -(-shape[1] // _per_int32(scheme)))
             return (
                 Stored(suffix=".weight_packed", dtype="I32", shape=packed, content="packed"),
                 scale,
@@ -115,9 +115,8 @@ class CompressedTensors(ConfigOnly):
             module, _, kind = name.rpartition(".")
             if kind == "weight_packed":
                 contents: dict[Content, str] = {"packed": name, "shape": module + ".weight_shape"}
-                shape = (info.shape[0], info.shape[1] * 4)
             elif kind == "weight" and info.dtype in ("I8", "F8_E4M3") and len(info.shape) == 2:
-                contents, shape = {"codes": name}, (info.shape[0], info.shape[1])
+                contents = {"codes": name}
             else:
                 continue
             scale = module + ".weight_scale"
@@ -135,6 +134,9 @@ class CompressedTensors(ConfigOnly):
                     contents[extra] = f"{module}.{extra}"  # type: ignore[index]
             scheme = _group_for(module, groups)
             assert scheme.weights is not None
+            if scheme.weights.dtype is INT4 and kind == "weight":
+                raise InputError(f"{name}: expected INT4 codes as {module}.weight_packed, found {info.dtype}")
+            shape = (info.shape[0], info.shape[1] * (_per_int32(scheme) if kind == "weight_packed" else 1))
             if kind == "weight":
                 check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
             found[module] = StoredModule(shape=shape, scheme=scheme, names=contents, format=self.name)
@@ -159,9 +161,15 @@ def format_of(scheme: Scheme) -> str:
     assert spec is not None
     if spec.scale == "e8m0":
         return "mxfp8-quantized"
-    if spec.dtype is INT8:
+    if spec.dtype.kind == "int":
         return "int-quantized" if scheme.activations else "pack-quantized"
     return "float-quantized"
+
+
+def _per_int32(scheme: Scheme) -> int:
+    """How many codes of a packed weight are in one int32."""
+    assert scheme.weights is not None
+    return 32 // scheme.weights.dtype.bits
 
 
 _STRATEGIES = {
@@ -179,8 +187,8 @@ def _args(spec: TensorSpec | None) -> dict[str, Any] | None:
         return None
     granularity = spec.granularity
     args: dict[str, Any] = {
-        "num_bits": 8,
-        "type": "int" if spec.dtype is INT8 else "float",
+        "num_bits": spec.dtype.bits,
+        "type": spec.dtype.kind,
         "symmetric": spec.symmetric,
         "strategy": _STRATEGIES[type(granularity)],
         "group_size": granularity.size if isinstance(granularity, PerGroup) else None,
@@ -196,10 +204,12 @@ def _args(spec: TensorSpec | None) -> dict[str, Any] | None:
 def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
     if args is None:
         return None
-    if args.get("num_bits", 8) != 8:
+    bits, kind = args.get("num_bits", 8), args.get("type", "int")
+    dtype = {(8, "int"): INT8, (4, "int"): INT4, (8, "float"): E4M3FN}.get((bits, kind))
+    if dtype is None:
         raise InputError(
-            f"quantization_config: expected 8-bit codes, found num_bits={args['num_bits']}; "
-            "only INT8 and FP8 compressed-tensors checkpoints can be read"
+            f"quantization_config: expected INT8, FP8 or INT4 codes, found type={kind}, num_bits={bits}; other "
+            "compressed-tensors checkpoints cannot be read"
         )
     granularity: Granularity
     strategy = args.get("strategy") or ("group" if args.get("group_size") else "tensor")
@@ -219,7 +229,7 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
         case _:
             raise InputError(f"quantization_config: expected a known strategy, found {strategy!r}")
     return TensorSpec(
-        dtype=INT8 if args.get("type", "int") == "int" else E4M3FN,
+        dtype=dtype,
         granularity=granularity,
         symmetric=bool(args.get("symmetric", True)),
         dynamic=bool(args.get("dynamic", False)),
@@ -234,14 +244,15 @@ def _scheme_of(group: Mapping[str, Any]) -> Scheme:
     for preset in SCHEMES.values():
         if (preset.weights, preset.activations) == (weights, activations):
             return preset
-    name = "int8" if weights.dtype is INT8 else "fp8"
+    name = {INT8: "int8", INT4: "int4", E4M3FN: "fp8"}[weights.dtype]
     if activations is None:
-        base = (
-            SCHEMES["int8-weight-only"]
-            if weights.dtype is INT8
-            else Scheme(name="fp8-weight-only", weights=weights)
-        )
+        base = SCHEMES.get(f"{name}-weight-only") or Scheme(name=f"{name}-weight-only", weights=weights)
         return replace(base, weights=weights)
+    if INT4 in (weights.dtype, activations.dtype):
+        raise InputError(
+            "quantization_config: expected INT4 weights with activations in float, found both quantized; such a "
+            "checkpoint cannot be read"
+        )
     if not activations.dynamic:
         name += "-static"
     return Scheme(name=name, weights=weights, activations=activations)

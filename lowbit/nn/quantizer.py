@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint.headers import TensorRef, read_header
+from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
@@ -57,6 +58,9 @@ def runs(config: Mapping[str, Any]) -> bool:
     try:
         METHODS[str(config["quant_method"])].read(config, {})
     except (InputError, KeyError):
+        return False
+    groups = (config.get("config_groups") or {}).values()
+    if any((group.get("weights") or {}).get("num_bits") == INT4.bits for group in groups):
         return False
     # Rotations that transformers' own quantizer would apply while running.
     return not config.get("transform_config")
@@ -241,6 +245,10 @@ def _down(module: nn.Module) -> Any:
 
 def check_runnable(name: str, stored: StoredModule) -> None:
     """InputError for what lowbit's operations do not compute."""
+    if stored.spec.dtype is INT4:
+        raise InputError(
+            f"{name}: expected weights of 8 bits, found INT4; convert the checkpoint with `lowbit convert` first"
+        )
     if not stored.spec.symmetric:
         raise InputError(
             f"{name}: expected symmetric weights, found a weight zero point; convert it with `lowbit convert` first"

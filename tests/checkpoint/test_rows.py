@@ -22,6 +22,7 @@ SOURCES = {
     "e4m3": (loops.E4M3, torch.float8_e4m3fn),
     "int8": (loops.INT8, torch.int8),
     "packed": (loops.INT8_PACKED, torch.uint8),
+    "int4": (loops.INT4_PACKED, torch.uint8),
 }
 SPECS = {
     "int8 channel": TensorSpec(dtype=INT8, granularity=PerChannel()),
@@ -44,15 +45,18 @@ def source(kind: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     if dtype == torch.int8:
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == torch.uint8:
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 16 if kind == "int4" else 256, shape, generator=generator, dtype=torch.uint8)
     return x.to(dtype)
 
 
 def decoded(kind: str, stored: torch.Tensor) -> torch.Tensor:
-    return stored.float() - 128 if kind == "packed" else stored.float()
+    return stored.float() - {"packed": 128, "int4": 8}.get(kind, 0)
 
 
-def raw(stored: torch.Tensor) -> np.ndarray:
+def raw(stored: torch.Tensor, kind: str = "") -> np.ndarray:
+    if kind == "int4":  # two to a byte, the first in the lower half, across the ends of rows
+        halves = np.append(stored.reshape(-1).numpy(), np.uint8(0))
+        return halves[: halves.size // 2 * 2 : 2] | halves[1::2] << 4
     return stored.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -71,7 +75,7 @@ def run(
     out = np.zeros(rows * out_cols * loops.OUTPUT_BYTES[out_kind], np.uint8)
     given_source = np.empty((0, 0), np.float32) if source_scale is None else source_scale.numpy()
     bad = loops.convert_rows(
-        raw(stored), SOURCES[kind][0], rows, cols, given_source, *source_block, row0, out, out_kind, out_cols,
+        raw(stored, kind), SOURCES[kind][0], rows, cols, given_source, *source_block, row0, out, out_kind, out_cols,
         scales, tile_rows, tile_cols, spec is None or scale is not None,
         spec is not None and spec.scale != "float32", np.empty(max(cols, tile_rows * tile_cols), np.float32),
     )  # fmt: skip
@@ -103,7 +107,7 @@ def test_quantizing_equals_the_oracle(kind, spec, shape):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("block", [(128, 128), (1, 32), (1000, 1000), (3, 7)], ids=str)
-@pytest.mark.parametrize("kind", ["e4m3", "int8", "packed", "bf16"])
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "packed", "int4", "bf16"])
 def test_scaled_sources_are_decoded_to_float32_first(kind, block, spec):
     shape = (133, 261)
     stored = source(kind, shape)

@@ -234,9 +234,36 @@ def test_a_group_for_one_name_does_not_take_the_others():
             "a.b: expected a config group that targets it",
         ),
         (
+            {"config_groups": {"g": group(["Linear"], num_bits=6)}},
+            module("a.b"),
+            "INT8, FP8 or INT4 codes, found type=int, num_bits=6",
+        ),
+        (
             {"config_groups": {"g": group(["Linear"], num_bits=4)}},
             module("a.b"),
-            "8-bit codes, found num_bits=4",
+            "INT4 codes as a.b.weight_packed, found I8",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"], num_bits=4, type="float")}},
+            module("a.b"),
+            "found type=float, num_bits=4",
+        ),
+        (
+            {
+                "config_groups": {
+                    "g": group(["Linear"], num_bits=4)
+                    | {
+                        "input_activations": {
+                            "num_bits": 8,
+                            "type": "int",
+                            "dynamic": True,
+                            "strategy": "token",
+                        }
+                    }
+                }
+            },
+            module("a.b"),
+            "INT4 weights with activations in float",
         ),
         (
             {"config_groups": {"g": group(["Linear"], strategy="odd")}},
