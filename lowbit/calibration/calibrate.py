@@ -24,7 +24,7 @@ from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Selection, decide
+from lowbit.checkpoint.rules import Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -42,7 +42,11 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
         for ours, shape in model.linear_shapes(index).items():
             names[model.disk_name(ours)] = ours
             shapes[model.disk_name(ours)] = shape
-    decisions = decide(shapes, scheme, selection, config=model.source.config, fused=model.source.fused)
+    source = model.source
+    left = left_by_source(shapes, source.quantized)
+    decisions = decide(
+        shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused
+    )
     return {
         names[m]: d.scheme
         for m, d in decisions.items()

@@ -7,7 +7,7 @@ covers is read from its shape beside the weight's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.errors import InputError
+from lowbit.formats import read
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
 from lowbit.quantize import scale_as_float
 
@@ -44,6 +45,8 @@ class Source:
             )
         self.config: dict[str, Any] = checkpoint.config
         self._refs = split(checkpoint).checkpoint.tensors
+        self.quantized: Collection[str] = read(self.config, self._refs).keys()
+        """Modules that are stored quantized."""
         self.fused = fused_names(checkpoint, self._refs)
         """Modules of experts that lie in a 3-D tensor → that tensor; here each is a tensor of its own."""
 

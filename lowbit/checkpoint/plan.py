@@ -16,7 +16,7 @@ from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
-from lowbit.checkpoint.rules import Decision, Selection, decide, unmatched
+from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, unmatched
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
 from lowbit.scheme import Scheme, get_scheme
@@ -188,16 +188,12 @@ def _decisions(
     for ref in source.tensors.values():
         if (module := module_of(ref, stored)) is not None:
             shapes[module] = tuple(stored[module].shape) if module in stored else ref.shape
-    left: dict[str, str] = {}
-    if stored:
-        floats = (m for m, s in shapes.items() if len(s) == 2 and m not in stored)
-        left = dict.fromkeys(floats, "the source left it unquantized")
     if target is None:
         return decide(shapes, scheme, selection, config=source.config, fused=fused)
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
-    left |= target.left_in_float(shapes, source.config)
+    left = left_by_source(shapes, stored) | target.left_in_float(shapes, source.config)
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,

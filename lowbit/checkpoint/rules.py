@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -180,6 +180,12 @@ def fused_key(module: str) -> tuple[str, ...] | None:
 
 Fits = Callable[[Scheme, tuple[int, ...], Joined], str]
 """(scheme, weight shape, how engines join it) → why a format cannot hold it, or ""."""
+
+
+def left_by_source(weights: Mapping[str, tuple[int, ...]], quantized: Collection[str]) -> dict[str, str]:
+    """Matrices in float beside those that the source has `quantized` → why they stay; {} for one that has none."""
+    floats = (m for m, shape in weights.items() if len(shape) == 2 and m not in quantized)
+    return dict.fromkeys(floats, "the source left it unquantized") if quantized else {}
 
 
 def decide(

@@ -129,3 +129,21 @@ def test_lowbit_does_not_run_int4(tmp_path):
     published(tmp_path / "src")
     with pytest.raises(InputError, match="found INT4; convert the checkpoint with `lowbit convert` first"):
         lowbit.load(tmp_path / "src")
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+def test_calibration_leaves_in_float_what_the_source_did(tmp_path, method):
+    published(tmp_path / "src")
+    windows = [torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method=method, data=windows, device="cpu")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    before, after = load(tmp_path / "src"), load(tmp_path / "out")
+    attention = [n for n in before if "_proj.weight" in n and "self_attn" in n]
+    assert len(attention) == 8 and all(after[n].dtype == torch.bfloat16 for n in attention)
+    if method == "gptq":
+        assert all(torch.equal(after[n], before[n]) for n in attention)
+    with torch.no_grad():
+        logits = lowbit.load(tmp_path / "out", dtype=torch.float32)(input_ids=IDS).logits
+        lowbit.convert(tmp_path / "src", tmp_path / "bf16", "bf16")
+        exact = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.float32)(IDS).logits
+    assert float((logits - exact).norm() / exact.norm()) < 0.2
