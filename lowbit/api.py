@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Conversion:
     seconds: float
     resumed_jobs: int
     """Jobs that an earlier, killed run had finished."""
-    manifest: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(repr=False)
     """Empty when another part was, or will be, the last."""
     missing: tuple[str, ...]
     """Output files that other parts have yet to finish. Nothing has its final name before."""

@@ -52,6 +52,17 @@ def test_strings_and_paths_schemes_and_names(tmp_path):
     assert one.bytes_per_second == pytest.approx(one.plan.source_bytes / one.seconds)
 
 
+def test_results_show_in_a_few_lines_whatever_the_size_of_the_model(tmp_path):
+    """A notebook shows what the last line gives: of a trillion parameters that would be tens of megabytes."""
+    src = write(tmp_path / "src", *qwen3_moe())
+    done = lowbit.convert(src, tmp_path / "out", "int8")
+    windows = [torch.randint(3, 60, (16,), generator=torch.Generator().manual_seed(0))]
+    calibration = lowbit.calibrate(src, tmp_path / "c", "int8", method="gptq", data=windows, device="cpu")
+    for shown in (done, done.plan, done.plan.source, lowbit.verify(tmp_path / "out", src), calibration):
+        text = repr(shown).replace(str(tmp_path), "")
+        assert len(text) < 2000 and "model.layers" not in text, text
+
+
 def test_a_scheme_of_ones_own(tmp_path):
     src = write(tmp_path / "src", *llama(hidden=128))
     done = lowbit.convert(src, tmp_path / "out", get_scheme("int8-weight-only").with_group_size(64))

@@ -26,7 +26,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Calibration:
     path: Path
     scheme: str
     """Name of the scheme that the codes were made for."""
-    module_schemes: Mapping[str, str | None]
+    module_schemes: Mapping[str, str | None] = field(repr=False)
     """Modules whose scheme differs from `scheme`; None: kept in float."""
     method: Mapping[str, Any]
     data: Mapping[str, Any]
@@ -80,12 +80,12 @@ class Calibration:
     """`dtype` (e4m3fn, int8), `per_head`, `method` of calibrated KV scales; empty when there are none."""
     config_overrides: Mapping[str, Any]
     """Merged into the output's config.json, e.g. {"tie_word_embeddings": false}."""
-    layers: Mapping[str, Any]
+    layers: Mapping[str, Any] = field(repr=False)
     """Report per part: file, errors, tokens per expert, fallbacks."""
     seconds: Mapping[str, float]
     """Time spent per phase, of the run that finished it."""
     complete: bool
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     def has(self, name: str) -> bool:
         return name in self.tensors

@@ -65,13 +65,13 @@ class Checkpoint:
     """A directory of safetensors, known from its headers."""
 
     root: Path
-    tensors: dict[str, TensorRef]
+    tensors: dict[str, TensorRef] = field(repr=False)
     """In file order, shard after shard."""
-    shards: tuple[Path, ...]
-    config: dict[str, Any]
+    shards: tuple[Path, ...] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     """`config.json`; empty where there is none. Where a file of its own describes the quantization
     (msModelSlim's), that is its `quantization_config`."""
-    others: tuple[Path, ...]
+    others: tuple[Path, ...] = field(repr=False)
     """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
     notes: tuple[str, ...] = field(default=())
     """What is odd about it, in words."""

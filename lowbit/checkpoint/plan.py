@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowbit.checkpoint.fused_experts import fused_names, split
@@ -33,13 +33,13 @@ class Plan:
     scheme: Scheme
     format: Format | None
     """None: plain float tensors."""
-    decisions: Mapping[str, Decision]
-    jobs: tuple[Job, ...]
+    decisions: Mapping[str, Decision] = field(repr=False)
+    jobs: tuple[Job, ...] = field(repr=False)
     """In the order of the source's bytes."""
-    shards: tuple[Shard, ...]
-    config: Mapping[str, Any]
+    shards: tuple[Shard, ...] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
     """The config.json to be written."""
-    files: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any]] = field(repr=False)
     """JSON files that the format adds."""
     warnings: tuple[str, ...]
     calibration: str = ""

@@ -57,7 +57,7 @@ class Verification:
     """Empty when everything is as it should be."""
     checked: tuple[str, ...]
     """What was looked at, in words."""
-    errors: tuple[TensorError, ...] = field(default=())
+    errors: tuple[TensorError, ...] = field(default=(), repr=False)
     """With a source: the quantized weights, worst first."""
 
     @property
