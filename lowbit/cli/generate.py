@@ -25,7 +25,7 @@ def generate(
 ) -> None:
     """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
     from lowbit.cli.models import open_model
-    from lowbit.cli.output import print_json
+    from lowbit.cli.output import print_json, warn
 
     model, tokenizer, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
     import time
@@ -59,9 +59,12 @@ def generate(
         made = model.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     spent = time.perf_counter() - start
     new = made[0, count:]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if not text and not chat and getattr(tokenizer, "chat_template", None):
+        warn("the model ended at once; --chat gives it the prompt as a user's message, which it was made for")
     if json:
         print_json({
-            "prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "prompt_tokens": count,
+            "prompt": prompt, "text": text, "prompt_tokens": count,
             "new_tokens": int(new.numel()), "seconds": round(spent, 3),
             "tokens_per_second": round(new.numel() / spent, 2), "load_seconds": round(seconds, 3),
             "weight_bytes": weight_bytes(model),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 import typer
 from nn_reference import build
 from typer.testing import CliRunner
@@ -57,6 +59,21 @@ def test_generate(checkpoint):
         for s in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
+    """Many end at once where their template is left out."""
+    shutil.copytree(checkpoint / "out", tmp_path / "out")
+    made = lowbit.load(checkpoint / "out", dtype=torch.float32)(input_ids=torch.tensor([[5, 6]])).logits[0, -1]
+    settings = {"eos_token_id": int(made.argmax())}
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings))
+    of = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    of |= {"eos_token": f"w{made.argmax()}", "chat_template": "{{ messages[0]['content'] }}"}
+    (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(of))
+    said = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "w5 w6"])
+    assert said.exit_code == 0 and "warning: the model ended at once; --chat" in said.stderr
+    said = CliRunner().invoke(app, ["generate", str(checkpoint / "out"), "--prompt", "w5 w6"])
+    assert said.exit_code == 0 and "warning" not in said.stderr
 
 
 def test_bench(checkpoint):
