@@ -64,7 +64,9 @@ def test_generate(checkpoint):
 def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
     """Many end at once where their template is left out."""
     shutil.copytree(checkpoint / "out", tmp_path / "out")
-    made = lowbit.load(checkpoint / "out", dtype=torch.float32)(input_ids=torch.tensor([[5, 6]])).logits[0, -1]
+    made = lowbit.load(checkpoint / "out", dtype=torch.float32)(input_ids=torch.tensor([[5, 6]])).logits[
+        0, -1
+    ]
     settings = {"eos_token_id": int(made.argmax())}
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings))
     of = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
