@@ -65,10 +65,14 @@ E8M0 = DType(
     max=2.0**127, smallest=2.0**-127,
 )  # fmt: skip
 
-# Of sources only, and weights only: stored packed, eight to an int32.
+# Of sources only, and weights only. INT4 is stored packed, eight to an int32; E2M1 (FP4), two to a byte.
 INT4 = DType(
     name="int4", kind="int", torch_name="int8", safetensors="I32", max=7.0, smallest=1.0, bits=4,
 )  # fmt: skip
+E2M1 = DType(
+    name="e2m1", kind="float", torch_name="int8", safetensors="I8", max=6.0, smallest=0.5, bits=4,
+)  # fmt: skip
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 DTYPES: dict[str, DType] = {d.name: d for d in (INT8, E4M3FN, E4M3FNUZ, E5M2, E8M0)}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.reading import read_bytes
+from lowbit.dtypes import E2M1, E2M1_VALUES
 from lowbit.errors import InputError
 from lowbit.formats import read
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
@@ -45,8 +46,7 @@ class Source:
             )
         self.config: dict[str, Any] = checkpoint.config
         self._refs = split(checkpoint).checkpoint.tensors
-        self.quantized: Collection[str] = read(self.config, self._refs).keys()
-        """Modules that are stored quantized."""
+        self._stored = read(self.config, self._refs)
         self.fused = fused_names(checkpoint, self._refs)
         """Modules of experts that lie in a 3-D tensor → that tensor; here each is a tensor of its own."""
 
@@ -54,6 +54,11 @@ class Source:
     def tensors(self) -> Mapping[str, TensorRef]:
         """Where each lies."""
         return self._refs
+
+    @property
+    def quantized(self) -> Collection[str]:
+        """Modules that are stored quantized."""
+        return self._stored.keys()
 
     def has(self, name: str) -> bool:
         return name in self._refs
@@ -77,6 +82,12 @@ class Source:
         if self.has(f"{module}.weight_packed"):
             return self._packed(module).to(dtype)
         weight = self.raw(f"{module}.weight")
+        if module in self._stored and self._stored[module].spec.dtype is E2M1:
+            raw = weight.view(torch.uint8).to(torch.int64)
+            values = torch.tensor(E2M1_VALUES)[torch.stack([raw & 15, raw >> 4], -1).flatten(1)]
+            return self._decode(values, scale_as_float(self.raw(self._stored[module].scale)), module).to(
+                dtype
+            )
         if weight.dtype not in _CODE_DTYPES:
             return weight.to(dtype)
         name = next((module + s for s in _SCALES if self.has(module + s)), None)

@@ -19,6 +19,7 @@ from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.checkpoint.reading import TransposedRows, finite, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, static_tensors
+from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
@@ -108,7 +109,9 @@ def read_number(ref: TensorRef) -> np.float32:
 def source_kind(source: Source) -> int:
     """Which decoder the source needs; InputError for a dtype that has none."""
     if source.packed:
-        return loops.INT4_PACKED if source.bits == 4 else loops.INT8_PACKED
+        return loops.INT4_PACKED if source.codes is INT4 else loops.INT8_PACKED
+    if source.codes is E2M1:
+        return loops.E2M1_PACKED
     if source.ref.dtype not in loops.SOURCE_KINDS:
         raise InputError(
             f"{source.ref.name}: expected {', '.join(loops.SOURCE_KINDS)}, found {source.ref.dtype}; "
@@ -419,8 +422,11 @@ def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
         return part.view(np.int8).astype(np.float32)
     if kind == loops.INT8_PACKED:
         return part.astype(np.float32) - 128
-    if kind == loops.INT4_PACKED:
-        return np.stack([part & 15, part >> 4], axis=-1).reshape(-1).astype(np.float32) - 8
+    if kind in (loops.INT4_PACKED, loops.E2M1_PACKED):
+        halves = np.stack([part & 15, part >> 4], axis=-1).reshape(-1)
+        if kind == loops.INT4_PACKED:
+            return halves.astype(np.float32) - 8
+        return np.array(E2M1_VALUES, np.float32)[halves]
     names: Mapping[int, str] = {v: k for k, v in loops.SOURCE_KINDS.items()}
     return to_float(part, names[kind])
 

@@ -11,6 +11,7 @@ from lowbit.checkpoint.fused_experts import SCALE, fused_name, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
+from lowbit.dtypes import E2M1, E4M3FN, DType
 from lowbit.errors import InputError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
@@ -31,8 +32,8 @@ class Source:
     ref: TensorRef
     packed: bool = False
     """int8 codes + 128, four to an int32, or int4 codes + 8, eight to one."""
-    bits: int = 8
-    """Of a packed code."""
+    codes: DType | None = None
+    """None: float numbers."""
     shape: TensorRef | None = None
     """[N, K] of a packed weight."""
     scale: TensorRef | None = None
@@ -50,7 +51,7 @@ class Source:
         return cls(
             ref=tensors[module.weight],
             packed="packed" in names,
-            bits=module.spec.dtype.bits,
+            codes=module.spec.dtype,
             shape=tensors.get(names["shape"]) if "shape" in names else None,
             scale=tensors[module.scale],
             block=block_shape(module.shape, module.spec.granularity),
@@ -246,13 +247,17 @@ class Planner:
         if there and ("packed" in outputs) == source.packed:
             # Already what is asked for: bit for bit, only names change.
             return [*_as_they_are(source, outputs, static), *jobs]
+        spec = scheme.weights
+        if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
+            # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
+            spec = replace(spec, scale="float32-power-of-2")
         return [
             Job(
                 kind="quantize",
                 shape=shape,
                 source=source,
                 outputs=outputs,
-                spec=scheme.weights,
+                spec=spec,
                 given_scale=scale,
                 static=static,
             ),

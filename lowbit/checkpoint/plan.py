@@ -17,6 +17,7 @@ from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
 from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, unmatched
+from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
 from lowbit.scheme import Scheme, get_scheme
@@ -138,7 +139,7 @@ def make_plan(
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
     )
-    config = _config(source, scheme, target, layout, replacements)
+    config = _config(source, scheme, target, layout, replacements, stored)
     return Plan(
         source=on_disk, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
         config=config, files=target.files(layout) if target is not None else {}, warnings=tuple(warnings),
@@ -248,12 +249,21 @@ def _with_tied_head(ignored: tuple[str, ...], source: Checkpoint) -> tuple[str, 
     return ignored
 
 
+def _expert_dtype(layout: Layout) -> str:
+    """What DeepSeek-V4's config calls the type of routed experts; engines take it for FP4 where it says nothing."""
+    scheme = next((s for m, s in layout.modules.items() if ".experts." in m), None)
+    if scheme is None or scheme.weights is None:
+        return "bf16"
+    return "fp8" if scheme.weights.dtype is E4M3FN else str(scheme.weights.dtype)
+
+
 def _config(
     source: Checkpoint,
     scheme: Scheme,
     target: Format | None,
     layout: Layout,
     replacements: Replacements | None,
+    stored: Mapping[str, StoredModule],
 ) -> dict[str, Any]:
     """The source's config.json with its quantization replaced."""
     config = json.loads(json.dumps(source.config))
@@ -267,6 +277,8 @@ def _config(
             holder.update({k: scheme.float_dtype for k in ("torch_dtype", "dtype") if k in holder})
     if replacements:
         config.update(replacements.config_overrides)
+    if "expert_dtype" in config or any(m.spec.dtype is E2M1 for m in stored.values()):
+        config["expert_dtype"] = _expert_dtype(layout)
     if target is not None and (quantization := target.config(layout)) is not None:
         config["quantization_config"] = quantization
     return config

@@ -20,9 +20,9 @@ from numba import njit
 import lowbit.compiling  # noqa: F401  (says so when it takes long)
 
 # How the source is stored.
-BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED = range(7)
+BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED, E2M1_PACKED = range(8)
 SOURCE_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "F8_E4M3": E4M3, "I8": INT8}
-_SOURCE_BITS = {BF16: 16, F16: 16, F32: 32, E4M3: 8, INT8: 8, INT8_PACKED: 8, INT4_PACKED: 4}
+_SOURCE_BITS = {BF16: 16, F16: 16, F32: 32, E4M3: 8, INT8: 8, INT8_PACKED: 8, INT4_PACKED: 4, E2M1_PACKED: 4}
 
 # What is written. TO_F32 is for verification.
 TO_INT8, TO_INT8_PACKED, TO_E4M3, TO_BF16, TO_F16, TO_F32 = range(6)
@@ -37,6 +37,20 @@ def source_bytes(kind: int, count: int) -> int:
 _INF_BITS = np.uint32(0x7F800000)
 _SMALLEST_SCALE = np.float32(2.0**-126)
 _loop = partial(njit, cache=True, nogil=True, error_model="numpy", boundscheck=False)
+
+
+@njit(inline="always")
+def _halves(source, start, count, out):
+    """4-bit codes from the `start`th on → uint32; the first of two is in the lower half of a byte."""
+    first = start % 2
+    if first:
+        out[0] = np.uint32(source[start // 2] >> np.uint8(4))
+    pairs = source[(start + first) // 2 : (start + count + 1) // 2]
+    for i in range((count - first) // 2):
+        out[first + 2 * i] = np.uint32(pairs[i] & np.uint8(15))
+        out[first + 2 * i + 1] = np.uint32(pairs[i] >> np.uint8(4))
+    if (count - first) % 2:
+        out[count - 1] = np.uint32(pairs[pairs.size - 1] & np.uint8(15))
 
 
 @_loop()
@@ -96,16 +110,19 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
         for i in range(count):
             values[i] = np.float32(signed[i])
     elif kind == INT4_PACKED:
-        # The first of two is in the lower half of a byte.
-        first = start % 2
-        if first:
-            values[0] = np.float32(np.int32(source[start // 2] >> np.uint8(4)) - 8)
-        pairs = source[(start + first) // 2 : (start + count + 1) // 2]
-        for i in range((count - first) // 2):
-            values[first + 2 * i] = np.float32(np.int32(pairs[i] & np.uint8(15)) - 8)
-            values[first + 2 * i + 1] = np.float32(np.int32(pairs[i] >> np.uint8(4)) - 8)
-        if (count - first) % 2:
-            values[count - 1] = np.float32(np.int32(pairs[pairs.size - 1] & np.uint8(15)) - 8)
+        _halves(source, start, count, bits)
+        for i in range(count):
+            values[i] = np.float32(np.int32(bits[i]) - 8)
+    elif kind == E2M1_PACKED:
+        _halves(source, start, count, bits)
+        for i in range(count):
+            # As above: 0 and ½ get the exponent of 1, and lose its leading 1 again.
+            magnitude = (bits[i] & np.uint32(7)) << np.uint32(22)
+            sign = (bits[i] & np.uint32(8)) << np.uint32(28)
+            subnormal = magnitude < np.uint32(1 << 23)
+            bits[i] = magnitude + np.uint32(126 << 23) + (np.uint32(1 << 23) if subnormal else np.uint32(0))
+            values[i] -= np.float32(1.0) if subnormal else np.float32(0.0)
+            bits[i] |= sign
     else:
         offset = source[start : start + count]
         for i in range(count):
@@ -216,7 +233,7 @@ def convert_rows(
 ):  # fmt: skip
     """Convert `rows` rows that begin at row `row0` of the weight.
 
-    source        uint8 [≥ rows · cols · item], the rows as stored, row major; INT4: two to a byte
+    source        uint8 [≥ rows · cols · item], the rows as stored, row major; of 4 bits: two to a byte
     source_scale  float32 [*, *] one scale per block_rows × block_cols tile; empty: none
     out           uint8 [≥ rows · out_cols · item]; rows are `out_cols` ≥ cols elements apart
     scales        float32 [⌈rows / tile_rows⌉, ⌈cols / tile_cols⌉]: written, or read if `given`

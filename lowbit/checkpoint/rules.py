@@ -59,7 +59,7 @@ KEEP_RULES = (
     Rule(
         "head",
         re.compile(
-            r"^output$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder)$"
+            r"^(output|head)$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder)$"
         ),
         "output head",
     ),
@@ -70,7 +70,17 @@ KEEP_RULES = (
     ),
     Rule("projection", _last("eh_proj"), "multi-token prediction joins two streams here; engines keep it in float"),
     Rule("projection", _last(r"indexer\.weights_proj", "weights_proj"), "weights of the sparse-attention indexer"),
+    Rule(
+        "projection",
+        _last(r"compressor\.(indexer\.)?(wkv|wgate|kv_proj|gate_proj)"),
+        "compresses keys and values, in float32",
+    ),
     Rule("conv", _last("conv1d", "short_conv"), "convolution"),
+    Rule(
+        "grouped",
+        _last("wo_a", "o_a_proj"),
+        "its rows multiply groups of heads each, outside of what engines quantize",
+    ),
     Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
 )  # fmt: skip
 
@@ -86,6 +96,7 @@ FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
     ("wq", "wk", "wv"),
+    ("wq_a", "wkv"),
     ("in_proj_qkvz", "in_proj_ba"),
     ("in_proj_qkv", "in_proj_z"),
 )
@@ -210,7 +221,9 @@ def decide(
     """
     check_patterns(selection)
     decisions = {
-        module: _decide_one(module, shape, scheme, selection, config or {}, left_in_float, fused)
+        module: _decide_one(
+            module, shape, scheme, selection, config or {}, left_in_float, fused, already.get(module)
+        )
         for module, shape in weights.items()
     }
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -230,8 +243,11 @@ def _decide_one(
     config: Mapping[str, Any],
     left_in_float: Mapping[str, str],
     fused: Mapping[str, str],
+    already: TensorSpec | None,
 ) -> Decision:
     role, reason = role_of(module, shape, config)
+    if role == "grouped" and already is not None and already == scheme.weights:
+        reason = ""  # engines that run it as its makers have it are the ones that this is for
     for pattern in selection.keep:
         if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--keep {pattern}", as_found=True)

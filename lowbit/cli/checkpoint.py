@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lowbit.checkpoint.jobs import Job
     from lowbit.checkpoint.plan import Plan
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
@@ -270,6 +271,15 @@ def summary(decided: Plan, chip: Accelerator | None = None) -> dict[str, Any]:
     }
 
 
+def _stored_as(job: Job) -> str:
+    """The dtype of what is read, and in what it is packed."""
+    source = job.source
+    assert source is not None
+    if source.codes is not None and (source.packed or source.codes.bits < 8):
+        return f"{source.codes} in {source.ref.dtype}"
+    return source.ref.dtype
+
+
 def _modules(decided: Plan) -> list[dict[str, Any]]:
     """One row per weight or other tensor: what it is, what it becomes, and why."""
     rows = []
@@ -286,7 +296,7 @@ def _modules(decided: Plan) -> list[dict[str, Any]]:
             {
                 "name": out.name,
                 "shape": list(job.shape),
-                "before": f"int{job.source.bits} in I32" if job.source.packed else job.source.ref.dtype,
+                "before": _stored_as(job),
                 "after": after,
                 "bytes_before": job.source_bytes,
                 "bytes_after": sum(o.nbytes for o in job.outputs.values()),

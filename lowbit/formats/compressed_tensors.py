@@ -37,7 +37,7 @@ class CompressedTensors(ConfigOnly):
     loaded_by = "vLLM, vLLM-Ascend, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
-        return scheme.weights is not None
+        return scheme.weights is not None and scheme.weights.dtype in (INT8, E4M3FN, INT4)
 
     def refuse(self, scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
         assert scheme.weights is not None

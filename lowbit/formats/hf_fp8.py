@@ -1,7 +1,8 @@
 """HF / DeepSeek block FP8 (`quant_method: fp8`): `weight` F8_E4M3 and `weight_scale_inv` F32.
 
 Source: the configs of DeepSeek-V3 and transformers' `FineGrainedFP8Config`. Despite its
-name, the stored scale multiplies, as everywhere.
+name, the stored scale multiplies, as everywhere. DeepSeek-V4 keeps routed experts in FP4 beside
+it (`expert_dtype: fp4`), which is read, and not written.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lowbit.dtypes import E2M1
 from lowbit.errors import InputError
 from lowbit.formats.format import (
     ConfigOnly,
@@ -21,11 +23,14 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
-from lowbit.granularity import PerBlock, PerTensor, scale_shape
-from lowbit.scheme import Scheme, get_scheme
+from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
+from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 # What a scale is called; newer models shorten it.
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
+
+FP4 = Scheme(name="fp4", weights=TensorSpec(dtype=E2M1, granularity=PerGroup(32), scale="e8m0"))
+"""DeepSeek-V4's routed experts: two codes to a byte, MXFP4's scales."""
 
 
 class HfFp8(ConfigOnly):
@@ -63,17 +68,19 @@ class HfFp8(ConfigOnly):
         scheme = _scheme_of(block)
         found: dict[str, StoredModule] = {}
         for name, info in tensors.items():
-            if info.dtype != "F8_E4M3" or not name.endswith(".weight") or len(info.shape) != 2:
+            if not name.endswith(".weight") or info.dtype not in ("F8_E4M3", "I8") or len(info.shape) != 2:
                 continue
             module = name.removesuffix(".weight")
             scale = next((s for suffix in SCALE_SUFFIXES if (s := module + suffix) in tensors), None)
             if scale is None:
                 raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
-            shape = (info.shape[0], info.shape[1])
-            assert scheme.weights is not None
-            check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
+            packed = info.dtype == "I8"
+            here = FP4 if packed else scheme
+            shape = (info.shape[0], info.shape[1] * (2 if packed else 1))
+            assert here.weights is not None
+            check_scale(module, scale, tuple(tensors[scale].shape), shape, here.weights)
             found[module] = StoredModule(
-                shape=shape, scheme=scheme, names={"codes": name, "scale": scale}, format=self.name
+                shape=shape, scheme=here, names={"codes": name, "scale": scale}, format=self.name
             )
         return found
 

@@ -245,9 +245,10 @@ def _down(module: nn.Module) -> Any:
 
 def check_runnable(name: str, stored: StoredModule) -> None:
     """InputError for what lowbit's operations do not compute."""
-    if stored.spec.dtype is INT4:
+    if stored.spec.dtype.bits < 8:
         raise InputError(
-            f"{name}: expected weights of 8 bits, found INT4; convert the checkpoint with `lowbit convert` first"
+            f"{name}: expected weights of 8 bits, found {stored.spec.dtype}; convert the checkpoint with "
+            "`lowbit convert` first"
         )
     if not stored.spec.symmetric:
         raise InputError(

@@ -127,7 +127,7 @@ def test_columns_that_do_not_fill_an_int32_are_refused(tmp_path):
 
 def test_lowbit_does_not_run_int4(tmp_path):
     published(tmp_path / "src")
-    with pytest.raises(InputError, match="found INT4; convert the checkpoint with `lowbit convert` first"):
+    with pytest.raises(InputError, match="found int4; convert the checkpoint with `lowbit convert` first"):
         lowbit.load(tmp_path / "src")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,9 @@ SOURCES = {
     "int8": (loops.INT8, torch.int8),
     "packed": (loops.INT8_PACKED, torch.uint8),
     "int4": (loops.INT4_PACKED, torch.uint8),
+    "e2m1": (loops.E2M1_PACKED, torch.uint8),
 }
+HALVES = ("int4", "e2m1")
 SPECS = {
     "int8 channel": TensorSpec(dtype=INT8, granularity=PerChannel()),
     "int8 block": TensorSpec(dtype=INT8, granularity=PerBlock(128, 128)),
@@ -45,16 +48,18 @@ def source(kind: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     if dtype == torch.int8:
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == torch.uint8:
-        return torch.randint(0, 16 if kind == "int4" else 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randint(0, 16 if kind in HALVES else 256, shape, generator=generator, dtype=torch.uint8)
     return x.to(dtype)
 
 
 def decoded(kind: str, stored: torch.Tensor) -> torch.Tensor:
+    if kind == "e2m1":
+        return torch.from_numpy(stored.numpy().view(ml_dtypes.float4_e2m1fn).astype(np.float32))
     return stored.float() - {"packed": 128, "int4": 8}.get(kind, 0)
 
 
 def raw(stored: torch.Tensor, kind: str = "") -> np.ndarray:
-    if kind == "int4":  # two to a byte, the first in the lower half, across the ends of rows
+    if kind in HALVES:  # two to a byte, the first in the lower half, across the ends of rows
         halves = np.append(stored.reshape(-1).numpy(), np.uint8(0))
         return halves[: halves.size // 2 * 2 : 2] | halves[1::2] << 4
     return stored.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -107,7 +112,7 @@ def test_quantizing_equals_the_oracle(kind, spec, shape):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("block", [(128, 128), (1, 32), (1000, 1000), (3, 7)], ids=str)
-@pytest.mark.parametrize("kind", ["e4m3", "int8", "packed", "int4", "bf16"])
+@pytest.mark.parametrize("kind", ["e4m3", "int8", "packed", "int4", "e2m1", "bf16"])
 def test_scaled_sources_are_decoded_to_float32_first(kind, block, spec):
     shape = (133, 261)
     stored = source(kind, shape)
