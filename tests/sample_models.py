@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowbit.quantize import choose_scale, quantize_with
+from lowbit.scheme import TensorSpec
+
 Tensors = dict[str, Tensor]
 BLOCK = 128
 
@@ -316,3 +319,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(
         a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
     )
+
+
+def check_quantized(written: Mapping[str, Tensor], module: str, meant: Tensor, spec: TensorSpec) -> None:
+    """A module's codes and scales, as compressed-tensors, are the oracle's of the float32 weight that is meant."""
+    scale, _ = choose_scale(meant, spec)
+    codes = quantize_with(meant, scale, spec)
+    assert same_bits(written[f"{module}.weight_scale"], scale), module
+    if (packed := written.get(f"{module}.weight_packed")) is not None:
+        codes = (codes.to(torch.int16) + 128).to(torch.uint8)
+        assert same_bits(packed.view(torch.uint8).reshape(meant.shape), codes), module
+    else:
+        assert same_bits(written[f"{module}.weight"], codes), module

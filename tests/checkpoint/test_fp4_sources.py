@@ -9,13 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from sample_models import BLOCK, Tensors, block_fp8, decode_block_fp8, load, same_bits, write
+from sample_models import BLOCK, Tensors, block_fp8, check_quantized, decode_block_fp8, load, same_bits, write
 from torch import Tensor
 
 import lowbit
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
-from lowbit.quantize import choose_scale, quantize_with
 from lowbit.scheme import get_scheme
 
 HIDDEN, INNER, EXPERTS = 256, 128, 3
@@ -85,14 +84,7 @@ def test_experts_become_int8_as_if_they_were_dequantized_first(tmp_path, scheme)
     grouped = blocks.pop("layers.0.attn.wo_a")
     assert same_bits(written["layers.0.attn.wo_a.weight"], grouped.to(torch.bfloat16))
     for module, w in (experts | blocks).items():
-        scale, _ = choose_scale(w, spec)
-        codes = quantize_with(w, scale, spec)
-        assert same_bits(written[f"{module}.weight_scale"], scale), module
-        if f"{module}.weight_packed" in written:
-            codes = (codes.to(torch.int16) + 128).to(torch.uint8)
-            assert same_bits(written[f"{module}.weight_packed"].view(torch.uint8).reshape(w.shape), codes)
-        else:
-            assert same_bits(written[f"{module}.weight"], codes), module
+        check_quantized(written, module, w, spec)
     kept = {n for n, t in written.items() if t.dtype == torch.bfloat16}
     assert {"head.weight", "layers.0.attn.compressor.wkv.weight", "layers.0.ffn.gate.weight"} <= kept
     assert config_of(tmp_path / "out")["expert_dtype"] == "int8"

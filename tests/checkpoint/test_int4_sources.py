@@ -10,14 +10,13 @@ import pytest
 import torch
 from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
-from sample_models import Tensors, load, qwen3_moe, same_bits, write
+from sample_models import Tensors, check_quantized, load, qwen3_moe, same_bits, write
 from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 from lowbit.nn import float_activations
-from lowbit.quantize import choose_scale, quantize_with
 from lowbit.scheme import get_scheme
 
 GROUP = 32
@@ -65,14 +64,7 @@ def test_int4_becomes_eight_bits_as_if_it_were_dequantized_first(tmp_path, schem
     written, spec = load(tmp_path / "out"), get_scheme(scheme).weights
     assert len(meant) == 24 and spec is not None
     for module, w in meant.items():
-        scale, _ = choose_scale(w, spec)
-        codes = quantize_with(w, scale, spec)
-        assert same_bits(written[f"{module}.weight_scale"], scale), module
-        if f"{module}.weight_packed" in written:
-            codes = (codes.to(torch.int16) + 128).to(torch.uint8)
-            assert same_bits(written[f"{module}.weight_packed"].view(torch.uint8).reshape(w.shape), codes)
-        else:
-            assert same_bits(written[f"{module}.weight"], codes), module
+        check_quantized(written, module, w, spec)
     report = lowbit.verify(tmp_path / "out", source=tmp_path / "src")
     assert report.ok and not report.problems
 
