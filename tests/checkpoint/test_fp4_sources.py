@@ -11,10 +11,12 @@ import pytest
 import torch
 from sample_models import BLOCK, Tensors, block_fp8, check_quantized, decode_block_fp8, load, same_bits, write
 from torch import Tensor
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import lowbit
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
+from lowbit.nn import QuantExperts, float_activations
 from lowbit.scheme import get_scheme
 
 HIDDEN, INNER, EXPERTS = 256, 128, 3
@@ -133,3 +135,33 @@ def test_scales_of_other_groups_are_refused(tmp_path):
     write(tmp_path / "other", tensors | {name: tensors[name][:, ::2].contiguous()}, CONFIG)
     with pytest.raises(InputError, match=r"w1.scale: expected a scale of shape \[128, 8\].*found \[128, 4\]"):
         lowbit.plan(tmp_path / "other", "int8")
+
+
+def test_the_result_runs_and_means_what_transformers_reads(tmp_path):
+    """A whole model: experts in FP4, attention in block FP8, then INT8; its logits in float against transformers'."""
+    torch.manual_seed(0)
+    config = DeepseekV4Config(
+        vocab_size=64, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=64, moe_intermediate_size=INNER, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=128,
+        o_lora_rank=64, o_groups=2, qk_rope_head_dim=16,
+    )  # fmt: skip
+    DeepseekV4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tensors, saved = load(tmp_path / "bf16"), json.loads((tmp_path / "bf16" / "config.json").read_text())
+    for name in [n for n in tensors if ".experts." in n]:
+        tensors[name], tensors[name.removesuffix("weight") + "scale"], _ = fp4(tensors[name].float())
+    attention = {
+        n: tensors.pop(n) for n in list(tensors) if n.endswith(("wq_a.weight", "wq_b.weight", "wo_b.weight"))
+    }
+    tensors |= block_fp8(attention, {}, suffix=".scale", scale_dtype=torch.float8_e8m0fnu)[0]
+    quantization = {"quantization_config": CONFIG["quantization_config"], "expert_dtype": "fp4"}
+    write(tmp_path / "src", tensors, saved | quantization)
+    lowbit.convert(tmp_path / "src", tmp_path / "plain", "bf16")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        exact = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)(ids).logits
+        model = lowbit.load(tmp_path / "out", dtype=torch.float32)
+        with float_activations(model):
+            ours = model(ids).logits
+    assert sum(isinstance(m, QuantExperts) for m in model.modules()) == 2
+    assert float((ours - exact).norm() / exact.norm()) < 0.03
