@@ -17,8 +17,9 @@ amplified such codes.
 `--damage` shows that the bounds would notice: checkpoints with one wrong scale, one missed scale, one matrix in the
 other order and two experts exchanged must fail the plain comparison.
 
-Another engine is a script with the call `[--plain] CHECKPOINT IDS.json OUT.json …` (see engine_vllm.py), and a line in
-ENGINES. Results are kept in the working directory; `--write docs/engines.md` makes the table of all of them.
+Another engine is a script with the call `[--plain] CHECKPOINT IDS.json OUT.json …` (see engine_vllm.py), and an
+entry in engine_about.py. Results are kept in the working directory, a file for each engine; `--write docs/engines.md`
+makes a section of each of them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_cases import DTYPES, HOWS, NEW_TOKENS, Case, cases, convert, prompts, source  # beside this file
+from engine_about import ENGINES  # beside this file
+from engine_cases import HOWS, NEW_TOKENS, Case, cases, convert, prompts, source
 from engine_damage import DAMAGED, check
 from engine_models import FUSED, TURNED, architecture, turn_experts
 from engine_references import cache_quantized, compare, disturbed, float_where, logprobs, of_tokens, typical
@@ -47,7 +49,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "nn"))
 from nn_reference import dequantized  # noqa: E402 (code · scale written out, for transformers)
 
-ENGINES = {"vllm": "engine_vllm.py"}
 PLAIN = 1e-3
 KERNEL = 0.5
 # Where an engine computes in bfloat16, bounds are relative to what that costs the unquantized model, at most this much.
@@ -57,7 +58,7 @@ BF16 = 0.1
 def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], plain: bool) -> None:
     if not jobs:
         return
-    call = [str(python), str(HERE / ENGINES[engine]), *(["--plain"] if plain else [])]
+    call = [str(python), str(HERE / ENGINES[engine].script), *(["--plain"] if plain else [])]
     subprocess.run([*call, *(str(p) for job in jobs for p in job)], check=True)
 
 
@@ -86,8 +87,18 @@ def answer(case: Case, engine: str, mode: str) -> dict[str, Any]:
     return json.loads((case.at / f"{engine}-{mode}.json").read_text())
 
 
-def asked_of(case: Case) -> list[list[int]]:
-    return json.loads((case.at / "ids.json").read_text())["prompts"]
+def asked_of(case: Case, engine: str) -> list[list[int]]:
+    return json.loads(case.ids(engine).read_text())["prompts"]
+
+
+def ask(case: Case, engine: str, work: Path) -> None:
+    """Write what the engine is given beside the checkpoint."""
+    case.at.mkdir(parents=True, exist_ok=True)
+    ids = {
+        "prompts": prompts(case.kind, source(case, work)), "new_tokens": NEW_TOKENS,
+        "dtype": ENGINES[engine].dtypes.get(case.kind, "float32"), "quantization": HOWS[case.how].quantization,
+    }  # fmt: skip
+    case.ids(engine).write_text(json.dumps(ids))
 
 
 def chosen_kernels(found: dict[str, Any]) -> set[str]:
@@ -110,11 +121,11 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"version": plain["version"], "layers": plain.get("layers", {})}
     if why := plain.get("refused"):
         return {**row, "result": "refused", "why": why.strip()}
-    asked = asked_of(case)
+    asked, about = asked_of(case, engine), ENGINES[engine]
     exact = float_model(case)
     differences, behind = compare(exact, asked, plain["prompts"])
     bound, row["plain"] = PLAIN, float(torch.cat(differences).abs().max())
-    if case.kind in DTYPES:
+    if case.kind in about.dtypes:
         row["plain"] = typical(differences)
         bound = BF16 if case.how == "bf16" else 3 * before[f"{case.kind}: bf16"]["plain"]
     ok = row["plain"] <= bound and statistics.median(behind) <= 8 * bound
@@ -129,7 +140,10 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         ok = ok and row["kv_cache"]
     if has_kernel(case, engine) and "refused" not in kernels:
         model = lowbit.load(case.out, dtype=torch.float32)
-        with float_where(model, kernels["stand_ins"]), cache_quantized(model, scales):
+        with (
+            float_where(model, kernels["stand_ins"]),
+            cache_quantized(model, scales if about.rounds_cache else {}),
+        ):
             differences, behind = compare(model, asked, kernels["prompts"])
             own = [of_tokens(logprobs(model, ids), ids) for ids in asked]
             costs = [x - of_tokens(logprobs(exact, ids), ids) for x, ids in zip(own, asked, strict=True)]
@@ -169,17 +183,14 @@ def main() -> int:
     failed = []
     if arguments.python is not None:
         todo = []
-        for case in cases(work, arguments.only):
-            case.at.mkdir(parents=True, exist_ok=True)
-            ids = {"prompts": prompts(case.kind, source(case, work)), "new_tokens": NEW_TOKENS}
-            ids["dtype"] = DTYPES.get(case.kind, "float32")
-            (case.at / "ids.json").write_text(json.dumps(ids))
+        for case in cases(work, engine, arguments.only):
+            ask(case, engine, work)
             if why := convert(case, work):
                 results[case.title] = {"result": "not converted", "why": why}
             else:
                 todo.append(case)
         for mode in ("plain", "kernels"):
-            jobs = [(c.out, c.at / "ids.json", c.at / f"{engine}-{mode}.json") for c in todo]
+            jobs = [(c.out, c.ids(engine), c.at / f"{engine}-{mode}.json") for c in todo]
             if mode == "kernels":
                 jobs = [job for job, c in zip(jobs, todo, strict=True) if has_kernel(c, engine)]
             run_engine(engine, arguments.python, jobs, mode == "plain")
@@ -190,12 +201,13 @@ def main() -> int:
                 failed.append(case.title)
             results_file.write_text(json.dumps(results, indent=1))
     if arguments.damage:
-        chosen = [c for c in cases(work, []) if c.title in DAMAGED]
+        chosen = [c for c in cases(work, engine, []) if c.title in DAMAGED]
         noticed = check(
             chosen,
+            engine,
             lambda jobs: run_engine(engine, arguments.python, jobs, plain=True),
             lambda case, answers: float(
-                torch.cat(compare(float_model(case), asked_of(case), answers)[0]).abs().max()
+                torch.cat(compare(float_model(case), asked_of(case, engine), answers)[0]).abs().max()
             ),
             PLAIN,
         )

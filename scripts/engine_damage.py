@@ -61,6 +61,7 @@ def damaged(out: Path, to: Path, damage: Callable[[Tensors, list[str]], None]) -
 
 def check(
     cases: list[Any],
+    engine: str,
     run: Callable[[list[tuple[Path, Path, Path]]], None],
     distance: Callable[[Any, list[dict[str, Any]]], float],
     bound: float,
@@ -70,7 +71,8 @@ def check(
     for case in cases:
         for i, (name, damage) in enumerate(DAMAGES.items()):
             at = case.at / f"damaged-{i}"
-            jobs.append((damaged(case.out, at, damage), case.at / "ids.json", case.at / f"damaged-{i}.json"))
+            answer = case.at / f"{engine}-damaged-{i}.json"
+            jobs.append((damaged(case.out, at, damage), case.ids(engine), answer))
             wanted.append((case, name))
     run(jobs)
     found: dict[str, dict[str, float]] = {}
