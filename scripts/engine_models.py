@@ -42,8 +42,9 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
             return t.Qwen3ForCausalLM, t.Qwen3Config(**TEXT)
         case "Gemma 2":
             config = t.Gemma2Config(
-                **{**TEXT, "tie_word_embeddings": True}, sliding_window=64, query_pre_attn_scalar=64
-            )
+                **{**TEXT, "tie_word_embeddings": True}, sliding_window=64, query_pre_attn_scalar=64,
+                hidden_act="gelu_pytorch_tanh",  # Published, and read by SGLang; transformers reads hidden_activation.
+            )  # fmt: skip
             return t.Gemma2ForCausalLM, config
         case "Phi-3":
             return t.Phi3ForCausalLM, t.Phi3Config(**_without("head_dim"))
@@ -72,7 +73,7 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
                 kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=8,
                 num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, moe_intermediate_size=128,
                 first_k_dense_replace=1, topk_method="noaux_tc",
-                scoring_func="sigmoid",
+                scoring_func="sigmoid", moe_layer_freq=1,
             )  # fmt: skip
             return t.DeepseekV3ForCausalLM, config
         case "Qwen3.5-MoE":

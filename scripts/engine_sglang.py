@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import types
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "SGLANG_LOGGING_LEVEL": "ERROR"}
@@ -31,7 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 _NONE = {"memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "current_device": 0, "device_count": 1}
 for _name, _value in {
     **_NONE, "is_available": True, "get_device_capability": (9, 0), "get_device_name": "H100",
-    "mem_get_info": (80 << 30, 80 << 30), "empty_cache": None, "synchronize": None,
+    "mem_get_info": (80 << 30, 80 << 30), "empty_cache": None, "synchronize": None, "set_device": None,
 }.items():  # fmt: skip
     setattr(torch.cuda, _name, lambda *_, _value=_value, **__: _value)
 torch.version.cuda = "12.8"
@@ -58,6 +59,7 @@ from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config 
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod  # noqa: E402
 from sglang.srt.layers.radix_attention import RadixAttention  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context  # noqa: E402
 from sglang.srt.model_loader import loader  # noqa: E402
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
@@ -81,7 +83,7 @@ def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any, An
     """The model that SGLang builds for a checkpoint, its parameters poisoned; its model and load configs."""
     # Small products fused for small batches, and streams to run two at once: not part of loading.
     DualGemm._select_mode = lambda *_: None
-    type(runtime_context._CONTEXT).get_stream = lambda *_: None
+    type(runtime_context._CONTEXT).get_stream = torch.cuda.Stream = lambda *_: None
     arguments = ServerArgs(
         model_path=checkpoint, quantization=quantization, device="cuda", skip_tokenizer_init=True, dtype="float32"
     )
@@ -139,10 +141,11 @@ def _note(model: nn.Module, plain: bool, found: dict[str, Any]) -> None:
             found["stand_ins"].append(name)
 
 
-class Dense:
-    """Multiplies a layer by what was loaded, dequantized."""
+class Dense(nn.Module):
+    """Multiplies a layer by what was loaded, dequantized. A module because some of SGLang's methods are."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
         self.weights = weights
 
     def apply(self, layer: nn.Module, x: Any = None, bias: Tensor | None = None, **named: Any) -> Any:
@@ -238,11 +241,13 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         if left := stubs.unfilled(model):
             raise ValueError(f"load_weights left {len(left)} parameters as they were: {', '.join(left[:8])}")
         _note(model, plain, found)
-        if plain:
-            for layer in _quantized(model).values():
+        quantized = set(_quantized(model).values())
+        for layer in model.modules():
+            unquantized = isinstance(layer, FusedMoE) and isinstance(layer.quant_method, FLOAT)
+            if unquantized or plain and layer in quantized:
                 layer.quant_method = _dense(layer)
-        else:
-            kernels.replace()
+        kernels.replace()
+        if not plain:
             default.postprocess_weights(model, device)
         _forward_natively(model)
         found["prompts"] = stubs.answers(lambda tokens: _logits(model, tokens), ids)
@@ -256,8 +261,12 @@ def _logits(model: Any, tokens: list[int]) -> Tensor:
         forward_mode=ForwardMode.EXTEND, batch_size=1, input_ids=ids, req_pool_indices=torch.tensor([0]),
         seq_lens=length, out_cache_loc=positions, seq_lens_sum=len(tokens), positions=positions,
     )  # fmt: skip
-    hidden = model.model(ids, positions, batch)
-    return nn.functional.linear(hidden, model.lm_head.weight)
+    with forward_context(ForwardContext(types.SimpleNamespace(token_to_kv_pool=None))):
+        hidden = model.model(ids, positions, batch)
+    head = getattr(model, "lm_head", model.model.embed_tokens)
+    logits = nn.functional.linear(hidden, head.weight)
+    cap = model.logits_processor.final_logit_softcapping
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 if __name__ == "__main__":

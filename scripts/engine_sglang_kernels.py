@@ -7,6 +7,7 @@ products are float32's. Sources: `kernels/ops/quantization`, `kernels/ops/gemm`,
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch
 from engine_stubs import dequantize, mixture  # beside this file
 from torch import Tensor, nn
 
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": functools.partial(nn.functional.gelu, approximate="tanh"),
+}
 FP8 = torch.float8_e4m3fn
 
 
@@ -83,7 +89,7 @@ def fused_experts(
 ) -> Tensor:
     """The Triton mixture: activations quantized before each of the two products, as its quantization info says."""
     config = moe_runner_config
-    assert config.activation == "silu" and config.is_gated and info.get("a1_q") is None
+    assert config.is_gated and info.get("a1_q") is None
     assert info.get("b1") is None and not config.apply_router_weight_on_input
     weights, ids, _ = topk_output
 
@@ -101,7 +107,7 @@ def fused_experts(
 
     def expert(x: Tensor, e: int) -> Tensor:
         gate, up = product(x, w1[e], _of(info["w1_scale"], e), info["a1_scale"]).chunk(2, -1)
-        return product(nn.functional.silu(gate) * up, w2[e], _of(info["w2_scale"], e), info["a2_scale"])
+        return product(ACTIVATIONS[config.activation](gate) * up, w2[e], _of(info["w2_scale"], e), info["a2_scale"])
 
     out = mixture(hidden_states, weights, ids, expert)
     return out * (config.routed_scaling_factor or 1.0)
