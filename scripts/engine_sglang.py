@@ -203,10 +203,9 @@ def _forward_natively(model: nn.Module) -> None:
     DeepseekV2AttentionMLA.forward = _latent
 
 
-_absorbed = False
-
-
-def _latent(self: Any, positions: Tensor, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def _latent(
+    self: Any, positions: Tensor, hidden_states: Tensor, forward_batch: Any, *_: Any, **__: Any
+) -> Tensor:
     """Latent attention by SGLang's layers, or with what it absorbed of `kv_b_proj`."""
     both = self.fused_qkv_a_proj_with_mqa(hidden_states)[0]
     q, c, k_pe = both.split([self.q_lora_rank, self.kv_lora_rank, self.qk_rope_head_dim], -1)
@@ -215,7 +214,7 @@ def _latent(self: Any, positions: Tensor, hidden_states: Tensor, *_: Any, **__: 
     nope, pe = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
     pe, k_pe = self.rotary_emb(positions, pe.contiguous(), k_pe.unsqueeze(1).contiguous())
     heads = nope.shape[1]
-    if _absorbed:
+    if forward_batch.absorbed:
         # The scale belongs to FP8 codes; what was dequantized keeps one beside it, unused on CUDA.
         scale = self.w_scale.float() if self.w_kc.element_size() == 1 else 1.0
         nope = torch.einsum("thn,hnl->thl", nope, self.w_kc.float() * scale)
@@ -250,17 +249,20 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         if not plain:
             default.postprocess_weights(model, device)
         _forward_natively(model)
-        found["prompts"] = stubs.answers(lambda tokens: _logits(model, tokens), ids)
+        found["prompts"] = stubs.answers(
+            lambda tokens: _logits(model, tokens, absorbed=tokens not in ids["prompts"]), ids
+        )
     return found
 
 
-def _logits(model: Any, tokens: list[int]) -> Tensor:
+def _logits(model: Any, tokens: list[int], absorbed: bool) -> Tensor:
     ids, positions = torch.tensor(tokens), torch.arange(len(tokens))
     length = torch.tensor([len(tokens)])
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND, batch_size=1, input_ids=ids, req_pool_indices=torch.tensor([0]),
         seq_lens=length, out_cache_loc=positions, seq_lens_sum=len(tokens), positions=positions,
     )  # fmt: skip
+    batch.absorbed = absorbed
     with forward_context(ForwardContext(types.SimpleNamespace(token_to_kv_pool=None))):
         hidden = model.model(ids, positions, batch)
     head = getattr(model, "lm_head", model.model.embed_tokens)

@@ -109,8 +109,12 @@ def fused_experts(
         gate, up = product(x, w1[e], _of(info["w1_scale"], e), info["a1_scale"]).chunk(2, -1)
         return product(ACTIVATIONS[config.activation](gate) * up, w2[e], _of(info["w2_scale"], e), info["a2_scale"])
 
-    out = mixture(hidden_states, weights, ids, expert)
-    return out * (config.routed_scaling_factor or 1.0)
+    # routed_scaling_factor: SGLang's models multiply by it themselves where they do not run on CUDA.
+    return mixture(hidden_states, weights, ids, expert)
+
+
+def fused_gate_sigmoid_mul_add(x: Tensor, gate: Tensor, shared: Tensor, routed: Tensor) -> None:
+    routed += torch.sigmoid(x @ gate).unsqueeze(-1) * shared
 
 
 def _of(scale: Tensor | None, e: int) -> Any:
@@ -131,6 +135,7 @@ OURS = {
     "per_token_group_quant_fp8": per_token_group_quant_fp8,
     "w8a8_block_fp8_matmul_triton": block_matmul,
     "fused_experts": fused_experts,
+    "fused_gate_sigmoid_mul_add": fused_gate_sigmoid_mul_add,
 }
 
 
