@@ -40,4 +40,10 @@ some layers, where the CPU has none for the others (mostly experts). Greedy toke
         ),
     },
 )
-ENGINES = {"vllm": VLLM}
+SGLANG = Engine(
+    name="SGLang",
+    script="engine_sglang.py",
+    where="its own Python on a CPU, its kernels' arithmetic by us",
+    meaning="",
+)
+ENGINES = {"vllm": VLLM, "sglang": SGLANG}

@@ -56,6 +56,9 @@ HOWS = {
     "mxfp8": How(scheme="mxfp8"),
     "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8"),
     "int8 + fp8 + W8A16 mixed": How(scheme="int8", overrides=MIXED),
+    # SGLang runs INT8 experts by this method alone, which is told by the call: it reads compressed-tensors' files.
+    "int8 read as w8a8_int8": How(scheme="int8", quantization="w8a8_int8", engines=("sglang",)),
+    "int8-block as blockwise_int8": How(scheme="int8-block", format="sglang", engines=("sglang",)),
 }
 
 

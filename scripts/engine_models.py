@@ -28,6 +28,7 @@ def _qwen3_5() -> dict[str, Any]:
         "shared_expert_intermediate_size": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
+        "full_attention_interval": 2,  # Published, and read by SGLang.
     }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 FLOAT = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 STAND_IN = "stand-in"
+# Scales of an FP8 cache, and an order of input channels: SGLang has values of its own where a checkpoint has none.
+OPTIONAL = ("k_scale", "v_scale", "g_idx", "g_idx_sort_indices")
 
 
 class OnCPU(torch.overrides.TorchFunctionMode):
@@ -100,7 +102,7 @@ def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any, An
     quant_config = _quantization(model_config, load_config)
     with loader.set_default_torch_dtype(model_config.dtype):
         model = loader._initialize_model(model_config, load_config, quant_config)
-    stubs.poison(model)
+    stubs.poison(model, but=OPTIONAL)
     return model, model_config, load_config
 
 
@@ -110,6 +112,16 @@ def _quantization(model_config: Any, load_config: Any) -> Any:
     config = loader._get_quantization_config(model_config, load_config)
     model_config.dtype = dtype
     return config
+
+
+def _has_arithmetic(layer: nn.Module) -> bool:
+    """Whether its products are those of engine_sglang_kernels.py: not Marlin's, which multiplies weights in BF16."""
+    return "WNA16" not in type(_owner(layer)).__name__
+
+
+def _owner(layer: nn.Module) -> Any:
+    """What SGLang chose for a layer: its scheme, or its method."""
+    return getattr(layer, "scheme", None) or layer.quant_method
 
 
 def _quantized(model: nn.Module) -> dict[str, nn.Module]:
@@ -131,13 +143,12 @@ def _note(model: nn.Module, plain: bool, found: dict[str, Any]) -> None:
             continue
         chosen = ["float", "torch"]
         if name in quantized:
-            owner = getattr(layer, "scheme", None) or layer.quant_method
-            chosen = [type(owner).__name__, "arithmetic"]
+            chosen = [type(_owner(layer)).__name__, "arithmetic" if _has_arithmetic(layer) else STAND_IN]
         kind = "Experts" if isinstance(layer, FusedMoE) else type(layer).__name__
         kinds = found["layers"].setdefault(f"{kind} {name.rpartition('.')[2]}", [])
         if chosen not in kinds:
             kinds.append(chosen)
-        if plain and name in quantized:
+        if name in quantized and (plain or not _has_arithmetic(layer)):
             found["stand_ins"].append(name)
 
 
@@ -240,10 +251,9 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         if left := stubs.unfilled(model):
             raise ValueError(f"load_weights left {len(left)} parameters as they were: {', '.join(left[:8])}")
         _note(model, plain, found)
-        quantized = set(_quantized(model).values())
-        for layer in model.modules():
-            unquantized = isinstance(layer, FusedMoE) and isinstance(layer.quant_method, FLOAT)
-            if unquantized or plain and layer in quantized:
+        quantized = _quantized(model)
+        for name, layer in model.named_modules():
+            if name in found["stand_ins"] or (isinstance(layer, FusedMoE) and name not in quantized):
                 layer.quant_method = _dense(layer)
         kernels.replace()
         if not plain:

@@ -76,9 +76,14 @@ def _bytes(data: Tensor) -> bool:
     return data.element_size() == 1 and data.dtype is not torch.int8
 
 
-def poison(model: nn.Module) -> None:
-    """Fill every parameter with what no checkpoint of lowbit's holds, before it is loaded."""
-    for parameter in model.parameters():
+def poison(model: nn.Module, but: tuple[str, ...] = ()) -> None:
+    """Fill every parameter with what no checkpoint of lowbit's holds, before it is loaded.
+
+    `but`: ends of the names of those that a checkpoint need not have.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(but):
+            continue
         data = parameter.data
         if _bytes(data):
             data.view(torch.uint8).fill_(0xFF)
