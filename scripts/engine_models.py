@@ -78,8 +78,9 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
             )  # fmt: skip
             return t.DeepseekV3ForCausalLM, config
         case "Qwen3.5-MoE":
+            vision = {**VISION, "deepstack_visual_indexes": []}  # Published, and read by SGLang.
             config = t.Qwen3_5MoeConfig(
-                text_config=_qwen3_5(), vision_config=VISION, tie_word_embeddings=False
+                text_config=_qwen3_5(), vision_config=vision, tie_word_embeddings=False
             )
             return t.Qwen3_5MoeForConditionalGeneration, config
         case "Qwen3-VL-MoE":

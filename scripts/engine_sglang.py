@@ -50,6 +50,7 @@ from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
 from sglang.srt.distributed import parallel_state  # noqa: E402
 from sglang.srt.layers import dp_attention  # noqa: E402
 from sglang.srt.layers.dual_gemm import DualGemm  # noqa: E402
+from sglang.srt.layers.layernorm import Gemma4RMSNorm  # noqa: E402
 from sglang.srt.layers.linear import LinearBase  # noqa: E402
 from sglang.srt.layers.moe import initialize_moe_config  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: E402
@@ -198,6 +199,9 @@ def _forward_natively(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BaseFusedOp):
             module._forward_method = module.forward_native
+        if isinstance(module, Gemma4RMSNorm):
+            # Its kernel for CUDA always multiplies by the weight, into which the router's scale was folded.
+            module.with_scale = True
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.srt.") and "quantization" not in name and vars(module).get("_is_cuda"):
             module._is_cuda = False
