@@ -26,6 +26,7 @@ from lowbit.formats.format import (
     quantization_of,
 )
 from lowbit.formats.hf_fp8 import block_problem
+from lowbit.formats.joined import with_joined
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
@@ -84,7 +85,8 @@ class CompressedTensors(ConfigOnly):
         for i, scheme in enumerate(ranked):
             # The largest group is the default; the others name their modules, and names win over classes.
             outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
-            targets = ["Linear"] if i == 0 else name_patterns(groups[scheme], outside)
+            named = (with_joined(groups[scheme]), with_joined(outside))
+            targets = ["Linear"] if i == 0 else name_patterns(*named)
             body[f"group_{i}"] = {
                 "targets": targets,
                 "format": format_of(scheme),
@@ -98,7 +100,7 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": list(layout.ignored),
+            "ignore": with_joined(layout.ignored),
             "config_groups": body,
         }
 

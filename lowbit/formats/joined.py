@@ -1,0 +1,30 @@
+"""Names that engines give to what they build of several modules.
+
+vLLM looks for the members' names where a config has not the joined one. SGLang does so only for some models; for the
+others it takes such a module for what the config's class names (`Linear`) say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_JOINED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
+    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
+    "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
+}  # fmt: skip
+# Engines ask for experts by the names of their members.
+_EXPERT = re.compile(r".*\.experts\.\d+\.")
+
+
+def with_joined(modules: Iterable[str]) -> list[str]:
+    """Module names, then those of the modules that engines join them into, each once."""
+    names = dict.fromkeys(modules)
+    for module in list(names):
+        parent, _, last = module.rpartition(".")
+        if last in _JOINED and not _EXPERT.match(module):
+            names[f"{parent}.{_JOINED[last]}"] = None
+    return list(names)
