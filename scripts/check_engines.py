@@ -44,6 +44,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.errors import InputError
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "nn"))
@@ -139,7 +140,11 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         row["kv_cache"] = given == sorted(float(t) for t in scales.values())
         ok = ok and row["kv_cache"]
     if has_kernel(case, engine) and "refused" not in kernels:
-        model = lowbit.load(case.out, dtype=torch.float32)
+        try:
+            model = lowbit.load(case.out, dtype=torch.float32)
+        except InputError as error:
+            # The engine runs what lowbit itself does not: activations of experts with a scale of their own.
+            return {**row, "unloaded": str(error), "result": "same" if ok else "different"}
         with (
             float_where(model, kernels["stand_ins"]),
             cache_quantized(model, scales if about.rounds_cache else {}),

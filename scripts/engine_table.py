@@ -79,6 +79,9 @@ def _cell(row: dict[str, Any] | None, known: dict[str, str], reasons: list[str])
         return f"loaded ({_number(text, reasons)})"
     if not row["multiplied"]:
         return "float"
+    if "unloaded" in row:
+        text = f"lowbit itself does not run it: {_short(row['unloaded'], known)}"
+        return f"loaded ({_number(text, reasons)})"
     return ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
 
 
