@@ -272,25 +272,30 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
     layers is left open where models are wrapped: engines have `language_model.model.layers` for
     `model.language_model.layers`, and translate names, but not patterns.
     """
-    names, others = list(members), list(outside)
-    by_pattern: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        by_pattern.setdefault(_generalized(name), []).append(name)
+    left, others = list(members), list(outside)
     targets: list[str] = []
-    for patterns, matched in by_pattern.items():
-        fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
-        if len(matched) > 1 and fitting:
-            targets.append("re:" + fitting[0])
-        else:
-            targets.extend(matched)
-    return targets
+    for any_layer in (True, False):
+        by_pattern: dict[tuple[str, ...], list[str]] = {}
+        for name in left:
+            by_pattern.setdefault(_generalized(name, any_layer), []).append(name)
+        left = []
+        for patterns, matched in by_pattern.items():
+            fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
+            if len(matched) > 1 and fitting:
+                targets.append("re:" + fitting[0])
+            else:
+                left.extend(matched)
+    return targets + left
 
 
-def _generalized(name: str) -> tuple[str, ...]:
-    """Patterns of a name with any numbers in it, the widest first."""
-    pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) + "$"
-    before, layers, after = pattern.partition("layers" + r"\.\d+")
-    if before in ("", r"model\.") or not layers:
+def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
+    """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
+    number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
+    pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
+    layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
+    before = pattern[: layers.start()] if layers else ""
+    if before in ("", r"model\."):
         return (pattern,)
-    wrapped = (rf".*language_model\.(.*\.)?{layers}{after}",) if "language_model" in before else ()
-    return (rf".*\b{layers}{after}", *wrapped)
+    after = pattern[len(before) :]
+    wrapped = (rf".*language_model\.(.*\.)?{after}",) if "language_model" in before else ()
+    return (rf".*\b{after}", *wrapped)

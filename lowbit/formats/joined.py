@@ -1,7 +1,7 @@
 """Names that engines give to what they build of several modules.
 
 vLLM looks for the members' names where a config has not the joined one. SGLang does so only for some models; for the
-others it takes such a module for what the config's class names (`Linear`) say.
+others, and for experts that are called w1, w2 and w3, it takes what the config's class names (`Linear`) say.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ _JOINED = {
     "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
     "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
 }  # fmt: skip
-# Engines ask for experts by the names of their members.
+# Engines ask for experts by the names of their members, and SGLang always by these.
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
+_OF_EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def with_joined(modules: Iterable[str]) -> list[str]:
@@ -25,6 +26,7 @@ def with_joined(modules: Iterable[str]) -> list[str]:
     names = dict.fromkeys(modules)
     for module in list(names):
         parent, _, last = module.rpartition(".")
-        if last in _JOINED and not _EXPERT.match(module):
-            names[f"{parent}.{_JOINED[last]}"] = None
+        renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED
+        if last in renamed:
+            names[f"{parent}.{renamed[last]}"] = None
     return list(names)

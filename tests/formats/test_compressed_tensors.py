@@ -316,7 +316,9 @@ def test_patterns_are_short_and_exact():
     assert name_patterns(layers, others) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
     assert name_patterns(layers[:1], others) == layers[:1]
     # A pattern that would take in a module outside is not used.
-    assert name_patterns(layers[:-1], layers[-1:]) == layers[:-1]
+    in_two = [rf"re:model\.layers\.{i}\.mlp\.experts\.\d+\.up_proj$" for i in range(2)]
+    assert name_patterns(layers[:-1], layers[-1:]) == in_two + layers[8:-1]
+    assert name_patterns(layers[:4], layers[4:] + others) == in_two[:1]
 
 
 # Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
@@ -391,6 +393,7 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     assert found("model.layers.1.mlp.gate_up_proj") == "int"
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"]) == ["mlp.experts.0.up_proj"]
+    assert with_joined(["mlp.experts.3.w1"]) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
 
 
 JOINED_MEMBERS = (
