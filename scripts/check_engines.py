@@ -30,6 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,17 @@ from engine_about import ENGINES  # beside this file
 from engine_cases import HOWS, NEW_TOKENS, Case, cases, convert, prompts, source
 from engine_damage import DAMAGED, check
 from engine_models import FUSED, TURNED, architecture, turn_experts
-from engine_references import cache_quantized, compare, disturbed, float_where, logprobs, of_tokens, typical
+from engine_references import (
+    blocks_cut,
+    cache_quantized,
+    compare,
+    disturbed,
+    float_where,
+    join_scales,
+    logprobs,
+    of_tokens,
+    typical,
+)
 from engine_table import markdown
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -138,16 +149,19 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     if scales:
         given = sorted(x for pair in plain["kv_scales"].values() for x in pair)
         row["kv_cache"] = given == sorted(float(t) for t in scales.values())
-        ok = ok and row["kv_cache"]
+        ok = ok and row["kv_cache"] != (case.kind in about.leaves_cache_scales)
     if has_kernel(case, engine) and "refused" not in kernels:
         try:
             model = lowbit.load(case.out, dtype=torch.float32)
         except InputError as error:
             # The engine runs what lowbit itself does not: activations of experts with a scale of their own.
             return {**row, "unloaded": str(error), "result": "same" if ok else "different"}
+        if about.joins_scales:
+            join_scales(model)
         with (
             float_where(model, kernels["stand_ins"]),
             cache_quantized(model, scales if about.rounds_cache else {}),
+            blocks_cut(model) if about.cuts_blocks else nullcontext(),
         ):
             differences, behind = compare(model, asked, kernels["prompts"])
             own = [of_tokens(logprobs(model, ids), ids) for ids in asked]

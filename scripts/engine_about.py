@@ -19,6 +19,12 @@ class Engine:
     """Architectures that it cannot run in float32 → the type that they run in."""
     rounds_cache: bool = False
     """Whether its run keeps keys and values in a cache that is quantized."""
+    leaves_cache_scales: tuple[str, ...] = ()
+    """Architectures for which it does not load the scales of keys and values."""
+    joins_scales: bool = False
+    """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
+    cuts_blocks: bool = False
+    """Whether it cuts INT8 activations in groups toward zero where lowbit rounds."""
     reasons: dict[str, str] = field(default_factory=dict)
     """A part of an error's text → the sentence that says it."""
 
@@ -43,7 +49,28 @@ some layers, where the CPU has none for the others (mostly experts). Greedy toke
 SGLANG = Engine(
     name="SGLang",
     script="engine_sglang.py",
-    where="its own Python on a CPU, its kernels' arithmetic by us",
-    meaning="",
+    where="its Python on a CPU as if on an H100",
+    meaning="""Its package index has no build for CPUs. All of its Python ran that reads a checkpoint: arguments, model config,
+quantization configs and methods, model classes, `load_weights`, and what it makes of weights after loading. What it
+calls of CUDA's ran as plain arithmetic by us, written after its sources (`scripts/engine_sglang_kernels.py`), and
+attention without a cache. **loaded**: as above, after `load_weights`. **kernel**: its methods' own `apply` on the
+processed weights, with the same rounding of activations as its kernels. **loaded** alone for W8A16: Marlin multiplies
+BF16. Parameters were filled with NaN, or with codes that no checkpoint has, before they were loaded, and none may be
+left. Latent attention multiplied by what SGLang absorbs of `kv_b_proj` for the greedy tokens, and by `kv_b_proj` for
+the others.""",
+    leaves_cache_scales=("Qwen2",),
+    joins_scales=True,
+    cuts_blocks=True,
+    reasons={
+        "index 1 is out of bounds for dimension 0 with size 1": (
+            "SGLang keeps one input_scale for q, k and v together and fails to load three; its scheme would quantize "
+            "activations by the token anyway, so int8 serves instead"
+        ),
+        "implemented only for NPU": (
+            "SGLang runs INT8 experts of compressed-tensors on Ascend only; `--quantization w8a8_int8` runs them on "
+            "GPUs, in another column"
+        ),
+        "No compressed-tensors compatible scheme was found": "SGLang has no such scheme in compressed-tensors",
+    },
 )
 ENGINES = {"vllm": VLLM, "sglang": SGLANG}

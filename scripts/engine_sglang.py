@@ -160,6 +160,9 @@ class Dense(nn.Module):
         super().__init__()
         self.weights = weights
 
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """They were dequantized as they were loaded."""
+
     def apply(self, layer: nn.Module, x: Any = None, bias: Tensor | None = None, **named: Any) -> Any:
         if isinstance(layer, LinearBase):
             return nn.functional.linear(x, self.weights["weight"], bias)
