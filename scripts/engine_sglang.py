@@ -59,6 +59,7 @@ from sglang.srt.layers.moe.topk import TopK  # noqa: E402
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config  # noqa: E402
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod  # noqa: E402
 from sglang.srt.layers.radix_attention import RadixAttention  # noqa: E402
+from sglang.srt.layers.radix_linear_attention import RadixLinearAttention  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context  # noqa: E402
 from sglang.srt.model_loader import loader  # noqa: E402
@@ -218,6 +219,7 @@ def _forward_natively(model: nn.Module) -> None:
         return out.flatten(1)
 
     RadixAttention.forward = attention
+    RadixLinearAttention.forward = kernels.gated_delta
     DeepseekV2AttentionMLA.forward = _latent
 
 
