@@ -14,6 +14,7 @@ from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.dtypes import INT8
 from lowbit.granularity import PerGroup
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
+from lowbit.scheme import get_scheme
 
 # What the engine fuses, by the last part of its layer's name.
 MEMBERS = {
@@ -131,8 +132,7 @@ def join_scales(model: nn.Module) -> None:
     for module in model.modules():
         for names in _JOINED:
             members = [m for n in names if isinstance(m := getattr(module, n, None), QuantLinear)]
-            static = [m for m in members if m.weight.dtype == torch.float8_e4m3fn and m.weight_scale.numel() == 1]
-            if len(members) != len(names) or static != members:
+            if len(members) != len(names) or any(m.scheme != get_scheme("fp8-static") for m in members):
                 continue
             largest = torch.stack([m.weight_scale.float() for m in members]).max()
             for member in members:
