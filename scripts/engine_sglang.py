@@ -14,10 +14,12 @@ for the greedy tokens, as its decoding does.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
 import types
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "SGLANG_LOGGING_LEVEL": "ERROR"}
@@ -60,14 +62,18 @@ from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config 
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod  # noqa: E402
 from sglang.srt.layers.radix_attention import RadixAttention  # noqa: E402
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention  # noqa: E402
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context  # noqa: E402
 from sglang.srt.model_loader import loader  # noqa: E402
+from sglang.srt.models import llama4  # noqa: E402
 from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 FLOAT = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
 STAND_IN = "stand-in"
+# This class of SGLang's loads no experts; the other one takes a text model as well.
+READ_AS = {"Llama4ForCausalLM": "Llama4ForConditionalGeneration"}
 # Scales of an FP8 cache, and an order of input channels: SGLang has values of its own where a checkpoint has none.
 OPTIONAL = ("k_scale", "v_scale", "g_idx", "g_idx_sort_indices")
 
@@ -88,9 +94,11 @@ def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any, An
     # Small products fused for small batches, and streams to run two at once: not part of loading.
     DualGemm._select_mode = lambda *_: None
     type(runtime_context._CONTEXT).get_stream = torch.cuda.Stream = lambda *_: None
+    read_as = READ_AS.get(json.loads((Path(checkpoint) / "config.json").read_text())["architectures"][0])
     arguments = ServerArgs(
-        model_path=checkpoint, quantization=quantization, device="cuda", skip_tokenizer_init=True, dtype="float32"
-    )
+        model_path=checkpoint, quantization=quantization, device="cuda", skip_tokenizer_init=True, dtype="float32",
+        json_model_override_args=json.dumps({"architectures": [read_as]} if read_as else {}),
+    )  # fmt: skip
     ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0, dp_rank=None)
     runtime_context.publish(arguments, role="scheduler", ranks=ranks)
     with tempfile.NamedTemporaryFile() as file:
@@ -206,9 +214,14 @@ def _forward_natively(model: nn.Module) -> None:
         if isinstance(module, Gemma4RMSNorm):
             # Its kernel for CUDA always multiplies by the weight, into which the router's scale was folded.
             module.with_scale = True
+        if isinstance(module, RotaryEmbedding):
+            module._forward_method = _in_place(module.forward_native)
     for name, module in list(sys.modules.items()):
         if name.startswith("sglang.srt.") and "quantization" not in name and vars(module).get("_is_cuda"):
             module._is_cuda = False
+    # Where it does not run on CUDA, Llama 4 normalizes queries and keys in BF16.
+    llama4._is_cuda = True
+    llama4.Llama4MoE._forward_core = lambda self, x, mode: self._forward_core_normal(x)
 
     def attention(self: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         q, k = (x.reshape(x.shape[0], -1, self.qk_head_dim) for x in (q, k))
@@ -221,6 +234,18 @@ def _forward_natively(model: nn.Module) -> None:
     RadixAttention.forward = attention
     RadixLinearAttention.forward = kernels.gated_delta
     DeepseekV2AttentionMLA.forward = _latent
+
+
+def _in_place(rotate: Any) -> Any:
+    """As on CUDA: Llama 4 drops what is returned."""
+
+    def rotated(positions: Tensor, q: Tensor, k: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        out = rotate(positions, q, k, *others, **named)
+        for x, turned in zip((q, k), out, strict=True):
+            x.copy_(turned.reshape(x.shape))
+        return out
+
+    return rotated
 
 
 def _latent(
@@ -282,6 +307,7 @@ def _logits(model: Any, tokens: list[int], absorbed: bool) -> Tensor:
         seq_lens=length, out_cache_loc=positions, seq_lens_sum=len(tokens), positions=positions,
     )  # fmt: skip
     batch.absorbed = absorbed
+    model = getattr(model, "language_model", model)
     with forward_context(ForwardContext(types.SimpleNamespace(token_to_kv_pool=None))):
         hidden = model.model(ids, positions, batch)
     head = getattr(model, "lm_head", model.model.embed_tokens)

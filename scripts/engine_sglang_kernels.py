@@ -91,8 +91,12 @@ def fused_experts(
     """The Triton mixture: activations quantized before each of the two products, as its quantization info says."""
     config = moe_runner_config
     assert config.is_gated and info.get("a1_q") is None
-    assert info.get("b1") is None and not config.apply_router_weight_on_input
+    assert info.get("b1") is None
     weights, ids, _ = topk_output
+    if config.apply_router_weight_on_input:
+        # SGLang's kernel multiplies the first sums instead; the codes of a row do not change with its size.
+        assert weights.shape[1] == 1
+        hidden_states, weights = hidden_states * weights, torch.ones_like(weights)
 
     def product(x: Tensor, w: Tensor, scale: Tensor, static: Tensor | None) -> Tensor:
         if not (info["use_int8_w8a8"] or info["use_fp8_w8a8"]):
