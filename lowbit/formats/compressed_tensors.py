@@ -269,8 +269,8 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
 
     Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
     every target for every module, so 46,000 names would take minutes to load. What comes before the
-    layers is left open where models are wrapped: engines have `language_model.model.layers` for
-    `model.language_model.layers`, and translate names, but not patterns.
+    layers is left open: engines have `language_model.model.layers` for `model.language_model.layers`, and translate
+    names, but not patterns; SGLang has `layers` for Mixtral's `model.layers`.
     """
     left, others = list(members), list(outside)
     targets: list[str] = []
@@ -285,7 +285,7 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
                 targets.append("re:" + fitting[0])
             else:
                 left.extend(matched)
-    return targets + left
+    return list(dict.fromkeys(targets + left))
 
 
 def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
@@ -293,9 +293,8 @@ def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
     number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
     pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
     layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
-    before = pattern[: layers.start()] if layers else ""
-    if before in ("", r"model\."):
+    if layers is None:
         return (pattern,)
-    after = pattern[len(before) :]
+    before, after = pattern[: layers.start()], pattern[layers.start() :]
     wrapped = (rf".*language_model\.(.*\.)?{after}",) if "language_model" in before else ()
-    return (rf".*\b{after}", *wrapped)
+    return (rf".*\b{after}", *wrapped, pattern)

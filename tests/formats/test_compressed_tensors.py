@@ -313,12 +313,15 @@ def test_a_checkpoint_of_the_library_itself(tmp_path):
 def test_patterns_are_short_and_exact():
     layers = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(3) for e in range(4)]
     others = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(3) for e in range(4)]
-    assert name_patterns(layers, others) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
+    assert name_patterns(layers, others) == [r"re:.*\blayers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
     assert name_patterns(layers[:1], others) == layers[:1]
     # A pattern that would take in a module outside is not used.
-    in_two = [rf"re:model\.layers\.{i}\.mlp\.experts\.\d+\.up_proj$" for i in range(2)]
+    in_two = [rf"re:.*\blayers\.{i}\.mlp\.experts\.\d+\.up_proj$" for i in range(2)]
     assert name_patterns(layers[:-1], layers[-1:]) == in_two + layers[8:-1]
     assert name_patterns(layers[:4], layers[4:] + others) == in_two[:1]
+    # What comes before the layers is open unless that takes in more.
+    tower = [n.replace("model.", "tower.", 1) for n in layers]
+    assert name_patterns(layers, others + tower) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
 
 
 # Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
