@@ -175,6 +175,12 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     return {**row, "result": "same" if ok else "different"}
 
 
+def known_wrong(case: Case, engine: str) -> str:
+    """How the engine itself gets a case wrong, or ""."""
+    hows, how = ENGINES[engine].wrong.get(case.kind, ((), ""))
+    return how if case.how in hows else ""
+
+
 def kv_scales(case: Case) -> dict[str, Tensor]:
     """Every attention's scales of keys and of values in the checkpoint; none unless the case has them."""
     if not HOWS[case.how].kv_cache:
@@ -216,7 +222,7 @@ def main() -> int:
         for case in todo:
             row = results[case.title] = judge(case, engine, results)
             print(case.title, {k: v for k, v in row.items() if k != "layers"}, flush=True)
-            if row["result"] == "different":
+            if row["result"] == "different" and not known_wrong(case, engine):
                 failed.append(case.title)
             results_file.write_text(json.dumps(results, indent=1))
     if arguments.damage:

@@ -25,6 +25,8 @@ class Engine:
     """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
     cuts_blocks: bool = False
     """Whether it cuts INT8 activations in groups toward zero where lowbit rounds."""
+    wrong: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Architecture → conversions that the engine itself gets wrong, and how."""
     reasons: dict[str, str] = field(default_factory=dict)
     """A part of an error's text → the sentence that says it."""
 
@@ -50,15 +52,23 @@ SGLANG = Engine(
     name="SGLang",
     script="engine_sglang.py",
     where="its Python on a CPU as if on an H100",
-    meaning="""Its package index has no build for CPUs. All of its Python ran that reads a checkpoint: arguments, model config,
-quantization configs and methods, model classes, `load_weights`, and what it makes of weights after loading. What it
-calls of CUDA's ran as plain arithmetic by us, written after its sources (`scripts/engine_sglang_kernels.py`), and
-attention without a cache. **loaded**: as above, after `load_weights`. **kernel**: its methods' own `apply` on the
-processed weights, with the same rounding of activations as its kernels. **loaded** alone for W8A16: Marlin multiplies
-BF16. Parameters were filled with NaN, or with codes that no checkpoint has, before they were loaded, and none may be
-left. Latent attention multiplied by what SGLang absorbs of `kv_b_proj` for the greedy tokens, and by `kv_b_proj` for
-the others.""",
+    meaning="""It has no build for CPUs. All of its Python ran that reads a checkpoint: arguments, model config,
+quantization configs and methods, model classes, `load_weights`, and what it makes of weights after loading. What that
+calls of CUDA ran as plain arithmetic by us, written after SGLang's sources (`scripts/engine_sglang_kernels.py`), and
+attention without a cache. Before loading, parameters were filled with what no checkpoint holds, and none may keep it.
+**loaded**: what `load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its
+methods' own `apply` on the processed weights, activations rounded as its kernels do: it cuts INT8 groups toward zero
+where lowbit rounds, and rounds q, k and v (gate, up), FP8 with a scale each, again to the largest of them;
+`lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin multiplies BF16.
+Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
     leaves_cache_scales=("Qwen2",),
+    wrong={
+        "Llama 4": (
+            ("int8-weight-only", "fp8", "int8 + fp8 + W8A16 mixed", "int8 read as w8a8_int8"),
+            "SGLang's Llama 4 reorders the rows of q_proj and k_proj for its rotary embedding, but not their packed "
+            "codes, nor scales of a row each; with scales of blocks it is right, and with these two in float",
+        )
+    },
     joins_scales=True,
     cuts_blocks=True,
     reasons={

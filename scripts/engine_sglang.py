@@ -2,14 +2,16 @@
 
     python scripts/engine_sglang.py [--plain] CHECKPOINT IDS.json OUT.json [CHECKPOINT IDS.json OUT.json …]
 
-IDS.json and OUT.json are those of engine_vllm.py; IDS.json may also have "quantization", what `--quantization` of
-SGLang is given. SGLang has no CPU build on the package index, so its compiled packages are stubs and a GPU of compute
-capability 9.0 is feigned. As on one run its arguments, ModelConfig, quantization configs and methods, model classes,
-`load_weights` and `process_weights_after_loading`. `--plain`: what `load_weights` loaded is dequantized where it lies and
-multiplied in float32. Without: SGLang's `apply` of every layer runs on the processed weights, the kernels that it calls
-being those of engine_sglang_kernels.py. Attention is ours, without a cache: every greedy token runs the whole sequence.
-Latent attention multiplies by `kv_b_proj` for the prompts, as SGLang's prefill does, and by what SGLang absorbs of it
-for the greedy tokens, as its decoding does.
+IDS.json and OUT.json are those of engine_vllm.py; "quantization" is what SGLang's `--quantization` is given. SGLang has
+no build for CPUs on the package index, so its compiled packages are stubs and a GPU of compute capability 9.0 is
+feigned. As on one run its arguments, ModelConfig, quantization configs and methods, model classes, `load_weights` and
+`process_weights_after_loading`. Parameters hold what no checkpoint does before they are loaded, and none may keep it.
+
+`--plain`: what `load_weights` loaded is dequantized where it lies and multiplied in float32. Without: SGLang's `apply`
+of every layer runs on the processed weights, the kernels that it calls being those of engine_sglang_kernels.py; W8A16
+stays as in `--plain`, since Marlin multiplies BF16. Attention is ours, without a cache: every greedy token runs the
+whole sequence. Latent attention multiplies by `kv_b_proj` for the prompts, as SGLang's prefill does, and by what SGLang
+absorbs of it for the greedy tokens, as its decoding does.
 """
 
 from __future__ import annotations
@@ -24,14 +26,20 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "SGLANG_LOGGING_LEVEL": "ERROR"}
 
-import engine_stubs as stubs  # noqa: E402 (beside this file)
-import torch  # noqa: E402
-import transformers.image_utils  # noqa: E402
-import transformers.models.auto.processing_auto  # noqa: E402, F401
-from torch import Tensor, nn  # noqa: E402
+import engine_stubs as stubs
+import torch
+import transformers.image_utils
+import transformers.models.auto.processing_auto  # noqa: F401
+from torch import Tensor, nn
 
 # SGLang looks for a GPU while it is imported, and chooses by what it finds.
-_NONE = {"memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0, "current_device": 0, "device_count": 1}
+_NONE = {
+    "memory_allocated": 0,
+    "max_memory_allocated": 0,
+    "memory_reserved": 0,
+    "current_device": 0,
+    "device_count": 1,
+}
 for _name, _value in {
     **_NONE, "is_available": True, "get_device_capability": (9, 0), "get_device_name": "H100",
     "mem_get_info": (80 << 30, 80 << 30), "empty_cache": None, "synchronize": None, "set_device": None,
@@ -57,7 +65,6 @@ from sglang.srt.layers.linear import LinearBase  # noqa: E402
 from sglang.srt.layers.moe import initialize_moe_config  # noqa: E402
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput  # noqa: E402
-from sglang.srt.layers.moe.topk import TopK  # noqa: E402
 from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config  # noqa: E402
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod  # noqa: E402
 from sglang.srt.layers.radix_attention import RadixAttention  # noqa: E402
@@ -268,7 +275,9 @@ def _latent(
         out = torch.einsum("thl,hlv->thv", out, self.w_vc.float() * scale)
     else:
         k, v = (
-            self.kv_b_proj(c)[0].unflatten(-1, (heads, -1)).split([self.qk_nope_head_dim, self.v_head_dim], -1)
+            self.kv_b_proj(c)[0]
+            .unflatten(-1, (heads, -1))
+            .split([self.qk_nope_head_dim, self.v_head_dim], -1)
         )
         k = torch.cat([k, k_pe.expand(-1, heads, -1)], -1)
         out = stubs.causal(torch.cat([nope, pe], -1), k, v, self.scaling)

@@ -44,7 +44,9 @@ def _groups(x: Tensor, size: int) -> Tensor:
     return x.float().unflatten(-1, (-1, size))
 
 
-def per_token_group_quant_int8(x: Tensor, group_size: int, eps: float = 1e-10, **_: Any) -> tuple[Tensor, Tensor]:
+def per_token_group_quant_int8(
+    x: Tensor, group_size: int, eps: float = 1e-10, **_: Any
+) -> tuple[Tensor, Tensor]:
     """Cuts toward zero: SGLang casts to int8 without rounding."""
     groups = _groups(x, group_size)
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=eps) / 127
@@ -52,14 +54,22 @@ def per_token_group_quant_int8(x: Tensor, group_size: int, eps: float = 1e-10, *
     return codes.flatten(-2), scale.squeeze(-1)
 
 
-def per_token_group_quant_fp8(x: Tensor, group_size: int, eps: float = 1e-10, **_: Any) -> tuple[Tensor, Tensor]:
+def per_token_group_quant_fp8(
+    x: Tensor, group_size: int, eps: float = 1e-10, **_: Any
+) -> tuple[Tensor, Tensor]:
     groups = _groups(x, group_size)
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=eps) / 448
     return (groups / scale).clamp(-448, 448).to(FP8).flatten(-2), scale.squeeze(-1)
 
 
 def block_matmul(
-    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, block_size: list[int], output_dtype: torch.dtype, **_: Any
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    block_size: list[int],
+    output_dtype: torch.dtype,
+    **_: Any,
 ) -> Tensor:
     """x [M, K] in groups of K, w [N, K] in blocks: codes times scales, float32."""
     wide = x_scale.repeat_interleave(block_size[1], -1)[:, : x.shape[1]]
@@ -78,7 +88,13 @@ def scaled_fp8_quant(
 
 
 def fp8_scaled_mm(
-    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out_dtype: torch.dtype, bias: Tensor | None = None, **_: Any
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    **_: Any,
 ) -> Tensor:
     """x [M, K], w [K, N]; scales one each, or one for every row of x and every column of w."""
     out = (x.float() @ w.float()) * x_scale.view(-1, 1) * w_scale.view(1, -1)
@@ -112,7 +128,9 @@ def fused_experts(
 
     def expert(x: Tensor, e: int) -> Tensor:
         gate, up = product(x, w1[e], _of(info["w1_scale"], e), info["a1_scale"]).chunk(2, -1)
-        return product(ACTIVATIONS[config.activation](gate) * up, w2[e], _of(info["w2_scale"], e), info["a2_scale"])
+        return product(
+            ACTIVATIONS[config.activation](gate) * up, w2[e], _of(info["w2_scale"], e), info["a2_scale"]
+        )
 
     # routed_scaling_factor: SGLang's models multiply by it themselves where they do not run on CUDA.
     return mixture(hidden_states, weights, ids, expert)
@@ -164,7 +182,9 @@ def _of(scale: Tensor | None, e: int) -> Any:
     return None if scale is None else scale[e]
 
 
-def _codes(quantized: tuple[Tensor, Tensor], w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _codes(
+    quantized: tuple[Tensor, Tensor], w: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return quantized[0], w, quantized[1], scale
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine_about import ENGINES  # beside this file
+from engine_about import ENGINES, Engine  # beside this file
 from engine_cases import HOWS, KINDS
 
 STAND_IN = "stand-in"
@@ -51,7 +51,7 @@ def _section(engine: str, results: dict[str, Any]) -> str:
     version = next(row["version"] for row in rows.values() if "version" in row)
     reasons: list[str] = []
     lines = [f"## {about.name} {version}, {about.where}", "", about.meaning, ""]
-    body = [[k, *(_cell(rows.get(f"{k}: {h}"), about.reasons, reasons) for h in hows)] for k in kinds]
+    body = [[k, *(_cell(k, h, rows.get(f"{k}: {h}"), about, reasons) for h in hows)] for k in kinds]
     lines += _table(["", *hows], body)
     if reasons:
         lines += ["", *(f"{i}. {text}" for i, text in enumerate(reasons, 1))]
@@ -65,13 +65,15 @@ def _section(engine: str, results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None, known: dict[str, str], reasons: list[str]) -> str:
+def _cell(kind: str, how: str, row: dict[str, Any] | None, about: Engine, reasons: list[str]) -> str:
     if row is None:
         return "–"
+    known = about.reasons
     if row["result"] in ("refused", "not converted"):
         return f"{row['result']} ({_number(_short(row['why'], known), reasons)})"
     if row["result"] == "different":
-        return "**different**"
+        hows, why = about.wrong.get(kind, ((), ""))
+        return f"**different** ({_number(why, reasons)})" if how in hows else "**different**"
     own = [k for k in row["multiplied"] if k != STAND_IN]
     if "kernel_failed" in row:
         why = _short(row["kernel_failed"], known)
@@ -82,7 +84,10 @@ def _cell(row: dict[str, Any] | None, known: dict[str, str], reasons: list[str])
     if "unloaded" in row:
         text = f"lowbit itself does not run it: {_short(row['unloaded'], known)}"
         return f"loaded ({_number(text, reasons)})"
-    return ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
+    cell = ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
+    if not row["kv_cache"]:
+        cell += f" ({_number(f'{about.name} does not load the scales of keys and values for this model', reasons)})"
+    return cell
 
 
 def _short(why: str, known: dict[str, str]) -> str:
