@@ -226,7 +226,11 @@ def main() -> int:
                 failed.append(case.title)
             results_file.write_text(json.dumps(results, indent=1))
     if arguments.damage:
-        chosen = [c for c in cases(work, engine, []) if c.title in DAMAGED]
+        chosen = [
+            case
+            for case in cases(work, engine, [])
+            if case.title in DAMAGED and results.get(case.title, {}).get("result") == "same"
+        ]
         noticed = check(
             chosen,
             engine,

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-DAMAGED = ("Llama: int8", "Qwen3-MoE: int8", "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only")
+DAMAGED = (
+    "Llama: int8", "Qwen3-MoE: int8", "Qwen3-MoE: int8 read as w8a8_int8", "Qwen3-MoE: int8-weight-only",
+    "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only",
+)  # fmt: skip
 
 
 def _scaled(factor: float) -> Callable[[Tensors, list[str]], None]:
