@@ -81,6 +81,17 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
             "GPUs, in another column"
         ),
         "No compressed-tensors compatible scheme was found": "SGLang has no such scheme in compressed-tensors",
+        "loaded_weight.shape=torch.Size([": (
+            "SGLang lays the tensors of q_a_proj and kv_a_proj_with_mqa one below the other, which neither "
+            "weight_shape nor a scale for each of them fits"
+        ),
+        "qkv_proj.weight_scale_inv": (
+            "SGLang's Llama class, which reads Phi-3 too, renames `weight_scale_inv` to `weight_scale`, which these "
+            "methods do not have, and drops the scales; fp8-block as compressed-tensors loads"
+        ),
+        "load_weights left 1 parameters as they were: model.layers.0.self_attn.o_proj.weight_scale": (
+            "SGLang names Mixtral's modules without `model.`, and so quantizes o_proj, which the config names as float"
+        ),
     },
 )
 ENGINES = {"vllm": VLLM, "sglang": SGLANG}

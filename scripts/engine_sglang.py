@@ -290,6 +290,8 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         model, model_config, load_config = build(checkpoint, ids.get("quantization"))
         default = loader.DefaultModelLoader(load_config)
         device = torch.device("cpu")
+        # Latent attention absorbs weights while it loads, and quantizes them again.
+        kernels.replace()
         default.load_weights_only(model, default._get_all_weights(model_config, model), device)
         if left := stubs.unfilled(model):
             raise ValueError(f"load_weights left {len(left)} parameters as they were: {', '.join(left[:8])}")
@@ -298,7 +300,6 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         for name, layer in model.named_modules():
             if name in found["stand_ins"] or (isinstance(layer, FusedMoE) and name not in quantized):
                 layer.quant_method = _dense(layer)
-        kernels.replace()
         if not plain:
             default.postprocess_weights(model, device)
         _forward_natively(model)
