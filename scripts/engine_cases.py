@@ -11,8 +11,6 @@ from engine_models import VOCABULARY, write  # beside this file
 
 import lowbit
 
-# vLLM's linear attention on CPUs takes bfloat16 only.
-DTYPES = {"Qwen3.5-MoE": "bfloat16"}
 NEW_TOKENS = 4
 
 DENSE = ("Llama", "Qwen2", "Qwen3", "Gemma 2", "Phi-3")
@@ -20,17 +18,23 @@ MIXTURES = (
     "Qwen3-MoE", "Qwen2-MoE", "Mixtral", "GLM-4.5", "DeepSeek-V3", "Qwen3.5-MoE", "Qwen3-VL-MoE", "Llama 4",
     "Gemma 4 MoE",
 )  # fmt: skip
+KINDS = (*DENSE, *MIXTURES, "SmolLM2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """One conversion: arguments of `lowbit.convert`, and of `lowbit.calibrate` before it."""
+    """One conversion: arguments of `lowbit.convert`, and of `lowbit.calibrate` before it.
+
+    `quantization` is what the engine is told to read it as; None: what config.json says. `engines`: who reads it.
+    """
 
     scheme: str
     format: str | None = None
     overrides: dict[str, str] = field(default_factory=dict)
     calibrate: bool = False
     kv_cache: str | None = None
+    quantization: str | None = None
+    engines: tuple[str, ...] | None = None
 
 
 MIXED = {
@@ -52,6 +56,9 @@ HOWS = {
     "mxfp8": How(scheme="mxfp8"),
     "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8"),
     "int8 + fp8 + W8A16 mixed": How(scheme="int8", overrides=MIXED),
+    # SGLang runs INT8 experts by this method alone, which is told by the call: it reads compressed-tensors' files.
+    "int8 read as w8a8_int8": How(scheme="int8", quantization="w8a8_int8", engines=("sglang",)),
+    "int8-block as blockwise_int8": How(scheme="int8-block", format="sglang", engines=("sglang",)),
 }
 
 
@@ -71,10 +78,15 @@ class Case:
     def out(self) -> Path:
         return self.at / "out"
 
+    def ids(self, engine: str) -> Path:
+        """What the engine is asked."""
+        return self.at / f"{engine}-ids.json"
 
-def cases(work: Path, only: list[str]) -> Iterator[Case]:
-    for kind in (*DENSE, *MIXTURES, "SmolLM2"):
-        for how in HOWS:
+
+def cases(work: Path, engine: str, only: list[str]) -> Iterator[Case]:
+    """What an engine is tried with; `only`: titles that have one of these in them."""
+    for kind in KINDS:
+        for how in (n for n, h in HOWS.items() if h.engines is None or engine in h.engines):
             at = work / _file(kind) / _file(how)
             case = Case(kind=kind, how=how, at=at)
             if not only or any(part in case.title for part in only):

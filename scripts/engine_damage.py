@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-DAMAGED = ("Llama: int8", "Qwen3-MoE: int8", "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only")
+DAMAGED = (
+    "Llama: int8", "Qwen3-MoE: int8", "Qwen3-MoE: int8 read as w8a8_int8", "Qwen3-MoE: int8-weight-only",
+    "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only",
+)  # fmt: skip
 
 
 def _scaled(factor: float) -> Callable[[Tensors, list[str]], None]:
@@ -61,6 +64,7 @@ def damaged(out: Path, to: Path, damage: Callable[[Tensors, list[str]], None]) -
 
 def check(
     cases: list[Any],
+    engine: str,
     run: Callable[[list[tuple[Path, Path, Path]]], None],
     distance: Callable[[Any, list[dict[str, Any]]], float],
     bound: float,
@@ -70,7 +74,8 @@ def check(
     for case in cases:
         for i, (name, damage) in enumerate(DAMAGES.items()):
             at = case.at / f"damaged-{i}"
-            jobs.append((damaged(case.out, at, damage), case.at / "ids.json", case.at / f"damaged-{i}.json"))
+            answer = case.at / f"{engine}-damaged-{i}.json"
+            jobs.append((damaged(case.out, at, damage), case.ids(engine), answer))
             wanted.append((case, name))
     run(jobs)
     found: dict[str, dict[str, float]] = {}

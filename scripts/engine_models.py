@@ -28,6 +28,7 @@ def _qwen3_5() -> dict[str, Any]:
         "shared_expert_intermediate_size": 128, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "layer_types": ["linear_attention", "full_attention"],
+        "full_attention_interval": 2,  # Published, and read by SGLang.
     }  # fmt: skip
 
 
@@ -42,8 +43,9 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
             return t.Qwen3ForCausalLM, t.Qwen3Config(**TEXT)
         case "Gemma 2":
             config = t.Gemma2Config(
-                **{**TEXT, "tie_word_embeddings": True}, sliding_window=64, query_pre_attn_scalar=64
-            )
+                **{**TEXT, "tie_word_embeddings": True}, sliding_window=64, query_pre_attn_scalar=64,
+                hidden_act="gelu_pytorch_tanh",  # Published, and read by SGLang; transformers reads hidden_activation.
+            )  # fmt: skip
             return t.Gemma2ForCausalLM, config
         case "Phi-3":
             return t.Phi3ForCausalLM, t.Phi3Config(**_without("head_dim"))
@@ -72,12 +74,13 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
                 kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, n_routed_experts=8,
                 num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, moe_intermediate_size=128,
                 first_k_dense_replace=1, topk_method="noaux_tc",
-                scoring_func="sigmoid",
+                scoring_func="sigmoid", moe_layer_freq=1,
             )  # fmt: skip
             return t.DeepseekV3ForCausalLM, config
         case "Qwen3.5-MoE":
+            vision = {**VISION, "deepstack_visual_indexes": []}  # Published, and read by SGLang.
             config = t.Qwen3_5MoeConfig(
-                text_config=_qwen3_5(), vision_config=VISION, tie_word_embeddings=False
+                text_config=_qwen3_5(), vision_config=vision, tie_word_embeddings=False
             )
             return t.Qwen3_5MoeForConditionalGeneration, config
         case "Qwen3-VL-MoE":

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.kv_cache import KVHook, attentions, watched
+from lowbit.dtypes import INT8
+from lowbit.granularity import PerGroup
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
+from lowbit.scheme import get_scheme
 
 # What the engine fuses, by the last part of its layer's name.
 MEMBERS = {
@@ -114,3 +117,56 @@ def cache_quantized(model: nn.Module, scales: dict[str, Tensor]) -> Iterator[Non
 def typical(differences: list[Tensor]) -> float:
     """The median of the prompts' root mean squares."""
     return statistics.median(float(x.square().mean().sqrt()) for x in differences)
+
+
+# What stands for one matrix in engines, with one scale.
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@torch.no_grad()
+def join_scales(model: nn.Module) -> None:
+    """Round the members of a joined matrix, FP8 with a scale each, again to the largest of their scales, in place.
+
+    So vLLM and SGLang load them; SGLang dequantizes to FP16 in between.
+    """
+    for module in model.modules():
+        for names in _JOINED:
+            members = [m for n in names if isinstance(m := getattr(module, n, None), QuantLinear)]
+            if len(members) != len(names) or any(m.scheme != get_scheme("fp8-static") for m in members):
+                continue
+            largest = torch.stack([m.weight_scale.float() for m in members]).max()
+            for member in members:
+                weight = (member.weight.half() * member.weight_scale.float().reshape(())).float()
+                member.weight.copy_((weight / largest).clamp(-448, 448).to(torch.float8_e4m3fn))
+                member.weight_scale.fill_(largest)
+
+
+@contextmanager
+def blocks_cut(model: nn.Module) -> Iterator[None]:
+    """INT8 activations in groups as SGLang's kernel (0.5.23) makes them: cut toward zero, not rounded."""
+
+    def cut(x: Tensor) -> Tensor:
+        groups = x.float().unflatten(-1, (-1, 128))
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127
+        return ((groups / scale).trunc() * scale).flatten(-2).to(x.dtype)
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not isinstance(module, QuantExperts | QuantLinear) or not _int8_groups(module):
+                continue
+            stack.enter_context(float_activations(module))
+            if isinstance(module, QuantLinear):
+                hook = module.register_forward_pre_hook(lambda _, inputs: (cut(inputs[0]), *inputs[1:]))
+                stack.callback(hook.remove)
+            else:
+                product = module._product
+                module._product = lambda projection, rows, offsets, product=product: product(
+                    projection, cut(rows), offsets
+                )
+                stack.callback(delattr, module, "_product")
+        yield
+
+
+def _int8_groups(module: QuantExperts | QuantLinear) -> bool:
+    spec = module.scheme.activations
+    return spec is not None and spec.dtype is INT8 and isinstance(spec.granularity, PerGroup)

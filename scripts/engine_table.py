@@ -7,102 +7,101 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from engine_about import ENGINES, Engine  # beside this file
+from engine_cases import HOWS, KINDS
+
 STAND_IN = "stand-in"
-NAMES = {"vllm": "vLLM"}
 
 HEAD = """# What engines make of lowbit's checkpoints
 
 Written by `make check-engines` (`scripts/check_engines.py`), which converts small seeded models and SmolLM2 with
-lowbit, lets the real engine load and run them, and compares the logprob of every token of five prompts.
+lowbit, lets an engine's own code load and run them, and compares the logprob of every token of five prompts.
 
-**loaded**: the engine read config.json, built and fused its layers and loaded every weight; then what it had loaded
-was dequantized where it lay and multiplied in float32 by its own unquantized methods. The logprobs are those of the
-dequantized checkpoint in transformers. **kernel**: also, the engine's own kernels ran with quantized activations, and
-the logprobs are those of `lowbit.load`. **kernel, loaded**: kernels for some layers, where the CPU has none for the
-others (mostly experts). **refused**, **not converted**: see the reasons below.
-"""
+**loaded**: what the engine loaded is right: dequantized where it lies and multiplied in float32, its logprobs are those
+of the dequantized checkpoint in transformers. **kernel**: also, with quantized activations, and the logprobs are those
+of `lowbit.load`. **float**: nothing is quantized. **refused**, **not converted**: see the reasons below each table.
+What ran of each engine is said there too.
 
-BOUNDS = """
 Bounds, chosen before the first run: loaded, 0.001 for every token; kernel, half of what quantizing activations costs
 plus 0.001, as a prompt's root mean square. After it the median of five prompts was taken, and twice of what lowbit's
 own logprobs move by when its embeddings are moved by 1e-6 was allowed: a code that float rounding tips over changes
-all that follows. {kinds} Greedy tokens, made through the engine's KV cache, are the reference's best or as good
-within eight bounds.
+all that follows. Where an engine computes in bfloat16, bounds are three times what that costs the unquantized model
+(twice before one case was 2 % over). Greedy tokens are the reference's best or as good within eight bounds.
 """
 
 DAMAGE = """One expert's or layer's up_proj is damaged in what the engine loads, not in the reference; the largest
 difference of a token's logprob, which must exceed 0.001."""
 
-REFERENCE = {
-    "vllm": "{bf16} ran in bfloat16, the only type of vLLM's linear attention on CPUs: its bounds are three times what "
-    "bfloat16 costs the unquantized model (twice before one case was 2 % over).",
-}
-
 
 def markdown(work: Path) -> str:
     """The page, of every `results-ENGINE.json` in the working directory."""
     parts = [HEAD]
-    for file in sorted(work.glob("results-*.json")):
-        parts.append(_engine(file.stem.removeprefix("results-"), json.loads(file.read_text())))
+    for engine in ENGINES:
+        file = work / f"results-{engine}.json"
+        if file.is_file():
+            parts.append(_section(engine, json.loads(file.read_text())))
     return "\n".join(parts)
 
 
-def _engine(engine: str, results: dict[str, Any]) -> str:
+def _section(engine: str, results: dict[str, Any]) -> str:
+    about = ENGINES[engine]
     rows = {title: row for title, row in results.items() if title != "damage"}
-    kinds = list(dict.fromkeys(t.partition(": ")[0] for t in rows))
-    hows = list(dict.fromkeys(t.partition(": ")[2] for t in rows))
+    kinds = [k for k in KINDS if any(title.startswith(f"{k}: ") for title in rows)]
+    hows = [h for h in HOWS if any(title.endswith(f": {h}") for title in rows)]
     version = next(row["version"] for row in rows.values() if "version" in row)
-    reasons: dict[str, list[str]] = {}
-    lines = [f"## {NAMES.get(engine, engine)} {version}, on a CPU", ""]
-    lines += _table(["", *hows], [[k, *(_cell(rows.get(f"{k}: {h}"), reasons) for h in hows)] for k in kinds])
+    reasons: list[str] = []
+    lines = [f"## {about.name} {version}, {about.where}", "", about.meaning, ""]
+    body = [[k, *(_cell(k, h, rows.get(f"{k}: {h}"), about, reasons) for h in hows)] for k in kinds]
+    lines += _table(["", *hows], body)
     if reasons:
         lines += ["", *(f"{i}. {text}" for i, text in enumerate(reasons, 1))]
-    lines += [BOUNDS.format(kinds=REFERENCE.get(engine, "").format(bf16="Qwen3.5-MoE")).rstrip(), ""]
+    lines += ["", *(f"{kind} ran in {dtype}." for kind, dtype in about.dtypes.items() if kind in kinds), ""]
     lines += _differences(rows, kinds)
     lines += ["", "### Classes that it chose", "", *_classes(rows, hows)]
     if damage := results.get("damage"):
         names = list(next(iter(damage.values())))
-        lines += [
-            "",
-            "### Damaged checkpoints",
-            "",
-            "One expert's or layer's up_proj is damaged in what the engine loads, ",
-        ]
-        lines[-1] += (
-            "not in the reference; the largest difference of a token's logprob, which must exceed 0.001."
-        )
         body = [[t, *(f"{found[n]:.2g}" for n in names)] for t, found in damage.items()]
-        lines += ["", *_table(["", *names], body)]
+        lines += ["", "### Damaged checkpoints", "", DAMAGE, "", *_table(["", *names], body)]
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any] | None, reasons: dict[str, list[str]]) -> str:
+def _cell(kind: str, how: str, row: dict[str, Any] | None, about: Engine, reasons: list[str]) -> str:
     if row is None:
         return "–"
+    known = about.reasons
     if row["result"] in ("refused", "not converted"):
-        return f"{row['result']} ({_number(_short(row['why']), reasons)})"
+        return f"{row['result']} ({_number(_short(row['why'], known), reasons)})"
     if row["result"] == "different":
-        return "**different**"
-    if "kernel_failed" in row:
-        kernels = ", ".join(k for k in row["multiplied"] if k != STAND_IN)
-        text = f"The kernel that it chose, {kernels}, does not run here: {_short(row['kernel_failed'])}"
-        return f"loaded ({_number(text, reasons)})"
+        hows, why = about.wrong.get(kind, ((), ""))
+        return f"**different** ({_number(why, reasons)})" if how in hows else "**different**"
     own = [k for k in row["multiplied"] if k != STAND_IN]
+    if "kernel_failed" in row:
+        why = _short(row["kernel_failed"], known)
+        text = f"The kernel that it chose, {', '.join(own)}, does not run here: {why}"
+        return f"loaded ({_number(text, reasons)})"
     if not row["multiplied"]:
         return "float"
-    return ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
+    if "unloaded" in row:
+        text = f"lowbit itself does not run it: {_short(row['unloaded'], known)}"
+        return f"loaded ({_number(text, reasons)})"
+    cell = ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
+    if not row["kv_cache"]:
+        cell += f" ({_number(f'{about.name} does not load the scales of keys and values for this model', reasons)})"
+    return cell
 
 
-def _short(why: str) -> str:
+def _short(why: str, known: dict[str, str]) -> str:
     """The sentence that says it, without a repr of every setting."""
-    if "No compressed-tensors compatible scheme" in why:
-        return "vLLM has no scheme for INT8 blocks, in compressed-tensors or any other format"
+    for part, sentence in known.items():
+        if part in why:
+            return sentence
     return " ".join(why.split()).partition(" Declaration:")[0][:240]
 
 
-def _number(text: str, reasons: dict[str, list[str]]) -> int:
-    reasons.setdefault(text, [])
-    return list(reasons).index(text) + 1
+def _number(text: str, reasons: list[str]) -> int:
+    if text not in reasons:
+        reasons.append(text)
+    return reasons.index(text) + 1
 
 
 def _differences(rows: dict[str, Any], kinds: list[str]) -> list[str]:

@@ -15,14 +15,10 @@ float32 arithmetic is between the logprobs and those of the dequantized model.
 
 from __future__ import annotations
 
-import gc
 import importlib
-import json
 import os
 import sys
-import traceback
 import types
-from pathlib import Path
 from typing import Any
 
 os.environ |= {
@@ -38,6 +34,7 @@ import torch  # noqa: E402
 import vllm  # noqa: E402
 import vllm.model_executor.kernels.linear as linear_kernels  # noqa: E402
 import vllm.v1.worker.cpu_worker  # noqa: E402
+from engine_stubs import dequantize, serve  # noqa: E402 (beside this file)
 from torch import Tensor, nn  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.model_executor.kernels.linear import (  # noqa: E402
@@ -152,22 +149,10 @@ def _codes(layer: nn.Module, stem: str) -> Tensor:
 
 def _dequantize(layer: nn.Module, stem: str, rows: list[int]) -> Tensor:
     """A loaded weight [..., N, K] → code · scale; `rows` are the heights of the matrices that were fused into it."""
-    codes = _codes(layer, stem)
     scale = getattr(layer, stem + "_scale", None)
     if scale is None:
         scale = getattr(layer, stem + "_scale_inv")
-    scale = scale.data
-    scale = torch.exp2(scale.float() - 127) if scale.dtype is torch.uint8 else scale.float()
-    n, k = codes.shape[-2:]
-    if scale.dim() < codes.dim():
-        # One scale for each of the matrices.
-        scale = scale.reshape(*codes.shape[:-2], -1)
-        scale = torch.repeat_interleave(scale, torch.tensor(rows), dim=-1) if scale.shape[-1] > 1 else scale
-        return codes * scale.unsqueeze(-1).expand(*codes.shape[:-2], n, 1)
-    # A row for every row of the weight: channels or groups; otherwise blocks.
-    high, wide = (1, k // scale.shape[-1]) if scale.shape[-2] == n else (128, 128)
-    scale = scale.repeat_interleave(high, -2).repeat_interleave(wide, -1)
-    return codes * scale[..., :n, :k]
+    return dequantize(_codes(layer, stem), scale.data, rows)
 
 
 def _in_float(layer: nn.Module, dtype: torch.dtype) -> None:
@@ -275,35 +260,6 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
     return found
 
 
-def _child(checkpoint: str, ids: str, out: str, plain: bool) -> None:
-    found: dict[str, Any] = {"engine": "vLLM", "version": vllm.__version__}
-    try:
-        found |= run(checkpoint, json.loads(Path(ids).read_text()), plain)
-    except BaseException as error:
-        found["refused"] = f"{type(error).__name__}: {error}"
-        found["trace"] = traceback.format_exc()
-    Path(out).write_text(json.dumps(found, indent=1))
-
-
-def main(arguments: list[str]) -> int:
-    plain = "--plain" in arguments
-    jobs = [a for a in arguments if a != "--plain"]
-    if not jobs or len(jobs) % 3:
-        print(__doc__, file=sys.stderr)
-        return 2
-    # Otherwise each child would look through everything that was imported, ten times over.
-    gc.freeze()
-    for at in range(0, len(jobs), 3):
-        child = os.fork()
-        if child == 0:
-            try:
-                _child(*jobs[at : at + 3], plain)
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
-        os.waitpid(child, 0)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    about = {"engine": "vLLM", "version": vllm.__version__}
+    sys.exit(serve(sys.argv[1:], __doc__, about, run))

@@ -26,6 +26,7 @@ from lowbit.formats.format import (
     quantization_of,
 )
 from lowbit.formats.hf_fp8 import block_problem
+from lowbit.formats.joined import with_joined
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
@@ -84,7 +85,8 @@ class CompressedTensors(ConfigOnly):
         for i, scheme in enumerate(ranked):
             # The largest group is the default; the others name their modules, and names win over classes.
             outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
-            targets = ["Linear"] if i == 0 else name_patterns(groups[scheme], outside)
+            named = (with_joined(groups[scheme]), with_joined(outside))
+            targets = ["Linear"] if i == 0 else name_patterns(*named)
             body[f"group_{i}"] = {
                 "targets": targets,
                 "format": format_of(scheme),
@@ -98,7 +100,7 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": list(layout.ignored),
+            "ignore": with_joined(layout.ignored),
             "config_groups": body,
         }
 
@@ -278,28 +280,32 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
 
     Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
     every target for every module, so 46,000 names would take minutes to load. What comes before the
-    layers is left open where models are wrapped: engines have `language_model.model.layers` for
-    `model.language_model.layers`, and translate names, but not patterns.
+    layers is left open: engines have `language_model.model.layers` for `model.language_model.layers`, and translate
+    names, but not patterns; SGLang has `layers` for Mixtral's `model.layers`.
     """
-    names, others = list(members), list(outside)
-    by_pattern: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        by_pattern.setdefault(_generalized(name), []).append(name)
+    left, others = list(members), list(outside)
     targets: list[str] = []
-    for patterns, matched in by_pattern.items():
-        fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
-        if len(matched) > 1 and fitting:
-            targets.append("re:" + fitting[0])
-        else:
-            targets.extend(matched)
-    return targets
+    for any_layer in (True, False):
+        by_pattern: dict[tuple[str, ...], list[str]] = {}
+        for name in left:
+            by_pattern.setdefault(_generalized(name, any_layer), []).append(name)
+        left = []
+        for patterns, matched in by_pattern.items():
+            fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
+            if len(matched) > 1 and fitting:
+                targets.append("re:" + fitting[0])
+            else:
+                left.extend(matched)
+    return list(dict.fromkeys(targets + left))
 
 
-def _generalized(name: str) -> tuple[str, ...]:
-    """Patterns of a name with any numbers in it, the widest first."""
-    pattern = re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) + "$"
-    before, layers, after = pattern.partition("layers" + r"\.\d+")
-    if before in ("", r"model\.") or not layers:
+def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
+    """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
+    number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
+    pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
+    layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
+    if layers is None:
         return (pattern,)
-    wrapped = (rf".*language_model\.(.*\.)?{layers}{after}",) if "language_model" in before else ()
-    return (rf".*\b{layers}{after}", *wrapped)
+    before, after = pattern[: layers.start()], pattern[layers.start() :]
+    wrapped = (rf".*language_model\.(.*\.)?{after}",) if "language_model" in before else ()
+    return (rf".*\b{after}", *wrapped, pattern)

@@ -22,15 +22,10 @@ from lowbit.formats.format import (
     missing_scale,
 )
 from lowbit.formats.hf_fp8 import SCALE_SUFFIXES, block_problem, block_tensors, with_blocks
+from lowbit.formats.joined import with_joined
 from lowbit.scheme import Scheme, get_scheme
 
 _SCALE = SCALE_SUFFIXES[0]
-# The engine asks for the names of the modules that it builds, and compares them as a whole.
-_JOINED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
-}  # fmt: skip
 _EXPERTS = re.compile(r".*\.experts(\.|$)")
 
 
@@ -69,16 +64,12 @@ class SglangInt8(ConfigOnly):
                 f"{experts[0]}: expected every expert in int8-block, found {len(experts)} that stay in float, and "
                 "SGLang runs every mixture quantized under blockwise_int8; quantize them too, or use compressed-tensors"
             )
-        ignored = dict.fromkeys(layout.ignored)
-        for module in layout.ignored:
-            parent, _, name = module.rpartition(".")
-            if name in _JOINED:
-                ignored[f"{parent}.{_JOINED[name]}"] = None
         return {
             "quant_method": self.quant_method,
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
-            "ignored_layers": list(ignored),
+            # The engine asks for the names of the modules that it builds, and compares them as a whole.
+            "ignored_layers": with_joined(layout.ignored),
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

@@ -27,6 +27,7 @@ from lowbit.errors import InputError
 from lowbit.formats import FORMATS, get_format, quantization_of, read
 from lowbit.formats.compressed_tensors import name_patterns
 from lowbit.formats.format import Layout
+from lowbit.formats.joined import with_joined
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES, get_scheme
 
@@ -339,10 +340,15 @@ def test_a_checkpoint_of_the_library_itself(tmp_path):
 def test_patterns_are_short_and_exact():
     layers = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(3) for e in range(4)]
     others = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(3) for e in range(4)]
-    assert name_patterns(layers, others) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
+    assert name_patterns(layers, others) == [r"re:.*\blayers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
     assert name_patterns(layers[:1], others) == layers[:1]
     # A pattern that would take in a module outside is not used.
-    assert name_patterns(layers[:-1], layers[-1:]) == layers[:-1]
+    in_two = [rf"re:.*\blayers\.{i}\.mlp\.experts\.\d+\.up_proj$" for i in range(2)]
+    assert name_patterns(layers[:-1], layers[-1:]) == in_two + layers[8:-1]
+    assert name_patterns(layers[:4], layers[4:] + others) == in_two[:1]
+    # What comes before the layers is open unless that takes in more.
+    tower = [n.replace("model.", "tower.", 1) for n in layers]
+    assert name_patterns(layers, others + tower) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
 
 
 # Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
@@ -392,6 +398,37 @@ def test_patterns_match_their_members_and_nothing_else(names, split):
         return any(re.match(t[3:], name) is not None if t.startswith("re:") else t == name for t in targets)
 
     assert all(hit(m) for m in members) and not any(hit(o) for o in outside)
+
+
+def test_joined_modules_are_named_for_engines_that_ask_for_them():
+    """SGLang asks for qkv_proj, and by its class where no target and nothing ignored has its name."""
+    names = [f"model.layers.{i}.{m}_proj" for i in range(2) for m in JOINED_MEMBERS]
+    int8, fp8 = get_scheme("int8"), get_scheme("fp8")
+    ignored = [n for n in names if ".0.self_attn" in n]
+    modules = {n: fp8 if "mlp" in n and ".0." in n else int8 for n in names if n not in ignored}
+    config = get_format("compressed-tensors").config(Layout(modules=modules, ignored=tuple(ignored)))
+
+    def found(module: str) -> str:
+        if module in config["ignore"]:
+            return "float"
+        for group in config["config_groups"].values():
+            for target in group["targets"]:
+                if re.match(target[3:], module) if target.startswith("re:") else target == module:
+                    return str(group["weights"]["type"])
+        return str(config["config_groups"]["group_0"]["weights"]["type"])
+
+    assert found("model.layers.0.self_attn.qkv_proj") == "float"
+    assert found("model.layers.1.self_attn.qkv_proj") == "int"
+    assert found("model.layers.0.mlp.gate_up_proj") == found("model.layers.0.mlp.gate_proj") == "float"
+    assert found("model.layers.1.mlp.gate_up_proj") == "int"
+    # Experts are asked for by the names of their members.
+    assert with_joined(["mlp.experts.0.up_proj"]) == ["mlp.experts.0.up_proj"]
+    assert with_joined(["mlp.experts.3.w1"]) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
+
+
+JOINED_MEMBERS = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down",
+)  # fmt: skip
 
 
 def test_formats_are_found_by_name():

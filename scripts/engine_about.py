@@ -1,0 +1,97 @@
+"""What differs between the engines that check_engines.py runs, and what docs/engines.md says of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine: its name, its script, and how its run is to be compared and read."""
+
+    name: str
+    script: str
+    where: str
+    """What it ran on, for the title of its section."""
+    meaning: str
+    """What "loaded" and "kernel" say of it."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """Architectures that it cannot run in float32 → the type that they run in."""
+    rounds_cache: bool = False
+    """Whether its run keeps keys and values in a cache that is quantized."""
+    leaves_cache_scales: tuple[str, ...] = ()
+    """Architectures for which it does not load the scales of keys and values."""
+    joins_scales: bool = False
+    """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
+    cuts_blocks: bool = False
+    """Whether it cuts INT8 activations in groups toward zero where lowbit rounds."""
+    wrong: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Architecture → conversions that the engine itself gets wrong, and how."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """A part of an error's text → the sentence that says it."""
+
+
+VLLM = Engine(
+    name="vLLM",
+    script="engine_vllm.py",
+    where="on a CPU",
+    meaning="""Its build for CPUs, as published. **loaded**: it read config.json, built and fused its layers and
+loaded every weight; then what it had loaded was dequantized where it lay and multiplied in float32 by its own
+unquantized methods. **kernel**: also, its own kernels ran with quantized activations. **kernel, loaded**: kernels for
+some layers, where the CPU has none for the others (mostly experts). Greedy tokens came through its KV cache.""",
+    # Its linear attention on CPUs takes bfloat16 only.
+    dtypes={"Qwen3.5-MoE": "bfloat16"},
+    rounds_cache=True,
+    reasons={
+        "No compressed-tensors compatible scheme": (
+            "vLLM has no scheme for INT8 blocks, in compressed-tensors or any other format"
+        ),
+    },
+)
+SGLANG = Engine(
+    name="SGLang",
+    script="engine_sglang.py",
+    where="its Python on a CPU as if on an H100",
+    meaning="""It has no build for CPUs. All of its Python ran that reads a checkpoint: arguments, model config,
+quantization configs and methods, model classes, `load_weights`, and what it makes of weights after loading. What that
+calls of CUDA ran as plain arithmetic by us, written after SGLang's sources (`scripts/engine_sglang_kernels.py`), and
+attention without a cache. Before loading, parameters were filled with what no checkpoint holds, and none may keep it.
+**loaded**: what `load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its
+methods' own `apply` on the processed weights, activations rounded as its kernels do: it cuts INT8 groups toward zero
+where lowbit rounds, and rounds q, k and v (gate, up), FP8 with a scale each, again to the largest of them;
+`lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin multiplies BF16.
+Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
+    leaves_cache_scales=("Qwen2",),
+    wrong={
+        "Llama 4": (
+            ("int8-weight-only", "fp8", "int8 + fp8 + W8A16 mixed", "int8 read as w8a8_int8"),
+            "SGLang's Llama 4 reorders the rows of q_proj and k_proj for its rotary embedding, but not their packed "
+            "codes, nor scales of a row each; with scales of blocks it is right, and with these two in float",
+        )
+    },
+    joins_scales=True,
+    cuts_blocks=True,
+    reasons={
+        "index 1 is out of bounds for dimension 0 with size 1": (
+            "SGLang keeps one input_scale for q, k and v together and fails to load three; its scheme would quantize "
+            "activations by the token anyway, so int8 serves instead"
+        ),
+        "implemented only for NPU": (
+            "SGLang runs INT8 experts of compressed-tensors on Ascend only; `--quantization w8a8_int8` runs them on "
+            "GPUs, in another column"
+        ),
+        "No compressed-tensors compatible scheme was found": "SGLang has no such scheme in compressed-tensors",
+        "loaded_weight.shape=torch.Size([": (
+            "SGLang lays the tensors of q_a_proj and kv_a_proj_with_mqa one below the other, which neither "
+            "weight_shape nor a scale for each of them fits"
+        ),
+        "qkv_proj.weight_scale_inv": (
+            "SGLang's Llama class, which reads Phi-3 too, renames `weight_scale_inv` to `weight_scale`, which these "
+            "methods do not have, and drops the scales; fp8-block as compressed-tensors loads"
+        ),
+        "load_weights left 1 parameters as they were: model.layers.0.self_attn.o_proj.weight_scale": (
+            "SGLang names Mixtral's modules without `model.`, and so quantizes o_proj, which the config names as float"
+        ),
+    },
+)
+ENGINES = {"vllm": VLLM, "sglang": SGLANG}
