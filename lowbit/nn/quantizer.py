@@ -137,7 +137,7 @@ class LowbitQuantizer(HfQuantizer):
             if parent is not None:
                 experts.setdefault(parent, {})[name] = module
         for path, members in experts.items():
-            _swap_experts(model, path, members)
+            _swap_experts(model, path, members, tensors)
             self._experts += [t for m in members.values() for t in m.names.values()]
         _rotate_inputs(model, find)
         self._float_experts = [
@@ -310,7 +310,7 @@ def _swap_linear(
     new = QuantLinear(
         expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=stored.format,
         names=suffixes, dtype=weight.dtype, device="meta",
-        float_dtype="F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16",
+        float_dtype=float_dtype_of(stored, tensors),
     )  # fmt: skip
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
     replace_module(model, path, new)
@@ -334,7 +334,14 @@ def _rotate_inputs(model: Any, find: _Finder) -> None:
         module.hadamard = block
 
 
-def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModule]) -> None:
+def float_dtype_of(stored: StoredModule, tensors: Mapping[str, TensorRef]) -> str:
+    """Of the checkpoint's float tensors, after which msModelSlim stores `deq_scale`."""
+    return "F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16"
+
+
+def _swap_experts(
+    model: nn.Module, path: str, members: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+) -> None:
     experts = model.get_submodule(path)
     if problem := refusal(experts):
         raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
@@ -351,8 +358,9 @@ def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModul
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
     try:
         new = QuantExperts.like(
-            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes
-        )
+            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes,
+            float_dtype=float_dtype_of(first, tensors),
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     replace_module(model, path, new)
