@@ -15,7 +15,7 @@ from lowbit.dtypes import E2M1, E4M3FN, DType
 from lowbit.errors import InputError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
-from lowbit.granularity import block_shape
+from lowbit.granularity import block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
 _INPUT_SCALE: Content = "input_scale"
@@ -171,6 +171,8 @@ class Planner:
         """(name of the source tensor whose place they take, jobs)"""
         self._taken: set[str] = set()
         self._uncalibrated: list[str] = []
+        self.dequantized: list[str] = []
+        """Modules in float whose weights are a calibration's codes."""
 
     def shape_of(self, module: str) -> tuple[int, ...]:
         if module in self.stored:
@@ -206,6 +208,8 @@ class Planner:
         if scheme is not None and scheme.weights is not None:
             return self._quantized(module, scheme, stored, anchor)
         replacement = self.replaced.pop(anchor, None)
+        if replacement is not None and replacement.dtype not in FLOATS:
+            return [self._calibrated_float(module, replacement)]
         if replacement is not None:
             return [self._copy(replacement, anchor)]
         if decision.as_found:
@@ -353,6 +357,21 @@ class Planner:
         source = self._source(stored, anchor)
         out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
+
+    def _calibrated_float(self, module: str, codes: TensorRef) -> Job:
+        """A weight that stays in float, of which a calibration has codes: dequantized, since they may be of another one."""
+        scale, spec = self.replaced.pop(f"{module}.weight_scale"), self.scheme.weights
+        assert spec is not None  # the store checks that codes have a scale, and that the scheme is the same
+        shape = (codes.shape[0], codes.shape[1])
+        if tuple(scale.shape) != scale_shape(shape, spec.granularity):
+            raise InputError(
+                f"calibration of {module}: expected scales of {self.scheme.name} to dequantize it with, found "
+                f"{list(scale.shape)}; calibrate again with this module left in float"
+            )
+        self.dequantized.append(module)
+        source = Source(ref=codes, scale=scale, block=block_shape(shape, spec.granularity))
+        out = OutTensor(module + ".weight", self._float_dtype(), shape)
+        return Job(kind="cast", shape=shape, source=source, outputs={"codes": out})
 
     def _fused_float(self, ref: TensorRef, scale: TensorRef) -> Job:
         """All experts of a 3-D tensor in block FP8, dequantized: one tall matrix, as it lies."""

@@ -121,6 +121,11 @@ def make_plan(
             "`lowbit plan` says which rule kept each"
         )
     planner.require_input_scales()
+    if planner.dequantized:
+        warnings.append(
+            f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
+            f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
+        )
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})

@@ -85,10 +85,11 @@ def quantize_by_expert(
 
     Nothing waits for the device: `offsets` [E + 1] are read where they are.
     """
-    assert activations.scale is not None
+    scales = activations.scale
+    assert scales is not None
     rows = torch.arange(x.shape[0], device=x.device)
     expert = torch.searchsorted(offsets[1:].to(rows.dtype).contiguous(), rows, right=True)
-    scale = activations.scale.to(torch.float32).reshape(-1, 1)[expert.clamp(max=activations.scale.numel() - 1)]
+    scale = scales.to(torch.float32).reshape(-1, 1)[expert.clamp(max=scales.numel() - 1)]
     given = Activations(kind="token", scale=scale)
     return quantize_with(x, scale, spec_of(dtype, given)), given
 

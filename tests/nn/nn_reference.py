@@ -70,32 +70,36 @@ def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def activations_quantized(model: nn.Module, schemes: dict[str, Scheme]) -> Iterator[None]:
+def activations_quantized(
+    model: nn.Module, schemes: dict[str, Scheme], static: dict[str, Tensor] | None = None
+) -> Iterator[None]:
     """Within the block every `F.linear` (`bmm`) with one of the weights named in `schemes` gets a quantized input.
 
-    Weights are known by their address, so an expert's slice of a fused parameter counts too.
+    `static`: their scales, where these are not dynamic. Weights are known by their address, so an
+    expert's slice of a fused parameter counts too.
     """
-    specs: dict[int, TensorSpec] = {}
+    specs: dict[int, tuple[TensorSpec, Tensor | None]] = {}
     for name, scheme in schemes.items():
         if scheme.activations is not None:
-            specs[_address(model, name)] = scheme.activations
+            specs[_address(model, name)] = (scheme.activations, (static or {}).get(name))
     plain, plain_bmm = nn.functional.linear, torch.bmm
     seen = set()
 
     def rounded(x: Tensor, weight: Tensor) -> Tensor:
-        spec = specs.get(weight.data_ptr())
-        if spec is None:
+        found = specs.get(weight.data_ptr())
+        if found is None:
             return x
         seen.add(weight.data_ptr())
-        assert not isinstance(spec.granularity, PerTensor)
-        scale, _ = choose_scale(x, spec)
+        spec, scale = found
+        assert isinstance(spec.granularity, PerTensor) == (scale is not None)
+        scale = choose_scale(x, spec)[0] if scale is None else scale
         return dequantize(quantize_with(x, scale, spec), scale, spec).to(x.dtype)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return plain(rounded(x, weight), weight, bias)
 
     def bmm(x: Tensor, weight: Tensor) -> Tensor:
-        return plain_bmm(rounded(x.flatten(0, 1), weight).view_as(x), weight)
+        return plain_bmm(torch.stack([rounded(a, w) for a, w in zip(x, weight, strict=True)]), weight)
 
     nn.functional.linear, torch.bmm = linear, bmm
     try:
