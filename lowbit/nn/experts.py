@@ -82,6 +82,7 @@ class QuantExperts(QuantModule):
                 self.register_buffer(f"{name}_{suffix}", buffer)
                 frozen.append(f"{name}_{suffix}")
         self.frozen = tuple(frozen)
+        self._on_meta: dict[tuple[str, int], Tensor] = {}
         self._static = {p: StaticOperands() for p in self.projections if "quant_bias" in self.suffixes}
 
     @classmethod
@@ -344,6 +345,13 @@ class QuantExperts(QuantModule):
             self._buffers[buffer] = stack
         fill(stack, expert, value)
 
+    def view_of(self, buffer: str, expert: int) -> Tensor:
+        """One expert's tensor in its stack: always the same object for a stack on meta, by which transformers tells
+        tensors that are offloaded from those that are tied."""
+        stack = self._buffers[buffer]
+        assert stack is not None
+        return self._on_meta.setdefault((buffer, expert), stack[expert]) if stack.is_meta else stack[expert]
+
     def __getattr__(self, name: str) -> Any:
         # `experts.3.gate_proj.weight`, as loaders walk to a tensor of the checkpoint.
         if name.isdigit() and int(name) < self.num_experts:
@@ -378,8 +386,9 @@ class _Projection(nn.Module):
         super().__init__()
         self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
         for content, suffix in experts.suffixes.items():
-            stack = experts._buffers.get(f"{name}_{suffix}")
-            self._buffers[suffix] = experts.shape_tensor(name) if content == "shape" else stack[index]  # type: ignore[index]
+            self._buffers[suffix] = (
+                experts.shape_tensor(name) if content == "shape" else experts.view_of(f"{name}_{suffix}", index)
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         experts = self.__dict__.get("_experts")
