@@ -359,7 +359,7 @@ class Planner:
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
 
     def _calibrated_float(self, module: str, codes: TensorRef) -> Job:
-        """A weight that stays in float, of which a calibration has codes: these, dequantized; its float may have changed."""
+        """A weight that stays in float, of which a calibration has codes: those, since its float may be changed."""
         scale, spec = self.replaced.pop(f"{module}.weight_scale"), self.scheme.weights
         assert spec is not None  # the store checks that codes have a scale, and that the scheme is the same
         shape = (codes.shape[0], codes.shape[1])

@@ -387,7 +387,9 @@ class _Projection(nn.Module):
         self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
         for content, suffix in experts.suffixes.items():
             self._buffers[suffix] = (
-                experts.shape_tensor(name) if content == "shape" else experts.view_of(f"{name}_{suffix}", index)
+                experts.shape_tensor(name)
+                if content == "shape"
+                else experts.view_of(f"{name}_{suffix}", index)
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
