@@ -3,11 +3,11 @@
 `….experts.gate_up_proj` and `….experts.down_proj` hold all experts of a layer:
 
     [E, 2I, H] and [E, H, I]   as transformers 5 writes every mixture (Qwen3.5-MoE, Gemma 4)
-    [E, H, 2I] and [E, I, H]   transposed: Llama 4 and Qwen3-VL-MoE as published
+    [E, H, 2I] and [E, I, H]   transposed: Llama 4, Qwen3-VL-MoE and Aria as published
 
-with the gate before the up projection. Engines load quantized experts as matrices named
-`….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`), which llm-compressor and ModelOpt write
-too. `split` gives a view of a checkpoint with those: each is a range of bytes in the same file (or a
+with the gate before the up projection; Granite and Aria call them otherwise (`NAMES`). Engines load
+quantized experts as matrices named `….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`),
+which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each is a range of bytes in the same file (or a
 transposed one), so the rest of a conversion needs no word about them. This is the only place that
 knows the layouts, and what it is not certain of stays whole, with the reason.
 """
@@ -31,8 +31,32 @@ SCALE = "_scale_inv"
 # gate and up alternate in these, whatever their shape is.
 _INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
 # Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
-_TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
-_NAME = re.compile(rf"^(?P<parent>(?:.*\.)?experts)\.(?P<leaf>(?:{GATE_UP}|{DOWN})(?:{SCALE})?)$")
+_TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "aria", "aria_text"}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family of models calls a fused pair, and where engines look for its matrices."""
+
+    at: re.Pattern[str]
+    """The module that holds both."""
+    leaves: Mapping[str, str]
+    """Tensor below it → what it is: GATE_UP or DOWN, or the scales of one."""
+    experts: str = ""
+    """Appended to `at`: the module whose children `{e}.gate_proj` are the matrices."""
+
+
+NAMES = (
+    Names(
+        re.compile(r"(?:.*\.)?experts"), {n: n for n in (GATE_UP, DOWN, GATE_UP + SCALE, DOWN + SCALE)}
+    ),
+    Names(
+        re.compile(r"(?:.*\.)?block_sparse_moe"),  # Granite; vLLM has its matrices below `experts`
+        {"input_linear.weight": GATE_UP, "output_linear.weight": DOWN},
+        ".experts",
+    ),
+    Names(re.compile(r"(?:.*\.)?mlp\.experts"), {"fc1.weight": GATE_UP, "fc2.weight": DOWN}),  # Aria
+)
 _PER_EXPERT = re.compile(r"^(?P<parent>(?:.*\.)?experts)\.\d+\.(?P<part>\w+)$")
 
 Shape = tuple[int, ...]
@@ -47,15 +71,15 @@ class SplitExperts:
     checkpoint: Checkpoint
     """With a reference per expert and projection in place of each 3-D tensor that was split."""
     whole: Mapping[str, str]
-    """3-D expert tensors left as they are → why."""
+    """Modules of 3-D expert tensors left as they are → why."""
 
 
 def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     """The view of `source` with its fused experts split, but for the modules (`….experts`) in `leave`."""
     found: dict[str, dict[str, TensorRef]] = {}
     for name, ref in source.tensors.items():
-        if (match := _NAME.match(name)) and len(ref.shape) == 3:
-            found.setdefault(match["parent"], {})[match["leaf"]] = ref
+        if len(ref.shape) == 3 and (place := _place(name)) is not None:
+            found.setdefault(place[0], {})[place[1]] = ref
     if not found:
         return SplitExperts(checkpoint=source, whole={})
     beside = _beside(source, found)
@@ -64,7 +88,7 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     for parent, members in found.items():
         reason = _problem(members, source.config) or beside.get(parent, "")
         if reason or parent in leave:
-            whole |= {f"{parent}.{leaf}": reason for leaf in members}
+            whole |= {ref.name.removesuffix(".weight"): reason for ref in members.values()}
             continue
         orientation = orientation_of(members[GATE_UP].shape, members[DOWN].shape)
         assert orientation is not None  # else `_problem` had found it
@@ -76,26 +100,59 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     return SplitExperts(checkpoint=replace(source, tensors=tensors), whole=whole)
 
 
-def fused_name(module: str) -> str | None:
-    """The 3-D tensor that would hold a module such as `….experts.3.up_proj`; None for other modules."""
+def _place(tensor: str) -> tuple[str, str] | None:
+    """(the module of all experts, GATE_UP, DOWN or the scales of one) of a fused tensor's name; None for others."""
+    for names in NAMES:
+        for leaf, kind in names.leaves.items():
+            at = tensor.removesuffix("." + leaf)
+            if at != tensor and names.at.fullmatch(at):
+                return at + names.experts, kind
+    return None
+
+
+def is_fused(ref: TensorRef) -> bool:
+    """Whether a tensor holds all experts of a layer, under names that are known here or not."""
+    return len(ref.shape) == 3 and (_place(ref.name) is not None or ".experts." in ref.name)
+
+
+def experts_of(module: str) -> str:
+    """The module that engines build for all experts of a fused tensor, by its name or its module's: its parent but
+    where these are known to lie elsewhere."""
+    place = _place(module) or _place(module + ".weight")
+    return module.removesuffix(".weight").rpartition(".")[0] if place is None else place[0]
+
+
+def fused_tensors(module: str) -> list[str]:
+    """3-D tensors that could hold a module such as `….experts.3.up_proj`; [] for other modules."""
     match = _PER_EXPERT.match(module)
     if match is None:
-        return None
-    return next((f"{match['parent']}.{fused}" for fused, p in PARTS.items() if match["part"] in p), None)
+        return []
+    kind = next((k for k, parts in PARTS.items() if match["part"] in parts), None)
+    found = []
+    for names in NAMES:
+        at = match["parent"].removesuffix(names.experts)
+        if match["parent"].endswith(names.experts) and names.at.fullmatch(at):
+            found += [f"{at}.{leaf}" for leaf, k in names.leaves.items() if k == kind]
+    return found
 
 
 def fused_names(source: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Of modules or tensors of a view, those that are part of a 3-D tensor of `source`: module → that tensor."""
-    found = {m: fused for n in names if (fused := fused_name(m := n.removesuffix(".weight"))) is not None}
-    return {m: fused for m, fused in found.items() if fused in source.tensors}
+    """Of modules or tensors of a view, those that are part of a 3-D tensor of `source`: module → module of that."""
+    found: dict[str, str] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        for tensor in fused_tensors(module):
+            if tensor in source.tensors:
+                found[module] = tensor.removesuffix(".weight")
+    return found
 
 
 def part_names(fused: str, experts: int) -> list[str]:
     """Modules per expert and projection of a 3-D tensor's name, or [] when it is not one that can be split."""
-    match = _NAME.match(fused)
-    if match is None or match["leaf"] not in PARTS:
+    place = _place(fused)
+    if place is None or place[1] not in PARTS:
         return []
-    return [f"{match['parent']}.{e}.{part}" for e in range(experts) for part in PARTS[match["leaf"]]]
+    return [f"{place[0]}.{e}.{part}" for e in range(experts) for part in PARTS[place[1]]]
 
 
 def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
@@ -115,11 +172,12 @@ def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
 def _beside(source: Checkpoint, parents: Collection[str]) -> dict[str, str]:
     """Experts with tensors other than the fused ones: biases, norms, or some expert by itself."""
     others: dict[str, list[str]] = {}
-    known = {*PARTS, *(p + SCALE for p in PARTS)}
     for name in source.tensors:
+        if _place(name) is not None:
+            continue
         for match in re.finditer(r"\bexperts(?=\.)", name):
             parent, rest = name[: match.end()], name[match.end() + 1 :]
-            if parent in parents and rest not in known:
+            if parent in parents:
                 others.setdefault(parent, []).append(rest)
     return {
         parent: f"experts fused into one 3-D tensor, with others beside them that are not known here ({rest[0]})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from lowbit.checkpoint.fused_experts import SCALE, fused_name, scale_block
+from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
@@ -417,7 +417,8 @@ class Planner:
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
                 continue  # the module is kept after all, or has dynamic activations
-            if (fused := fused_name(name.rpartition(".")[0])) in self.source.tensors:
+            fused = next((t for t in fused_tensors(name.rpartition(".")[0]) if t in self.source.tensors), None)
+            if fused is not None:
                 raise InputError(
                     f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "
                     "quantize these experts, or calibrate with a method that leaves weights in float as they are (gptq)"

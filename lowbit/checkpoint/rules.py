@@ -103,6 +103,8 @@ FUSED = (
 _FUSED_WITH = {member: group for group in FUSED for member in group}
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
+_EXPERTS_3D = re.compile(rf"{_inside('experts').pattern}|{_last('input_linear', 'output_linear').pattern}")
+
 SMALLEST_SIDE = 16
 
 
@@ -170,7 +172,7 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
     for rule in KEEP_RULES:
         if rule.pattern.match(module):
             return rule.role, rule.reason
-    if len(shape) == 3 and _inside("experts").match(module):
+    if len(shape) == 3 and _EXPERTS_3D.match(module):
         return "experts-3d", "experts fused into one 3-D tensor, under names whose layout is not known here"
     if len(shape) != 2:
         return ("norm" if len(shape) == 1 else "other"), "not a matrix"
