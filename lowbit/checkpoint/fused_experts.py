@@ -7,9 +7,10 @@
 
 with the gate before the up projection; Granite and Aria call them otherwise (`NAMES`). Engines load
 quantized experts as matrices named `….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`),
-which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each is a range of bytes in the same file (or a
-transposed one), so the rest of a conversion needs no word about them. This is the only place that
-knows the layouts, and what it is not certain of stays whole, with the reason.
+which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each
+is a range of bytes in the same file (or a transposed one), so the rest of a conversion needs no word
+about them. This is the only place that knows the layouts, and what it is not certain of stays whole,
+with the reason.
 """
 
 from __future__ import annotations
@@ -47,9 +48,7 @@ class Names:
 
 
 NAMES = (
-    Names(
-        re.compile(r"(?:.*\.)?experts"), {n: n for n in (GATE_UP, DOWN, GATE_UP + SCALE, DOWN + SCALE)}
-    ),
+    Names(re.compile(r"(?:.*\.)?experts"), {n: n for n in (GATE_UP, DOWN, GATE_UP + SCALE, DOWN + SCALE)}),
     Names(
         re.compile(r"(?:.*\.)?block_sparse_moe"),  # Granite; vLLM has its matrices below `experts`
         {"input_linear.weight": GATE_UP, "output_linear.weight": DOWN},

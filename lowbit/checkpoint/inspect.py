@@ -125,7 +125,9 @@ def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredM
     if fused := [n for n, t in tensors.items() if is_fused(t)]:
         found.append(f"{len(fused)} tensors hold all experts of a layer fused in 3-D (first: {fused[0]})")
     if unknown := [n for n in fused if n in split_up]:
-        why = experts.whole.get(unknown[0].removesuffix(".weight"), "under names whose layout is not known here")
+        why = experts.whole.get(
+            unknown[0].removesuffix(".weight"), "under names whose layout is not known here"
+        )
         found.append(f"{len(unknown)} of them cannot be quantized (first: {unknown[0]}: {why})")
     layers = source.config.get("num_hidden_layers")
     beyond = [

@@ -417,7 +417,9 @@ class Planner:
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
                 continue  # the module is kept after all, or has dynamic activations
-            fused = next((t for t in fused_tensors(name.rpartition(".")[0]) if t in self.source.tensors), None)
+            fused = next(
+                (t for t in fused_tensors(name.rpartition(".")[0]) if t in self.source.tensors), None
+            )
             if fused is not None:
                 raise InputError(
                     f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "

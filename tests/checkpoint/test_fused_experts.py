@@ -19,6 +19,7 @@ from sample_models import (
     decode_block_fp8,
     fused_block_fp8,
     fused_mixture,
+    fused_names,
     load,
     same_bits,
     write,
@@ -69,9 +70,11 @@ def test_each_expert_equals_the_oracle_on_its_slice(tmp_path, model, scheme):
     assert found.problems == () and len(found.errors) == 2 * 3 * 3
     at = MIXTURES[model][0].format(1)
     assert len(done.plan.split_experts) == 18
-    assert done.plan.split_experts[f"{at}.2.up_proj"] == f"{at}.gate_up_proj"
+    whole = fused_names(model, 1)[0].removesuffix(".weight")
+    assert done.plan.split_experts[f"{at}.2.up_proj"] == whole
     decision = done.plan.decisions[f"{at}.2.up_proj"]
-    assert (decision.role, decision.reason) == ("expert", "split from experts.gate_up_proj")
+    assert (decision.role, decision.reason) == ("expert", "split from " + ".".join(whole.split(".")[-2:]))
+    assert f"{2 * 2} tensors hold all experts of a layer fused in 3-D" in "\n".join(lowbit.inspect(src).odd)
     assert done.plan.source_bytes == sum(t.nbytes for t in fused.values())
 
 
@@ -190,17 +193,20 @@ FLOAT = {
 
 
 @pytest.mark.parametrize("options", FLOAT.values(), ids=FLOAT)
-@pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
+@pytest.mark.parametrize("model", ["qwen3.5", "llama4", "granite", "aria"])
 def test_a_layer_in_float_keeps_its_3d_tensors(tmp_path, model, options):
     fused, apart, config = fused_mixture(model)
     src = write(tmp_path / "src", fused, config)
+    names = fused_names(model, 1)
+    if "*.layers.1.*gate_up_proj" in options.get("ignore", ()):
+        options = {"ignore": ["*.layers.1.*" + names[0].removesuffix(".weight").rpartition(".")[2]]}
     done = lowbit.convert(src, tmp_path / "out", "int8", **options)
     assert not any("matches no module" in w for w in done.plan.warnings)
     at = MIXTURES[model][0].format(1)
     written = load(tmp_path / "out")
-    for leaf in ("gate_up_proj", "down_proj"):
-        assert same_bits(written[f"{at}.{leaf}"], fused[f"{at}.{leaf}"])
-        assert done.plan.decisions[f"{at}.{leaf}"].role == "experts-3d"
+    for name in names:
+        assert same_bits(written[name], fused[name])
+        assert done.plan.decisions[name.removesuffix(".weight")].role == "experts-3d"
     assert not any(n.startswith(f"{at}.0") for n in written)
     assert at in done.plan.config["quantization_config"]["ignore"]
     other = MIXTURES[model][0].format(0) + ".1.up_proj"
@@ -338,9 +344,8 @@ def test_the_bytes_do_not_depend_on_tiles(tmp_path, monkeypatch, model):
 @pytest.mark.parametrize("model", MIXTURES)
 def test_a_value_that_is_not_finite_is_named_by_expert(tmp_path, model):
     fused, _, config = fused_mixture(model)
-    where, transposed, _ = MIXTURES[model]
-    at = (2, 7, 128 + 5) if transposed else (2, 128 + 5, 7)
-    fused[where.format(1) + ".gate_up_proj"][at] = torch.nan
+    at = (2, 7, 128 + 5) if MIXTURES[model][1] else (2, 128 + 5, 7)
+    fused[fused_names(model, 1)[0]][at] = torch.nan
     src = write(tmp_path / "src", fused, config)
     with pytest.raises(
         InputError, match=r"layers\.1\..*experts\.2\.up_proj\.weight: .*found nan at \[5, 7\]"
