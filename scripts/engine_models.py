@@ -140,13 +140,14 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
             return t.Ernie4_5_MoeForCausalLM, config
         case "LFM2-MoE":
             config = t.Lfm2MoeConfig(
-                **_without("head_dim"), num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
-                layer_types=["conv", "full_attention"], num_dense_layers=1,
+                **{**_without("head_dim"), "tie_word_embeddings": True}, num_experts=8, num_experts_per_tok=2,
+                moe_intermediate_size=128, layer_types=["conv", "full_attention"], num_dense_layers=1,
             )  # fmt: skip
             return t.Lfm2MoeForCausalLM, config
         case "MiniMax-M2":
             config = t.MiniMaxM2Config(
-                **{**TEXT, "intermediate_size": 128}, num_local_experts=8, num_experts_per_tok=2
+                **{**TEXT, "intermediate_size": 128}, num_local_experts=8, num_experts_per_tok=2, rotary_dim=32,
+                scoring_func="sigmoid", use_routing_bias=True,
             )  # fmt: skip
             return t.MiniMaxM2ForCausalLM, config
     raise ValueError(kind)

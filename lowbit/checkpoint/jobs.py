@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, scale_block
+from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
@@ -148,7 +148,7 @@ def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
                 return None
             return module
     # Fused experts are parameters without the `.weight`.
-    return ref.name if len(ref.shape) == 3 and ".experts." in ref.name else None
+    return ref.name if is_fused(ref) else None
 
 
 class Planner:

@@ -133,7 +133,7 @@ def make_plan(
     )
     # Engines build experts that are fused on disk as one module, the parent of their tensors.
     ignored = tuple(dict.fromkeys(
-        experts_of(m) if d.role == "experts-3d" else m for m, d in decisions.items()
+        experts_of(m, planner.shape_of(m)) if d.role == "experts-3d" else m for m, d in decisions.items()
         if m not in planner.schemes and (d.role == "experts-3d" or len(planner.shape_of(m)) == 2)
         and d.role not in ("embedding", "norm", "conv")
     ))  # fmt: skip

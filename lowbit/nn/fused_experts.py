@@ -30,7 +30,7 @@ def refusal(experts: nn.Module) -> str:
     if not fits:
         twice = 2 if gated else 1
         return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
-    if transposed(experts) and not (takes_sorted_rows(experts) or getattr(experts, "is_transposed", False)):
+    if transposed(experts) and not takes_sorted_rows(experts):
         return "its experts are stored [E, in, out]"
     return ""
 

@@ -60,6 +60,14 @@ class _Candidate:
     fused: Mapping[str, str] = field(default_factory=dict)
     """Of fused experts that are so on disk too: module of one expert → that of the 3-D tensor that holds it there."""
 
+    @property
+    def in_engines(self) -> tuple[str, ...]:
+        """Its modules as engines build them: one for experts that are fused on disk."""
+        if not _is_fused_experts(self.module) or (self.projections and not self.fused):
+            return self.disk
+        together = self.fused.values() or self.disk
+        return tuple(dict.fromkeys(experts_of(m, self.shape) for m in together))
+
 
 def quantize_model(
     model: nn.Module,
@@ -122,7 +130,7 @@ def quantize_model(
             if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
                 kept[candidate.name] = reason
                 if decision.role not in ("embedding", "norm", "conv"):
-                    ignored += {experts_of(n) for n in candidate.fused.values()} or candidate.disk
+                    ignored += candidate.in_engines
             continue
         new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
         swapped[id(candidate.module)] = new

@@ -19,7 +19,7 @@ from lowbit.quantize import choose_scale, dequantize, quantize_with
 from lowbit.scheme import Scheme, TensorSpec
 
 FUSED = {
-    "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows", "aria": "columns",
+    "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows",
 }  # fmt: skip
 """Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out]."""
 
@@ -75,7 +75,7 @@ def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 def activations_quantized(
     model: nn.Module, schemes: dict[str, Scheme], static: dict[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Within the block every `F.linear` (`bmm`, `@`) with one of the weights named in `schemes` gets a quantized input.
+    """Within the block every `F.linear` (`bmm`) with one of the weights named in `schemes` gets a quantized input.
 
     `static`: their scales, where these are not dynamic. Weights are known by their address, so an
     expert's slice of a fused parameter counts too.
@@ -84,7 +84,7 @@ def activations_quantized(
     for name, scheme in schemes.items():
         if scheme.activations is not None:
             specs[_address(model, name)] = (scheme.activations, (static or {}).get(name))
-    plain, plain_bmm, plain_matmul = nn.functional.linear, torch.bmm, Tensor.__matmul__
+    plain, plain_bmm = nn.functional.linear, torch.bmm
     seen = set()
 
     def rounded(x: Tensor, weight: Tensor) -> Tensor:
@@ -103,14 +103,11 @@ def activations_quantized(
     def bmm(x: Tensor, weight: Tensor) -> Tensor:
         return plain_bmm(torch.stack([rounded(a, w) for a, w in zip(x, weight, strict=True)]), weight)
 
-    def matmul(x: Tensor, weight: Tensor) -> Tensor:
-        return plain_matmul(rounded(x, weight), weight)
-
-    nn.functional.linear, torch.bmm, Tensor.__matmul__ = linear, bmm, matmul
+    nn.functional.linear, torch.bmm = linear, bmm
     try:
         yield
     finally:
-        nn.functional.linear, torch.bmm, Tensor.__matmul__ = plain, plain_bmm, plain_matmul
+        nn.functional.linear, torch.bmm = plain, plain_bmm
     assert seen, "no quantized weight was multiplied"
 
 
@@ -213,22 +210,6 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
                 num_experts_per_tok=2, residual_multiplier=0.5, logits_scaling=2.0,
             )  # fmt: skip
             return t.GraniteMoeForCausalLM, config
-        case "aria":
-            vision = {
-                "model_type": "idefics3_vision", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-            }  # fmt: skip
-            experts = {
-                "intermediate_size": 48,
-                "moe_num_experts": 4,
-                "moe_topk": 2,
-                "moe_num_shared_experts": 1,
-            }
-            config = t.AriaConfig(
-                text_config={**text, **experts, "model_type": "aria_text"}, vision_config=vision,
-                projector_patch_to_query_dict={4: 4}, image_token_index=95,
-            )  # fmt: skip
-            return t.AriaForConditionalGeneration, config
         case "vision-language":
             vision = t.CLIPVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,
