@@ -19,15 +19,15 @@ from lowbit.quantize import choose_scale, dequantize, quantize_with
 from lowbit.scheme import Scheme, TensorSpec
 
 FUSED = {
-    "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows",
+    "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows", "step": "apart",
 }  # fmt: skip
-"""Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out]."""
+"""Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out], or gate and up apart too."""
 
 
 def dequantized(out: Path, to: Path, fuse: str | None = None) -> Path:
     """A float32 checkpoint of a quantized one: code · scale written out, tensor by tensor.
 
-    `fuse` ("rows" or "columns"): per-expert matrices are joined into 3-D tensors again.
+    `fuse` (a value of `FUSED`): per-expert matrices are joined into 3-D tensors again.
     """
     source = open_checkpoint(out)
     tensors: dict[str, Tensor] = {}
@@ -65,6 +65,10 @@ def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
             torch.stack([tensors[f"{parent}.{e}.{p}_proj.weight"] for e in range(count)])
             for p in ("gate", "up", "down")
         )
+        if layout == "apart":
+            at = parent.removesuffix(".experts")
+            whole |= {f"{at}.{p}_proj.weight": t for p, t in {"gate": gate, "up": up, "down": down}.items()}
+            continue
         both = torch.cat([gate, up], dim=1)
         whole[f"{parent}.gate_up_proj"] = both if layout == "rows" else both.mT
         whole[f"{parent}.down_proj"] = down if layout == "rows" else down.mT
@@ -210,6 +214,17 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
                 num_experts_per_tok=2, residual_multiplier=0.5, logits_scaling=2.0,
             )  # fmt: skip
             return t.GraniteMoeForCausalLM, config
+        case "step":
+            text |= {
+                "sliding_window": 16, "mlp_layer_types": ["dense", "sparse"], "moe_num_experts": 4, "moe_top_k": 2,
+                "moe_intermediate_size": 48, "share_expert_dim": 48, "swiglu_limits": [0.0, 0.1],
+            }  # fmt: skip
+            vision = {
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            }  # fmt: skip
+            config = t.Step3p7Config(text_config=text, vision_config=vision, image_token_id=95)
+            return t.Step3p7ForConditionalGeneration, config
         case "vision-language":
             vision = t.CLIPVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,

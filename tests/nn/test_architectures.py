@@ -14,7 +14,7 @@ from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quanti
 
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
-    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe",
+    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step",
 ]  # fmt: skip
 
 
