@@ -102,11 +102,65 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
                 layer_types=["sliding_attention", "full_attention"],
             )  # fmt: skip
             return t.Gemma4ForCausalLM, config
+        case "Granite MoE":
+            config = t.GraniteMoeConfig(
+                **{**_without("head_dim"), "intermediate_size": 128}, num_local_experts=8, num_experts_per_tok=2,
+                residual_multiplier=0.5, embedding_multiplier=2.0, logits_scaling=2.0,
+            )  # fmt: skip
+            return t.GraniteMoeForCausalLM, config
+        case "Granite 4 hybrid":
+            config = t.GraniteMoeHybridConfig(
+                **{**_without("head_dim"), "intermediate_size": 128}, num_local_experts=8, num_experts_per_tok=2,
+                shared_intermediate_size=128, layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=64,
+                mamba_n_groups=1, mamba_d_state=32, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=16,
+            )  # fmt: skip
+            return t.GraniteMoeHybridForCausalLM, config
+        case "Aria":
+            text = {
+                **TEXT, "intermediate_size": 128, "model_type": "aria_text", "moe_num_experts": 8, "moe_topk": 2,
+                "moe_num_shared_experts": 1,
+            }  # fmt: skip
+            vision = {
+                "model_type": "idefics3_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+            }  # fmt: skip
+            config = t.AriaConfig(
+                text_config=text,
+                vision_config=vision,
+                projector_patch_to_query_dict={4: 4},
+                image_token_index=5,
+            )
+            return t.AriaForConditionalGeneration, config
+        case "OLMoE":
+            return t.OlmoeForCausalLM, t.OlmoeConfig(
+                **{**_without("head_dim"), "intermediate_size": 128}, num_experts=8, num_experts_per_tok=2
+            )  # fmt: skip
+        case "ERNIE 4.5 MoE":
+            config = t.Ernie4_5_MoeConfig(
+                **TEXT, moe_num_experts=8, moe_k=2, moe_intermediate_size=128, moe_num_shared_experts=1,
+                moe_layer_start_index=1,
+            )  # fmt: skip
+            return t.Ernie4_5_MoeForCausalLM, config
+        case "LFM2-MoE":
+            config = t.Lfm2MoeConfig(
+                **{**_without("head_dim"), "tie_word_embeddings": True}, num_experts=8, num_experts_per_tok=2,
+                moe_intermediate_size=128, layer_types=["conv", "full_attention"], num_dense_layers=1,
+            )  # fmt: skip
+            return t.Lfm2MoeForCausalLM, config
+        case "MiniMax-M2":
+            config = t.MiniMaxM2Config(
+                **{**TEXT, "intermediate_size": 128}, num_local_experts=8, num_experts_per_tok=2, rotary_dim=32,
+                scoring_func="sigmoid", use_routing_bias=True,
+            )  # fmt: skip
+            return t.MiniMaxM2ForCausalLM, config
     raise ValueError(kind)
 
 
 # How transformers reads the experts that lowbit writes apart: in 3-D, [E, out, in] or [E, in, out].
-FUSED = {"Qwen3-VL-MoE": "rows", "Llama 4": "columns", "Gemma 4 MoE": "rows"}
+FUSED = {
+    "Qwen3-VL-MoE": "rows", "Llama 4": "columns", "Gemma 4 MoE": "rows", "Granite MoE": "rows",
+    "Granite 4 hybrid": "rows", "Aria": "columns",
+}  # fmt: skip
 
 
 # Its experts are published [E, in, out], and so read by engines; transformers writes and reads them [E, out, in].
@@ -128,7 +182,7 @@ def write(kind: str, out: Path) -> Path:
                 rows = torch.exp(0.4 * torch.randn(parameter.shape[0], 1))
                 parameter.copy_(torch.randn_like(parameter) * rows / parameter.shape[1] ** 0.5)
             elif parameter.dim() == 3 and "experts" in name:
-                inputs = 1 if kind == "Llama 4" else 2
+                inputs = 1 if FUSED.get(kind) == "columns" else 2
                 rows = torch.exp(0.4 * torch.randn(parameter.shape[0], *_ones(parameter, inputs)))
                 parameter.copy_(torch.randn_like(parameter) * rows / parameter.shape[inputs] ** 0.5)
             else:

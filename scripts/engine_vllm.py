@@ -44,6 +44,7 @@ from vllm.model_executor.kernels.linear import (  # noqa: E402
     Mxfp8LinearKernel,
 )
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod  # noqa: E402
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config  # noqa: E402
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
@@ -123,10 +124,24 @@ def _last_choices() -> None:
     # vLLM 0.32's C++ rotary embedding for CPUs misreads the keys of latent attention, which are not contiguous: from
     # the second token on its DeepSeek is not that of transformers. Its own implementation in torch is right.
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
+    CPURouter._compute_routing = _in_one_group(CPURouter._compute_routing)
     # Of vLLM's methods only this one takes no float32, in which all else is compared; its kernels for CPUs need AMX.
     Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
     # Marlin's own demands on a GPU; what it demands of shapes stays with vLLM's create_weights.
     ct_packed.check_moe_marlin_supports_config = lambda *a, **k: True
+
+
+def _in_one_group(route: Any) -> Any:
+    """vLLM 0.32's routing on CPUs leaves the correction bias out beside a softmax (ERNIE 4.5), and has a sigmoid only
+    with groups (MiniMax-M2 has none); all experts as one group are the same, and there it does both."""
+
+    def routed(router: Any, *arguments: Any, **named: Any) -> Any:
+        biased = router.scoring_func == "softmax" and router.e_score_correction_bias is not None
+        if not router.use_grouped_topk and (biased or router.scoring_func == "sigmoid"):
+            router.use_grouped_topk, router.num_expert_group, router.topk_group = True, 1, 1
+        return route(router, *arguments, **named)
+
+    return routed
 
 
 def _or_stand_in(select: Any, backend: Any) -> Any:

@@ -175,7 +175,23 @@ MIXTURES = {
     "gemma4": ("model.language_model.layers.{}.experts", False, "gemma4"),
     "qwen3-vl": ("model.language_model.layers.{}.mlp.experts", True, "qwen3_vl_moe"),
     "llama4": ("language_model.model.layers.{}.feed_forward.experts", True, "llama4"),
+    "granite": ("model.layers.{}.block_sparse_moe.experts", False, "granitemoe"),
+    "step": ("model.layers.{}.moe.experts", False, "step3p5"),
 }
+_FUSED_NAMES = {
+    "granite": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "step": ("moe.gate_proj.weight", "moe.up_proj.weight", "moe.down_proj.weight"),
+}
+
+
+def fused_names(model: str, layer: int) -> tuple[str, ...]:
+    """The 3-D tensors of a layer: gate and up (in one, or each in its own), and down."""
+    at = MIXTURES[model][0].format(layer)
+    if model not in _FUSED_NAMES:
+        return f"{at}.gate_up_proj", f"{at}.down_proj"
+    names = _FUSED_NAMES[model]
+    within = at.removesuffix(names[0].partition(".")[0] + ".experts")
+    return tuple(within + name for name in names)
 
 
 def fused_mixture(
@@ -196,9 +212,11 @@ def fused_mixture(
                 found.append(matrix)
                 apart[f"{at}.{e}.{name}.weight"] = matrix
         both = [torch.cat(pair) for pair in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
-        for name, found in {"gate_up_proj": both, "down_proj": parts["down_proj"]}.items():
+        names = fused_names(model, i)
+        stacks = (both, parts["down_proj"]) if len(names) == 2 else parts.values()
+        for name, found in zip(names, stacks, strict=True):
             stack = torch.stack(found)
-            fused[f"{at}.{name}"] = stack.transpose(1, 2).contiguous() if transposed else stack
+            fused[name] = stack.transpose(1, 2).contiguous() if transposed else stack
         fused |= router
         apart |= router
     text = {"hidden_size": hidden, "num_hidden_layers": layers}

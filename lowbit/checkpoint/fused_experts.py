@@ -5,11 +5,13 @@
     [E, 2I, H] and [E, H, I]   as transformers 5 writes every mixture (Qwen3.5-MoE, Gemma 4)
     [E, H, 2I] and [E, I, H]   transposed: Llama 4 and Qwen3-VL-MoE as published
 
-with the gate before the up projection. Engines load quantized experts as matrices named
-`….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`), which llm-compressor and ModelOpt write
-too. `split` gives a view of a checkpoint with those: each is a range of bytes in the same file (or a
-transposed one), so the rest of a conversion needs no word about them. This is the only place that
-knows the layouts, and what it is not certain of stays whole, with the reason.
+with the gate before the up projection; Granite calls them otherwise, and Step 3.5 has gate and up in
+tensors of their own (`NAMES`). Engines load
+quantized experts as matrices named `….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`),
+which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each
+is a range of bytes in the same file (or a transposed one), so the rest of a conversion needs no word
+about them. This is the only place that knows the layouts, and what it is not certain of stays whole,
+with the reason.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from typing import Any, Literal
 from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
 from lowbit.formats import quantization_of
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
-PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
+GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
+PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: (GATE, UP), GATE: (GATE,), UP: (UP,), DOWN: (DOWN,)}
 """Fused parameter → its projections of one expert, in their order on disk."""
 SCALE = "_scale_inv"
 """Appended to a fused parameter's name: the scales of its block FP8 codes."""
@@ -32,7 +34,51 @@ SCALE = "_scale_inv"
 _INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
 # Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
 _TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
-_NAME = re.compile(rf"^(?P<parent>(?:.*\.)?experts)\.(?P<leaf>(?:{GATE_UP}|{DOWN})(?:{SCALE})?)$")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family of models calls its fused tensors, and where engines look for their matrices."""
+
+    at: re.Pattern[str]
+    """The module that holds them."""
+    leaves: Mapping[str, str]
+    """Tensor below it → what it is: one of `PARTS`, or the scales of one."""
+    experts: str = ""
+    """Appended to `at`: the module whose children `{e}.gate_proj` are the matrices."""
+
+
+NAMES = (
+    Names(re.compile(r"(?:.*\.)?experts"), {n: n for n in (GATE_UP, DOWN, GATE_UP + SCALE, DOWN + SCALE)}),
+    Names(
+        re.compile(r"(?:.*\.)?block_sparse_moe"),  # Granite; vLLM has its matrices below `experts`
+        {"input_linear.weight": GATE_UP, "output_linear.weight": DOWN},
+        ".experts",
+    ),
+    Names(
+        re.compile(r"(?:.*\.)?moe"),  # Step 3.5
+        {f"{p}.weight{s}": p + s for p in (GATE, UP, DOWN) for s in ("", SCALE)},
+        ".experts",
+    ),
+)
+# Experts that no engine reads once they are quantized: module (`at`: that of all of the layer), dimensions, why.
+_FLOAT_ONLY = (
+    (
+        re.compile(r"(?P<at>(?:.*\.)?mlp\.experts)\.fc[12]"),
+        3,
+        "Aria's experts: vLLM takes the gate of a quantized one for gate and up",
+    ),
+    (
+        re.compile(r"(?P<at>(?:.*\.)?ffn\.experts)\.mlp\.(?:w1|v1|w2)"),
+        2,
+        "DBRX's experts, all of a layer below each other in one matrix: vLLM reads them in float only",
+    ),
+    (
+        re.compile(r"(?P<at>(?:.*\.)?(?:mlp|self_attention\.experts))\.(?:in|out)put_linear"),
+        3,
+        "JetMoE's experts: no engine runs them quantized",
+    ),
+)
 _PER_EXPERT = re.compile(r"^(?P<parent>(?:.*\.)?experts)\.\d+\.(?P<part>\w+)$")
 
 Shape = tuple[int, ...]
@@ -47,15 +93,15 @@ class SplitExperts:
     checkpoint: Checkpoint
     """With a reference per expert and projection in place of each 3-D tensor that was split."""
     whole: Mapping[str, str]
-    """3-D expert tensors left as they are → why."""
+    """Modules of 3-D expert tensors left as they are → why."""
 
 
 def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     """The view of `source` with its fused experts split, but for the modules (`….experts`) in `leave`."""
     found: dict[str, dict[str, TensorRef]] = {}
     for name, ref in source.tensors.items():
-        if (match := _NAME.match(name)) and len(ref.shape) == 3:
-            found.setdefault(match["parent"], {})[match["leaf"]] = ref
+        if len(ref.shape) == 3 and (place := _place(name)) is not None:
+            found.setdefault(place[0], {})[place[1]] = ref
     if not found:
         return SplitExperts(checkpoint=source, whole={})
     beside = _beside(source, found)
@@ -64,9 +110,9 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     for parent, members in found.items():
         reason = _problem(members, source.config) or beside.get(parent, "")
         if reason or parent in leave:
-            whole |= {f"{parent}.{leaf}": reason for leaf in members}
+            whole |= {ref.name.removesuffix(".weight"): reason for ref in members.values()}
             continue
-        orientation = orientation_of(members[GATE_UP].shape, members[DOWN].shape)
+        orientation = _orientation(members)
         assert orientation is not None  # else `_problem` had found it
         for leaf, ref in members.items():
             parts[ref.name] = list(_parts(parent, leaf, ref, orientation))
@@ -76,26 +122,77 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     return SplitExperts(checkpoint=replace(source, tensors=tensors), whole=whole)
 
 
-def fused_name(module: str) -> str | None:
-    """The 3-D tensor that would hold a module such as `….experts.3.up_proj`; None for other modules."""
+def _place(tensor: str) -> tuple[str, str] | None:
+    """(the module of all experts, one of `PARTS` or its scales) of a fused tensor's name; None for others."""
+    for names in NAMES:
+        for leaf, kind in names.leaves.items():
+            at = tensor.removesuffix("." + leaf)
+            if at != tensor and names.at.fullmatch(at):
+                return at + names.experts, kind
+    return None
+
+
+def _float_only(module: str, shape: Shape) -> tuple[str, str] | None:
+    """(the module of all experts, why they are not quantized) of those that no engine reads; None for others."""
+    for pattern, dimensions, reason in _FLOAT_ONLY:
+        if len(shape) == dimensions and (match := pattern.fullmatch(module)):
+            return match["at"], reason
+    return None
+
+
+def why_fused(module: str, shape: Shape) -> str:
+    """Why the tensor of a module that holds all experts of a layer is not quantized as it is; "" for others."""
+    if (found := _float_only(module, shape)) is not None:
+        return found[1]
+    if len(shape) == 3 and ("experts" in module.split(".") or _place(module + ".weight") is not None):
+        return "experts fused into one 3-D tensor, under names whose layout is not known here"
+    return ""
+
+
+def is_fused(ref: TensorRef) -> bool:
+    """Whether a tensor holds all experts of a layer, under names that are known here or not."""
+    return why_fused(ref.name.removesuffix(".weight"), ref.shape) != ""
+
+
+def experts_of(module: str, shape: Shape = ()) -> str:
+    """The module that engines build for all experts of a fused tensor, by its name or its module's: its parent but
+    where these are known to lie elsewhere."""
+    module = module.removesuffix(".weight")
+    place = _place(module) or _place(module + ".weight") or _float_only(module, shape)
+    return module.rpartition(".")[0] if place is None else place[0]
+
+
+def fused_tensors(module: str) -> list[str]:
+    """3-D tensors that could hold a module such as `….experts.3.up_proj`; [] for other modules."""
     match = _PER_EXPERT.match(module)
     if match is None:
-        return None
-    return next((f"{match['parent']}.{fused}" for fused, p in PARTS.items() if match["part"] in p), None)
+        return []
+    kinds = {k for k, parts in PARTS.items() if match["part"] in parts}
+    found = []
+    for names in NAMES:
+        at = match["parent"].removesuffix(names.experts)
+        if match["parent"].endswith(names.experts) and names.at.fullmatch(at):
+            found += [f"{at}.{leaf}" for leaf, kind in names.leaves.items() if kind in kinds]
+    return found
 
 
 def fused_names(source: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Of modules or tensors of a view, those that are part of a 3-D tensor of `source`: module → that tensor."""
-    found = {m: fused for n in names if (fused := fused_name(m := n.removesuffix(".weight"))) is not None}
-    return {m: fused for m, fused in found.items() if fused in source.tensors}
+    """Of modules or tensors of a view, those that are part of a 3-D tensor of `source`: module → module of that."""
+    found: dict[str, str] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        for tensor in fused_tensors(module):
+            if tensor in source.tensors:
+                found[module] = tensor.removesuffix(".weight")
+    return found
 
 
 def part_names(fused: str, experts: int) -> list[str]:
     """Modules per expert and projection of a 3-D tensor's name, or [] when it is not one that can be split."""
-    match = _NAME.match(fused)
-    if match is None or match["leaf"] not in PARTS:
+    place = _place(fused)
+    if place is None or place[1] not in PARTS:
         return []
-    return [f"{match['parent']}.{e}.{part}" for e in range(experts) for part in PARTS[match["leaf"]]]
+    return [f"{place[0]}.{e}.{part}" for e in range(experts) for part in PARTS[place[1]]]
 
 
 def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
@@ -112,14 +209,24 @@ def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
     return None
 
 
+def _orientation(members: Mapping[str, TensorRef]) -> Orientation | None:
+    """`orientation_of` the fused tensors of one module."""
+    if GATE_UP in members:
+        return orientation_of(members[GATE_UP].shape, members[DOWN].shape)
+    gate = members[GATE].shape
+    both = (gate[0], 2 * gate[1], gate[2]) if gate == members[UP].shape else ()
+    return orientation_of(both, members[DOWN].shape)
+
+
 def _beside(source: Checkpoint, parents: Collection[str]) -> dict[str, str]:
     """Experts with tensors other than the fused ones: biases, norms, or some expert by itself."""
     others: dict[str, list[str]] = {}
-    known = {*PARTS, *(p + SCALE for p in PARTS)}
     for name in source.tensors:
+        if _place(name) is not None:
+            continue
         for match in re.finditer(r"\bexperts(?=\.)", name):
             parent, rest = name[: match.end()], name[match.end() + 1 :]
-            if parent in parents and rest not in known:
+            if parent in parents:
                 others.setdefault(parent, []).append(rest)
     return {
         parent: f"experts fused into one 3-D tensor, with others beside them that are not known here ({rest[0]})"
@@ -130,22 +237,23 @@ def _beside(source: Checkpoint, parents: Collection[str]) -> dict[str, str]:
 def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str:
     """Why the fused experts of one module cannot be split with certainty, or ""."""
     fused = "experts fused into one 3-D tensor"
-    if not members.keys() >= PARTS.keys():
-        return f"{fused}, without {' and '.join(PARTS.keys() - members.keys())} beside it"
+    wanted = (GATE, UP, DOWN) if GATE in members or UP in members else (GATE_UP, DOWN)
+    if missing := [k for k in wanted if k not in members]:
+        return f"{fused}, without {' and '.join(missing)} beside it"
     types = {str(c.get("model_type")) for c in _configs(config)}
     if types & _INTERLEAVED:
         return f"{fused}, in which gate and up projections alternate"
-    gate_up, down = members[GATE_UP], members[DOWN]
-    orientation = orientation_of(gate_up.shape, down.shape)
+    down, orientation = members[DOWN], _orientation(members)
     if orientation is None:
-        return f"{fused}, of shapes that do not fit together: {list(gate_up.shape)} and {list(down.shape)}"
+        shapes = " and ".join(str(list(members[k].shape)) for k in wanted)
+        return f"{fused}, of shapes that do not fit together: {shapes}"
     hidden = down.shape[1] if orientation == "rows" else down.shape[2]
     declared = {c["hidden_size"] for c in _configs(config) if isinstance(c.get("hidden_size"), int)}
     if declared and hidden not in declared:
         return f"{fused}, of hidden size {hidden}, which config.json does not have"
     if orientation == "columns" and not types & _TRANSPOSED:
         return f"{fused}, stored [experts, in, out] by a model that is not known to keep gate before up"
-    for leaf in PARTS:
+    for leaf in wanted:
         if problem := _scale_problem(leaf, members, orientation, config):
             return f"{fused}, {problem}"
     return ""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.fused_experts import SplitExperts, split
+from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.jobs import module_of
 from lowbit.checkpoint.rules import role_of
@@ -112,9 +112,7 @@ def _quantization(source: Checkpoint, stored: Mapping[str, StoredModule]) -> str
 
 
 def _fused_experts(source: Checkpoint) -> int:
-    return max(
-        (t.shape[0] for n, t in source.tensors.items() if ".experts." in n and len(t.shape) == 3), default=0
-    )
+    return max((t.shape[0] for t in source.tensors.values() if is_fused(t) and len(t.shape) == 3), default=0)
 
 
 def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredModule]) -> list[str]:
@@ -124,10 +122,11 @@ def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredM
     apart = [m for m, s in stored.items() if split_up[s.weight].file != split_up[s.scale].file]
     if apart:
         found.append(f"{len(apart)} weights have their scale in another shard (first: {apart[0]})")
-    if fused := [n for n, t in tensors.items() if ".experts." in n and len(t.shape) == 3]:
-        found.append(f"{len(fused)} tensors hold all experts of a layer fused in 3-D (first: {fused[0]})")
+    if fused := [n for n, t in tensors.items() if is_fused(t)]:
+        found.append(f"{len(fused)} tensors hold all experts of a layer, fused (first: {fused[0]})")
     if unknown := [n for n in fused if n in split_up]:
-        why = experts.whole.get(unknown[0], "under names whose layout is not known here")
+        module = unknown[0].removesuffix(".weight")
+        why = experts.whole.get(module) or why_fused(module, tensors[unknown[0]].shape)
         found.append(f"{len(unknown)} of them cannot be quantized (first: {unknown[0]}: {why})")
     layers = source.config.get("num_hidden_layers")
     beyond = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
-from lowbit.checkpoint.fused_experts import SCALE, fused_name, scale_block
+from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
@@ -15,7 +15,7 @@ from lowbit.dtypes import E2M1, E4M3FN, DType
 from lowbit.errors import InputError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
-from lowbit.granularity import block_shape
+from lowbit.granularity import block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
 _INPUT_SCALE: Content = "input_scale"
@@ -148,7 +148,7 @@ def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
                 return None
             return module
     # Fused experts are parameters without the `.weight`.
-    return ref.name if len(ref.shape) == 3 and ".experts." in ref.name else None
+    return ref.name if is_fused(ref) else None
 
 
 class Planner:
@@ -171,6 +171,8 @@ class Planner:
         """(name of the source tensor whose place they take, jobs)"""
         self._taken: set[str] = set()
         self._uncalibrated: list[str] = []
+        self.dequantized: list[str] = []
+        """Modules in float whose weights are a calibration's codes."""
 
     def shape_of(self, module: str) -> tuple[int, ...]:
         if module in self.stored:
@@ -206,6 +208,8 @@ class Planner:
         if scheme is not None and scheme.weights is not None:
             return self._quantized(module, scheme, stored, anchor)
         replacement = self.replaced.pop(anchor, None)
+        if replacement is not None and replacement.dtype not in FLOATS:
+            return [self._calibrated_float(module, replacement)]
         if replacement is not None:
             return [self._copy(replacement, anchor)]
         if decision.as_found:
@@ -354,6 +358,21 @@ class Planner:
         out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
 
+    def _calibrated_float(self, module: str, codes: TensorRef) -> Job:
+        """A weight that stays in float, of which a calibration has codes: those, since its float may be changed."""
+        scale, spec = self.replaced.pop(f"{module}.weight_scale"), self.scheme.weights
+        assert spec is not None  # the store checks that codes have a scale, and that the scheme is the same
+        shape = (codes.shape[0], codes.shape[1])
+        if tuple(scale.shape) != scale_shape(shape, spec.granularity):
+            raise InputError(
+                f"calibration of {module}: expected scales of {self.scheme.name} to dequantize it with, found "
+                f"{list(scale.shape)}; calibrate again with this module left in float"
+            )
+        self.dequantized.append(module)
+        source = Source(ref=codes, scale=scale, block=block_shape(shape, spec.granularity))
+        out = OutTensor(module + ".weight", self._float_dtype(), shape)
+        return Job(kind="cast", shape=shape, source=source, outputs={"codes": out})
+
     def _fused_float(self, ref: TensorRef, scale: TensorRef) -> Job:
         """All experts of a 3-D tensor in block FP8, dequantized: one tall matrix, as it lies."""
         rows, cols = scale_block(quantization_of(self.source.config).get("weight_block_size"))
@@ -398,7 +417,10 @@ class Planner:
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
                 continue  # the module is kept after all, or has dynamic activations
-            if (fused := fused_name(name.rpartition(".")[0])) in self.source.tensors:
+            fused = next(
+                (t for t in fused_tensors(name.rpartition(".")[0]) if t in self.source.tensors), None
+            )
+            if fused is not None:
                 raise InputError(
                     f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "
                     "quantize these experts, or calibrate with a method that leaves weights in float as they are (gptq)"

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.checkpoint.fused_experts import fused_names, split
+from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
@@ -121,6 +121,11 @@ def make_plan(
             "`lowbit plan` says which rule kept each"
         )
     planner.require_input_scales()
+    if planner.dequantized:
+        warnings.append(
+            f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
+            f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
+        )
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
@@ -128,7 +133,7 @@ def make_plan(
     )
     # Engines build experts that are fused on disk as one module, the parent of their tensors.
     ignored = tuple(dict.fromkeys(
-        m.rpartition(".")[0] if d.role == "experts-3d" else m for m, d in decisions.items()
+        experts_of(m, planner.shape_of(m)) if d.role == "experts-3d" else m for m, d in decisions.items()
         if m not in planner.schemes and (d.role == "experts-3d" or len(planner.shape_of(m)) == 2)
         and d.role not in ("embedding", "norm", "conv")
     ))  # fmt: skip
@@ -225,14 +230,14 @@ def _fuse_floats(
         quantized = decision.scheme is not None and decision.scheme.weights is not None
         if not quantized and not (decision.as_found and module in stored):
             floats[name] = replace(decision, scheme=None, role="experts-3d")
-    view = split(on_disk, leave={name.rpartition(".")[0] for name in floats}).checkpoint
+    view = split(on_disk, leave={experts_of(name) for name in floats}).checkpoint
     out: dict[str, Decision] = {}
     for module, decision in decisions.items():
         name = fused.get(module, "")
         if name in floats:
             out[name] = floats[name]
         elif name:
-            split_from = "split from experts." + name.rpartition(".")[2]
+            split_from = "split from " + ".".join(name.split(".")[-2:])
             out[module] = replace(decision, reason="; ".join(filter(None, (decision.reason, split_from))))
         else:
             out[module] = decision

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from lowbit.checkpoint.fused_experts import why_fused
 from lowbit.errors import InputError
 from lowbit.formats.format import Joined
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
@@ -170,8 +171,8 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
     for rule in KEEP_RULES:
         if rule.pattern.match(module):
             return rule.role, rule.reason
-    if len(shape) == 3 and _inside("experts").match(module):
-        return "experts-3d", "experts fused into one 3-D tensor, under names whose layout is not known here"
+    if reason := why_fused(module, shape):
+        return "experts-3d", reason
     if len(shape) != 2:
         return ("norm" if len(shape) == 1 else "other"), "not a matrix"
     if config.get("model_type") in CONV1D_MODELS and _CONV1D.match(module):

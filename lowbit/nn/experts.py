@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.formats import Format
 from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
-from lowbit.nn.linear import as_stored_scale
-from lowbit.nn.static import check_zeros
+from lowbit.nn.linear import SCALES, as_stored_scale
+from lowbit.nn.static import Operands, StaticOperands, check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
@@ -49,8 +49,11 @@ class QuantExperts(QuantModule):
         format: Format | str = "compressed-tensors",
         names: Mapping[str, str] | None = None,
         device: torch.device | str | None = None,
+        float_dtype: str = "BF16",
     ) -> None:
-        """Uninitialized. `projections` maps gate, up and down to their names on disk."""
+        """Uninitialized. `projections` maps gate, up and down to their names on disk; `float_dtype` as in
+        `QuantLinear`.
+        """
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = (
             num_experts,
@@ -58,11 +61,6 @@ class QuantExperts(QuantModule):
             intermediate_size,
         )
         self.scheme, self.format = as_scheme(scheme), as_format(format)
-        if self.scheme.needs_calibration:
-            raise ValueError(
-                f"expected a scheme with dynamic activations for experts, found {self.scheme.name}: every expert sees "
-                "other tokens, and engines run experts with dynamic scales only; use int8 or fp8"
-            )
         self.quantize_activations = True
         self.hadamard = 0
         assert self.scheme.weights is not None
@@ -74,7 +72,7 @@ class QuantExperts(QuantModule):
         self.suffixes: dict[str, str] = {}
         frozen = []
         for projection, name in self.projections.items():
-            for stored in self.format.tensors(self.scheme, self.shape_of(projection)):
+            for stored in self.format.tensors(self.scheme, self.shape_of(projection), float_dtype):
                 suffix = (names or {}).get(stored.content, stored.suffix[1:])
                 self.suffixes[stored.content] = suffix
                 if stored.content == "shape":
@@ -84,6 +82,8 @@ class QuantExperts(QuantModule):
                 self.register_buffer(f"{name}_{suffix}", buffer)
                 frozen.append(f"{name}_{suffix}")
         self.frozen = tuple(frozen)
+        self._on_meta: dict[tuple[str, int], Tensor] = {}
+        self._static = {p: StaticOperands() for p in self.projections if "quant_bias" in self.suffixes}
 
     @classmethod
     def from_experts(
@@ -98,8 +98,14 @@ class QuantExperts(QuantModule):
         """Quantize fused experts: `gate_up_proj` [E, 2I, H] (or `up_proj` [E, I, H]) and `down_proj` [E, H, I],
         or `gate_up_proj` [E, H, 2I] and `down_proj` [E, I, H].
 
-        Raises ValueError for a layout that differs (see `refusal`) and for NaN or Inf.
+        Raises ValueError for a layout that differs (see `refusal`), for static activations, whose scales are
+        measured on data, and for NaN or Inf.
         """
+        if as_scheme(scheme).needs_calibration:
+            raise ValueError(
+                f"{name}: expected a scheme with dynamic activations, found {as_scheme(scheme).name}; use int8 or fp8 "
+                "here, or `lowbit convert --calibration` and lowbit.load"
+            )
         module = cls.like(experts, scheme, projections=projections, format=format)
         assert module.scheme.weights is not None
         for projection in module.projections:
@@ -125,6 +131,7 @@ class QuantExperts(QuantModule):
         projections: Mapping[str, str] | None = None,
         format: Format | str = "compressed-tensors",
         names: Mapping[str, str] | None = None,
+        float_dtype: str = "BF16",
     ) -> QuantExperts:
         """Uninitialized, for the shapes, device and gate of a fused module. ValueError where the layout differs."""
         if problem := refusal(experts):
@@ -137,7 +144,7 @@ class QuantExperts(QuantModule):
             found.pop("gate", None)
         module = cls(
             count, hidden, intermediate, scheme=scheme, act_fn=act_fn, projections=found,
-            format=format, names=names, device=down.device,
+            format=format, names=names, device=down.device, float_dtype=float_dtype,
         )  # fmt: skip
         gate = getattr(type(experts), "_apply_gate", None)
         if gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate":
@@ -169,7 +176,7 @@ class QuantExperts(QuantModule):
         return torch.tensor(self.shape_of(projection), dtype=torch.int64)
 
     def stack(self, projection: str, content: str) -> Tensor:
-        """The buffer of a projection's `codes`, `packed` or `scale`, [E, …]."""
+        """The buffer of a projection's `codes`, `packed`, `scale`, `input_scale`, …: [E, …]."""
         buffer = self._buffers[f"{self.projections[projection]}_{self.suffixes[content]}"]
         assert buffer is not None
         return buffer
@@ -192,8 +199,19 @@ class QuantExperts(QuantModule):
         codes = self.stored_codes(projection)[expert]
         if codes.dtype == torch.int32:
             codes = unpack(codes, self.shape_of(projection)[1])
-        scale = scale_as_float(self.stack(projection, "scale")[expert])
-        return dequantize_rows(codes, scale, self.scheme.weights, dtype)
+        return dequantize_rows(codes, self._scale(projection, expert), self.scheme.weights, dtype)
+
+    def _scale(self, projection: str, expert: int) -> Tensor:
+        if self._static:
+            return self._operands(projection).scale[expert]
+        return scale_as_float(self.stack(projection, "scale")[expert])
+
+    def _operands(self, projection: str) -> Operands:
+        """What products with zero points take, of all experts."""
+        if self._static:
+            return self._static[projection].of(lambda content: self.stack(projection, content))
+        zero_point = self.stack(projection, "input_zero_point")
+        return Operands(scale=self.stack(projection, "scale"), bias=None, zero_point=zero_point)
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -237,16 +255,37 @@ class QuantExperts(QuantModule):
         if projection == "down" and self.hadamard:
             rows = ops.hadamard(rows, self.hadamard)
         if not self.quantize_activations:
-            bounds = offsets.tolist()
-            out = rows.new_zeros(rows.shape[0], self.shape_of(projection)[0])
-            for i, (start, end) in enumerate(itertools.pairwise(bounds)):
-                if end > start:
-                    weight = self._dequantize_one(projection, i, rows.dtype)
-                    out[start:end] = nn.functional.linear(rows[start:end], weight)
-            return out
+            return self._each(projection, rows, offsets, self._float_product)
+        if "input_zero_point" in self.suffixes:
+            return self._each(projection, rows, offsets, self._shifted_product)
         return ops.linear_grouped(
             rows, self.stored_codes(projection), self.stack(projection, "scale"), offsets,
             activations=self._activations, block=self._block,
+            input_scale=self.stack(projection, "input_scale") if "input_scale" in self.suffixes else None,
+        )  # fmt: skip
+
+    def _each(
+        self, projection: str, rows: Tensor, offsets: Tensor, product: Callable[[str, int, Tensor], Tensor]
+    ) -> Tensor:
+        """One product per expert that has rows."""
+        out = rows.new_zeros(rows.shape[0], self.shape_of(projection)[0])
+        for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            if end > start:
+                out[start:end] = product(projection, i, rows[start:end])
+        return out
+
+    def _float_product(self, projection: str, expert: int, x: Tensor) -> Tensor:
+        weight = self._dequantize_one(projection, expert, x.dtype)
+        bias = self._operands(projection).of_expert(expert).bias if self._static else None
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def _shifted_product(self, projection: str, expert: int, x: Tensor) -> Tensor:
+        """With a zero point; no engine runs experts so, and there is no grouped product of them."""
+        operands = self._operands(projection).of_expert(expert)
+        return ops.linear(
+            x, self.stored_codes(projection)[expert], operands.scale, operands.bias,
+            activations=self._activations, block=self._block,
+            input_scale=self.stack(projection, "input_scale")[expert], input_zero_point=operands.zero_point,
         )  # fmt: skip
 
     # What follows presents the stacks as the checkpoint's tensors.
@@ -275,13 +314,14 @@ class QuantExperts(QuantModule):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         known = set()
+        scales = tuple("_" + self.suffixes[c] for c in SCALES if c in self.suffixes)
         for name, buffer, expert, view in list(self.disk_tensors()):
             known.add(name)
             value = state_dict.get(prefix + name)
             if value is None:
                 missing_keys.append(prefix + name)
                 continue
-            value = as_stored_scale(value, view) if buffer.endswith(self.suffixes["scale"]) else value
+            value = as_stored_scale(value, view) if buffer.endswith(scales) else value
             if value.shape != view.shape:
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: expected {list(view.shape)}, found {list(value.shape)}"
@@ -304,6 +344,13 @@ class QuantExperts(QuantModule):
             stack = torch.empty_like(stack, device=value.device)
             self._buffers[buffer] = stack
         fill(stack, expert, value)
+
+    def view_of(self, buffer: str, expert: int) -> Tensor:
+        """One expert's tensor in its stack: always the same object for a stack on meta, by which transformers tells
+        tensors that are offloaded from those that are tied."""
+        stack = self._buffers[buffer]
+        assert stack is not None
+        return self._on_meta.setdefault((buffer, expert), stack[expert]) if stack.is_meta else stack[expert]
 
     def __getattr__(self, name: str) -> Any:
         # `experts.3.gate_proj.weight`, as loaders walk to a tensor of the checkpoint.
@@ -339,8 +386,11 @@ class _Projection(nn.Module):
         super().__init__()
         self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
         for content, suffix in experts.suffixes.items():
-            stack = experts._buffers.get(f"{name}_{suffix}")
-            self._buffers[suffix] = experts.shape_tensor(name) if content == "shape" else stack[index]  # type: ignore[index]
+            self._buffers[suffix] = (
+                experts.shape_tensor(name)
+                if content == "shape"
+                else experts.view_of(f"{name}_{suffix}", index)
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         experts = self.__dict__.get("_experts")

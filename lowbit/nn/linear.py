@@ -198,7 +198,7 @@ class QuantLinear(QuantModule):
     def stored_scale(self) -> Tensor:
         """The weight's scale as stored: float32, or E8M0 bytes. In a static layer of `ascend`, float32 computed."""
         if self._static is not None:
-            return self._static.of(self).scale
+            return self._static.of(self.content).scale
         scale = self._buffers[self.names["scale"]]
         assert scale is not None
         return scale
@@ -233,11 +233,11 @@ class QuantLinear(QuantModule):
         bias = self._buffers["bias"]
         if not self.quantize_activations:
             weight = self.dequantize(x.dtype)
-            bias = bias if self._static is None else self._static.of(self).bias
+            bias = bias if self._static is None else self._static.of(self.content).bias
             return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
         zero_point = self.content("input_zero_point")
         if self._static is not None:
-            operands = self._static.of(self)
+            operands = self._static.of(self.content)
             bias, zero_point = operands.bias, operands.zero_point
         return ops.linear(
             x, self.codes_buffer, self.stored_scale, bias,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | Path | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -36,13 +38,18 @@ def load(
     while the model lives). Only the stacks of a mixture's experts are copied.
 
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
-    through accelerate; what it puts on `"disk"`, or in memory beside an accelerator, is fetched for every
-    use, codes and scales too. `offload_folder` takes what a file of the checkpoint does not hold as it is
+    through accelerate, with `"auto"` within `max_memory` (device → bytes, or `"10GiB"`). What it
+    puts on `"disk"`, or in memory beside an accelerator, is fetched for every use, codes and scales
+    too. `offload_folder` takes what a file of the checkpoint does not hold as it is
     needed (experts in float). `dtype` is that of what is not quantized, and of the activations: as
     stored when None. Raises InputError for a checkpoint that cannot be read or run.
     """
     if device is not None and device_map is not None:
         raise InputError("expected device or device_map, found both; give one of them")
+    if max_memory is not None and not isinstance(device_map, str):
+        raise InputError(
+            "expected device_map='auto' with max_memory, found a place for every module, or none"
+        )
     checkpoint = open_checkpoint(path)
     model_class, config = _architecture(checkpoint, trust_remote_code)
     # An error in the headers is best found before a model is built.
@@ -57,6 +64,8 @@ def load(
     if device is not None and str(device) != "cpu":
         device_map = {"": device}  # type: ignore[dict-item]
     more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if max_memory is not None:
+        more["max_memory"] = dict(max_memory)
     model, info = model_class.from_pretrained(
         str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
         trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,

@@ -16,7 +16,7 @@ class StackedWeights(Mapping[str, Tensor]):
     """Stacked buffers of `experts`, made from the checkpoint's tensors in `weights` when asked for.
 
     Offloaded to memory, those are views into one stack, which is then what is returned; on disk
-    they are read and stacked each time.
+    they are read and stacked each time. The checkpoint's own names give its tensors, to be saved again.
     """
 
     def __init__(self, experts: QuantExperts, weights: Mapping[str, Tensor]) -> None:
@@ -27,6 +27,8 @@ class StackedWeights(Mapping[str, Tensor]):
         self._dtypes = {buffer: experts.get_buffer(buffer).dtype for buffer in self._names}
 
     def __getitem__(self, buffer: str) -> Tensor:
+        if buffer not in self._names:
+            return self._weights[buffer].clone()
         parts = [self._weights[name] for name in self._names[buffer]]
         first = parts[0]
         whole, size, offset = (len(parts), *first.shape), first.numel(), first.storage_offset()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.checkpoint.fused_experts import fused_tensors
 from lowbit.checkpoint.headers import TensorRef, read_header
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
@@ -74,8 +75,8 @@ class LowbitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._experts: list[str] = []
-        """Tensor names on disk of experts that are quantized."""
+        self._experts: dict[str, str] = {}
+        """Tensor names on disk of experts that are quantized → the module of all of them in memory."""
         self._float_experts: list[str] = []
         """Modules in memory of fused experts that are not."""
 
@@ -137,21 +138,23 @@ class LowbitQuantizer(HfQuantizer):
             if parent is not None:
                 experts.setdefault(parent, {})[name] = module
         for path, members in experts.items():
-            _swap_experts(model, path, members)
-            self._experts += [t for m in members.values() for t in m.names.values()]
+            _swap_experts(model, path, members, tensors)
+            self._experts |= {t: path for m in members.values() for t in m.names.values()}
         _rotate_inputs(model, find)
         self._float_experts = [
             n for n, m in model.named_modules() if not isinstance(m, QuantModule) and not refusal(m)
         ]
 
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-        """Without the converters that would fuse quantized experts; those stay for experts in float."""
+        """Without the converters that would fuse quantized experts; those stay for experts in float. And with
+        renamings of experts whose single names transformers does not know (Step 3.5)."""
         if not self._experts:
             return weight_conversions
         from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 
         renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
-        renamed = [apply_renamings(name, renamings) for name in self._experts]
+        renamed = {apply_renamings(name, renamings): path for name, path in self._experts.items()}
+        moved = {parent: path for name, path in renamed.items() if _elsewhere(parent := _parent(name), path)}
         kept = []
         for conversion in weight_conversions:
             if not isinstance(conversion, WeightConverter):
@@ -168,7 +171,8 @@ class LowbitQuantizer(HfQuantizer):
                 scoped.base_model_prefix = model.base_model_prefix
                 scoped.scope_prefix = scope.removeprefix(model.base_model_prefix).removeprefix(".")
                 kept.append(scoped)
-        return kept
+        # Last, since these speak of names that the others made.
+        return kept + [WeightRenaming(re.escape(f"{parent}."), f"{path}.") for parent, path in moved.items()]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
@@ -231,12 +235,29 @@ class _Finder:
         match = _EXPERT.match(self._renamed(module + ".weight").removesuffix(".weight"))
         if match is None or match[3] not in ROLES:
             return None
-        path = self._placed(match[1])
+        path = self._placed(match[1]) or self._placed_fused(module)
         return path if path is not None and isinstance(_down(self.modules[path]), Tensor) else None
+
+    def _placed_fused(self, module: str) -> str | None:
+        """Where the fused tensor is that would hold the down projection of the same expert as `module`."""
+        for tensor in fused_tensors(module.rpartition(".")[0] + ".down_proj"):
+            if (path := self._placed(self._renamed(tensor).rpartition(".")[0])) is not None:
+                return path
+        return None
 
     def reshapes(self, tensor: str) -> bool:
         """Whether transformers splits, joins or transposes this tensor while loading."""
         return any(c.compiled_sources.search(self._renamed(tensor)) for c in self._converters)
+
+
+def _parent(tensor: str) -> str:
+    """`….experts` of `….experts.3.up_proj.weight`."""
+    return tensor.rsplit(".", 3)[0]
+
+
+def _elsewhere(parent: str, path: str) -> bool:
+    """Whether two names of a module differ in more than the base model's prefix."""
+    return not (path == parent or path.endswith("." + parent) or parent.endswith("." + path))
 
 
 def _down(module: nn.Module) -> Any:
@@ -310,7 +331,7 @@ def _swap_linear(
     new = QuantLinear(
         expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=stored.format,
         names=suffixes, dtype=weight.dtype, device="meta",
-        float_dtype="F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16",
+        float_dtype=float_dtype_of(stored, tensors),
     )  # fmt: skip
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
     replace_module(model, path, new)
@@ -334,7 +355,14 @@ def _rotate_inputs(model: Any, find: _Finder) -> None:
         module.hadamard = block
 
 
-def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModule]) -> None:
+def float_dtype_of(stored: StoredModule, tensors: Mapping[str, TensorRef]) -> str:
+    """Of the checkpoint's float tensors, after which msModelSlim stores `deq_scale`."""
+    return "F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16"
+
+
+def _swap_experts(
+    model: nn.Module, path: str, members: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+) -> None:
     experts = model.get_submodule(path)
     if problem := refusal(experts):
         raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
@@ -351,8 +379,9 @@ def _swap_experts(model: nn.Module, path: str, members: Mapping[str, StoredModul
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
     try:
         new = QuantExperts.like(
-            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes
-        )
+            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes,
+            float_dtype=float_dtype_of(first, tensors),
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     replace_module(model, path, new)

@@ -10,17 +10,14 @@ which `ops.linear` computes with a zero point, up to the last rounding in float3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.quantize import scale_as_float
-
-if TYPE_CHECKING:
-    from lowbit.nn.linear import QuantLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +26,19 @@ class Operands:
 
     scale: Tensor
     """Of the weight, float32 [N, 1]."""
-    bias: Tensor
+    bias: Tensor | None
     """float32 [N]."""
     zero_point: Tensor
     """int8 [1]."""
 
+    def of_expert(self, index: int) -> Operands:
+        """Those of one expert, where all three have a dimension of experts before the others."""
+        bias = None if self.bias is None else self.bias[index]
+        return Operands(scale=self.scale[index], bias=bias, zero_point=self.zero_point[index])
+
 
 class StaticOperands:
-    """Computes them once for the buffers that a layer has at the time."""
+    """Computes them once for the buffers that a layer (or the experts of one) has at the time."""
 
     def __init__(self) -> None:
         self._made_from: tuple[Tensor, ...] = ()
@@ -45,8 +47,9 @@ class StaticOperands:
     def __getstate__(self) -> dict[str, object]:
         return {"_made_from": (), "_operands": None}
 
-    def of(self, layer: QuantLinear) -> Operands:
-        buffers = tuple(layer._buffers[layer.names[c]] for c in _CONTENTS)
+    def of(self, content: Callable[[str], Tensor | None]) -> Operands:
+        """Of the buffers that `content` gives for `codes`, `deq_scale`, `quant_bias`, …"""
+        buffers = tuple(content(c) for c in _CONTENTS)
         assert all(b is not None for b in buffers)
         now: tuple[Tensor, ...] = buffers  # type: ignore[assignment]
         same = len(self._made_from) == len(now) and all(
@@ -64,13 +67,16 @@ _CONTENTS = ("codes", "deq_scale", "quant_bias", "input_scale", "input_zero_poin
 def operands(
     codes: Tensor, deq_scale: Tensor, quant_bias: Tensor, input_scale: Tensor, offset: Tensor
 ) -> Operands:
-    """int8 [N, K], float32 (or its bits as int64) [N], int32 [N], [1], [1] as stored → what `ops.linear` takes."""
+    """int8 [N, K], float32 (or its bits as int64) [N], int32 [N], [1], [1] as stored → what `ops.linear` takes.
+
+    All of them may have a dimension of experts before the others; so have the results then.
+    """
     deq = scale_as_float(deq_scale)
-    zero_point = offset.to(torch.int8).reshape(1)
-    sums = codes.sum(1, dtype=torch.int64)
+    zero_point = offset.to(torch.int8)
+    sums = codes.sum(-1, dtype=torch.int64)
     steps = quant_bias.to(torch.int64) + zero_point.to(torch.int64) * sums
     return Operands(
-        scale=(deq / input_scale.to(torch.float32)).reshape(-1, 1),
+        scale=(deq / input_scale.to(torch.float32)).unsqueeze(-1),
         bias=(steps.to(torch.float64) * deq.to(torch.float64)).to(torch.float32),
         zero_point=zero_point,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lowbit.checkpoint.fused_experts import fused_name, part_names
+from lowbit.checkpoint.fused_experts import experts_of, part_names
 from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
@@ -57,8 +57,16 @@ class _Candidate:
     shape: tuple[int, ...]
     projections: Mapping[str, str] | None = None
     """Fused experts: gate, up, down → their names on disk."""
-    fused: str = ""
-    """Fused experts that are so on disk too: the module whose 3-D tensors hold them there."""
+    fused: Mapping[str, str] = field(default_factory=dict)
+    """Of fused experts that are so on disk too: module of one expert → that of the 3-D tensor that holds it there."""
+
+    @property
+    def in_engines(self) -> tuple[str, ...]:
+        """Its modules as engines build them: one for experts that are fused on disk."""
+        if not _is_fused_experts(self.module) or (self.projections and not self.fused):
+            return self.disk
+        together = self.fused.values() or self.disk
+        return tuple(dict.fromkeys(experts_of(m, self.shape) for m in together))
 
 
 def quantize_model(
@@ -104,7 +112,7 @@ def quantize_model(
     kept: dict[str, str] = {}
     layout: dict[str, Scheme] = {}
     ignored: list[str] = []
-    names = [*decisions, *(c.name for c in candidates), *filter(None, map(fused_name, decisions))]
+    names = [*decisions, *(c.name for c in candidates), *(n for c in candidates for n in c.fused.values())]
     warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, names)]
     swapped: dict[int, nn.Module] = {}
     order = list(candidates)
@@ -122,7 +130,7 @@ def quantize_model(
             if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
                 kept[candidate.name] = reason
                 if decision.role not in ("embedding", "norm", "conv"):
-                    ignored += [candidate.fused] if candidate.fused else candidate.disk
+                    ignored += candidate.in_engines
             continue
         new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
         swapped[id(candidate.module)] = new
@@ -174,10 +182,8 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[full_name(name, p)]]
         problem = refusal(module)
         shape = tuple(parameter(module, "down_proj").shape)
-        names = [] if problem else [p for t in tensors for p in part_names(t, shape[0])]
-        parts = [f"{p}.weight" for p in names]
-        fused_on_disk = module_of(tensors[0]).rpartition(".")[0] if parts else ""
-        tensors = parts or tensors
+        whole = {} if problem else {p: module_of(t) for t in tensors for p in part_names(t, shape[0])}
+        tensors = [f"{p}.weight" for p in whole] or tensors
         projections = expert_names(tensors)
         if problem:
             unfit[name] = problem
@@ -190,7 +196,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
                 disk=tuple(module_of(t) for t in tensors),
                 shape=shape,
                 projections=projections or None,
-                fused=fused_on_disk,
+                fused=whole,
             )
         )
     return found, unfit
@@ -259,7 +265,7 @@ def _decide(
     if any(is_conv1d(c.module) for c in candidates):
         # What the converter keeps for being stored [in, out] is transposed here.
         config.pop("model_type", None)
-    fused = {disk: name for disk in shapes if (name := fused_name(disk)) is not None}
+    fused = {part: name for c in candidates for part, name in c.fused.items()}
     return decide(shapes, scheme, selection, config=config, fits=target.refuse, fused=fused)
 
 

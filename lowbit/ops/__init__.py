@@ -25,7 +25,7 @@ all of them: `(0, 0)` per tensor, scale [1]; `(1, 0)` per channel, [N, 1]; `(1, 
 | `token` | dynamic, per row | with `block` (0, 0) or (1, 0) |
 | `group` | dynamic, per row and `block[1]` columns | 1×128 against 128×128 blocks |
 | `group_pow2` | as `group`, rounded up to a power of two | MX (block (1, 32)), and HF's `scale_fmt: ue8m0` |
-| `tensor` | static: `input_scale` [1], optionally `input_zero_point` int8 [1] | |
+| `tensor` | static: `input_scale` [1], optionally `input_zero_point` int8 [1] | of experts: [E, 1] |
 
 `activations_of(scheme)` gives it.
 
@@ -152,15 +152,19 @@ def linear_grouped(
     block: tuple[int, int],
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """Experts: rows offsets[e] … offsets[e+1] of x [T, K] times weight[e]ᵀ → [T, N] in x.dtype.
 
     weight: [E, N, K] (or packed int32). weight_scale: [E, …] with the rest as in `linear`
     (per tensor: [E, 1]). offsets: int32 or int64 [E + 1], rising from 0 to T; experts may be
     empty. bias: [E, N]. row_weight: [T], the routed weight, multiplied in float32 after the
-    bias. activations: "none", "token", "group" or "group_pow2".
+    bias. activations: as in `linear`; for "tensor" `input_scale` is float32 [E, 1], one of each
+    expert, and there are no zero points.
     """
-    return _ops.linear_grouped.default(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
+    return _ops.linear_grouped.default(
+        x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block
+    )
 
 
 def matmul(

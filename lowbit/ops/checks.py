@@ -42,9 +42,12 @@ def check_linear(
         ),
     )
     if input_scale is not None:
+        count = weight.shape[0] if experts else 1
         require(
-            input_scale.numel() == 1,
-            lambda: f"expected input_scale of shape [1], found {list(input_scale.shape)}",
+            input_scale.numel() == count,
+            lambda: (
+                f"expected input_scale of shape {[count, 1] if experts else [1]}, found {list(input_scale.shape)}"
+            ),
         )
     if input_zero_point is not None:
         require(

@@ -61,6 +61,11 @@ class Decision:
     note: str = ""
     """What differs from what the problem literally asks, and why."""
 
+    def keeps_floats(self, problem: Problem) -> bool:
+        """Whether activations that `problem` would quantize go into an accelerator's kernel as they are."""
+        unit = self.multiplies.partition(" ")[0]
+        return self.implementation == "triton" and problem.activations != "none" and unit in FLOAT_NAMES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:

@@ -59,7 +59,7 @@ class Activations:
     group: int = 0
     """Elements per scale along K; 0: the whole row."""
     scale: Tensor | None = None
-    """Static: float32 [1]. For inputs that are codes already: [M, groups] or [1]."""
+    """Static: float32 [1], or [E, 1] of experts. For inputs that are codes already: [M, groups] or [1]."""
     zero: Tensor | None = None
     """Static and asymmetric: int8 [1], x ≈ (code − zero) · scale."""
     power_of_2: bool = False

@@ -78,6 +78,22 @@ def quantize(x: Tensor, dtype: torch.dtype, activations: Activations) -> tuple[T
     return quantize_with(x, scale, spec, zero), scale
 
 
+def quantize_by_expert(
+    x: Tensor, dtype: torch.dtype, activations: Activations, offsets: Tensor
+) -> tuple[Tensor, Activations]:
+    """Rows x [T, K] sorted by expert and a static scale per expert [E, 1] → codes, and the scale of each row.
+
+    Nothing waits for the device: `offsets` [E + 1] are read where they are.
+    """
+    scales = activations.scale
+    assert scales is not None
+    rows = torch.arange(x.shape[0], device=x.device)
+    expert = torch.searchsorted(offsets[1:].to(rows.dtype).contiguous(), rows, right=True)
+    scale = scales.to(torch.float32).reshape(-1, 1)[expert.clamp(max=scales.numel() - 1)]
+    given = Activations(kind="token", scale=scale)
+    return quantize_with(x, scale, spec_of(dtype, given)), given
+
+
 def linear(
     x: Tensor,
     weights: Weights,

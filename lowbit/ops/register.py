@@ -28,11 +28,13 @@ def _define(schema: str, implementation: Any, fake: Any) -> None:
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
 
 
-def _implementation(operation: str, problem: dispatch.Problem, device: torch.device) -> tuple[str, str]:
-    """(`triton`, `cpu`, `reference`, or `dequantize` where no kernel takes the problem; kernel)."""
+def _implementation(
+    operation: str, problem: dispatch.Problem, device: torch.device
+) -> tuple[str, dispatch.Decision | None]:
+    """(`triton`, `cpu`, `reference`, or `dequantize` where no kernel takes the problem; what was decided)."""
     forced = settings.implementation
     if forced == "cpu" or forced == "reference":
-        return forced, ""
+        return forced, None
     if device.type == "cpu" and forced is None:
         chosen = dispatch.choose(problem, "cpu")
     else:
@@ -43,9 +45,9 @@ def _implementation(operation: str, problem: dispatch.Problem, device: torch.dev
         except (ImportError, ValueError) as error:
             chosen = dispatch.Refusal(reason=str(error))
     if isinstance(chosen, dispatch.Decision):
-        return chosen.implementation, chosen.kernel
+        return chosen.implementation, chosen
     fall_back(operation, chosen.reason)
-    return "dequantize", ""
+    return "dequantize", None
 
 
 def _dequantized(
@@ -84,17 +86,22 @@ def _run(
     problem = dispatch.problem_of(
         x, weights, kind, zero_point=activations.zero is not None, bias=bias is not None, out_dtype=out_dtype
     )
-    name, kernel = _implementation(operation, problem, x.device)
+    name, decision = _implementation(operation, problem, x.device)
+    if decision is not None and decision.keeps_floats(problem):
+        activations = Activations(kind="none")
+    elif activations.kind == "tensor" and offsets is not None:
+        x, activations = reference.quantize_by_expert(x, weights.tensor.dtype, activations, offsets)
     if name == "triton":
         from lowbit.ops import triton
 
+        assert decision is not None
         return triton.linear(
             x,
             weights,
             activations,
             bias,
             out_dtype,
-            kernel=kernel,
+            kernel=decision.kernel,
             offsets=offsets,
             routed=routed,
             weight_sum=weight_sum,
@@ -203,11 +210,11 @@ torch.library.register_autograd("lowbit::linear", _linear_backward, setup_contex
 
 def _linear_grouped(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
-    row_weight: Tensor | None, activations: str, block: list[int],
+    row_weight: Tensor | None, input_scale: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
-    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
+    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=x.shape[-1])
-    how = quantized_as(activations, block)
+    how = quantized_as(activations, block, input_scale)
     return _run(
         "linear_grouped", activations, x, weights, how, bias, x.dtype, offsets=offsets, routed=row_weight
     )
@@ -215,9 +222,9 @@ def _linear_grouped(
 
 def _check_grouped(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
-    row_weight: Tensor | None, activations: str, block: list[int],
+    row_weight: Tensor | None, input_scale: Tensor | None, activations: str, block: list[int],
 ) -> None:  # fmt: skip
-    check_linear(x, weight, weight_scale, bias, None, None, activations, block, experts=True)
+    check_linear(x, weight, weight_scale, bias, input_scale, None, activations, block, experts=True)
     require(x.dim() == 2, lambda: f"expected x [T, K], its rows sorted by expert, found {list(x.shape)}")
     require(
         offsets.dim() == 1 and offsets.shape[0] == weight.shape[0] + 1 and not offsets.is_floating_point(),
@@ -237,22 +244,22 @@ def _check_grouped(
 
 def _linear_grouped_fake(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
-    row_weight: Tensor | None, activations: str, block: list[int],
+    row_weight: Tensor | None, input_scale: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
-    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, activations, block)
+    _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
     return x.new_empty([x.shape[0], weight.shape[1]])
 
 
 _define(
     "linear_grouped(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, "
-    "Tensor? row_weight, str activations, int[] block) -> Tensor",
+    "Tensor? row_weight, Tensor? input_scale, str activations, int[] block) -> Tensor",
     _linear_grouped,
     _linear_grouped_fake,
 )
 
 
 def _linear_grouped_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, weight_scale, offsets, bias, row_weight, _, block = inputs
+    x, weight, weight_scale, offsets, bias, row_weight, _, _, block = inputs
     ctx.save_for_backward(weight, weight_scale, offsets, row_weight)
     ctx.block, ctx.k = block, x.shape[-1]
     if (bias is not None and bias.requires_grad) or (row_weight is not None and row_weight.requires_grad):
@@ -269,7 +276,7 @@ def _linear_grouped_backward(ctx: Any, grad: Tensor) -> tuple:
         if row_weight is not None:
             grad = grad * row_weight.to(grad.dtype).reshape(-1, 1)
         to_x = torch.ops.lowbit.grouped_input_gradient(grad, weight, weight_scale, offsets, ctx.block, ctx.k)
-    return to_x, None, None, None, None, None, None, None
+    return to_x, None, None, None, None, None, None, None, None
 
 
 def _grouped_input_gradient(

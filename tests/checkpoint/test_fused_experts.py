@@ -19,6 +19,7 @@ from sample_models import (
     decode_block_fp8,
     fused_block_fp8,
     fused_mixture,
+    fused_names,
     load,
     same_bits,
     write,
@@ -69,9 +70,14 @@ def test_each_expert_equals_the_oracle_on_its_slice(tmp_path, model, scheme):
     assert found.problems == () and len(found.errors) == 2 * 3 * 3
     at = MIXTURES[model][0].format(1)
     assert len(done.plan.split_experts) == 18
-    assert done.plan.split_experts[f"{at}.2.up_proj"] == f"{at}.gate_up_proj"
+    names = fused_names(model, 1)
+    whole = names[-2].removesuffix(".weight")
+    assert done.plan.split_experts[f"{at}.2.up_proj"] == whole
     decision = done.plan.decisions[f"{at}.2.up_proj"]
-    assert (decision.role, decision.reason) == ("expert", "split from experts.gate_up_proj")
+    assert (decision.role, decision.reason) == ("expert", "split from " + ".".join(whole.split(".")[-2:]))
+    assert f"{2 * len(names)} tensors hold all experts of a layer, fused" in "\n".join(
+        lowbit.inspect(src).odd
+    )
     assert done.plan.source_bytes == sum(t.nbytes for t in fused.values())
 
 
@@ -103,7 +109,7 @@ def test_no_pair_fits_both_ways():
 # --- block FP8 --------------------------------------------------------------------------------
 
 
-def decoded(fused: Tensors, apart: Tensors, transposed: bool) -> Tensors:
+def decoded(fused: Tensors, apart: Tensors, model: str) -> Tensors:
     """What fused block FP8 means, a float32 matrix per expert."""
     found: Tensors = {}
     for name, tensor in apart.items():
@@ -112,24 +118,26 @@ def decoded(fused: Tensors, apart: Tensors, transposed: bool) -> Tensors:
             continue
         parent, _, rest = name.rpartition(".experts.")
         e, part, _ = rest.split(".")
-        at = f"{parent}.experts.{'down_proj' if part == 'down_proj' else 'gate_up_proj'}"
+        names = fused_names(model, int(parent.split(".layers.")[1].split(".")[0]))
+        at = names[
+            ["gate_proj", "up_proj", "down_proj"].index(part) if len(names) == 3 else part == "down_proj"
+        ]
         whole = decode_block_fp8(fused[at][int(e)], fused[at + "_scale_inv"][int(e)])
-        whole = whole.T if transposed else whole
-        half = whole.shape[0] // 2
-        found[name] = {"gate_proj": whole[:half], "up_proj": whole[half:], "down_proj": whole}[
-            part
-        ].contiguous()
+        whole = whole.T if MIXTURES[model][1] else whole
+        if len(names) == 2 and part != "down_proj":
+            whole = whole.chunk(2)[part == "up_proj"]
+        found[name] = whole.contiguous()
     return found
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only", "mxfp8"])
-@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl"])
+@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl", "step"])
 def test_fused_block_fp8_converts_in_one_step(tmp_path, model, scheme):
     fused, apart, config = fused_mixture(model)
     tensors, config = fused_block_fp8(fused, config)
     src = write(tmp_path / "src", tensors, config)
     lowbit.convert(src, tmp_path / "out", scheme)
-    check_experts(tmp_path / "out", decoded(tensors, apart, MIXTURES[model][1]), scheme)
+    check_experts(tmp_path / "out", decoded(tensors, apart, model), scheme)
     assert lowbit.verify(tmp_path / "out", src).ok
     found = lowbit.inspect(src)
     assert found.quantized_modules == 18 and found.quantization.startswith("fp8: 18 × fp8-block")
@@ -137,7 +145,7 @@ def test_fused_block_fp8_converts_in_one_step(tmp_path, model, scheme):
 
 
 @pytest.mark.parametrize("format", ["fp8", "compressed-tensors"])
-@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl"])
+@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl", "step"])
 def test_fused_block_fp8_is_carried_bit_for_bit(tmp_path, monkeypatch, model, format):
     monkeypatch.setattr("lowbit.checkpoint.execute.COPY_BYTES", 1000)
     fused, apart, config = fused_mixture(model)
@@ -156,7 +164,7 @@ def test_fused_block_fp8_is_carried_bit_for_bit(tmp_path, monkeypatch, model, fo
 @pytest.mark.parametrize(
     "options", [{"scheme": "bf16"}, {"scheme": "int8", "ignore": ["*.layers.1.*"]}], ids=str
 )
-@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl"])
+@pytest.mark.parametrize("model", ["qwen3.5", "qwen3-vl", "step"])
 def test_fused_block_fp8_in_float_is_dequantized_in_its_3d_tensor(tmp_path, model, options):
     fused, _, config = fused_mixture(model)
     tensors, config = fused_block_fp8(fused, config)
@@ -190,17 +198,20 @@ FLOAT = {
 
 
 @pytest.mark.parametrize("options", FLOAT.values(), ids=FLOAT)
-@pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
+@pytest.mark.parametrize("model", ["qwen3.5", "llama4", "granite", "step"])
 def test_a_layer_in_float_keeps_its_3d_tensors(tmp_path, model, options):
     fused, apart, config = fused_mixture(model)
     src = write(tmp_path / "src", fused, config)
+    names = fused_names(model, 1)
+    if "*.layers.1.*gate_up_proj" in options.get("ignore", ()):
+        options = {"ignore": ["*.layers.1.*" + names[-2].removesuffix(".weight").rpartition(".")[2]]}
     done = lowbit.convert(src, tmp_path / "out", "int8", **options)
     assert not any("matches no module" in w for w in done.plan.warnings)
     at = MIXTURES[model][0].format(1)
     written = load(tmp_path / "out")
-    for leaf in ("gate_up_proj", "down_proj"):
-        assert same_bits(written[f"{at}.{leaf}"], fused[f"{at}.{leaf}"])
-        assert done.plan.decisions[f"{at}.{leaf}"].role == "experts-3d"
+    for name in names:
+        assert same_bits(written[name], fused[name])
+        assert done.plan.decisions[name.removesuffix(".weight")].role == "experts-3d"
     assert not any(n.startswith(f"{at}.0") for n in written)
     assert at in done.plan.config["quantization_config"]["ignore"]
     other = MIXTURES[model][0].format(0) + ".1.up_proj"
@@ -301,6 +312,42 @@ def test_a_layout_that_is_not_certain_stays_as_it_is(tmp_path, why):
     assert any(why in o for o in lowbit.inspect(src).odd)
 
 
+@pytest.mark.parametrize(
+    ("at", "leaves", "shape", "experts", "why"),
+    [
+        ("model.layers.0.mlp.experts", ("fc1.weight", "fc2.weight"), (4, 32, 64), "", "Aria"),
+        ("transformer.blocks.0.ffn.experts", ("mlp.w1", "mlp.v1", "mlp.w2"), (128, 64), "", "DBRX"),
+        ("model.layers.0.mlp", ("input_linear.weight", "output_linear.weight"), (4, 64, 32), "", "JetMoE"),
+        (
+            "model.layers.0.mlp.experts",
+            ("w.weight",),
+            (4, 64, 32),
+            "",
+            "under names whose layout is not known",
+        ),
+        (
+            "model.layers.0.moe",
+            ("gate_proj.weight", "down_proj.weight"),
+            (4, 64, 32),
+            ".experts",
+            "without up_proj",
+        ),
+    ],
+)
+def test_what_engines_do_not_read_quantized_stays_in_float(tmp_path, at, leaves, shape, experts, why):
+    """And is ignored by the name of the module that they build."""
+    tensors = {f"{at}.{leaf}": torch.randn(shape).to(torch.bfloat16) for leaf in leaves}
+    src = write(tmp_path / "src", {**tensors, "x.weight": torch.randn(32, 32)}, {"architectures": ["X"]})
+    done = lowbit.convert(src, tmp_path / "out", "int8")
+    written = load(tmp_path / "out")
+    for name, tensor in tensors.items():
+        assert same_bits(written[name], tensor)
+        assert why in done.plan.decisions[name.removesuffix(".weight")].reason
+    assert done.plan.config["quantization_config"]["ignore"] == [at + experts]
+    odd = "\n".join(lowbit.inspect(src).odd)
+    assert f"{len(leaves)} of them cannot be quantized" in odd and why in odd
+
+
 # --- reading, damage, resuming, memory --------------------------------------------------------
 
 
@@ -338,9 +385,9 @@ def test_the_bytes_do_not_depend_on_tiles(tmp_path, monkeypatch, model):
 @pytest.mark.parametrize("model", MIXTURES)
 def test_a_value_that_is_not_finite_is_named_by_expert(tmp_path, model):
     fused, _, config = fused_mixture(model)
-    where, transposed, _ = MIXTURES[model]
-    at = (2, 7, 128 + 5) if transposed else (2, 128 + 5, 7)
-    fused[where.format(1) + ".gate_up_proj"][at] = torch.nan
+    names = fused_names(model, 1)
+    row = 5 if len(names) == 3 else 128 + 5
+    fused[names[-2]][(2, 7, row) if MIXTURES[model][1] else (2, row, 7)] = torch.nan
     src = write(tmp_path / "src", fused, config)
     with pytest.raises(
         InputError, match=r"layers\.1\..*experts\.2\.up_proj\.weight: .*found nan at \[5, 7\]"

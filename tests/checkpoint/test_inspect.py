@@ -81,7 +81,7 @@ def test_odd_tensors(tmp_path):
     tensors |= {"e.weight": torch.empty(0, 4), "model.layers.0.mlp.experts.w": torch.ones(3, 20, 20)}
     odd = "\n".join(lowbit.inspect(write(tmp_path, tensors, config)).odd)
     assert "1 tensors are empty (first: e.weight)" in odd
-    assert "fused in 3-D (first: model.layers.0.mlp.experts.w)" in odd
+    assert "of a layer, fused (first: model.layers.0.mlp.experts.w)" in odd
 
 
 def test_without_a_config(tmp_path):

@@ -251,6 +251,24 @@ def test_static_attention_and_dynamic_experts(tmp_path):
     assert expert.reason == "vLLM-Ascend does not run experts as W8A8; dynamic activations instead"
 
 
+@pytest.mark.parametrize("fmt", ["ascend", "compressed-tensors"])
+def test_a_calibrations_codes_of_what_stays_in_float_are_dequantized(tmp_path, fmt):
+    """kv_b_proj by the engine's wish, o_proj by the user's: what lies there is what the description says."""
+    src = write(tmp_path / "src", *deepseek_v3())
+    given = calibrated(src, tmp_path / "calib", "int8", projections(src, "self_attn"), codes=True)
+    done = lowbit.convert(
+        src, tmp_path / "out", "int8", format=fmt, calibration=tmp_path / "calib", ignore=["*.o_proj"]
+    )
+    assert any("stay in float that the calibration quantized" in w for w in done.plan.warnings)
+    written = load(tmp_path / "out")
+    kept = projections(src, "o_proj") + (projections(src, "kv_b_proj") if fmt == "ascend" else [])
+    for module in kept:
+        want = given[f"{module}.weight"].float() * given[f"{module}.weight_scale"]
+        assert same_bits(written[f"{module}.weight"], want.to(torch.bfloat16))
+        assert f"{module}.weight_scale" not in written
+    assert lowbit.verify(tmp_path / "out", src).ok
+
+
 def test_a_tied_head_is_described(tmp_path):
     src = write(tmp_path / "src", *llama(tied=True))
     lowbit.convert(src, tmp_path / "out", "int8", format="ascend")

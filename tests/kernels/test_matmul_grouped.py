@@ -131,3 +131,32 @@ def test_bad_arguments_are_named(change, message):
     arguments, _ = problem(COUNTS["uneven"], torch.int8, 36, 160, False)
     with pytest.raises(ValueError, match=message):
         matmul_grouped(**(arguments | change))
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "int8-static"])
+def test_the_operation_on_a_target_without_fp8(scheme, monkeypatch):
+    """Experts in fp8 are decoded there and get their activations as they are; int8 ones get codes."""
+    from lowbit import ops
+    from lowbit.kernels import matmul_grouped as module
+    from lowbit.kernels import targets
+    from lowbit.quantize import quantize
+    from lowbit.scheme import SCHEMES
+
+    for place in (targets, module):
+        monkeypatch.setattr(place, "device_target", lambda device: targets.get_target("sm80"))
+    spec = SCHEMES[scheme].weights
+    weights = [quantize(torch.randn(32, 64), spec) for _ in range(2)]
+    static = not SCHEMES[scheme].activations.dynamic
+    call = {
+        "weight": torch.stack([w.codes.view(torch.uint8) for w in weights]).view(weights[0].codes.dtype),
+        "weight_scale": torch.stack([w.scale for w in weights]), "offsets": torch.tensor([0, 3, 8]),
+        "block": ops.block_of(spec.granularity), "input_scale": torch.tensor([[0.02], [0.05]]) if static else None,
+    }  # fmt: skip
+    x, kind = torch.randn(8, 64), "tensor" if static else "token"
+    with ops.use_implementation("triton"):
+        out = ops.linear_grouped(x, activations=kind, **call)
+    if scheme != "int8-static":
+        call["input_scale"], kind = None, "none"
+    with ops.use_implementation("reference"):
+        want = ops.linear_grouped(x, activations=kind, **call)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)

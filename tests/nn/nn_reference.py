@@ -18,14 +18,16 @@ from lowbit.granularity import PerTensor
 from lowbit.quantize import choose_scale, dequantize, quantize_with
 from lowbit.scheme import Scheme, TensorSpec
 
-FUSED = {"qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows"}
-"""Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out]."""
+FUSED = {
+    "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows", "step": "apart",
+}  # fmt: skip
+"""Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out], or gate and up apart too."""
 
 
 def dequantized(out: Path, to: Path, fuse: str | None = None) -> Path:
     """A float32 checkpoint of a quantized one: code · scale written out, tensor by tensor.
 
-    `fuse` ("rows" or "columns"): per-expert matrices are joined into 3-D tensors again.
+    `fuse` (a value of `FUSED`): per-expert matrices are joined into 3-D tensors again.
     """
     source = open_checkpoint(out)
     tensors: dict[str, Tensor] = {}
@@ -63,6 +65,10 @@ def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
             torch.stack([tensors[f"{parent}.{e}.{p}_proj.weight"] for e in range(count)])
             for p in ("gate", "up", "down")
         )
+        if layout == "apart":
+            at = parent.removesuffix(".experts")
+            whole |= {f"{at}.{p}_proj.weight": t for p, t in {"gate": gate, "up": up, "down": down}.items()}
+            continue
         both = torch.cat([gate, up], dim=1)
         whole[f"{parent}.gate_up_proj"] = both if layout == "rows" else both.mT
         whole[f"{parent}.down_proj"] = down if layout == "rows" else down.mT
@@ -70,32 +76,36 @@ def fused(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def activations_quantized(model: nn.Module, schemes: dict[str, Scheme]) -> Iterator[None]:
+def activations_quantized(
+    model: nn.Module, schemes: dict[str, Scheme], static: dict[str, Tensor] | None = None
+) -> Iterator[None]:
     """Within the block every `F.linear` (`bmm`) with one of the weights named in `schemes` gets a quantized input.
 
-    Weights are known by their address, so an expert's slice of a fused parameter counts too.
+    `static`: their scales, where these are not dynamic. Weights are known by their address, so an
+    expert's slice of a fused parameter counts too.
     """
-    specs: dict[int, TensorSpec] = {}
+    specs: dict[int, tuple[TensorSpec, Tensor | None]] = {}
     for name, scheme in schemes.items():
         if scheme.activations is not None:
-            specs[_address(model, name)] = scheme.activations
+            specs[_address(model, name)] = (scheme.activations, (static or {}).get(name))
     plain, plain_bmm = nn.functional.linear, torch.bmm
     seen = set()
 
     def rounded(x: Tensor, weight: Tensor) -> Tensor:
-        spec = specs.get(weight.data_ptr())
-        if spec is None:
+        found = specs.get(weight.data_ptr())
+        if found is None:
             return x
         seen.add(weight.data_ptr())
-        assert not isinstance(spec.granularity, PerTensor)
-        scale, _ = choose_scale(x, spec)
+        spec, scale = found
+        assert isinstance(spec.granularity, PerTensor) == (scale is not None)
+        scale = choose_scale(x, spec)[0] if scale is None else scale
         return dequantize(quantize_with(x, scale, spec), scale, spec).to(x.dtype)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return plain(rounded(x, weight), weight, bias)
 
     def bmm(x: Tensor, weight: Tensor) -> Tensor:
-        return plain_bmm(rounded(x.flatten(0, 1), weight).view_as(x), weight)
+        return plain_bmm(torch.stack([rounded(a, w) for a, w in zip(x, weight, strict=True)]), weight)
 
     nn.functional.linear, torch.bmm = linear, bmm
     try:
@@ -197,6 +207,24 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
                 layer_types=["sliding_attention", "full_attention"],
             )  # fmt: skip
             return t.Gemma4ForCausalLM, config
+        case "granite-moe":
+            drop = ("head_dim", "intermediate_size")
+            config = t.GraniteMoeConfig(
+                **{k: v for k, v in text.items() if k not in drop}, intermediate_size=48, num_local_experts=4,
+                num_experts_per_tok=2, residual_multiplier=0.5, logits_scaling=2.0,
+            )  # fmt: skip
+            return t.GraniteMoeForCausalLM, config
+        case "step":
+            text |= {
+                "sliding_window": 16, "mlp_layer_types": ["dense", "sparse"], "moe_num_experts": 4, "moe_top_k": 2,
+                "moe_intermediate_size": 48, "share_expert_dim": 48, "swiglu_limits": [0.0, 0.1],
+            }  # fmt: skip
+            vision = {
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14,
+            }  # fmt: skip
+            config = t.Step3p7Config(text_config=text, vision_config=vision, image_token_id=95)
+            return t.Step3p7ForConditionalGeneration, config
         case "vision-language":
             vision = t.CLIPVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,

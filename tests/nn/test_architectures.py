@@ -14,7 +14,7 @@ from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quanti
 
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
-    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe",
+    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step",
 ]  # fmt: skip
 
 
@@ -88,10 +88,12 @@ def test_published_layouts_of_fused_experts(kind, tmp_path):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
-@pytest.mark.parametrize("pattern", ["*.layers.1.*experts.gate_up_proj", "*.layers.1.*experts.2.*"])
-@pytest.mark.parametrize("kind", ["qwen3-vl-moe", "llama4", "gemma4-moe"])
+@pytest.mark.parametrize("pattern", ["the tensor", "*.layers.1.*experts.2.*"])
+@pytest.mark.parametrize("kind", ["qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe"])
 def test_fused_experts_in_float_stay_fused(kind, pattern, tmp_path):
     """By the name of the 3-D tensor or of one expert; in memory as in a conversion, and what is saved loads again."""
+    leaf = "block_sparse_moe.input_linear" if kind == "granite-moe" else "experts.gate_up_proj"
+    pattern = f"*.layers.1.*{leaf}" if pattern == "the tensor" else pattern
     build(kind).save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", ignore=[pattern])
     converted = load(tmp_path / "out")

@@ -51,8 +51,12 @@ def test_fp8_is_decoded_where_it_is_not_native_and_says_so(scheme, target):
     assert isinstance(chosen, Decision)
     assert chosen.kernel == "matmul_weight_only" and chosen.multiplies == "bfloat16 × e4m3fn"
     assert "decoded in the kernel" in chosen.note
+    assert chosen.keeps_floats(problem(scheme))
     experts = choose(problem(scheme, experts=8), target)
     assert isinstance(experts, Decision) and experts.kernel == "matmul_grouped"
+    assert experts.keeps_floats(problem(scheme, experts=8))
+    native = choose(problem(scheme, experts=8), "sm90")
+    assert isinstance(native, Decision) and not native.keeps_floats(problem(scheme, experts=8))
 
 
 def test_every_scheme_has_an_answer_on_every_accelerator():

@@ -59,10 +59,39 @@ def test_reference_and_cpu_agree_on_per_tensor_experts(path):
     assert torch.equal(ops.linear_grouped(**a), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8-static", "fp8-static"])
+def test_a_static_scale_of_each_expert(path, name, dtype):
+    a = make(name, dtype)
+    assert a["activations"] == "tensor"
+    scales = 0.01 * (1 + torch.arange(len(OFFSETS) - 1.0)).reshape(-1, 1)  # the small ones saturate
+    bias, routed = torch.randn(len(OFFSETS) - 1, 40).to(dtype), torch.rand(OFFSETS[-1])
+    out = ops.linear_grouped(**a, bias=bias, row_weight=routed, input_scale=scales)
+    for expert, (start, end) in enumerate(itertools.pairwise(OFFSETS)):
+        if start == end:
+            continue
+        with ops.use_implementation("reference"):
+            expected = ops.linear(
+                a["x"][start:end].float(), a["weight"][expert], a["weight_scale"][expert], bias[expert],
+                activations="tensor", block=a["block"], input_scale=scales[expert],
+            )  # fmt: skip
+        expected = (expected * routed[start:end].unsqueeze(1)).to(dtype)
+        error = (out[start:end].double() - expected.double()).abs().max() / expected.double().abs().max()
+        assert float(error) < (2e-6 if dtype == torch.float32 else 8e-3)
+        if name == "int8-static":
+            assert torch.equal(out[start:end], expected)
+    with pytest.raises(ValueError, match=r"expected input_scale of shape \[6, 1\], found \[1\]"):
+        ops.linear_grouped(**a, input_scale=scales[0])
+    with pytest.raises(ValueError, match="expected input_scale with activations='tensor'"):
+        ops.linear_grouped(**a)
+
+
 def test_no_tokens(path):
     a = make("int8", torch.float32)
     a["x"], a["offsets"] = a["x"][:0], torch.zeros(len(OFFSETS), dtype=torch.int32)
     assert ops.linear_grouped(**a).shape == (0, 40)
+    static = {**a, "activations": "tensor", "input_scale": torch.ones(len(OFFSETS) - 1, 1)}
+    assert ops.linear_grouped(**static).shape == (0, 40)
 
 
 def test_gradient_reaches_x_through_each_expert():

@@ -43,7 +43,14 @@ CALLS = {
         L.linear_grouped,
         (
             o["x"], torch.stack([o["int8"]] * 2), torch.stack([o["channel"]] * 2),
-            torch.tensor([0, 2, 5], dtype=torch.int32), None, torch.rand(5), "token", [1, 0],
+            torch.tensor([0, 2, 5], dtype=torch.int32), None, torch.rand(5), None, "token", [1, 0],
+        ),
+    ),
+    "linear_grouped static": lambda o: (
+        L.linear_grouped,
+        (
+            o["x"], torch.stack([o["int8"]] * 2), torch.stack([o["channel"]] * 2),
+            torch.tensor([0, 2, 5], dtype=torch.int32), None, None, torch.rand(2, 1), "tensor", [1, 0],
         ),
     ),
     "matmul": lambda o: (
