@@ -136,9 +136,10 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "int8-static"])
 def test_the_operation_on_a_target_without_fp8(scheme, monkeypatch):
     """Experts in fp8 are decoded there and get their activations as they are; int8 ones get codes."""
-    from lowbit import ops
     from lowbit.kernels import matmul_grouped as module
     from lowbit.kernels import targets
+
+    from lowbit import ops
     from lowbit.quantize import quantize
     from lowbit.scheme import SCHEMES
 
