@@ -21,6 +21,10 @@ class Engine:
     """Whether its run keeps keys and values in a cache that is quantized."""
     leaves_cache_scales: tuple[str, ...] = ()
     """Architectures for which it does not load the scales of keys and values."""
+    leaves_out: tuple[str, ...] = ()
+    """Architectures that it is not tried with: it has no support for them."""
+    keeps_scales_in_bf16: bool = False
+    """Whether its parameters for the scales of INT8 codes, and of static activations, are BF16."""
     joins_scales: bool = False
     """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
     cuts_blocks: bool = False
@@ -94,4 +98,12 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
         ),
     },
 )
-ENGINES = {"vllm": VLLM, "sglang": SGLANG}
+ASCEND = Engine(
+    name="vLLM-Ascend",
+    script="engine_ascend.py",
+    where="its Python on a CPU as if on Ascend",
+    meaning="""TODO""",
+    leaves_out=("Llama 4", "Gemma 4 MoE"),
+    keeps_scales_in_bf16=True,
+)
+ENGINES = {"vllm": VLLM, "sglang": SGLANG, "ascend": ASCEND}
