@@ -32,7 +32,7 @@ import engine_stubs as stubs  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-stubs.stub("torch_npu", "torchair", "acl")
+stubs.stub("torch_npu", "torchair", "acl", "xgrammar")
 import torch_npu  # noqa: E402
 
 kernels.install(torch_npu)
@@ -95,6 +95,7 @@ def adopt_ascend() -> None:
 def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any]:
     """The model that vLLM builds for a checkpoint, its parameters poisoned, and vLLM's config."""
     from vllm_ascend.ascend_config import init_ascend_config
+    from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
     # vLLM looks at a model's class in another process, which would import all of it again.
     registry._run_in_subprocess = lambda ask: ask()
@@ -105,7 +106,7 @@ def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any]:
         dtype="bfloat16", compilation_config={"custom_ops": ["none"]}, language_model_only=True,
     )  # fmt: skip
     config = arguments.create_engine_config()
-    for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+    for method in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod, AscendUnquantizedLinearMethod):
         method.apply = lambda self, layer, x, bias=None: nn.functional.linear(x, layer.weight, bias)
     Attention.forward = _attention
     MLAAttention.__init__ = _latent_without_backend
@@ -198,10 +199,11 @@ def _mixture(self: Any, hidden_states: Tensor, router_logits: Tensor, input_ids:
     return out if shared is None else out + shared._layer(hidden_states)
 
 
-class Dense:
-    """Multiplies a layer by what was loaded, dequantized."""
+class Dense(nn.Module):
+    """Multiplies a layer by what was loaded, dequantized. A module because some of vLLM's methods are."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
         self.weights = weights
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

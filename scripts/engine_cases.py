@@ -51,7 +51,7 @@ ASCEND_MIXED = {
     "re:.*layers\\.0\\.self_attn\\.o_proj": "float",
     "re:.*layers\\.1\\.self_attn\\.o_proj": "int8-weight-only",
     "re:.*self_attn\\..*": "int8-static",
-    "re:.*": "int8",
+    "re:.*\\.(mlp|block_sparse_moe)\\..*(_proj|w[123])": "int8",
 }
 HOWS = {
     "bf16": How(scheme="bf16"),
@@ -64,7 +64,7 @@ HOWS = {
     "fp8-block": How(scheme="fp8-block"),
     "fp8-block as HF fp8": How(scheme="fp8-block", format="fp8"),
     "mxfp8": How(scheme="mxfp8"),
-    "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8"),
+    "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8", engines=("vllm", "sglang")),
     "int8 + fp8 + W8A16 mixed": How(scheme="int8", overrides=MIXED),
     # SGLang runs INT8 experts by this method alone, which is told by the call: it reads compressed-tensors' files.
     "int8 read as w8a8_int8": How(scheme="int8", quantization="w8a8_int8", engines=("sglang",)),
