@@ -197,7 +197,6 @@ def _decisions(
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
-    left |= target.left_in_float(shapes, source.config)
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,
@@ -206,6 +205,7 @@ def _decisions(
         config=source.config,
         fits=target.refuse,
         left_in_float=left,
+        wanted_in_float=target.left_in_float(shapes, source.config),
         already=already,
         fused=fused,
     )

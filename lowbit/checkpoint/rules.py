@@ -190,21 +190,24 @@ def decide(
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, joined: "",
     left_in_float: Mapping[str, str] = MappingProxyType({}),
+    wanted_in_float: Mapping[str, str] = MappingProxyType({}),
     already: Mapping[str, TensorSpec] = MappingProxyType({}),
     fused: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
     `left_in_float`: modules that stay unless an override says otherwise → why (an already quantized
-    source left them, or the format's engines want them so), `already` how the source has the
-    others; `fused` maps experts to the 3-D tensor that holds them, whose name patterns may mean as
-    well. Members of a fused group end with one
-    scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale per
-    channel is used, else it is kept.
+    source left them), `wanted_in_float`: those that stay unless an override names one of them exactly
+    (the format's engines want them so), `already` how the source has the others; `fused` maps experts
+    to the 3-D tensor that holds them, whose name patterns may mean as well. Members of a fused group
+    end with one scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale
+    per channel is used, else it is kept.
     """
     check_patterns(selection)
     decisions = {
-        module: _decide_one(module, shape, scheme, selection, config or {}, left_in_float, fused)
+        module: _decide_one(
+            module, shape, scheme, selection, config or {}, left_in_float, wanted_in_float, fused
+        )
         for module, shape in weights.items()
     }
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -223,6 +226,7 @@ def _decide_one(
     selection: Selection,
     config: Mapping[str, Any],
     left_in_float: Mapping[str, str],
+    wanted_in_float: Mapping[str, str],
     fused: Mapping[str, str],
 ) -> Decision:
     role, reason = role_of(module, shape, config)
@@ -233,6 +237,8 @@ def _decide_one(
         if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
     for pattern, name in selection.overrides.items():
+        if module in wanted_in_float and pattern != module:
+            continue
         if means(pattern, module, fused) and len(shape) == 2:
             chosen = get_scheme(name) if name != "float" else None
             if chosen is None or chosen.weights is None:
@@ -240,8 +246,9 @@ def _decide_one(
             return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
     if reason:
         return Decision(scheme=None, role=role, reason=reason)
-    if module in left_in_float:
-        return Decision(scheme=None, role=role, reason=left_in_float[module])
+    for stays in (wanted_in_float, left_in_float):
+        if module in stays:
+            return Decision(scheme=None, role=role, reason=stays[module])
     return Decision(scheme=scheme, role=role)
 
 

@@ -100,6 +100,16 @@ def test_what_the_source_left_in_float_stays():
     assert found["a.y"].reason == "the source left it unquantized"
 
 
+def test_what_engines_want_in_float_is_not_meant_by_a_pattern():
+    names = ("a.q_proj", "a.kv_b_proj", "a.o_proj")
+    selection = Selection(overrides={"a.*": "fp8", "a.o_proj": "int8"})
+    wanted = {"a.kv_b_proj": "used in float", "a.o_proj": "used in float"}
+    found = decide(dict.fromkeys(names, BIG), INT8, selection, wanted_in_float=wanted)
+    assert found["a.q_proj"].scheme is get_scheme("fp8")
+    assert found["a.kv_b_proj"].scheme is None and found["a.kv_b_proj"].reason == "used in float"
+    assert found["a.o_proj"].scheme is INT8, "named exactly"
+
+
 @pytest.mark.parametrize(
     ("pattern", "module", "expected"),
     [
