@@ -240,13 +240,16 @@ def main() -> int:
             for case in cases(work, engine, [])
             if case.title in DAMAGED and results.get(case.title, {}).get("result") == "same"
         ]
+
+        def distance(case: Case, answers: list[dict[str, Any]]) -> float:
+            exact = float_model(case, checkpoint(case, engine))
+            return float(torch.cat(compare(exact, asked_of(case, engine), answers)[0]).abs().max())
+
         noticed = check(
             chosen,
             engine,
             lambda jobs: run_engine(engine, arguments.python, jobs, plain=True),
-            lambda case, answers: float(
-                torch.cat(compare(float_model(case, checkpoint(case, engine)), asked_of(case, engine), answers)[0]).abs().max()
-            ),
+            distance,
             PLAIN,
         )
         results["damage"] = noticed

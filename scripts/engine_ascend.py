@@ -27,10 +27,10 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1",
 }  # fmt: skip
 
-import engine_ascend_kernels as kernels  # noqa: E402 (beside this file)
-import engine_stubs as stubs  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import engine_ascend_kernels as kernels  # beside this file
+import engine_stubs as stubs
+import torch
+from torch import Tensor, nn
 
 stubs.stub("torch_npu", "torchair", "acl", "xgrammar")
 import torch_npu  # noqa: E402
@@ -80,7 +80,8 @@ def adopt_ascend() -> None:
 
     device_op.DeviceOperator.moe_gating_top_k = staticmethod(kernels.moe_gating_top_k)
     nothing_ahead = SimpleNamespace(
-        maybe_prefetch_attn_weight_preprocess=lambda **_: None, maybe_prefetch_attn_weight_postprocess=lambda **_: None
+        maybe_prefetch_attn_weight_preprocess=lambda **_: None,
+        maybe_prefetch_attn_weight_postprocess=lambda **_: None,
     )
     w8a8_static.get_weight_prefetch_method = lambda: nothing_ahead
     experts_selector.get_weight_prefetch_method = lambda: None
@@ -167,7 +168,9 @@ def _latent(self: Any, q: Tensor, kv_c_normed: Tensor, k_pe: Tensor, output_shap
 
 def _linear_attention(self: Any, hidden_states: Tensor, output: Tensor) -> None:
     """What vLLM's `forward_cpu` does for Qwen3.5, in float32."""
-    qkv, z = self.in_proj_qkvz(hidden_states)[0].split([2 * self.key_dim + self.value_dim, self.value_dim], -1)
+    qkv, z = self.in_proj_qkvz(hidden_states)[0].split(
+        [2 * self.key_dim + self.value_dim, self.value_dim], -1
+    )
     b, a = self.in_proj_ba(hidden_states)[0].chunk(2, -1)
     conv = self.conv1d.weight.squeeze(1)
     out = stubs.gated_delta_rule(

@@ -74,7 +74,11 @@ HOWS = {
         scheme="int8-static", format="ascend", overrides=EXPERTS_DYNAMIC, calibrate=True, engines=("ascend",)
     ),
     "int8-static-asym as ascend": How(
-        scheme="int8-static-asym", format="ascend", overrides=EXPERTS_DYNAMIC, calibrate=True, engines=("ascend",)
+        scheme="int8-static-asym",
+        format="ascend",
+        overrides=EXPERTS_DYNAMIC,
+        calibrate=True,
+        engines=("ascend",),
     ),
     "int8-weight-only as ascend": How(scheme="int8-weight-only", format="ascend", engines=("ascend",)),
     "mxfp8 as ascend": How(scheme="mxfp8", format="ascend", engines=("ascend",)),

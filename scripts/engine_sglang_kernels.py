@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from engine_stubs import gated_delta_rule, dequantize, mixture  # beside this file
+from engine_stubs import dequantize, gated_delta_rule, mixture  # beside this file
 from sglang.kernels.ops.attention.triton_gdn_fused_proj import qwen3_5_gdn_prefill_projection_views
 from torch import Tensor, nn
 
@@ -147,7 +147,14 @@ def fused_sigmoid_mul(x: Tensor, gate: Tensor, inplace: bool = False) -> Tensor:
 def gated_delta(self: Any, forward_batch: Any, mixed_qkv: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`RadixLinearAttention` of one sequence → [1, T, heads of v, ·]."""
     return gated_delta_rule(
-        mixed_qkv, a, b, self.conv_weights, self.bias, self.A_log, self.dt_bias, (self.num_k_heads, self.head_k_dim)
+        mixed_qkv,
+        a,
+        b,
+        self.conv_weights,
+        self.bias,
+        self.A_log,
+        self.dt_bias,
+        (self.num_k_heads, self.head_k_dim),
     ).unsqueeze(0)
 
 

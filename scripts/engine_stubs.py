@@ -167,11 +167,11 @@ def gated_delta_rule(
     mixed_qkv [T, channels], a and b [T, heads of v], conv [channels, width], keys (heads, size of each)
     → [T, heads of v, ·].
     """
-    tokens, heads = mixed_qkv.shape[0], a.shape[1]
+    tokens, heads, size = mixed_qkv.shape[0], a.shape[1], keys[0] * keys[1]
     mixed = nn.functional.conv1d(
         mixed_qkv.T, conv.unsqueeze(1), bias, padding=conv.shape[-1] - 1, groups=mixed_qkv.shape[1]
     )
-    q, k, v = nn.functional.silu(mixed[:, :tokens]).T.tensor_split([keys[0] * keys[1], 2 * keys[0] * keys[1]], -1)
+    q, k, v = nn.functional.silu(mixed[:, :tokens]).T.tensor_split([size, 2 * size], -1)
     q, k = (x.unflatten(-1, keys) for x in (q, k))
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q, k = (x.repeat_interleave(heads // keys[0], 1) for x in (q, k))

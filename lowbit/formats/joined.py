@@ -1,8 +1,8 @@
 """Names that engines give to what they build of several modules.
 
-vLLM looks for the members' names where a config has not the joined one, but up to 0.23 (vLLM-Ascend) only after what the
-config's class names (`Linear`) say. SGLang looks for them only for some models; for the others, and for experts that are
-called w1, w2 and w3, it takes what the class names say.
+vLLM looks for the members' names where a config has not the joined one, but up to 0.23, with vLLM-Ascend, only after
+what the config's class names (`Linear`) say. SGLang looks for them only for some models; for the others, and for
+experts that are called w1, w2 and w3, it takes what the class names say.
 """
 
 from __future__ import annotations
