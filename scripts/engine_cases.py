@@ -44,8 +44,6 @@ MIXED = {
     "re:.*layers\\.1\\..*experts.*": "fp8",
     "re:.*layers\\.1\\.(mlp|feed_forward)\\.(gate|up|gate_up|down)_proj": "int8-weight-only",
 }
-# vLLM-Ascend runs experts with dynamic activations only.
-EXPERTS_DYNAMIC = {"re:.*\\.experts\\..*": "int8"}
 # msModelSlim's usual recipe, static attention and a dynamic rest, and a layer each in other ways.
 ASCEND_MIXED = {
     "re:.*layers\\.0\\.self_attn\\.o_proj": "float",
@@ -70,15 +68,9 @@ HOWS = {
     "int8 read as w8a8_int8": How(scheme="int8", quantization="w8a8_int8", engines=("sglang",)),
     "int8-block as blockwise_int8": How(scheme="int8-block", format="sglang", engines=("sglang",)),
     "int8 as ascend": How(scheme="int8", format="ascend", engines=("ascend",)),
-    "int8-static as ascend": How(
-        scheme="int8-static", format="ascend", overrides=EXPERTS_DYNAMIC, calibrate=True, engines=("ascend",)
-    ),
+    "int8-static as ascend": How(scheme="int8-static", format="ascend", calibrate=True, engines=("ascend",)),
     "int8-static-asym as ascend": How(
-        scheme="int8-static-asym",
-        format="ascend",
-        overrides=EXPERTS_DYNAMIC,
-        calibrate=True,
-        engines=("ascend",),
+        scheme="int8-static-asym", format="ascend", calibrate=True, engines=("ascend",)
     ),
     "int8-weight-only as ascend": How(scheme="int8-weight-only", format="ascend", engines=("ascend",)),
     "mxfp8 as ascend": How(scheme="mxfp8", format="ascend", engines=("ascend",)),
