@@ -182,12 +182,13 @@ def as_bf16_keeps(out: Path, to: Path) -> Path:
     """
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(out, to)
-    tensors = load_file(to / "model.safetensors")
-    for name, tensor in tensors.items():
-        codes = tensors.get(name.removesuffix("_scale"))
-        if name.endswith(".weight_scale") and codes is not None and codes.dtype is torch.int8:
-            tensors[name] = tensor.bfloat16().float()
-        elif name.endswith(".input_scale"):
-            tensors[name] = 1 / (1 / tensor.bfloat16()).float()
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    shards = {file: load_file(file) for file in to.glob("*.safetensors")}
+    int8 = {n for tensors in shards.values() for n, t in tensors.items() if t.dtype is torch.int8}
+    for file, tensors in shards.items():
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_scale") and name.removesuffix("_scale") in int8:
+                tensors[name] = tensor.bfloat16().float()
+            elif name.endswith(".input_scale"):
+                tensors[name] = 1 / (1 / tensor.bfloat16()).float()
+        save_file(tensors, file, {"format": "pt"})
     return to
