@@ -93,6 +93,10 @@ def adopt_ascend() -> None:
     _LIBRARY.impl("quantize", register_custom_ops._quantize_impl, "CPU")
 
 
+# vLLM's operators, which are not loaded: GELU looks for its own, and then runs in torch.
+torch.ops._C.gelu_and_mul = torch.ops._C.gelu_tanh_and_mul = None
+
+
 def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any]:
     """The model that vLLM builds for a checkpoint, its parameters poisoned, and vLLM's config."""
     from vllm_ascend.ascend_config import init_ascend_config
