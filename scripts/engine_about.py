@@ -21,6 +21,10 @@ class Engine:
     """Whether its run keeps keys and values in a cache that is quantized."""
     leaves_cache_scales: tuple[str, ...] = ()
     """Architectures for which it does not load the scales of keys and values."""
+    leaves_out: tuple[str, ...] = ()
+    """Architectures that it is not tried with: it has no support for them."""
+    keeps_scales_in_bf16: bool = False
+    """Whether its parameters for the scales of INT8 codes, and of static activations, are BF16."""
     joins_scales: bool = False
     """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
     cuts_blocks: bool = False
@@ -94,4 +98,40 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
         ),
     },
 )
-ENGINES = {"vllm": VLLM, "sglang": SGLANG}
+ASCEND = Engine(
+    name="vLLM-Ascend",
+    script="engine_ascend.py",
+    where="its Python on a CPU as if on Ascend",
+    meaning="""On vLLM 0.23.0's build for CPUs. vLLM's arguments, model classes and `load_weights` ran in BF16, and all
+of vLLM-Ascend that reads a checkpoint: its configs of quantization, for each layer the method that it chose with its
+parameters, `process_weights_after_loading` and `apply`, its choice of experts, and what its latent attention absorbs
+of `kv_b_proj`. The chip's operators ran as plain arithmetic by us, written after their documentation
+(`scripts/engine_ascend_kernels.py`), what else was BF16 was then made float32, and attention had no cache. Before
+loading, parameters were filled with what no checkpoint holds, and none that is used may keep it. **loaded**: what
+`load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its methods' own `apply`
+on the processed weights. It keeps scales of INT8 weights in BF16, and those of static activations as a reciprocal in
+BF16; for the comparison so did the references. Columns "as ascend" are `--format ascend`, read with
+`--quantization ascend`: static ones with dynamic experts; "mixed" has static attention, a dynamic rest and a layer each
+in W8A16 and in float. The others are compressed-tensors. Its list of models has no Llama 4 and no Gemma 4.""",
+    leaves_out=("Llama 4", "Gemma 4 MoE"),
+    keeps_scales_in_bf16=True,
+    reasons={
+        "No compressed-tensors compatible quantization type": (
+            "vLLM-Ascend reads `int8` and `fp8` from compressed-tensors, no blocks, groups, static FP8 or weight-only "
+            "INT8; `--format ascend` has W8A16 and MXFP8"
+        ),
+        "No compressed-tensors compatible scheme": (
+            "vLLM-Ascend has no such scheme for experts in compressed-tensors"
+        ),
+        "input_offset": (
+            "vLLM-Ascend loads no zero point of compressed-tensors' static scheme, and leaves input_offset as memory "
+            "had it; `--format ascend` has one"
+        ),
+        "kv_b_proj.quant_method": (
+            "vLLM-Ascend multiplies by kv_b_proj in float only: `--format ascend` leaves it so, and so does "
+            "`--ignore '*.kv_b_proj'`"
+        ),
+        "object has no attribute 'o_groups'": "vLLM-Ascend reads HF's fp8 for DeepSeek-V4 only",
+    },
+)
+ENGINES = {"vllm": VLLM, "sglang": SGLANG, "ascend": ASCEND}

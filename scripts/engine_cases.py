@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from engine_models import VOCABULARY, write  # beside this file
+from engine_about import ENGINES  # beside this file
+from engine_models import VOCABULARY, write
 
 import lowbit
 
@@ -43,6 +44,13 @@ MIXED = {
     "re:.*layers\\.1\\..*experts.*": "fp8",
     "re:.*layers\\.1\\.(mlp|feed_forward)\\.(gate|up|gate_up|down)_proj": "int8-weight-only",
 }
+# msModelSlim's usual recipe, static attention and a dynamic rest, and a layer each in other ways.
+ASCEND_MIXED = {
+    "re:.*layers\\.0\\.self_attn\\.o_proj": "float",
+    "re:.*layers\\.1\\.self_attn\\.o_proj": "int8-weight-only",
+    "re:.*self_attn\\..*": "int8-static",
+    "re:.*\\.(mlp|block_sparse_moe)\\..*(_proj|w[123])": "int8",
+}
 HOWS = {
     "bf16": How(scheme="bf16"),
     "int8": How(scheme="int8"),
@@ -54,11 +62,21 @@ HOWS = {
     "fp8-block": How(scheme="fp8-block"),
     "fp8-block as HF fp8": How(scheme="fp8-block", format="fp8"),
     "mxfp8": How(scheme="mxfp8"),
-    "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8"),
+    "int8, KV cache fp8": How(scheme="int8", calibrate=True, kv_cache="fp8", engines=("vllm", "sglang")),
     "int8 + fp8 + W8A16 mixed": How(scheme="int8", overrides=MIXED),
     # SGLang runs INT8 experts by this method alone, which is told by the call: it reads compressed-tensors' files.
     "int8 read as w8a8_int8": How(scheme="int8", quantization="w8a8_int8", engines=("sglang",)),
     "int8-block as blockwise_int8": How(scheme="int8-block", format="sglang", engines=("sglang",)),
+    "int8 as ascend": How(scheme="int8", format="ascend", engines=("ascend",)),
+    "int8-static as ascend": How(scheme="int8-static", format="ascend", calibrate=True, engines=("ascend",)),
+    "int8-static-asym as ascend": How(
+        scheme="int8-static-asym", format="ascend", calibrate=True, engines=("ascend",)
+    ),
+    "int8-weight-only as ascend": How(scheme="int8-weight-only", format="ascend", engines=("ascend",)),
+    "mxfp8 as ascend": How(scheme="mxfp8", format="ascend", engines=("ascend",)),
+    "mixed as ascend": How(
+        scheme="int8-static", format="ascend", overrides=ASCEND_MIXED, calibrate=True, engines=("ascend",)
+    ),
 }
 
 
@@ -85,7 +103,7 @@ class Case:
 
 def cases(work: Path, engine: str, only: list[str]) -> Iterator[Case]:
     """What an engine is tried with; `only`: titles that have one of these in them."""
-    for kind in KINDS:
+    for kind in (k for k in KINDS if k not in ENGINES[engine].leaves_out):
         for how in (n for n, h in HOWS.items() if h.engines is None or engine in h.engines):
             at = work / _file(kind) / _file(how)
             case = Case(kind=kind, how=how, at=at)

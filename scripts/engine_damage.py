@@ -15,7 +15,8 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 DAMAGED = (
     "Llama: int8", "Qwen3-MoE: int8", "Qwen3-MoE: int8 read as w8a8_int8", "Qwen3-MoE: int8-weight-only",
-    "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only",
+    "Qwen3-MoE: fp8-block", "DeepSeek-V3: int8-weight-only", "Llama: int8 as ascend", "Qwen3-MoE: int8 as ascend",
+    "DeepSeek-V3: int8-static as ascend",
 )  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowbit.calibration.kv_cache import KVHook, attentions, watched
@@ -170,3 +173,22 @@ def blocks_cut(model: nn.Module) -> Iterator[None]:
 def _int8_groups(module: QuantExperts | QuantLinear) -> bool:
     spec = module.scheme.activations
     return spec is not None and spec.dtype is INT8 and isinstance(spec.granularity, PerGroup)
+
+
+def as_bf16_keeps(out: Path, to: Path) -> Path:
+    """A copy of a checkpoint with scales as vLLM-Ascend keeps them: in BF16, those of activations as a reciprocal.
+
+    Scales of FP8 codes, and `deq_scale`, are kept in float32.
+    """
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(out, to)
+    shards = {file: load_file(file) for file in to.glob("*.safetensors")}
+    int8 = {n for tensors in shards.values() for n, t in tensors.items() if t.dtype is torch.int8}
+    for file, tensors in shards.items():
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_scale") and name.removesuffix("_scale") in int8:
+                tensors[name] = tensor.bfloat16().float()
+            elif name.endswith(".input_scale"):
+                tensors[name] = 1 / (1 / tensor.bfloat16()).float()
+        save_file(tensors, file, {"format": "pt"})
+    return to

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from engine_stubs import dequantize, mixture  # beside this file
+from engine_stubs import dequantize, gated_delta_rule, mixture  # beside this file
 from sglang.kernels.ops.attention.triton_gdn_fused_proj import qwen3_5_gdn_prefill_projection_views
 from torch import Tensor, nn
 
@@ -145,32 +145,17 @@ def fused_sigmoid_mul(x: Tensor, gate: Tensor, inplace: bool = False) -> Tensor:
 
 
 def gated_delta(self: Any, forward_batch: Any, mixed_qkv: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`RadixLinearAttention` of one sequence: a causal convolution, then a gated delta rule, a token at a time.
-
-    mixed_qkv [T, channels], a and b [T, heads of v] → [1, T, heads of v, ·].
-    """
-    tokens, width = mixed_qkv.shape[0], self.conv_weights.shape[-1]
-    mixed = nn.functional.conv1d(
-        mixed_qkv.T, self.conv_weights.unsqueeze(1), self.bias, padding=width - 1, groups=mixed_qkv.shape[1]
-    )
-    q, k, v = nn.functional.silu(mixed[:, :tokens]).T.split([self.q_dim, self.k_dim, self.v_dim], -1)
-    q, k = (_unit(x.unflatten(-1, (self.num_k_heads, -1))) for x in (q, k))
-    q, k = (x.repeat_interleave(self.num_v_heads // self.num_k_heads, 1) for x in (q, k))
-    v = v.unflatten(-1, (self.num_v_heads, -1))
-    decay = torch.exp(-self.A_log.exp() * nn.functional.softplus(a.float() + self.dt_bias))
-    beta = torch.sigmoid(b.float())
-    state = mixed.new_zeros(self.num_v_heads, self.head_k_dim, self.head_v_dim)
-    out = []
-    for t in range(tokens):
-        state = state * decay[t, :, None, None]
-        known = torch.einsum("hk,hkv->hv", k[t], state)
-        state = state + torch.einsum("hk,hv->hkv", k[t], (v[t] - known) * beta[t, :, None])
-        out.append(torch.einsum("hk,hkv->hv", q[t], state) * self.head_k_dim**-0.5)
-    return torch.stack(out).unsqueeze(0)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    """`RadixLinearAttention` of one sequence → [1, T, heads of v, ·]."""
+    return gated_delta_rule(
+        mixed_qkv,
+        a,
+        b,
+        self.conv_weights,
+        self.bias,
+        self.A_log,
+        self.dt_bias,
+        (self.num_k_heads, self.head_k_dim),
+    ).unsqueeze(0)
 
 
 def gated_norm(x: Tensor, weight: Tensor, bias: None, z: Tensor, eps: float, **_: Any) -> Tensor:

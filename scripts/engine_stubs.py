@@ -158,6 +158,36 @@ def mixture(x: Tensor, weights: Tensor, ids: Tensor, expert: Callable[[Tensor, i
     return out
 
 
+def gated_delta_rule(
+    mixed_qkv: Tensor, a: Tensor, b: Tensor, conv: Tensor, bias: Tensor | None, A_log: Tensor, dt_bias: Tensor,
+    keys: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """Linear attention of one sequence: a causal convolution, then a gated delta rule, a token at a time.
+
+    mixed_qkv [T, channels], a and b [T, heads of v], conv [channels, width], keys (heads, size of each)
+    → [T, heads of v, ·].
+    """
+    tokens, heads, size = mixed_qkv.shape[0], a.shape[1], keys[0] * keys[1]
+    mixed = nn.functional.conv1d(
+        mixed_qkv.T, conv.unsqueeze(1), bias, padding=conv.shape[-1] - 1, groups=mixed_qkv.shape[1]
+    )
+    q, k, v = nn.functional.silu(mixed[:, :tokens]).T.tensor_split([size, 2 * size], -1)
+    q, k = (x.unflatten(-1, keys) for x in (q, k))
+    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    q, k = (x.repeat_interleave(heads // keys[0], 1) for x in (q, k))
+    v = v.unflatten(-1, (heads, -1))
+    decay = torch.exp(-A_log.exp() * nn.functional.softplus(a.float() + dt_bias))
+    beta = torch.sigmoid(b.float())
+    state = mixed.new_zeros(heads, keys[1], v.shape[-1])
+    out = []
+    for t in range(tokens):
+        state = state * decay[t, :, None, None]
+        known = torch.einsum("hk,hkv->hv", k[t], state)
+        state = state + torch.einsum("hk,hv->hkv", k[t], (v[t] - known) * beta[t, :, None])
+        out.append(torch.einsum("hk,hkv->hv", q[t], state) * keys[1] ** -0.5)
+    return torch.stack(out)
+
+
 @torch.no_grad()
 def answers(logits: Callable[[list[int]], Tensor], ids: dict[str, Any]) -> list[dict[str, Any]]:
     """What OUT.json holds for each prompt of IDS.json: logprobs of its tokens after the first, and greedy tokens.
@@ -213,6 +243,8 @@ def _answer(
     try:
         found |= run(checkpoint, json.loads(Path(ids).read_text()))
     except BaseException as error:
-        found["refused"] = f"{type(error).__name__}: {error}"
+        # An assertion mostly says nothing itself.
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        found["refused"] = f"{type(error).__name__}: {said}"
         found["trace"] = traceback.format_exc()
     Path(out).write_text(json.dumps(found, indent=1))

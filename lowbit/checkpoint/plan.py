@@ -199,7 +199,6 @@ def _decisions(
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}
         selection = replace(selection, overrides={**selection.overrides, **own})
-    left = left_by_source(shapes, stored) | target.left_in_float(shapes, source.config)
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,
@@ -207,7 +206,8 @@ def _decisions(
         selection,
         config=source.config,
         fits=target.refuse,
-        left_in_float=left,
+        left_in_float=left_by_source(shapes, stored),
+        wanted_in_float=target.left_in_float(shapes, source.config),
         already=already,
         fused=fused,
     )

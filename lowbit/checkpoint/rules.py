@@ -208,22 +208,33 @@ def decide(
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, joined: "",
     left_in_float: Mapping[str, str] = MappingProxyType({}),
+    wanted_in_float: Mapping[str, str] = MappingProxyType({}),
     already: Mapping[str, TensorSpec] = MappingProxyType({}),
     fused: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
+    An override whose pattern takes in modules that are usually quantized (all of a layer) leaves a
+    router or norm among them as it is; one that names nothing else means it.
+
     `left_in_float`: modules that stay unless an override says otherwise → why (an already quantized
-    source left them, or the format's engines want them so), `already` how the source has the
-    others; `fused` maps experts to the 3-D tensor that holds them, whose name patterns may mean as
-    well. Members of a fused group end with one
-    scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale per
-    channel is used, else it is kept.
+    source left them), `wanted_in_float`: those that stay unless an override names one of them exactly
+    (the format's engines want them so), `already` how the source has the others; `fused` maps experts
+    to the 3-D tensor that holds them, whose name patterns may mean as well. Members of a fused group
+    end with one scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale
+    per channel is used, else it is kept.
     """
     check_patterns(selection)
+    roles = {module: role_of(module, shape, config or {}) for module, shape in weights.items()}
+    for module, (role, _) in roles.items():
+        if role == "grouped" and already.get(module) == scheme.weights:
+            # Engines that run it as its makers have it are the ones that this is for.
+            roles[module] = (role, "")
+    usual = [m for m, (_, reason) in roles.items() if not reason]
+    broad = {p for p in selection.overrides if any(means(p, m, fused) for m in usual)}
     decisions = {
         module: _decide_one(
-            module, shape, scheme, selection, config or {}, left_in_float, fused, already.get(module)
+            module, shape, scheme, selection, roles[module], broad, left_in_float, wanted_in_float, fused
         )
         for module, shape in weights.items()
     }
@@ -241,14 +252,13 @@ def _decide_one(
     shape: tuple[int, ...],
     scheme: Scheme,
     selection: Selection,
-    config: Mapping[str, Any],
+    role_and_reason: tuple[str, str],
+    broad: Collection[str],
     left_in_float: Mapping[str, str],
+    wanted_in_float: Mapping[str, str],
     fused: Mapping[str, str],
-    already: TensorSpec | None,
 ) -> Decision:
-    role, reason = role_of(module, shape, config)
-    if role == "grouped" and already is not None and already == scheme.weights:
-        reason = ""  # engines that run it as its makers have it are the ones that this is for
+    role, reason = role_and_reason
     for pattern in selection.keep:
         if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--keep {pattern}", as_found=True)
@@ -256,6 +266,8 @@ def _decide_one(
         if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
     for pattern, name in selection.overrides.items():
+        if pattern != module and (module in wanted_in_float or (reason and pattern in broad)):
+            continue
         if means(pattern, module, fused) and len(shape) == 2:
             chosen = get_scheme(name) if name != "float" else None
             if chosen is None or chosen.weights is None:
@@ -263,8 +275,9 @@ def _decide_one(
             return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
     if reason:
         return Decision(scheme=None, role=role, reason=reason)
-    if module in left_in_float:
-        return Decision(scheme=None, role=role, reason=left_in_float[module])
+    for stays in (wanted_in_float, left_in_float):
+        if module in stays:
+            return Decision(scheme=None, role=role, reason=stays[module])
     return Decision(scheme=scheme, role=role)
 
 

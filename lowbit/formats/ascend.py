@@ -54,6 +54,7 @@ _CONTENTS: dict[str, tuple[Content, ...]] = {
 }
 # Engines multiply these by hand, or keep them out of quantization by name.
 _IN_FLOAT = re.compile(r"(^|.*\.)(kv_b_proj|indexer\.(wq_b|wk|weights_proj))$")
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
@@ -140,6 +141,10 @@ class Ascend:
             # A tied head is in no shard, and the engine looks for it.
             if module.endswith("lm_head"):
                 body.setdefault(module + ".weight", _FLOAT)
+        for module, kind in types.items():
+            # The engine knows the experts' names for some architectures; for the others it looks for this one.
+            if expert := _EXPERT.match(module):
+                body.setdefault(expert[1] + ".weight", kind)
         ranked = max(types.values(), key=_RANKS.index)
         body |= {
             "version": "1.0.0",
@@ -214,8 +219,9 @@ def _type_of(scheme: Scheme) -> str:
 
 
 def undescribed(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> list[str]:
-    """Names that a description has, but no shard; a tied head may be one."""
+    """Names that a description has, but no shard, except those of a tied head and of all experts together."""
+    without = ("lm_head.weight", ".experts.weight")
     return sorted(
         n for n, kind in config.items()
-        if isinstance(kind, str) and "." in n and n not in tensors and not n.endswith("lm_head.weight")
+        if isinstance(kind, str) and "." in n and n not in tensors and not n.endswith(without)
     )  # fmt: skip

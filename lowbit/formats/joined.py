@@ -1,7 +1,8 @@
 """Names that engines give to what they build of several modules.
 
-vLLM looks for the members' names where a config has not the joined one. SGLang does so only for some models; for the
-others, and for experts that are called w1, w2 and w3, it takes what the config's class names (`Linear`) say.
+vLLM looks for the members' names where a config has not the joined one, but up to 0.23, with vLLM-Ascend, only after
+what the config's class names (`Linear`) say. SGLang looks for them only for some models; for the others, and for
+experts that are called w1, w2 and w3, it takes what the class names say.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+# Latent attention's by vLLM, then by SGLang.
+_LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 _JOINED = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj_with_mqa", "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
-    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
+    "q_proj": ("qkv_proj",), "k_proj": ("qkv_proj",), "v_proj": ("qkv_proj",),
+    "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
+    "q_a_proj": _LATENT, "kv_a_proj_with_mqa": _LATENT,
+    "in_proj_qkv": ("in_proj_qkvz",), "in_proj_z": ("in_proj_qkvz",),
+    "in_proj_b": ("in_proj_ba",), "in_proj_a": ("in_proj_ba",),
 }  # fmt: skip
 # Engines ask for experts by the names of their members, and SGLang always by these.
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
-_OF_EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 
 
 def with_joined(modules: Iterable[str]) -> list[str]:
@@ -27,6 +30,5 @@ def with_joined(modules: Iterable[str]) -> list[str]:
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED
-        if last in renamed:
-            names[f"{parent}.{renamed[last]}"] = None
+        names |= {f"{parent}.{name}": None for name in renamed.get(last, ())}
     return list(names)

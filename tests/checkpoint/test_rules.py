@@ -100,6 +100,16 @@ def test_what_the_source_left_in_float_stays():
     assert found["a.y"].reason == "the source left it unquantized"
 
 
+def test_what_engines_want_in_float_is_not_meant_by_a_pattern():
+    names = ("a.q_proj", "a.kv_b_proj", "a.o_proj")
+    selection = Selection(overrides={"a.*": "fp8", "a.o_proj": "int8"})
+    wanted = {"a.kv_b_proj": "used in float", "a.o_proj": "used in float"}
+    found = decide(dict.fromkeys(names, BIG), INT8, selection, wanted_in_float=wanted)
+    assert found["a.q_proj"].scheme is get_scheme("fp8")
+    assert found["a.kv_b_proj"].scheme is None and found["a.kv_b_proj"].reason == "used in float"
+    assert found["a.o_proj"].scheme is INT8, "named exactly"
+
+
 @pytest.mark.parametrize(
     ("pattern", "module", "expected"),
     [
@@ -145,6 +155,25 @@ def test_unmatched_patterns():
 def test_an_unknown_scheme_in_an_override_is_bad_input():
     with pytest.raises(InputError, match="unknown scheme 'fp9'"):
         decide({"a.b": BIG}, INT8, Selection(overrides={"a.b": "fp9"}))
+
+
+def test_a_pattern_for_a_whole_layer_leaves_its_router():
+    """What engines build without scales, such as a router, is quantized for who names nothing else."""
+    names = (
+        "layers.1.mlp.gate",
+        "layers.1.mlp.experts.0.w1",
+        "layers.1.attn.wo_a",
+        "layers.0.mlp.gate",
+        "lm_head",
+    )
+    for pattern in ("layers.1", "*layers.1.*", r"re:.*layers\.1\."):
+        found = decide(dict.fromkeys(names, BIG), INT8, Selection(overrides={pattern: "fp8"}))
+        assert found["layers.1.mlp.experts.0.w1"].scheme is get_scheme("fp8")
+        assert found["layers.1.mlp.gate"].scheme is None and found["layers.1.mlp.gate"].role == "router"
+        assert found["layers.1.attn.wo_a"].scheme is None
+    for pattern in ("*.mlp.gate", "re:.*gate$"):
+        found = decide(dict.fromkeys(names, BIG), INT8, Selection(overrides={pattern: "fp8"}))
+        assert all(found[f"layers.{i}.mlp.gate"].scheme is get_scheme("fp8") for i in (0, 1))
 
 
 def test_the_users_word_goes_before_the_rules():

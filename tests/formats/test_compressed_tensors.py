@@ -421,6 +421,10 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     assert found("model.layers.1.self_attn.qkv_proj") == "int"
     assert found("model.layers.0.mlp.gate_up_proj") == found("model.layers.0.mlp.gate_proj") == "float"
     assert found("model.layers.1.mlp.gate_up_proj") == "int"
+    # vLLM and SGLang call latent attention's differently.
+    assert with_joined(["a.q_a_proj", "a.kv_a_proj_with_mqa"])[2:] == [
+        "a.fused_qkv_a_proj", "a.fused_qkv_a_proj_with_mqa",
+    ]  # fmt: skip
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"]) == ["mlp.experts.0.up_proj"]
     assert with_joined(["mlp.experts.3.w1"]) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]

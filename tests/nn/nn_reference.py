@@ -30,6 +30,7 @@ def dequantized(out: Path, to: Path, fuse: str | None = None) -> Path:
     `fuse` (a value of `FUSED`): per-expert matrices are joined into 3-D tensors again.
     """
     source = open_checkpoint(out)
+    assert quantization_of(source.config)
     tensors: dict[str, Tensor] = {}
     for shard in source.shards:
         tensors |= load_file(shard)
@@ -40,14 +41,15 @@ def dequantized(out: Path, to: Path, fuse: str | None = None) -> Path:
             codes = (raw.to(torch.int16) - 128).to(torch.int8)
         else:
             codes = taken["codes"]
+        if "deq_scale" in taken:
+            taken["scale"] = (taken["deq_scale"] / taken["input_scale"]).unsqueeze(1)
         tensors[name + ".weight"] = dequantize(codes, taken["scale"], module.spec)
     to.mkdir()
     tensors = fused(tensors, fuse) if fuse else tensors
     floats = {n: t.float().contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
     save_file(floats, to / "model.safetensors", {"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    assert quantization_of(config)
-    config.pop("quantization_config")
+    config.pop("quantization_config", None)
     config.pop("dtype", None)
     (to / "config.json").write_text(json.dumps(config))
     return to
