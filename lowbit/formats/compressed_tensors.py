@@ -22,6 +22,7 @@ from lowbit.formats.format import (
     Stored,
     StoredModule,
     check_scale,
+    engine_names,
     missing_scale,
     quantization_of,
 )
@@ -98,7 +99,7 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": list(layout.ignored),
+            "ignore": [name for m in layout.ignored for name in engine_names(m)],
             "config_groups": body,
         }
 
@@ -289,9 +290,9 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
     for patterns, matched in by_pattern.items():
         fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
         if len(matched) > 1 and fitting:
-            targets.append("re:" + fitting[0])
+            targets.append("re:" + fitting[0].replace(r"\.mamba\.", r"\.(mamba|mixer)\."))
         else:
-            targets.extend(matched)
+            targets.extend(t for name in matched for t in engine_names(name))
     return targets
 
 

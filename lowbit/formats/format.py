@@ -99,6 +99,13 @@ class Layout:
     """The model's own config.json."""
 
 
+def engine_names(module: str) -> tuple[str, ...]:
+    """What engines may call a module in patterns and lists: its name, and for Mamba layers within another one (Granite
+    4, Falcon-H1, Jamba, Zamba 2) that with `mixer`, by which vLLM asks for their schemes."""
+    other = module.replace(".mamba.", ".mixer.")
+    return (module,) if other == module else (module, other)
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `quantization_config` of a model's config.json, also where it lies in `text_config`; {} if none."""
     for holder in (config, config.get("text_config") or {}):

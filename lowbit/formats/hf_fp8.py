@@ -21,6 +21,7 @@ from lowbit.formats.format import (
     Stored,
     StoredModule,
     check_scale,
+    engine_names,
     missing_scale,
 )
 from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
@@ -58,7 +59,7 @@ class HfFp8(ConfigOnly):
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": list(layout.ignored),
+            "modules_to_not_convert": [name for m in layout.ignored for name in engine_names(m)],
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
