@@ -71,7 +71,7 @@ _FLOAT_ONLY = (
     (
         re.compile(r"(?P<at>(?:.*\.)?ffn\.experts)\.mlp\.(?:w1|v1|w2)"),
         2,
-        "DBRX's experts, all of a layer below each other in one matrix: vLLM reads them in float only",
+        "DBRX's experts, all of a layer below each other in one matrix: no engine reads them quantized",
     ),
     (
         re.compile(r"(?P<at>(?:.*\.)?(?:mlp|self_attention\.experts))\.(?:in|out)put_linear"),

@@ -24,9 +24,15 @@ _EXPERT = re.compile(r".*\.experts\.\d+\.")
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 
 
+def with_mixers(modules: Iterable[str]) -> list[str]:
+    """Module names, each followed by that with `mixer` for `mamba`: vLLM asks for the schemes of Mamba layers within
+    another one (Granite 4, Falcon-H1, Jamba, Zamba 2) by that."""
+    return list(dict.fromkeys(n for m in modules for n in (m, m.replace(".mamba.", ".mixer."))))
+
+
 def with_joined(modules: Iterable[str]) -> list[str]:
-    """Module names, then those of the modules that engines join them into, each once."""
-    names = dict.fromkeys(modules)
+    """Module names, then those of the modules that engines join them into, each once; with mixers."""
+    names = dict.fromkeys(with_mixers(modules))
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED
