@@ -17,7 +17,7 @@ NEW_TOKENS = 4
 DENSE = ("Llama", "Qwen2", "Qwen3", "Gemma 2", "Phi-3")
 MIXTURES = (
     "Qwen3-MoE", "Qwen2-MoE", "Mixtral", "GLM-4.5", "DeepSeek-V3", "Qwen3.5-MoE", "Qwen3-VL-MoE", "Llama 4",
-    "Gemma 4 MoE", "Granite MoE", "Granite 4 hybrid", "Aria", "OLMoE", "ERNIE 4.5 MoE", "LFM2-MoE", "MiniMax-M2",
+    "Gemma 4 MoE", "Granite MoE", "Granite 4 hybrid", "OLMoE", "ERNIE 4.5 MoE", "LFM2-MoE", "MiniMax-M2",
 )  # fmt: skip
 KINDS = (*DENSE, *MIXTURES, "SmolLM2")
 

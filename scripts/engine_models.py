@@ -115,22 +115,6 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
                 mamba_n_groups=1, mamba_d_state=32, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=16,
             )  # fmt: skip
             return t.GraniteMoeHybridForCausalLM, config
-        case "Aria":
-            text = {
-                **TEXT, "intermediate_size": 128, "model_type": "aria_text", "moe_num_experts": 8, "moe_topk": 2,
-                "moe_num_shared_experts": 1,
-            }  # fmt: skip
-            vision = {
-                "model_type": "idefics3_vision", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
-            }  # fmt: skip
-            config = t.AriaConfig(
-                text_config=text,
-                vision_config=vision,
-                projector_patch_to_query_dict={4: 4},
-                image_token_index=5,
-            )
-            return t.AriaForConditionalGeneration, config
         case "OLMoE":
             return t.OlmoeForCausalLM, t.OlmoeConfig(
                 **{**_without("head_dim"), "intermediate_size": 128}, num_experts=8, num_experts_per_tok=2
@@ -159,7 +143,7 @@ def architecture(kind: str) -> tuple[type, t.PretrainedConfig]:
 # How transformers reads the experts that lowbit writes apart: in 3-D, [E, out, in] or [E, in, out].
 FUSED = {
     "Qwen3-VL-MoE": "rows", "Llama 4": "columns", "Gemma 4 MoE": "rows", "Granite MoE": "rows",
-    "Granite 4 hybrid": "rows", "Aria": "columns",
+    "Granite 4 hybrid": "rows",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
-from lowbit.formats.joined import with_mixers
+from lowbit.formats.joined import as_asked
 from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
@@ -59,7 +59,7 @@ class HfFp8(ConfigOnly):
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": with_mixers(layout.ignored),
+            "modules_to_not_convert": as_asked(layout.ignored),
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

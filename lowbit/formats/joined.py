@@ -24,15 +24,25 @@ _EXPERT = re.compile(r".*\.experts\.\d+\.")
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 
 
-def with_mixers(modules: Iterable[str]) -> list[str]:
-    """Module names, each followed by that with `mixer` for `mamba`: vLLM asks for the schemes of Mamba layers within
-    another one (Granite 4, Falcon-H1, Jamba, Zamba 2) by that."""
-    return list(dict.fromkeys(n for m in modules for n in (m, m.replace(".mamba.", ".mixer."))))
+# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4, Falcon-H1, Jamba and Zamba 2; and
+# in MiniMax-M2.
+_ASKED = {".mamba.": ".mixer.", ".block_sparse_moe.": ".mlp."}
+
+
+def as_asked(modules: Iterable[str]) -> list[str]:
+    """Module names, each followed by the other one by which vLLM asks for its scheme, where there is one."""
+    found: dict[str, None] = {}
+    for module in modules:
+        other = module
+        for ours, theirs in _ASKED.items():
+            other = other.replace(ours, theirs)
+        found |= {module: None, other: None}
+    return list(found)
 
 
 def with_joined(modules: Iterable[str]) -> list[str]:
-    """Module names, then those of the modules that engines join them into, each once; with mixers."""
-    names = dict.fromkeys(with_mixers(modules))
+    """Module names, then those of the modules that engines join them into, each once; all `as_asked`."""
+    names = dict.fromkeys(as_asked(modules))
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED

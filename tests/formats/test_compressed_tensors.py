@@ -380,14 +380,15 @@ def test_patterns_of_wrapped_models_leave_a_tower_with_the_same_layers_alone():
     assert not any(re.match(target[3:], t) for t in tower)
 
 
-def test_mamba_layers_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path):
-    """`mixer` for Granite 4, Falcon-H1, Jamba and Zamba 2: in a group's targets, and in what is ignored."""
-    mamba = [f"model.layers.{i}.mamba.{p}_proj" for i in range(3) for p in ("in", "out")]
-    names = mamba + [f"model.layers.{i}.mlp.{p}_proj" for i in range(3) for p in ("up", "down")]
+@pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
+def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, part, asked):
+    """Granite 4, Falcon-H1, Jamba and Zamba 2; MiniMax-M2: in a group's targets, and in what is ignored."""
+    parts = [f"model.layers.{i}.{part}.{p}_proj" for i in range(3) for p in ("in", "out")]
+    names = parts + [f"model.layers.{i}.ffn.{p}_proj" for i in range(3) for p in ("up", "down")]
     tensors = {f"{n}.weight": torch.randn(128, 128) for n in names}
     source = write(tmp_path / "src", tensors, {"architectures": ["X"]})
-    in_float = {"*.2.mamba.out_proj": "float"}
-    both = ["model.layers.2.mamba.out_proj", "model.layers.2.mixer.out_proj"]
+    in_float = {"*.layers.2.*.out_proj": "float"}
+    both = [f"model.layers.2.{called}.out_proj" for called in (part, asked)]
     config = lowbit.plan(source, "fp8-block", format="fp8", overrides=in_float).config
     assert config["quantization_config"]["modules_to_not_convert"] == both
     config = lowbit.plan(source, "int8", overrides={"*.in_proj": "fp8", **in_float}).config
@@ -397,7 +398,7 @@ def test_mamba_layers_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path
     targets = groups["group_1"]["targets"]
     assert len(targets) == 2  # whatever the number of layers
     for name in names:
-        for called in (name, name.replace("mamba", "mixer")):
+        for called in (name, name.replace(part, asked)):
             assert any(re.match(t[3:], called) for t in targets) == name.endswith("in_proj")
 
 
