@@ -22,6 +22,8 @@ _JOINED = {
 # Engines ask for experts by the names of their members, and SGLang always by these.
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
+# Gemma 4 has experts beside its MLP; engines put them below a module of their own.
+_BESIDE = re.compile(r"(layers\.\d+)\.(experts\.\d+\.)")
 
 
 # What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4, Falcon-H1, Jamba and Zamba 2; and
@@ -41,10 +43,13 @@ def as_asked(modules: Iterable[str]) -> list[str]:
 
 
 def with_joined(modules: Iterable[str]) -> list[str]:
-    """Module names, then those of the modules that engines join them into, each once; all `as_asked`."""
+    """Module names, then those that engines have for them or for the modules they join them into, each once; all
+    `as_asked`."""
     names = dict.fromkeys(as_asked(modules))
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED
         names |= {f"{parent}.{name}": None for name in renamed.get(last, ())}
+        if _BESIDE.search(module):
+            names[_BESIDE.sub(r"\1.moe.\2", module)] = None
     return list(names)

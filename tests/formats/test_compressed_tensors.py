@@ -449,6 +449,7 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     ]  # fmt: skip
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"]) == ["mlp.experts.0.up_proj"]
+    assert with_joined(["layers.0.experts.3.up_proj"])[1:] == ["layers.0.moe.experts.3.up_proj"]
     assert with_joined(["mlp.experts.3.w1"]) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
 
 
