@@ -65,7 +65,7 @@ methods' own `apply` on the processed weights, activations rounded as its kernel
 where lowbit rounds, and rounds q, k and v (gate, up), FP8 with a scale each, again to the largest of them;
 `lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin multiplies BF16.
 Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
-    leaves_cache_scales=("Qwen2",),
+    leaves_cache_scales=("Qwen2", "Qwen3"),
     wrong={
         "Llama 4": (
             ("int8-weight-only", "fp8", "int8 + fp8 + W8A16 mixed", "int8 read as w8a8_int8"),
@@ -92,6 +92,9 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
         "qkv_proj.weight_scale_inv": (
             "SGLang's Llama class, which reads Phi-3 too, renames `weight_scale_inv` to `weight_scale`, which these "
             "methods do not have, and drops the scales; fp8-block as compressed-tensors loads"
+        ),
+        "KeyError: 'model.layers.1.mlp.down_proj.weight_packed'": (
+            "SGLang's Gemma 2 gives its layers no names, so that nothing but the main scheme reaches them"
         ),
         "load_weights left 1 parameters as they were: model.layers.0.self_attn.o_proj.weight_scale": (
             "SGLang names Mixtral's modules without `model.`, and so quantizes o_proj, which the config names as float"
