@@ -89,7 +89,7 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
             "SGLang lays the tensors of q_a_proj and kv_a_proj_with_mqa one below the other, which neither "
             "weight_shape nor a scale for each of them fits"
         ),
-        "qkv_proj.weight_scale_inv": (
+        "mlp.down_proj.weight_scale_inv": (
             "SGLang's Llama class, which reads Phi-3 too, renames `weight_scale_inv` to `weight_scale`, which these "
             "methods do not have, and drops the scales; fp8-block as compressed-tensors loads"
         ),
