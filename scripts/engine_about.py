@@ -22,7 +22,7 @@ class Engine:
     leaves_cache_scales: tuple[str, ...] = ()
     """Architectures for which it does not load the scales of keys and values."""
     leaves_out: tuple[str, ...] = ()
-    """Architectures that it is not tried with: it has no support for them."""
+    """Architectures that it is not tried with: it has no support for them, or what stands in for kernels has none."""
     keeps_scales_in_bf16: bool = False
     """Whether its parameters for the scales of INT8 codes, and of static activations, are BF16."""
     joins_scales: bool = False
@@ -65,6 +65,15 @@ methods' own `apply` on the processed weights, activations rounded as its kernel
 where lowbit rounds, and rounds q, k and v (gate, up), FP8 with a scale each, again to the largest of them;
 `lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin multiplies BF16.
 Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
+    leaves_out=(
+        "Granite MoE",
+        "Granite 4 hybrid",
+        "Aria",
+        "OLMoE",
+        "ERNIE 4.5 MoE",
+        "LFM2-MoE",
+        "MiniMax-M2",
+    ),
     leaves_cache_scales=("Qwen2", "Qwen3"),
     wrong={
         "Llama 4": (
