@@ -32,6 +32,8 @@ import engine_stubs as stubs
 import torch
 from torch import Tensor, nn
 
+# torchvision comes built for CUDA only; without its operators, which text needs none of, it imports.
+sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
 stubs.stub("torch_npu", "torchair", "acl", "xgrammar")
 import torch_npu  # noqa: E402
 
