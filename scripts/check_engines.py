@@ -76,24 +76,28 @@ def run_engine(engine: str, python: Path, jobs: list[tuple[Path, Path, Path]], p
 
 
 def checkpoint(case: Case, engine: str) -> Path:
-    """The checkpoint, its scales rounded where the engine rounds them."""
+    """The checkpoint for references: scales as the engine rounds them, and experts in one tensor as transformers reads
+    them."""
+    to = case.at / "reference"
     if ENGINES[engine].keeps_scales_in_bf16:
-        return as_bf16_keeps(case.out, case.at / "rounded")
-    return case.out
+        as_bf16_keeps(case.out, to)
+    elif case.kind == TURNED:
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.copytree(case.out, to)
+    else:
+        return case.out
+    if case.kind == TURNED:
+        turn_experts(to / "model.safetensors")
+    return to
 
 
 def float_model(case: Case, out: Path) -> nn.Module:
     """A checkpoint of the case, dequantized, in transformers, float32."""
-    if HOWS[case.how].scheme == "bf16" and case.kind != TURNED:
-        at = out
-    else:
+    at = out
+    if HOWS[case.how].scheme != "bf16":
         at = case.at / "float"
         shutil.rmtree(at, ignore_errors=True)
-        if HOWS[case.how].scheme == "bf16":
-            shutil.copytree(out, at)
-            turn_experts(at / "model.safetensors")
-        else:
-            dequantized(out, at, FUSED.get(case.kind))
+        dequantized(out, at, FUSED.get(case.kind))
     import transformers
 
     cls = transformers.LlamaForCausalLM if case.kind == "SmolLM2" else architecture(case.kind)[0]

@@ -30,7 +30,7 @@ class Engine:
     cuts_blocks: bool = False
     """Whether it cuts INT8 activations in groups toward zero where lowbit rounds."""
     wrong: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
-    """Architecture → conversions that the engine itself gets wrong, and how."""
+    """Architecture → conversions that differ for a reason that is not lowbit's, and the reason."""
     reasons: dict[str, str] = field(default_factory=dict)
     """A part of an error's text → the sentence that says it."""
 
@@ -126,6 +126,14 @@ BF16; for the comparison so did the references. Columns "as ascend" are `--forma
 `--quantization ascend`: static ones with dynamic experts; "mixed" has static attention, a dynamic rest and a layer each
 in W8A16 and in float. The others are compressed-tensors. Its list of models has no Llama 4 and no Gemma 4.""",
     leaves_out=("Llama 4", "Gemma 4 MoE"),
+    wrong={
+        "SmolLM2": (
+            ("int8-static as ascend",),
+            "Static activations by their largest value cost SmolLM2 1.7 here, and codes that float rounding tips over move "
+            "a whole prompt: lowbit's own five by up to 1.3 when its embeddings are moved by 1e-6 (five seeds), and "
+            "vLLM-Ascend's are up to 1.0 from them; for the small models the two agree to 1e-6",
+        )
+    },
     keeps_scales_in_bf16=True,
     reasons={
         "No compressed-tensors compatible quantization type": (

@@ -55,6 +55,7 @@ _CONTENTS: dict[str, tuple[Content, ...]] = {
 # Engines multiply these by hand, or keep them out of quantization by name.
 _IN_FLOAT = re.compile(r"(^|.*\.)(kv_b_proj|indexer\.(wq_b|wk|weights_proj))$")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+_FUSED_EXPERTS = re.compile(r"(.*\.experts)\.gate_up_proj$")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
@@ -145,6 +146,11 @@ class Ascend:
             # The engine knows the experts' names for some architectures; for the others it looks for this one.
             if expert := _EXPERT.match(module):
                 body.setdefault(expert[1] + ".weight", kind)
+        for name in layout.tensors:
+            # Where they stay in float in one tensor, it looks for the names of the first expert all the same.
+            if fused := _FUSED_EXPERTS.match(name):
+                for asked in (".weight", *(f".0.{p}_proj.weight" for p in ("gate", "up", "down"))):
+                    body.setdefault(fused[1] + asked, _FLOAT)
         ranked = max(types.values(), key=_RANKS.index)
         body |= {
             "version": "1.0.0",
@@ -219,9 +225,10 @@ def _type_of(scheme: Scheme) -> str:
 
 
 def undescribed(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> list[str]:
-    """Names that a description has, but no shard, except those of a tied head and of all experts together."""
-    without = ("lm_head.weight", ".experts.weight")
+    """Names that a description has, but no shard, except those that engines look for where there is no such tensor."""
+    fused = tuple(f"{match[1]}.0." for n in tensors if (match := _FUSED_EXPERTS.match(n)))
     return sorted(
         n for n, kind in config.items()
-        if isinstance(kind, str) and "." in n and n not in tensors and not n.endswith(without)
+        if isinstance(kind, str) and "." in n and n not in tensors
+        and not n.endswith(("lm_head.weight", ".experts.weight")) and not n.startswith(fused)
     )  # fmt: skip

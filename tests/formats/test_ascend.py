@@ -282,6 +282,21 @@ def test_experts_have_a_common_name(tmp_path):
     assert not any(n.endswith(".experts.weight") for n in description)
 
 
+def test_experts_in_float_in_one_tensor_have_the_names_of_the_first(tmp_path):
+    """vLLM-Ascend asks for those, and ended with a KeyError."""
+    fused, _, config = fused_mixture("qwen3-vl")
+    src = write(tmp_path / "src", fused, config)
+    lowbit.convert(src, tmp_path / "out", "int8", format="ascend", ignore=["*.layers.1.mlp.experts*"])
+    description, written = describe(tmp_path / "out"), load(tmp_path / "out")
+    (parent,) = {n.rpartition(".")[0] for n in written if n.endswith("layers.1.mlp.experts.gate_up_proj")}
+    for name in (".weight", ".0.gate_proj.weight", ".0.up_proj.weight", ".0.down_proj.weight"):
+        assert description[parent + name] == "FLOAT" and parent + name not in written
+    assert lowbit.verify(tmp_path / "out", src).ok
+    description[f"{parent.replace('layers.1', 'layers.9')}.0.up_proj.weight"] = "FLOAT"
+    (tmp_path / "out" / DESCRIPTION).write_text(json.dumps(description))
+    assert not lowbit.verify(tmp_path / "out", src).ok, "no tensor of that layer"
+
+
 def test_a_tied_head_is_described(tmp_path):
     src = write(tmp_path / "src", *llama(tied=True))
     lowbit.convert(src, tmp_path / "out", "int8", format="ascend")
