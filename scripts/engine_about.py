@@ -130,8 +130,8 @@ in W8A16 and in float. The others are compressed-tensors. Its list of models has
         "SmolLM2": (
             ("int8-static as ascend",),
             "Static activations by their largest value cost SmolLM2 1.7 here, and codes that float rounding tips over "
-            "move a whole prompt: lowbit's own five by up to 1.3 when its embeddings are moved by 1e-6 (five seeds), and "
-            "vLLM-Ascend's are up to 1.0 from them; for the small models the two agree to 1e-6",
+            "move a whole prompt: lowbit's own five by up to 1.3 when its embeddings are moved by 1e-6 (five seeds), "
+            "and vLLM-Ascend's are up to 1.0 from them; for the small models the two agree to 1e-6",
         )
     },
     keeps_scales_in_bf16=True,
