@@ -103,6 +103,8 @@ FUSED = (
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+# One matrix on disk of which engines divide the parts, that of time steps as narrow as there are heads.
+_JOINED_ON_DISK = re.compile(r"^(.*\.)?(mamba|mixer)\.in_proj$")
 
 SMALLEST_SIDE = 16
 
@@ -306,7 +308,8 @@ def _make_fit(
     Ragged blocks of fused weights that the source has so already are carried: what its makers
     ship, engines load.
     """
-    joined: Joined = "experts" if _EXPERT.match(members[0]) else "fused" if len(members) > 1 else ""
+    fused = len(members) > 1 or _JOINED_ON_DISK.match(members[0]) is not None
+    joined: Joined = "experts" if _EXPERT.match(members[0]) else "fused" if fused else ""
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}

@@ -16,6 +16,7 @@ from lowbit.checkpoint.rules import (
     unmatched,
 )
 from lowbit.errors import InputError
+from lowbit.formats import get_format
 from lowbit.scheme import get_scheme
 
 INT8 = get_scheme("int8")
@@ -224,6 +225,22 @@ def test_a_scheme_that_does_not_fit_is_replaced_for_the_whole_group():
 def test_where_nothing_fits_it_is_kept_and_says_why():
     found = decide({"a.o_proj": BIG}, get_scheme("int8-block"), fits=lambda *a: "cannot be held")
     assert found["a.o_proj"].scheme is None and found["a.o_proj"].reason == "cannot be held"
+
+
+def test_a_mamba_in_proj_has_parts_that_engines_divide():
+    """vLLM refuses blocks of Granite 4's, whose last part has as many rows as there are heads."""
+    fits = get_format("compressed-tensors").refuse
+    block, channel = get_scheme("fp8-block"), get_scheme("fp8")
+    for parent in ("model.layers.0.mamba", "backbone.layers.0.mixer"):
+        found = decide({f"{parent}.in_proj": (2 * 512 + 256 + 48, 256)}, block, fits=fits)
+        assert found[f"{parent}.in_proj"].scheme == channel and "joined" in found[f"{parent}.in_proj"].reason
+        assert (
+            decide({f"{parent}.in_proj": (1280, 256)}, block, fits=fits)[f"{parent}.in_proj"].scheme is block
+        )
+    assert (
+        decide({"layers.0.conv.in_proj": (1328, 256)}, block, fits=fits)["layers.0.conv.in_proj"].scheme
+        is block
+    )
 
 
 def test_ragged_blocks_that_the_source_has_already_stay():
