@@ -50,6 +50,9 @@ some layers, where the CPU has none for the others (mostly experts). Greedy toke
         "No compressed-tensors compatible scheme": (
             "vLLM has no scheme for INT8 blocks, in compressed-tensors or any other format"
         ),
+        "attn.k_scale' in Lfm2": (
+            "vLLM's LFM2 gives its attention no quantization config, and so no place for scales of keys and values"
+        ),
         "shape '[2, 0, 2, 2]' is invalid": (
             "vLLM's Llama 4 reorders the rows of q_proj and k_proj for its rotary embedding, and their scales as if "
             "each row had one: those of blocks do not fit; as HF fp8 it loads"
