@@ -81,9 +81,6 @@ def _cell(kind: str, how: str, row: dict[str, Any] | None, about: Engine, reason
         return f"loaded ({_number(text, reasons)})"
     if not row["multiplied"]:
         return "float"
-    if "unloaded" in row:
-        text = f"lowbit itself does not run it: {_short(row['unloaded'], known)}"
-        return f"loaded ({_number(text, reasons)})"
     cell = ", ".join(["kernel"] * bool(own) + ["loaded"] * (STAND_IN in row["multiplied"]))
     if not row["kv_cache"]:
         cell += f" ({_number(f'{about.name} does not load the scales of keys and values for this model', reasons)})"
