@@ -18,7 +18,7 @@ from torch import Tensor
 from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.reading import read_bytes
-from lowbit.dtypes import E2M1, E2M1_VALUES
+from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 from lowbit.formats import read
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
@@ -83,11 +83,9 @@ class Source:
             return self._packed(module).to(dtype)
         weight = self.raw(f"{module}.weight")
         if module in self._stored and self._stored[module].spec.dtype is E2M1:
-            raw = weight.view(torch.uint8).to(torch.int64)
-            values = torch.tensor(E2M1_VALUES)[torch.stack([raw & 15, raw >> 4], -1).flatten(1)]
-            return self._decode(values, scale_as_float(self.raw(self._stored[module].scale)), module).to(
-                dtype
-            )
+            values = torch.tensor(E2M1_VALUES)[_halves(weight.view(torch.uint8)).to(torch.int64)]
+            scale = scale_as_float(self.raw(self._stored[module].scale))
+            return self._decode(values, scale, module).to(dtype)
         if weight.dtype not in _CODE_DTYPES:
             return weight.to(dtype)
         name = next((module + s for s in _SCALES if self.has(module + s)), None)
@@ -152,10 +150,13 @@ class Source:
         """compressed-tensors' pack-quantized int8 and int4: q + 128 or q + 8, little end first, in int32."""
         packed = self.raw(f"{module}.weight_packed").contiguous()
         rows, cols = (int(n) for n in self.raw(f"{module}.weight_shape"))
-        raw = packed.view(torch.uint8).reshape(rows, -1)
-        if packed.shape[1] == -(-cols // 8):
-            raw, middle = torch.stack([raw & 15, raw >> 4], -1).reshape(rows, -1), 8.0
-        else:
-            middle = 128.0
+        raw, middle = packed.view(torch.uint8).reshape(rows, -1), 128.0
+        if self._stored[module].spec.dtype is INT4:
+            raw, middle = _halves(raw), 8.0
         codes = raw[:, :cols].to(torch.float32) - middle
         return self._decode(codes, self.raw(f"{module}.weight_scale").to(torch.float32), module)
+
+
+def _halves(raw: Tensor) -> Tensor:
+    """Bytes [N, n] → codes of 4 bits, uint8 [N, 2n]: the first of two is in the lower half."""
+    return torch.stack([raw & 15, raw >> 4], -1).flatten(1)
