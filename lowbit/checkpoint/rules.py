@@ -11,12 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowbit.checkpoint.fused_experts import why_fused
 from lowbit.errors import InputError
 from lowbit.formats.format import Joined
+from lowbit.formats.joined import EXPERT
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 
@@ -102,7 +104,6 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
-_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 # One matrix on disk of which engines divide the parts, that of time steps as narrow as there are heads.
 _JOINED_ON_DISK = re.compile(r"^(.*\.)?(mamba|mixer)\.in_proj$")
 
@@ -181,12 +182,12 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
         return "conv1d", "Conv1D stores [in, out]; formats hold [out, in] only"
     if min(shape) < SMALLEST_SIDE:
         return "linear", f"smaller than {SMALLEST_SIDE}: nothing to gain"
-    return ("expert" if _EXPERT.match(module) else "linear"), ""
+    return ("expert" if EXPERT.match(module) else "linear"), ""
 
 
 def fused_key(module: str) -> tuple[str, ...] | None:
     """The same for all modules that an engine fuses with this one; None when it stands alone."""
-    if expert := _EXPERT.match(module):
+    if expert := EXPERT.match(module):
         return (expert.group(1),)
     parent, _, name = module.rpartition(".")
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
@@ -233,7 +234,12 @@ def decide(
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
     usual = [m for m, (_, reason) in roles.items() if not reason]
-    broad = {p for p in selection.overrides if any(means(p, m, fused) for m in usual)}
+
+    @cache
+    def broad(pattern: str) -> bool:
+        """Asked only of patterns that mean a module that is usually kept: there may be an override per module."""
+        return any(means(pattern, m, fused) for m in usual)
+
     decisions = {
         module: _decide_one(
             module, shape, scheme, selection, roles[module], broad, left_in_float, wanted_in_float, fused
@@ -255,7 +261,7 @@ def _decide_one(
     scheme: Scheme,
     selection: Selection,
     role_and_reason: tuple[str, str],
-    broad: Collection[str],
+    broad: Callable[[str], bool],
     left_in_float: Mapping[str, str],
     wanted_in_float: Mapping[str, str],
     fused: Mapping[str, str],
@@ -268,13 +274,14 @@ def _decide_one(
         if means(pattern, module, fused):
             return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
     for pattern, name in selection.overrides.items():
-        if pattern != module and (module in wanted_in_float or (reason and pattern in broad)):
+        if len(shape) != 2 or not means(pattern, module, fused):
             continue
-        if means(pattern, module, fused) and len(shape) == 2:
-            chosen = get_scheme(name) if name != "float" else None
-            if chosen is None or chosen.weights is None:
-                return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
-            return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
+        if pattern != module and (module in wanted_in_float or (reason and broad(pattern))):
+            continue
+        chosen = get_scheme(name) if name != "float" else None
+        if chosen is None or chosen.weights is None:
+            return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
+        return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
     if reason:
         return Decision(scheme=None, role=role, reason=reason)
     for stays in (wanted_in_float, left_in_float):
@@ -309,7 +316,7 @@ def _make_fit(
     ship, engines load.
     """
     fused = len(members) > 1 or _JOINED_ON_DISK.match(members[0]) is not None
-    joined: Joined = "experts" if _EXPERT.match(members[0]) else "fused" if fused else ""
+    joined: Joined = "experts" if EXPERT.match(members[0]) else "fused" if fused else ""
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}

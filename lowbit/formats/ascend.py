@@ -18,6 +18,7 @@ from typing import Any
 
 from lowbit.errors import InputError
 from lowbit.formats.format import Content, Info, Joined, Layout, Stored, StoredModule, check_scale
+from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerChannel, PerGroup, scale_shape
 from lowbit.scheme import Scheme, get_scheme
 
@@ -54,7 +55,6 @@ _CONTENTS: dict[str, tuple[Content, ...]] = {
 }
 # Engines multiply these by hand, or keep them out of quantization by name.
 _IN_FLOAT = re.compile(r"(^|.*\.)(kv_b_proj|indexer\.(wq_b|wk|weights_proj))$")
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 _FUSED_EXPERTS = re.compile(r"(.*\.experts)\.gate_up_proj$")
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
@@ -144,7 +144,7 @@ class Ascend:
                 body.setdefault(module + ".weight", _FLOAT)
         for module, kind in types.items():
             # The engine knows the experts' names for some architectures; for the others it looks for this one.
-            if expert := _EXPERT.match(module):
+            if expert := EXPERT.match(module):
                 body.setdefault(expert[1] + ".weight", kind)
         for name in layout.tensors:
             # Where they stay in float in one tensor, it looks for the names of the first expert all the same.

@@ -84,9 +84,11 @@ class CompressedTensors(ConfigOnly):
         body: dict[str, Any] = {}
         for i, scheme in enumerate(ranked):
             # The largest group is the default; the others name their modules, and names win over classes.
-            outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
-            named = (with_joined(groups[scheme]), with_joined(outside))
-            targets = ["Linear"] if i == 0 else name_patterns(*named)
+            if i == 0:
+                targets = ["Linear"]
+            else:
+                outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
+                targets = name_patterns(with_joined(groups[scheme]), with_joined(outside))
             body[f"group_{i}"] = {
                 "targets": targets,
                 "format": format_of(scheme),

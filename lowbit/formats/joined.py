@@ -19,8 +19,9 @@ _JOINED = {
     "in_proj_qkv": ("in_proj_qkvz",), "in_proj_z": ("in_proj_qkvz",),
     "in_proj_b": ("in_proj_ba",), "in_proj_a": ("in_proj_ba",),
 }  # fmt: skip
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
+"""The start of a name of one expert's; the group is the module of all."""
 # Engines ask for experts by the names of their members, and SGLang always by these.
-_EXPERT = re.compile(r".*\.experts\.\d+\.")
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 # Gemma 4 has experts beside its MLP; engines put them below a module of their own.
 _BESIDE = re.compile(r"(layers\.\d+)\.(experts\.\d+\.)")
@@ -48,7 +49,7 @@ def with_joined(modules: Iterable[str]) -> list[str]:
     names = dict.fromkeys(as_asked(modules))
     for module in list(names):
         parent, _, last = module.rpartition(".")
-        renamed = _OF_EXPERTS if _EXPERT.match(module) else _JOINED
+        renamed = _OF_EXPERTS if EXPERT.match(module) else _JOINED
         names |= {f"{parent}.{name}": None for name in renamed.get(last, ())}
         if _BESIDE.search(module):
             names[_BESIDE.sub(r"\1.moe.\2", module)] = None
