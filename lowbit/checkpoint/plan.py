@@ -16,7 +16,7 @@ from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
-from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, unmatched
+from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
@@ -106,7 +106,7 @@ def make_plan(
     names = {*decisions, *fused.values()}
     warnings = list(source.notes) + [
         f"pattern {p!r} matches no module; check it against `lowbit inspect`"
-        for p in unmatched(selection, names)
+        for p in selection.unmatched(names)
     ]
     if replacements:
         warnings += replacements.notes

@@ -6,16 +6,16 @@ first rule that applies decides, and its words are what `lowbit plan` prints.
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lowbit.checkpoint.fused_experts import why_fused
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.errors import InputError
 from lowbit.formats.format import Joined
 from lowbit.formats.joined import EXPERT
@@ -112,7 +112,7 @@ SMALLEST_SIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """What the user asked for. A pattern is a module's name (or that of a parent), a glob, or `re:` + a regex."""
+    """What the user asked for, in patterns (see `Patterns`)."""
 
     ignore: tuple[str, ...] = ()
     """Not quantized: these modules are in float in the output."""
@@ -120,6 +120,10 @@ class Selection:
     """Carried byte for byte as the source has them, quantized or not."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Pattern → scheme name, or `float`: for mixed precision. The first that matches decides."""
+
+    def unmatched(self, modules: Iterable[str]) -> list[str]:
+        """The patterns that match no module: most likely typing errors."""
+        return Patterns((*self.ignore, *self.keep, *self.overrides)).unmatched(modules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,40 +137,6 @@ class Decision:
     reason: str = ""
     """Why it is kept, or why it has another scheme than the one asked for."""
     as_found: bool = False
-
-
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether a user's pattern means this module. `re:` uses `re.match`, as compressed-tensors does."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    pattern = pattern.removesuffix(".weight")
-    if any(c in pattern for c in "*?["):
-        return fnmatch.fnmatchcase(module, pattern)
-    return module == pattern or module.startswith(pattern + ".")
-
-
-def check_patterns(selection: Selection) -> None:
-    """InputError for a pattern that is not a regular expression."""
-    for pattern in (*selection.ignore, *selection.keep, *selection.overrides):
-        try:
-            re.compile(pattern[3:] if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise InputError(
-                f"pattern {pattern!r}: expected a regular expression after 're:' ({error}); "
-                "use a module name, a glob such as '*.down_proj', or correct it"
-            ) from error
-
-
-def means(pattern: str, module: str, fused: Mapping[str, str]) -> bool:
-    """Whether a user's pattern means this module, by its name or by that of the fused tensor it is a part of."""
-    return pattern_matches(pattern, module) or (module in fused and pattern_matches(pattern, fused[module]))
-
-
-def unmatched(selection: Selection, modules: Iterable[str]) -> list[str]:
-    """The user's patterns that match no module: most likely typing errors."""
-    names = list(modules)
-    patterns = (*selection.ignore, *selection.keep, *selection.overrides)
-    return [p for p in patterns if not any(pattern_matches(p, n) for n in names)]
 
 
 def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
@@ -227,25 +197,19 @@ def decide(
     end with one scheme. Where `fits` refuses the scheme for a shape, the nearest scheme with a scale
     per channel is used, else it is kept.
     """
-    check_patterns(selection)
     roles = {module: role_of(module, shape, config or {}) for module, shape in weights.items()}
     for module, (role, _) in roles.items():
         if role == "grouped" and already.get(module) == scheme.weights:
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
-    usual = [m for m, (_, reason) in roles.items() if not reason]
-
-    @cache
-    def broad(pattern: str) -> bool:
-        """Asked only of patterns that mean a module that is usually kept: there may be an override per module."""
-        return any(means(pattern, m, fused) for m in usual)
-
-    decisions = {
-        module: _decide_one(
-            module, shape, scheme, selection, roles[module], broad, left_in_float, wanted_in_float, fused
-        )
-        for module, shape in weights.items()
-    }
+    asked = _Asked(selection, fused, [m for m, (_, reason) in roles.items() if not reason])
+    decisions: dict[str, Decision] = {}
+    for module, shape in weights.items():
+        role, reason = roles[module]
+        decision = asked.decide(module, shape, role, kept=reason, exactly=module in wanted_in_float)
+        stays = reason or wanted_in_float.get(module) or left_in_float.get(module) or ""
+        by_rule = Decision(scheme=None if stays else scheme, role=role, reason=stays)
+        decisions[module] = decision or by_rule
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module in decisions:
         groups[fused_key(module) or (module,)].append(module)
@@ -255,39 +219,42 @@ def decide(
     return decisions
 
 
-def _decide_one(
-    module: str,
-    shape: tuple[int, ...],
-    scheme: Scheme,
-    selection: Selection,
-    role_and_reason: tuple[str, str],
-    broad: Callable[[str], bool],
-    left_in_float: Mapping[str, str],
-    wanted_in_float: Mapping[str, str],
-    fused: Mapping[str, str],
-) -> Decision:
-    role, reason = role_and_reason
-    for pattern in selection.keep:
-        if means(pattern, module, fused):
-            return Decision(scheme=None, role=role, reason=f"--keep {pattern}", as_found=True)
-    for pattern in selection.ignore:
-        if means(pattern, module, fused):
-            return Decision(scheme=None, role=role, reason=f"--ignore {pattern}")
-    for pattern, name in selection.overrides.items():
-        if len(shape) != 2 or not means(pattern, module, fused):
-            continue
-        if pattern != module and (module in wanted_in_float or (reason and broad(pattern))):
-            continue
-        chosen = get_scheme(name) if name != "float" else None
-        if chosen is None or chosen.weights is None:
-            return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
-        return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
-    if reason:
-        return Decision(scheme=None, role=role, reason=reason)
-    for stays in (wanted_in_float, left_in_float):
-        if module in stays:
-            return Decision(scheme=None, role=role, reason=stays[module])
-    return Decision(scheme=scheme, role=role)
+class _Asked:
+    """What the user asks of a module."""
+
+    def __init__(self, selection: Selection, fused: Mapping[str, str], usual: Sequence[str]) -> None:
+        """`fused` as `decide` has it; `usual`: the modules that no rule keeps."""
+        self.keep, self.ignore = Patterns(selection.keep), Patterns(selection.ignore)
+        self.overrides, self.names = Patterns(selection.overrides), selection.overrides
+        self.fused, self.usual = fused, usual
+
+    def _matching(self, patterns: Patterns, module: str) -> list[str]:
+        return patterns.matching(module, *([self.fused[module]] if module in self.fused else ()))
+
+    @cached_property
+    def broad(self) -> set[str]:
+        """Overrides that mean a module which is usually quantized."""
+        return {pattern for module in self.usual for pattern in self._matching(self.overrides, module)}
+
+    def decide(
+        self, module: str, shape: tuple[int, ...], role: str, *, kept: str, exactly: bool
+    ) -> Decision | None:
+        """None: nothing. `kept`: why a rule keeps it, or ""; `exactly`: only an override of its name means it."""
+        if found := self._matching(self.keep, module):
+            return Decision(scheme=None, role=role, reason=f"--keep {found[0]}", as_found=True)
+        if found := self._matching(self.ignore, module):
+            return Decision(scheme=None, role=role, reason=f"--ignore {found[0]}")
+        if len(shape) != 2:
+            return None
+        for pattern in self._matching(self.overrides, module):
+            if pattern != module and (exactly or (kept and pattern in self.broad)):
+                continue
+            name = self.names[pattern]
+            chosen = get_scheme(name) if name != "float" else None
+            if chosen is None or chosen.weights is None:
+                return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
+            return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
+        return None
 
 
 def simpler(scheme: Scheme) -> Scheme | None:

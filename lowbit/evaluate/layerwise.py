@@ -151,13 +151,7 @@ def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
 
 
 def _overrides(calibration: Calibration) -> dict[str, str]:
-    return {f"re:{_exactly(m)}": s or "float" for m, s in calibration.module_schemes.items()}
-
-
-def _exactly(name: str) -> str:
-    import re
-
-    return re.escape(name) + "$"
+    return {m: s or "float" for m, s in calibration.module_schemes.items()}
 
 
 def stored_modules(source: Source) -> dict[str, Scheme]:

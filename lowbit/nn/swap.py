@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.checkpoint.rules import Decision, Selection, check_patterns, decide, pattern_matches, unmatched
+from lowbit.checkpoint.patterns import Patterns
+from lowbit.checkpoint.rules import Decision, Selection, decide
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.experts import QuantExperts
@@ -113,7 +114,7 @@ def quantize_model(
     layout: dict[str, Scheme] = {}
     ignored: list[str] = []
     names = [*decisions, *(c.name for c in candidates), *(n for c in candidates for n in c.fused.values())]
-    warnings = [f"pattern {p!r} matches no module" for p in unmatched(selection, names)]
+    warnings = [f"pattern {p!r} matches no module" for p in selection.unmatched(names)]
     swapped: dict[int, nn.Module] = {}
     order = list(candidates)
     candidates.clear()
@@ -229,20 +230,21 @@ def _selection(
     """(the user's patterns, with the disk names of what they match in memory only; those names → pattern)."""
     given: dict[str, str] = {}
 
-    def more(pattern: str) -> list[str]:
-        found = [
-            d for c in candidates for d in c.disk
-            if c.name != d and pattern_matches(pattern, c.name) and not pattern_matches(pattern, d)
-        ]  # fmt: skip
-        given.update(dict.fromkeys(found, pattern))
-        return found
+    def with_disk_names(patterns: Iterable[str]) -> dict[str, str]:
+        """Each pattern, then the disk names that it means as well → that pattern."""
+        known = Patterns(patterns)
+        more: dict[str, list[str]] = {pattern: [] for pattern in known.all}
+        for c in candidates:
+            for disk in c.disk:
+                if c.name != disk:
+                    for pattern in set(known.matching(c.name)).difference(known.matching(disk)):
+                        more[pattern].append(disk)
+        given.update({disk: pattern for pattern, names in more.items() for disk in names})
+        return {name: pattern for pattern, names in more.items() for name in (pattern, *names)}
 
-    check_patterns(Selection(ignore=ignore, overrides=per_module))
-    overrides: dict[str, str] = {}
-    for pattern, name in per_module.items():
-        overrides[pattern] = name
-        overrides |= dict.fromkeys(more(pattern), name)
-    return Selection(ignore=(*ignore, *(d for p in ignore for d in more(p))), overrides=overrides), given
+    ignored = tuple(with_disk_names(ignore))
+    overrides = {name: per_module[pattern] for name, pattern in with_disk_names(per_module).items()}
+    return Selection(ignore=ignored, overrides=overrides), given
 
 
 def _decide(

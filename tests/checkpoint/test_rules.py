@@ -8,12 +8,9 @@ from hypothesis import strategies as st
 
 from lowbit.checkpoint.rules import (
     Selection,
-    check_patterns,
     decide,
     fused_key,
-    pattern_matches,
     role_of,
-    unmatched,
 )
 from lowbit.errors import InputError
 from lowbit.formats import get_format
@@ -109,48 +106,6 @@ def test_what_engines_want_in_float_is_not_meant_by_a_pattern():
     assert found["a.q_proj"].scheme is get_scheme("fp8")
     assert found["a.kv_b_proj"].scheme is None and found["a.kv_b_proj"].reason == "used in float"
     assert found["a.o_proj"].scheme is INT8, "named exactly"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "module", "expected"),
-    [
-        ("lm_head", "lm_head", True),
-        ("lm_head.weight", "lm_head", True),
-        ("model.layers.1", "model.layers.1.mlp.up_proj", True),
-        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
-        ("*.down_proj", "model.layers.1.mlp.down_proj", True),
-        ("*.down_proj", "model.layers.1.mlp.down_proj.lora", False),
-        ("*.down_proj.weight", "model.layers.1.mlp.down_proj", True),
-        ("model.layers.[01].*", "model.layers.1.mlp.up_proj", True),
-        ("model.layers.?.mlp.*", "model.layers.12.mlp.up_proj", False),
-        ("re:.*mlp", "model.layers.1.mlp.up_proj", True),
-        ("re:mlp", "model.layers.1.mlp.up_proj", False),
-        ("up_proj", "model.layers.1.mlp.up_proj", False),
-        ("MODEL.*", "model.x", False),
-    ],
-)
-def test_patterns(pattern, module, expected):
-    assert pattern_matches(pattern, module) is expected
-
-
-@given(st.text(max_size=12), st.text(max_size=12))
-def test_any_pattern_is_either_refused_or_answered(pattern, module):
-    for text in (pattern, "re:" + pattern, "*" + pattern):
-        try:
-            check_patterns(Selection(ignore=(text,)))
-        except InputError:
-            continue
-        assert pattern_matches(text, module) in (True, False)
-
-
-def test_a_broken_pattern_is_named():
-    with pytest.raises(InputError, match=r"pattern 're:\(': expected a regular expression after 're:'"):
-        decide({"a": BIG}, INT8, Selection(keep=("re:(",)))
-
-
-def test_unmatched_patterns():
-    selection = Selection(ignore=("a", "typo"), keep=("b*",), overrides={"re:c": "fp8", "d": "fp8"})
-    assert unmatched(selection, ["a.x", "bb", "c"]) == ["typo", "d"]
 
 
 def test_an_unknown_scheme_in_an_override_is_bad_input():
