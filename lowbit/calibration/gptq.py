@@ -12,12 +12,14 @@ stand; each step can only lower the error.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowbit.calibration.shared_scale import share_scales
 from lowbit.dtypes import decode, encode
 from lowbit.granularity import PerBlock, PerGroup, block_shape
 from lowbit.quantize import Quantized, choose_scale, quantize_with, scale_as_float
@@ -99,16 +101,21 @@ def round_group(
     options: RoundingOptions,
     *,
     targets: list[Tensor] | None = None,
+    names: Sequence[str] = (),
 ) -> list[Rounded]:
     """Round Linear layers that share their input.
 
     `weights` [N_i, K] float; `hessian` [K, K] of the input, or None for plain rounding.
     `targets` replace `weights` as what is to be rounded (see `compensate`), while errors are
-    still measured against `weights`. Per row the better of GPTQ and plain rounding is kept,
+    still measured against `weights`. Those that engines join, by their `names`, share a scale per
+    tensor (see `share_scales`). Per row the better of GPTQ and plain rounding is kept,
     measured by H, so the result is never worse than rounding on the layer's own data.
     """
     goals = targets or weights
     scales = [choose_scale(w, spec, options.scale)[0] for w in goals]
+    if names:
+        shared = share_scales(dict(zip(names, scales, strict=True)), spec)
+        scales = [shared[n] for n in names]
     if hessian is None:
         nearest = [quantize_with(w, s, spec) for w, s in zip(goals, scales, strict=True)]
         return [

@@ -132,9 +132,8 @@ def round_members(
         targets = None
         if hessian is not None and s is not None and s.cross is not None:
             targets = [compensate(w, hessian, s.cross, options.damping) for w in found]
-        for m, rounded in zip(
-            names, round_group(found, hessian, spec, options, targets=targets), strict=True
-        ):
+        codes = round_group(found, hessian, spec, options, targets=targets, names=names)
+        for m, rounded in zip(names, codes, strict=True):
             quantized[m] = rounded.quantized
             report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}
             if starved and s is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from safetensors import safe_open
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from lowbit.calibration.kv_cache import KVCache, KVHook, KVQuantizer, attentions
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.shared_scale import share_scales
 from lowbit.calibration.simulate import ActivationQuantizer
 from lowbit.calibration.store import Calibration
-from lowbit.quantize import Quantized, quantize
-from lowbit.scheme import Scheme
+from lowbit.quantize import Quantized, check_finite, choose_scale, quantize_with
+from lowbit.scheme import Scheme, TensorSpec
 
 
 class Overlay:
@@ -35,6 +37,8 @@ class Overlay:
             n.removeprefix(prefix + "."): s for n, s in self.schemes.items() if n.startswith(prefix + ".")
         }
         quantized: dict[str, Quantized] = {}
+        plain: dict[str, Tensor] = {}
+        weight_scales: dict[str, Tensor] = {}
         scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         for name, scheme in schemes.items():
             disk = self.model.disk_name(f"{prefix}.{name}")
@@ -44,15 +48,19 @@ class Overlay:
             weight = layer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             if codes is None:
-                quantized[name] = quantize(weight, scheme.weights, name=disk)
+                check_finite(weight, disk)
+                plain[name] = weight
+                weight_scales[name] = choose_scale(weight, scheme.weights)[0]
             else:
                 quantized[name] = Quantized(
                     codes=self._here(f"{disk}.weight"), scale=self._here(f"{disk}.weight_scale"),
                     zero_point=None, spec=scheme.weights,
                 )  # fmt: skip
+                weight_scales[name] = quantized[name].scale
             found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
             scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
             scales[name] = (scale, zero)
+        quantized |= _rounded(plain, weight_scales, schemes)
         report = self.calibration.layers.get(prefix, {})
         rotated = set(report.get("online_hadamard", []))
         online = frozenset(
@@ -75,6 +83,24 @@ class Overlay:
 
     def _here(self, name: str) -> Tensor:
         return _read(self.calibration, name).to(self.model.device)
+
+
+def _rounded(
+    weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], schemes: Mapping[str, Scheme]
+) -> dict[str, Quantized]:
+    """Plain rounding of `weights`, between `scales` that include those of the weights they are joined with."""
+    by_spec: dict[TensorSpec, dict[str, Tensor]] = defaultdict(dict)
+    for name, scale in scales.items():
+        spec = schemes[name].weights
+        assert spec is not None  # `load` has refused others
+        by_spec[spec][name] = scale
+    found = {}
+    for spec, own in by_spec.items():
+        for name, scale in share_scales(own, spec).items():
+            if name in weights:
+                codes = quantize_with(weights[name], scale, spec)
+                found[name] = Quantized(codes=codes, scale=scale, zero_point=None, spec=spec)
+    return found
 
 
 def tensor_of(calibration: Calibration, name: str) -> Tensor | None:

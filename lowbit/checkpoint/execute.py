@@ -245,7 +245,7 @@ class Worker:
         tile_rows, tile_cols = (1, max(cols, 1))
         if job.spec is not None and not one_scale:
             tile_rows, tile_cols = block_shape(job.shape, job.spec.granularity)
-        scales, given = self._scales_for(job, source_scale, kind)
+        scales, given = self._scales_for(job)
         power_of_2 = job.spec is not None and job.spec.scale != "float32"
 
         digest, sums = xxhash.xxh3_128(), RowSums(job)
@@ -294,7 +294,7 @@ class Worker:
         as_stored = deq_scale.view(np.int32).astype(np.int64) if deq.dtype == "I64" else deq_scale
         return self._write_whole(deq, as_stored) | self._write_whole(out, quant_bias)
 
-    def _scales_for(self, job: Job, source_scale: np.ndarray, kind: int) -> tuple[np.ndarray, bool]:
+    def _scales_for(self, job: Job) -> tuple[np.ndarray, bool]:
         """(float32 [row tiles, column tiles], whether they are decided already)."""
         if job.spec is None:
             return np.ones((1, 1), np.float32), True
@@ -308,12 +308,21 @@ class Worker:
                 )
             return given.reshape(shape).copy(), True
         if isinstance(job.spec.granularity, PerTensor):
-            return self._per_tensor_scale(job, source_scale, kind), True
+            return self._per_tensor_scale(job), True
         return np.ones(shape, np.float32), False
 
-    def _per_tensor_scale(self, job: Job, source_scale: np.ndarray, kind: int) -> np.ndarray:
-        """A first pass over the weight for its largest magnitude."""
+    def _per_tensor_scale(self, job: Job) -> np.ndarray:
+        """A first pass over the weight, and those that share its scale, for the largest magnitude."""
         assert job.source is not None and job.spec is not None
+        weights = ((job.source, job.shape), *job.joined)
+        peak = max(self._absmax(replace(job, source=source, shape=shape)) for source, shape in weights)
+        scale = np.float32(peak / np.float32(job.spec.dtype.max))
+        return np.full((1, 1), scale if scale >= np.float32(2.0**-126) else 1.0, np.float32)
+
+    def _absmax(self, job: Job) -> np.float32:
+        assert job.source is not None
+        kind, source_scale = source_kind(job.source), read_scale(job.source)
+        check_shape(job.source, job.shape)
         rows, cols = job.shape
         row_bytes = loops.source_bytes(kind, cols)
         step = self._rows_per_block(row_bytes, 1)
@@ -324,13 +333,11 @@ class Worker:
             largest, bad = loops.absmax_rows(
                 part, kind, count, cols, source_scale, *job.source.block, row, self._floats("values", cols)
             )
-            if bad >= 0:
-                raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
-            if not np.isfinite(largest):  # scales of the source can push a value out of float32
+            # Scales of the source can push a value out of float32.
+            if bad >= 0 or not np.isfinite(largest):
                 raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
             peak = max(peak, np.float32(largest))
-        scale = np.float32(peak / np.float32(job.spec.dtype.max))
-        return np.full((1, 1), scale if scale >= np.float32(2.0**-126) else 1.0, np.float32)
+        return peak
 
     def _rows_per_block(self, row_bytes: int, tile_rows: int) -> int:
         rows = max(1, BLOCK_BYTES // max(row_bytes, 1))

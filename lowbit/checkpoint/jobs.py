@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lowbit.dtypes import E2M1, E4M3FN, DType
 from lowbit.errors import InputError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
-from lowbit.granularity import block_shape, scale_shape
+from lowbit.granularity import PerTensor, block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
 _INPUT_SCALE: Content = "input_scale"
@@ -99,6 +99,8 @@ class Job:
     spec: TensorSpec | None = None
     given_scale: TensorRef | None = None
     """Weight scales that a calibration chose, or that codes come with."""
+    joined: tuple[tuple[Source, tuple[int, int]], ...] = ()
+    """Weights [N, K] that share one scale per tensor with this one, and their shapes."""
     static: StaticInput | None = None
     """For `deq_scale` and `quant_bias` among the outputs."""
     data: bytes = b""
@@ -107,7 +109,8 @@ class Job:
     def refs(self) -> tuple[TensorRef, ...]:
         """All that it reads."""
         found = self.source.refs if self.source else ()
-        return found + (self.static.refs if self.static else ())
+        joined = tuple(r for source, _ in self.joined for r in source.refs)
+        return found + joined + (self.static.refs if self.static else ())
 
     @property
     def source_bytes(self) -> int:
@@ -165,7 +168,8 @@ class Planner:
     ) -> None:
         self.source, self.stored, self.scheme, self.target = source, stored, scheme, target
         self.main_dtype = main_dtype
-        self.replaced: dict[str, TensorRef] = dict(replacements.tensors) if replacements else {}
+        self.calibrated = replacements.tensors if replacements else {}
+        self.replaced: dict[str, TensorRef] = dict(self.calibrated)
         self.schemes: dict[str, Scheme] = {}
         self._jobs: list[tuple[str, list[Job]]] = []
         """(name of the source tensor whose place they take, jobs)"""
@@ -180,7 +184,8 @@ class Planner:
         ref = self.source.tensors.get(module + ".weight") or self.source.tensors[module]
         return ref.shape
 
-    def add_module(self, module: str, decision: Decision) -> None:
+    def add_module(self, module: str, decision: Decision, joined: Sequence[str] = ()) -> None:
+        """`joined`: the other modules of the matrix that engines join this one's weight to."""
         stored = self.stored.get(module)
         if stored is not None:
             self._taken.update(stored.names.values())
@@ -189,12 +194,17 @@ class Planner:
             self._taken.update(f"{module}.{n}" for n in names)
             anchor = stored.weight
         else:
-            anchor = module + ".weight" if module + ".weight" in self.source.tensors else module
+            anchor = self._anchor(module)
             self._taken |= {anchor, anchor + SCALE} if len(self.shape_of(module)) == 3 else {anchor}
-        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor)))
+        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor, joined)))
 
     def _jobs_for(
-        self, module: str, decision: Decision, stored: StoredModule | None, anchor: str
+        self,
+        module: str,
+        decision: Decision,
+        stored: StoredModule | None,
+        anchor: str,
+        joined: Sequence[str],
     ) -> list[Job]:
         scheme = decision.scheme
         if decision.as_found and stored is not None:
@@ -206,7 +216,7 @@ class Planner:
                 )
             scheme = stored.scheme
         if scheme is not None and scheme.weights is not None:
-            return self._quantized(module, scheme, stored, anchor)
+            return self._quantized(module, scheme, stored, anchor, joined)
         replacement = self.replaced.pop(anchor, None)
         if replacement is not None and replacement.dtype not in FLOATS:
             return [self._calibrated_float(module, replacement)]
@@ -216,7 +226,9 @@ class Planner:
             return [self._copy(self.source.tensors[anchor])]
         return [self._float(module, stored, anchor)]
 
-    def _quantized(self, module: str, scheme: Scheme, stored: StoredModule | None, anchor: str) -> list[Job]:
+    def _quantized(
+        self, module: str, scheme: Scheme, stored: StoredModule | None, anchor: str, joined: Sequence[str]
+    ) -> list[Job]:
         assert self.target is not None and scheme.weights is not None
         self.schemes[module] = scheme
         shape = self.shape_of(module)
@@ -255,6 +267,12 @@ class Planner:
         if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
             # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
             spec = replace(spec, scale="float32-power-of-2")
+        others: tuple[tuple[Source, tuple[int, int]], ...] = ()
+        if scale is None and isinstance(spec.granularity, PerTensor):
+            # A calibration gives the members that it has one scale; what it left as it was gets that too.
+            known = (self.calibrated.get(f"{m}.weight_scale") for m in joined)
+            scale = next((ref for ref in known if ref is not None), None)
+            others = () if scale else tuple(self._weight(m) for m in joined)
         return [
             Job(
                 kind="quantize",
@@ -263,10 +281,22 @@ class Planner:
                 outputs=outputs,
                 spec=spec,
                 given_scale=scale,
+                joined=others,
                 static=static,
             ),
             *jobs,
         ]
+
+    def _anchor(self, module: str) -> str:
+        return module + ".weight" if module + ".weight" in self.source.tensors else module
+
+    def _weight(self, module: str) -> tuple[Source, tuple[int, int]]:
+        """A module's weight before it is quantized, and its shape."""
+        rows, cols = self.shape_of(module)
+        changed = self.calibrated.get(f"{module}.weight")
+        if changed is not None:
+            return Source(ref=changed), (rows, cols)
+        return self._source(self.stored.get(module), self._anchor(module)), (rows, cols)
 
     def _as_stored(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
-from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source
+from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
@@ -112,8 +113,13 @@ def make_plan(
         warnings += replacements.notes
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
     planner = Planner(source, stored, scheme, target, main_dtype, replacements)
+    joined: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module, decision in decisions.items():
-        planner.add_module(module, decision)
+        if decision.scheme is not None and (key := matmul_key(module)):
+            joined[key].append(module)
+    for module, decision in decisions.items():
+        members = joined.get(matmul_key(module) or (), ())
+        planner.add_module(module, decision, [m for m in members if m != module])
     planner.add_rest()
     if scheme.weights is not None and not planner.schemes:
         raise InputError(

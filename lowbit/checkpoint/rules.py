@@ -157,8 +157,15 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
 
 def fused_key(module: str) -> tuple[str, ...] | None:
     """The same for all modules that an engine fuses with this one; None when it stands alone."""
-    if expert := EXPERT.match(module):
-        return (expert.group(1),)
+    expert = EXPERT.match(module)
+    return (expert.group(1),) if expert else matmul_key(module)
+
+
+def matmul_key(module: str) -> tuple[str, ...] | None:
+    """The same for all modules that an engine multiplies by as one matrix: of an expert, its own gate and up.
+
+    One scale per tensor is one for all of them: engines that find several round the codes again, to the largest.
+    """
     parent, _, name = module.rpartition(".")
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
 

@@ -1,0 +1,23 @@
+"""One scale per tensor for all weights that engines join: they would round the codes again, to the largest scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.rules import matmul_key
+from lowbit.granularity import PerTensor
+from lowbit.scheme import TensorSpec
+
+
+def share_scales(scales: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+    """Module → its scale; of scales per tensor the largest of those of the matrix that engines join it to."""
+    if not isinstance(spec.granularity, PerTensor):
+        return dict(scales)
+    largest: dict[tuple[str, ...], Tensor] = {}
+    for module, scale in scales.items():
+        key = matmul_key(module) or (module,)
+        largest[key] = torch.maximum(largest.get(key, scale), scale)
+    return {module: largest[matmul_key(module) or (module,)] for module in scales}
