@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
-from lowbit.checkpoint.jobs import Replacements
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan, make_plan
+from lowbit.checkpoint.planner import Replacements
 from lowbit.checkpoint.rules import Selection
 from lowbit.scheme import Scheme
 

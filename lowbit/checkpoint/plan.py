@@ -15,8 +15,9 @@ from typing import Any
 
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
-from lowbit.checkpoint.jobs import FLOAT_NAMES, Job, Planner, Replacements, module_of, shard_of
+from lowbit.checkpoint.jobs import Job, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
+from lowbit.checkpoint.planner import FLOAT_NAMES, Planner, Replacements, module_of
 from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError

@@ -1,0 +1,402 @@
+"""How a plan's jobs are found: module by module, from headers, decisions and a format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
+from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
+from lowbit.checkpoint.jobs import Job, Source, StaticInput
+from lowbit.checkpoint.layout import OutTensor, out_like
+from lowbit.checkpoint.rules import Decision
+from lowbit.dtypes import E2M1, E4M3FN
+from lowbit.errors import InputError
+from lowbit.formats import Format, StoredModule, quantization_of
+from lowbit.formats.format import Content
+from lowbit.granularity import PerTensor, block_shape, scale_shape
+from lowbit.scheme import Scheme, TensorSpec
+
+_INPUT_SCALE: Content = "input_scale"
+_INPUT_ZERO_POINT: Content = "input_zero_point"
+
+FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""config.json's names → safetensors' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacements:
+    """What a calibration puts in place of tensors computed from the source."""
+
+    tensors: Mapping[str, TensorRef]
+    """By name. A module's codes come with its `weight_scale`; float tensors stand alone."""
+    module_schemes: Mapping[str, str | None] = field(default_factory=dict)
+    """Modules with a scheme of their own; None: kept in float."""
+    config_overrides: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache: TensorSpec | None = None
+    notes: tuple[str, ...] = ()
+    """Warnings for whoever converts with it."""
+    label: str = ""
+    """Where it comes from, for the manifest."""
+
+
+def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
+    """The module whose weight this tensor is; None for biases, scales and parameters of other names."""
+    for suffix in (".weight_packed", ".weight"):
+        if ref.name.endswith(suffix):
+            module = ref.name.removesuffix(suffix)
+            if suffix == ".weight_packed" and module not in stored:
+                return None
+            return module
+    # Fused experts are parameters without the `.weight`.
+    return ref.name if is_fused(ref) else None
+
+
+class Planner:
+    """Collects jobs while walking over the modules."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        stored: Mapping[str, StoredModule],
+        scheme: Scheme,
+        target: Format | None,
+        main_dtype: str,
+        replacements: Replacements | None,
+    ) -> None:
+        self.source, self.stored, self.scheme, self.target = source, stored, scheme, target
+        self.main_dtype = main_dtype
+        self.calibrated = replacements.tensors if replacements else {}
+        self.replaced: dict[str, TensorRef] = dict(self.calibrated)
+        self.schemes: dict[str, Scheme] = {}
+        self._jobs: list[tuple[str, list[Job]]] = []
+        """(name of the source tensor whose place they take, jobs)"""
+        self._taken: set[str] = set()
+        self._uncalibrated: list[str] = []
+        self.dequantized: list[str] = []
+        """Modules in float whose weights are a calibration's codes."""
+
+    def shape_of(self, module: str) -> tuple[int, ...]:
+        if module in self.stored:
+            return tuple(self.stored[module].shape)
+        ref = self.source.tensors.get(module + ".weight") or self.source.tensors[module]
+        return ref.shape
+
+    def add_module(self, module: str, decision: Decision, joined: Sequence[str] = ()) -> None:
+        """`joined`: the other modules of the matrix that engines join this one's weight to."""
+        stored = self.stored.get(module)
+        if stored is not None:
+            self._taken.update(stored.names.values())
+            # Scales for activations and zero points of the source belong to its codes.
+            names = ("input_scale", "input_zero_point", "weight_shape", "weight_zero_point")
+            self._taken.update(f"{module}.{n}" for n in names)
+            anchor = stored.weight
+        else:
+            anchor = self._anchor(module)
+            self._taken |= {anchor, anchor + SCALE} if len(self.shape_of(module)) == 3 else {anchor}
+        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor, joined)))
+
+    def _jobs_for(
+        self,
+        module: str,
+        decision: Decision,
+        stored: StoredModule | None,
+        anchor: str,
+        joined: Sequence[str],
+    ) -> list[Job]:
+        scheme = decision.scheme
+        if decision.as_found and stored is not None:
+            if self.target is None or not self.target.holds(stored.scheme):
+                name = self.target.name if self.target else "plain float tensors"
+                raise InputError(
+                    f"--keep {module}: expected weights that {name} can hold, found {stored.scheme.name} in the "
+                    "source; use --ignore to have it in float"
+                )
+            scheme = stored.scheme
+        if scheme is not None and scheme.weights is not None:
+            return self._quantized(module, scheme, stored, anchor, joined)
+        replacement = self.replaced.pop(anchor, None)
+        if replacement is not None and replacement.dtype not in FLOATS:
+            return [self._calibrated_float(module, replacement)]
+        if replacement is not None:
+            return [self._copy(replacement, anchor)]
+        if decision.as_found:
+            return [self._copy(self.source.tensors[anchor])]
+        return [self._float(module, stored, anchor)]
+
+    def _quantized(
+        self, module: str, scheme: Scheme, stored: StoredModule | None, anchor: str, joined: Sequence[str]
+    ) -> list[Job]:
+        assert self.target is not None and scheme.weights is not None
+        self.schemes[module] = scheme
+        shape = self.shape_of(module)
+        rows, cols = shape[-2], shape[-1]
+        outputs = {
+            t.content: OutTensor(module + t.suffix, t.dtype, t.shape)
+            for t in self.target.tensors(scheme, (rows, cols), self.main_dtype)
+        }
+        calibrated = stored.names if stored and stored.scheme.activations == scheme.activations else {}
+        given = {c: self._given(module, c, calibrated.get(c)) for c in (_INPUT_SCALE, _INPUT_ZERO_POINT)}
+        jobs = [self._input_constant(module, c, outputs.pop(c), given[c]) for c in given if c in outputs]
+        if "shape" in outputs:
+            data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
+            jobs.append(_constant("shape", outputs.pop("shape"), data))
+        static = self._static_input(module, given) if "quant_bias" in outputs else None
+        codes = self.replaced.pop(f"{module}.weight", None)
+        scale = self.replaced.pop(f"{module}.weight_scale", None)
+        if stored is not None and codes is None and scale is None:
+            found = self._as_stored(module, scheme, stored, outputs, static)
+            if found:
+                return [*found, *jobs]
+        if "offset" in outputs:
+            out = outputs.pop("offset")
+            jobs.append(_constant("offset", out, _zeros(out.nbytes)))
+        if codes is not None and codes.dtype not in FLOATS:
+            assert scale is not None  # the store checks that codes have a scale
+            self._check_replacement(module, codes, scale, scheme, shape)
+            source = Source(ref=codes, scale=scale)
+            return [*_as_they_are(source, outputs, static), *jobs]
+        source = Source(ref=codes) if codes is not None else self._source(stored, anchor)
+        there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
+        if there and ("packed" in outputs) == source.packed:
+            # Already what is asked for: bit for bit, only names change.
+            return [*_as_they_are(source, outputs, static), *jobs]
+        spec = scheme.weights
+        if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
+            # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
+            spec = replace(spec, scale="float32-power-of-2")
+        others: tuple[tuple[Source, tuple[int, int]], ...] = ()
+        if scale is None and isinstance(spec.granularity, PerTensor):
+            # A calibration gives the members that it has one scale; what it left as it was gets that too.
+            known = (self.calibrated.get(f"{m}.weight_scale") for m in joined)
+            scale = next((ref for ref in known if ref is not None), None)
+            others = () if scale else tuple(self._weight(m) for m in joined)
+        return [
+            Job(
+                kind="quantize",
+                shape=shape,
+                source=source,
+                outputs=outputs,
+                spec=spec,
+                given_scale=scale,
+                joined=others,
+                static=static,
+            ),
+            *jobs,
+        ]
+
+    def _anchor(self, module: str) -> str:
+        return module + ".weight" if module + ".weight" in self.source.tensors else module
+
+    def _weight(self, module: str) -> tuple[Source, tuple[int, int]]:
+        """A module's weight before it is quantized, and its shape."""
+        rows, cols = self.shape_of(module)
+        changed = self.calibrated.get(f"{module}.weight")
+        if changed is not None:
+            return Source(ref=changed), (rows, cols)
+        return self._source(self.stored.get(module), self._anchor(module)), (rows, cols)
+
+    def _as_stored(
+        self,
+        module: str,
+        scheme: Scheme,
+        stored: StoredModule,
+        outputs: Mapping[Content, OutTensor],
+        static: StaticInput | None,
+    ) -> list[Job]:
+        """Copies of the tensors of a module that is in this format and scheme already; [] where it is not."""
+        assert self.target is not None
+        if stored.format != self.target.name or stored.scheme != scheme or f"{module}.bias" in self.replaced:
+            return []
+        refs = {c: self.source.tensors[stored.names[c]] for c in outputs}
+        if any(refs[c].dtype != outputs[c].dtype for c in outputs):
+            return []
+        if static is not None and static.scale.name != stored.names["input_scale"]:
+            return []
+        return [_job("copy", refs[c], {c: outputs[c]}) for c in outputs]
+
+    def _given(self, module: str, content: Content, found: str | None) -> TensorRef | None:
+        """A scale or zero point of activations from the calibration, else what the source has under `found`."""
+        ref = self.replaced.pop(f"{module}.{content}", None)
+        return ref or (self.source.tensors[found] if found else None)
+
+    def _static_input(self, module: str, given: Mapping[Content, TensorRef | None]) -> StaticInput | None:
+        scale, name = given[_INPUT_SCALE], module + ".bias"
+        if scale is None:  # refused later, with all others that lack one
+            return None
+        return StaticInput(
+            scale=scale,
+            zero_point=given[_INPUT_ZERO_POINT],
+            bias=self.replaced.get(name) or self.source.tensors.get(name),
+        )
+
+    def _check_replacement(
+        self, module: str, codes: TensorRef, scale: TensorRef, scheme: Scheme, shape: tuple[int, ...]
+    ) -> None:
+        assert self.target is not None
+        rows, cols = shape
+        stored = {t.content: t for t in self.target.tensors(scheme, (rows, cols))}
+        for content, ref in (("codes", codes), ("scale", scale)):
+            want = stored.get(content)  # type: ignore[call-overload]
+            if want is not None and (ref.dtype, ref.shape) != (want.dtype, want.shape):
+                raise InputError(
+                    f"calibration of {module}: expected {want.dtype} {list(want.shape)} for {content} under "
+                    f"{scheme.name}, found {ref.dtype} {list(ref.shape)}; calibrate again with this scheme"
+                )
+
+    def _input_constant(self, module: str, content: Content, out: OutTensor, ref: TensorRef | None) -> Job:
+        if ref is not None:
+            return _job("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
+        if content == _INPUT_SCALE:
+            self._uncalibrated.append(module)
+        return _constant(content, out, _zeros(out.nbytes))
+
+    def require_input_scales(self) -> None:
+        if self._uncalibrated:
+            first = self._uncalibrated[0]
+            there = self.stored[first].scheme if first in self.stored else None
+            way = "run `lowbit calibrate` and give --calibration, or use a dynamic scheme such as int8"
+            if there is not None and there.needs_calibration:
+                way += f"; the source's own are for {there.name}"
+            raise InputError(
+                f"expected a calibrated input scale for every quantized module, found none for "
+                f"{len(self._uncalibrated)} (first: {first}); {way}"
+            )
+
+    def _source(self, stored: StoredModule | None, anchor: str) -> Source:
+        if stored is None:
+            ref = self.source.tensors[anchor]
+            if ref.dtype not in FLOATS:
+                raise InputError(
+                    f"{ref.name}: expected a weight in {', '.join(FLOATS)}, found {ref.dtype}; cast it in the source, "
+                    "or carry it as it is with --keep"
+                )
+            return Source(ref=ref)
+        return Source.of(stored, self.source.tensors)
+
+    def _float(self, module: str, stored: StoredModule | None, anchor: str) -> Job:
+        """A weight in float: dequantized, cast to the float scheme's dtype, or copied."""
+        if stored is None:
+            ref, scale = self.source.tensors[anchor], self.source.tensors.get(anchor + SCALE)
+            if len(ref.shape) == 3 and scale is not None:
+                return self._fused_float(ref, scale)
+            return self._carry(ref)
+        dtype = self._float_dtype()
+        source = self._source(stored, anchor)
+        out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
+        return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
+
+    def _calibrated_float(self, module: str, codes: TensorRef) -> Job:
+        """A weight that stays in float, of which a calibration has codes: those, since its float may be changed."""
+        scale, spec = self.replaced.pop(f"{module}.weight_scale"), self.scheme.weights
+        assert spec is not None  # the store checks that codes have a scale, and that the scheme is the same
+        shape = (codes.shape[0], codes.shape[1])
+        if tuple(scale.shape) != scale_shape(shape, spec.granularity):
+            raise InputError(
+                f"calibration of {module}: expected scales of {self.scheme.name} to dequantize it with, found "
+                f"{list(scale.shape)}; calibrate again with this module left in float"
+            )
+        self.dequantized.append(module)
+        source = Source(ref=codes, scale=scale, block=block_shape(shape, spec.granularity))
+        out = OutTensor(module + ".weight", self._float_dtype(), shape)
+        return Job(kind="cast", shape=shape, source=source, outputs={"codes": out})
+
+    def _fused_float(self, ref: TensorRef, scale: TensorRef) -> Job:
+        """All experts of a 3-D tensor in block FP8, dequantized: one tall matrix, as it lies."""
+        rows, cols = scale_block(quantization_of(self.source.config).get("weight_block_size"))
+        if ref.shape[1] % rows:
+            raise InputError(
+                f"{ref.name}: expected experts of a multiple of {rows} rows to dequantize, found {list(ref.shape)}; "
+                "quantize its experts instead of leaving them in float"
+            )
+        flat = [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in (ref, scale)]
+        return Job(
+            kind="cast", shape=flat[0].shape, source=Source(ref=flat[0], scale=flat[1], block=(rows, cols)),
+            outputs={"codes": out_like(ref, self._float_dtype())},
+        )  # fmt: skip
+
+    def _float_dtype(self) -> str:
+        return FLOAT_NAMES[self.scheme.float_dtype] if self.scheme.float_dtype else self.main_dtype
+
+    def _carry(self, ref: TensorRef) -> Job:
+        """A float tensor as it is, or cast by the schemes bf16 and fp16.
+
+        Those cast what has the model's main dtype. What its makers kept wider on purpose (a
+        router's float32 bias in a BF16 model) stays.
+        """
+        dtype = self._float_dtype()
+        if self.scheme.float_dtype is None or ref.dtype == dtype or ref.dtype != self.main_dtype:
+            return self._copy(ref)
+        return Job(
+            kind="cast", shape=ref.shape, source=Source(ref=ref), outputs={"codes": out_like(ref, dtype)}
+        )
+
+    def _copy(self, ref: TensorRef, name: str | None = None) -> Job:
+        return _job("copy", ref, {"codes": OutTensor(name or ref.name, ref.dtype, ref.shape)})
+
+    def add_rest(self) -> None:
+        """Everything that is no module's weight, and what only the calibration has."""
+        for ref in self.source.tensors.values():
+            if ref.name in self._taken:
+                continue
+            replacement = self.replaced.pop(ref.name, None)
+            job = self._copy(replacement, ref.name) if replacement is not None else self._carry(ref)
+            self._jobs.append((ref.name, [job]))
+        for name, ref in list(self.replaced.items()):
+            if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
+                continue  # the module is kept after all, or has dynamic activations
+            fused = next(
+                (t for t in fused_tensors(name.rpartition(".")[0]) if t in self.source.tensors), None
+            )
+            if fused is not None:
+                raise InputError(
+                    f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "
+                    "quantize these experts, or calibrate with a method that leaves weights in float as they are (gptq)"
+                )
+            self._jobs.append((name, [self._copy(ref)]))
+
+    def groups(self) -> list[list[OutTensor]]:
+        return [[o for job in jobs for o in job.outputs.values()] for _, jobs in self._ordered()]
+
+    def jobs_in_order(self) -> list[Job]:
+        return [job for _, jobs in self._ordered() for job in jobs]
+
+    def _ordered(self) -> list[tuple[str, list[Job]]]:
+        place = {name: i for i, name in enumerate(self.source.tensors)}
+        return sorted(self._jobs, key=lambda item: place.get(item[0], len(place)))
+
+
+def _as_they_are(
+    source: Source, outputs: Mapping[Content, OutTensor], static: StaticInput | None
+) -> list[Job]:
+    """Codes and scales that exist already; what is derived from both is made while the codes pass."""
+    scale = source.scale
+    assert scale is not None
+    codes: dict[Content, OutTensor] = {c: o for c, o in outputs.items() if c != "scale"}
+    weight = Job(
+        kind="pack" if "packed" in outputs and not source.packed else "copy",
+        shape=source.ref.shape, source=source if static else Source(ref=source.ref), outputs=codes, static=static,
+    )  # fmt: skip
+    if "scale" not in outputs:
+        return [weight]
+    out: dict[Content, OutTensor] = {"scale": outputs["scale"]}
+    if scale.dtype in ("F32", "U8") and source.divisor is None and source.offset is None:
+        return [weight, _job("copy", scale, out)]
+    there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
+    return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]
+
+
+def _job(kind: Literal["copy", "cast", "scale"], ref: TensorRef, outputs: Mapping[Content, OutTensor]) -> Job:
+    return Job(kind=kind, shape=ref.shape, source=Source(ref=ref), outputs=outputs)
+
+
+@cache
+def _zeros(count: int) -> bytes:
+    """One object for all constants of a size: there are as many as modules."""
+    return bytes(count)
+
+
+def _constant(content: Content, out: OutTensor, data: bytes) -> Job:
+    return Job(kind="constant", shape=out.shape, source=None, outputs={content: out}, data=data)
