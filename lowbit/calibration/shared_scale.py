@@ -16,8 +16,9 @@ def share_scales(scales: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Te
     """Module → its scale; of scales per tensor the largest of those of the matrix that engines join it to."""
     if not isinstance(spec.granularity, PerTensor):
         return dict(scales)
+    keys = {module: matmul_key(module) or (module,) for module in scales}
     largest: dict[tuple[str, ...], Tensor] = {}
     for module, scale in scales.items():
-        key = matmul_key(module) or (module,)
+        key = keys[module]
         largest[key] = torch.maximum(largest.get(key, scale), scale)
-    return {module: largest[matmul_key(module) or (module,)] for module in scales}
+    return {module: largest[key] for module, key in keys.items()}

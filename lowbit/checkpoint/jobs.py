@@ -89,7 +89,7 @@ class Job:
     spec: TensorSpec | None = None
     given_scale: TensorRef | None = None
     """Weight scales that a calibration chose, or that codes come with."""
-    joined: tuple[tuple[Source, tuple[int, int]], ...] = ()
+    joined: tuple[tuple[Source, tuple[int, ...]], ...] = ()
     """Weights [N, K] that share one scale per tensor with this one, and their shapes."""
     static: StaticInput | None = None
     """For `deq_scale` and `quant_bias` among the outputs."""

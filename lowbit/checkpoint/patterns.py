@@ -38,7 +38,7 @@ class Patterns:
         return [pattern for place, pattern in enumerate(self.all) if place not in used]
 
     def _places(self, name: str) -> Iterator[int]:
-        end = len(name)
+        end = len(name) if self._named else 0
         while end > 0:
             yield from self._named.get(name[:end], ())
             end = name.rfind(".", 0, end)

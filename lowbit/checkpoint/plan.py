@@ -22,6 +22,7 @@ from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source,
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
+from lowbit.granularity import PerTensor
 from lowbit.scheme import Scheme, get_scheme
 
 EVERYTHING = Selection()
@@ -113,14 +114,9 @@ def make_plan(
     if replacements:
         warnings += replacements.notes
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
-    planner = Planner(source, stored, scheme, target, main_dtype, replacements)
-    joined: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    planner = Planner(source, stored, scheme, target, main_dtype, replacements, _one_scale(decisions))
     for module, decision in decisions.items():
-        if decision.scheme is not None and (key := matmul_key(module)):
-            joined[key].append(module)
-    for module, decision in decisions.items():
-        members = joined.get(matmul_key(module) or (), ())
-        planner.add_module(module, decision, [m for m in members if m != module])
+        planner.add_module(module, decision)
     planner.add_rest()
     if scheme.weights is not None and not planner.schemes:
         raise InputError(
@@ -218,6 +214,16 @@ def _decisions(
         already=already,
         fused=fused,
     )
+
+
+def _one_scale(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
+    """Module with one scale per tensor → all that engines multiply by as one matrix with it."""
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for module, decision in decisions.items():
+        spec = decision.scheme.weights if decision.scheme else None
+        if spec is not None and isinstance(spec.granularity, PerTensor) and (key := matmul_key(module)):
+            groups[key].append(module)
+    return {module: members for members in groups.values() for module in members}
 
 
 def _by_rule(decision: Decision) -> bool:

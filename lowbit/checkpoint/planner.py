@@ -65,9 +65,11 @@ class Planner:
         target: Format | None,
         main_dtype: str,
         replacements: Replacements | None,
+        joined: Mapping[str, Sequence[str]],
     ) -> None:
+        """`joined`: module with one scale per tensor → all that engines multiply by as one matrix with it."""
         self.source, self.stored, self.scheme, self.target = source, stored, scheme, target
-        self.main_dtype = main_dtype
+        self.main_dtype, self.joined = main_dtype, joined
         self.calibrated = replacements.tensors if replacements else {}
         self.replaced: dict[str, TensorRef] = dict(self.calibrated)
         self.schemes: dict[str, Scheme] = {}
@@ -81,11 +83,9 @@ class Planner:
     def shape_of(self, module: str) -> tuple[int, ...]:
         if module in self.stored:
             return tuple(self.stored[module].shape)
-        ref = self.source.tensors.get(module + ".weight") or self.source.tensors[module]
-        return ref.shape
+        return self.source.tensors[self._anchor(module)].shape
 
-    def add_module(self, module: str, decision: Decision, joined: Sequence[str] = ()) -> None:
-        """`joined`: the other modules of the matrix that engines join this one's weight to."""
+    def add_module(self, module: str, decision: Decision) -> None:
         stored = self.stored.get(module)
         if stored is not None:
             self._taken.update(stored.names.values())
@@ -96,15 +96,10 @@ class Planner:
         else:
             anchor = self._anchor(module)
             self._taken |= {anchor, anchor + SCALE} if len(self.shape_of(module)) == 3 else {anchor}
-        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor, joined)))
+        self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor)))
 
     def _jobs_for(
-        self,
-        module: str,
-        decision: Decision,
-        stored: StoredModule | None,
-        anchor: str,
-        joined: Sequence[str],
+        self, module: str, decision: Decision, stored: StoredModule | None, anchor: str
     ) -> list[Job]:
         scheme = decision.scheme
         if decision.as_found and stored is not None:
@@ -116,7 +111,7 @@ class Planner:
                 )
             scheme = stored.scheme
         if scheme is not None and scheme.weights is not None:
-            return self._quantized(module, scheme, stored, anchor, joined)
+            return self._quantized(module, scheme, stored)
         replacement = self.replaced.pop(anchor, None)
         if replacement is not None and replacement.dtype not in FLOATS:
             return [self._calibrated_float(module, replacement)]
@@ -126,9 +121,7 @@ class Planner:
             return [self._copy(self.source.tensors[anchor])]
         return [self._float(module, stored, anchor)]
 
-    def _quantized(
-        self, module: str, scheme: Scheme, stored: StoredModule | None, anchor: str, joined: Sequence[str]
-    ) -> list[Job]:
+    def _quantized(self, module: str, scheme: Scheme, stored: StoredModule | None) -> list[Job]:
         assert self.target is not None and scheme.weights is not None
         self.schemes[module] = scheme
         shape = self.shape_of(module)
@@ -158,7 +151,7 @@ class Planner:
             self._check_replacement(module, codes, scale, scheme, shape)
             source = Source(ref=codes, scale=scale)
             return [*_as_they_are(source, outputs, static), *jobs]
-        source = Source(ref=codes) if codes is not None else self._source(stored, anchor)
+        source = self._weight(module)
         there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
         if there and ("packed" in outputs) == source.packed:
             # Already what is asked for: bit for bit, only names change.
@@ -167,12 +160,13 @@ class Planner:
         if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
             # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
             spec = replace(spec, scale="float32-power-of-2")
-        others: tuple[tuple[Source, tuple[int, int]], ...] = ()
+        others: tuple[tuple[Source, tuple[int, ...]], ...] = ()
         if scale is None and isinstance(spec.granularity, PerTensor):
             # A calibration gives the members that it has one scale; what it left as it was gets that too.
-            known = (self.calibrated.get(f"{m}.weight_scale") for m in joined)
+            members = [m for m in self.joined.get(module, ()) if m != module]
+            known = (self.calibrated.get(f"{m}.weight_scale") for m in members)
             scale = next((ref for ref in known if ref is not None), None)
-            others = () if scale else tuple(self._weight(m) for m in joined)
+            others = () if scale else tuple((self._weight(m), self.shape_of(m)) for m in members)
         return [
             Job(
                 kind="quantize",
@@ -190,13 +184,10 @@ class Planner:
     def _anchor(self, module: str) -> str:
         return module + ".weight" if module + ".weight" in self.source.tensors else module
 
-    def _weight(self, module: str) -> tuple[Source, tuple[int, int]]:
-        """A module's weight before it is quantized, and its shape."""
-        rows, cols = self.shape_of(module)
+    def _weight(self, module: str) -> Source:
+        """A module's weight before it is quantized."""
         changed = self.calibrated.get(f"{module}.weight")
-        if changed is not None:
-            return Source(ref=changed), (rows, cols)
-        return self._source(self.stored.get(module), self._anchor(module)), (rows, cols)
+        return Source(ref=changed) if changed else self._source(self.stored.get(module), self._anchor(module))
 
     def _as_stored(
         self,
