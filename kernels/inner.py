@@ -13,25 +13,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import dtype_name
+from .operands import operands
 from .split import add_splits
 from .targets import Target, core_count
-from .tile import finish_tile, multiply_tile, tile_position
+from .tile import CAST, CUT, finish_tile, multiply_tile, tile_position
 from .tuned_tables import LaunchParameters
 
 
 @triton.jit
 def scaled_tile(
     a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, routed_ptr,
-    m0, m_end, n0, N, k_start, k_end,
+    m0, m_end, n0, w_row, N, k_start, k_end,
     stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, INTEGER: tl.constexpr, PROMOTE_K: tl.constexpr,
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     A_DECODE: tl.constexpr, W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTED: tl.constexpr,
-    RAW: tl.constexpr,
+    RAW: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
-    """Rows m0 … m_end of one tile: product, epilogue, store. RAW stores the sum and nothing else."""
+    """Rows m0 … m_end of one tile: product, epilogue, store. RAW stores the sum and nothing else.
+
+    w_row: the weight's row, of what w_ptr points to, where column n0 comes from.
+    """
     row_mask = tl.arange(0, BLOCK_M) < m_end - m0
     col_mask = tl.arange(0, BLOCK_N) < N - n0
     row = m0.to(tl.int64)
@@ -45,11 +50,10 @@ def scaled_tile(
     elif W_GROUPS == 2:
         w_groups = w_scale_ptr + col * stride_wsn
     acc = multiply_tile(
-        a_ptr + row * stride_am, w_ptr + col * stride_wn, a_groups, w_groups,
-        row_mask, col_mask, k_start, k_end,
+        a_ptr, w_ptr, a_groups, w_groups, m0, w_row, row_mask, col_mask, k_start, k_end,
         stride_am, stride_wn, stride_asm, stride_ask, stride_wsn, stride_wsk,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, PROMOTE_K,
-        A_GROUPS, W_GROUPS, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32,
+        A_GROUPS, W_GROUPS, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, LOAD,
     )  # fmt: skip
     if RAW:
         value = acc
@@ -81,7 +85,7 @@ def _one_tile(
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr,
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     A_DECODE: tl.constexpr, W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
-    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     split = tile // tiles
@@ -89,12 +93,13 @@ def _one_tile(
     k_start = split * k_per_split
     if SPLIT_K > 1:
         out_ptr += split.to(tl.int64) * M * N
+    n0 = block_n * BLOCK_N
     scaled_tile(
         a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, None,
-        block_m * BLOCK_M, M, block_n * BLOCK_N, N, k_start, tl.minimum(K, k_start + k_per_split),
+        block_m * BLOCK_M, M, n0, n0, N, k_start, tl.minimum(K, k_start + k_per_split),
         stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, 0, A_GROUPS, W_GROUPS, GROUP_N, GROUP_K,
-        A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, 0, W_SCALE, HAS_BIAS, False, SPLIT_K > 1,
+        A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, 0, W_SCALE, HAS_BIAS, False, SPLIT_K > 1, LOAD,
     )  # fmt: skip
 
 
@@ -106,7 +111,7 @@ def inner_kernel(
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr,
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     A_DECODE: tl.constexpr, W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
-    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, PERSISTENT: tl.constexpr,
+    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and split of K, or, where PERSISTENT, one per core."""
     if PERSISTENT:
@@ -116,14 +121,14 @@ def inner_kernel(
                 tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
                 stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, EVEN_K, INTEGER, A_GROUPS, W_GROUPS,
-                GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS,
+                GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
             stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, EVEN_K, INTEGER, A_GROUPS, W_GROUPS,
-            GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS,
+            GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD,
         )  # fmt: skip
 
 
@@ -178,6 +183,14 @@ def weight_bytes(w: Tensor, target: Target, dtype: str) -> tuple[Tensor, int]:
     return w.view(torch.int8), 1
 
 
+def conversion(w: Tensor, x: torch.dtype, target: Target) -> tuple[Tensor, int, int]:
+    """(weight as the kernel reads it, W_DECODE, CONVERT) beside activations of dtype `x`."""
+    codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
+    if x == torch.float16 or not target.cuts_bfloat16:
+        return codes, decode, CAST.value
+    return codes, 3 if decode == 1 else decode, CUT.value
+
+
 def loadable(scale: Tensor, target: Target) -> Tensor:
     """Scales [rows, groups] as the target loads them: group-major on Ascend, else as they are.
 
@@ -199,7 +212,7 @@ def launch_inner(
     *,
     a_decode: int,
     w_decode: int,
-    convert: bool,
+    convert: int,
     launch: LaunchParameters,
     target: Target,
 ) -> Tensor:
@@ -216,8 +229,9 @@ def launch_inner(
         a_scale = loadable(a_scale, target)
     if modes.groups == 2:
         w_scale = loadable(w_scale, target)
+    a_rows, w_rows, load = operands(a, w, launch, target)
     inner_kernel[grid](
-        a, w, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
+        a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
         *((0, 0) if a_scale is None else a_scale.stride()),
         *(w_scale.stride() if inside else (0, 0)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
@@ -225,7 +239,7 @@ def launch_inner(
         A_GROUPS=a_scale is not None, W_GROUPS=modes.groups,
         GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
         A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
-        W_SCALE=modes.outer, HAS_BIAS=bias is not None, PERSISTENT=launch.persistent,
+        W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
         **launch.options(target),
     )  # fmt: skip
     if split > 1:

@@ -79,6 +79,7 @@ def choose_launch(
         chosen = replace(
             chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 128),
             block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
+            persistent=False,
         )  # fmt: skip
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
@@ -120,6 +121,7 @@ def _heuristic(
         # Promotion keeps two accumulators: with 256 columns they would not fit the registers.
         wide = target.name == "sm90" and kernel == "matmul" and m >= 256 and not promote
         large = rows > 64
+        tma = target.tma and large and kernel != "matmul_mxfp8"
         chosen = LaunchParameters(
             block_m=min(rows, 128),
             block_n=256 if wide else 128 if large else 64,
@@ -127,7 +129,8 @@ def _heuristic(
             num_warps=8 if large else 4,
             num_stages=3 if large else 4,
             promote_k=128 if promote else 0,
-            tma=target.tma and large and kernel == "matmul",
+            tma=tma,
+            persistent=tma and kernel == "matmul",
         )
     if a_dtype == "float32":
         # Three bf16 summands of each activation are held at once.
@@ -169,5 +172,7 @@ def _fit(
     size = {"float32": 4, "float16": 2, "bfloat16": 2}
     per_stage = block_k * (chosen.block_m * size.get(a_dtype, 1) + block_n * size.get(w_dtype, 1))
     stages = max(1, min(chosen.num_stages, target.shared_memory // per_stage))
-    promote_k = min(chosen.promote_k, block_k)
-    return replace(chosen, block_n=block_n, block_k=block_k, num_stages=stages, promote_k=promote_k)
+    return replace(
+        chosen, block_n=block_n, block_k=block_k, num_stages=stages,
+        promote_k=min(chosen.promote_k, block_k),
+    )  # fmt: skip

@@ -25,7 +25,7 @@ from .checks import (
     rows_aligned,
 )
 from .launch import choose_launch
-from .matmul_tma import matmul_tma
+from .operands import operands
 from .split import add_splits
 from .targets import core_count, device_target
 from .tile import finish_tile, multiply_tile, tile_position
@@ -39,6 +39,7 @@ def _one_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr, PROMOTE_K: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, A_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    LOAD: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     split = tile // tiles
@@ -48,10 +49,9 @@ def _one_tile(
     col_mask = tl.arange(0, BLOCK_N) < N - n0
     k_start = split * k_per_split
     acc = multiply_tile(
-        a_ptr + m0.to(tl.int64) * stride_am, w_ptr + n0.to(tl.int64) * stride_wn, None, None,
-        row_mask, col_mask, k_start, tl.minimum(K, k_start + k_per_split),
+        a_ptr, w_ptr, None, None, m0, n0, row_mask, col_mask, k_start, tl.minimum(K, k_start + k_per_split),
         stride_am, stride_wn, 0, 0, 0, 0, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, PROMOTE_K,
-        False, 0, 1, 0, 0, False, False,
+        False, 0, 1, 0, 0, False, False, LOAD,
     )  # fmt: skip
     if SPLIT_K > 1:
         # The workspace [SPLIT_K, M, N] of raw sums; scales come after they are added.
@@ -79,7 +79,7 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr, PROMOTE_K: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, A_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    LOAD: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and split of K, or, where PERSISTENT, one per core."""
     if PERSISTENT:
@@ -88,13 +88,13 @@ def matmul_kernel(
             _one_tile(
                 tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
                 M, N, K, k_per_split, stride_am, stride_wn, stride_om, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS,
+                SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
             M, N, K, k_per_split, stride_am, stride_wn, stride_om, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS,
+            SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD,
         )  # fmt: skip
 
 
@@ -162,16 +162,13 @@ def matmul(
         return out.zero_() if bias is None else out.copy_(bias)
 
     a = contiguous_rows(a)
-    target, aligned = device_target(a.device), rows_aligned(a, w)
+    target = device_target(a.device)
     if launch is None:
         name = dtype_name(a.dtype)
         launch = choose_launch(
-            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=aligned
+            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=rows_aligned(a, w)
         )
     modes = {"A_SCALE": a_mode, "W_SCALE": w_mode, "A_ZERO": zero_mode, "HAS_BIAS": bias is not None}
-    if launch.tma and aligned:
-        return matmul_tma(a, w, out, a_scale, w_scale, bias, a_zero_point, w_sum, launch, target, modes)
-
     split = launch.split_k
     k_per_split = triton.cdiv(triton.cdiv(k, launch.block_k), split) * launch.block_k
     integer = a.dtype == torch.int8
@@ -179,12 +176,13 @@ def matmul(
     raw = out if split == 1 else torch.empty((split, m, n), dtype=acc_dtype, device=a.device)
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n) * split
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
+    a_rows, w_rows, load = operands(a, w, launch, target)
     matmul_kernel[grid](
-        a, w, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
+        a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
         m, n, k, k_per_split, a.stride(0), w.stride(0), n,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
         SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
-        PERSISTENT=launch.persistent, **modes, **launch.options(target),
+        LOAD=load, PERSISTENT=launch.persistent, **modes, **launch.options(target),
     )  # fmt: skip
     if split > 1:
         add_splits(raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, target, modes)

@@ -70,5 +70,5 @@ def matmul_block(
         )  # fmt: skip
     return launch_inner(
         a, w, a_scale, w_scale, bias, out, modes,
-        a_decode=0, w_decode=0, convert=False, launch=launch, target=target,
+        a_decode=0, w_decode=0, convert=0, launch=launch, target=target,
     )  # fmt: skip

@@ -25,9 +25,11 @@ from .checks import (
     require,
     rows_aligned,
 )
-from .inner import loadable, scaled_tile, weight_bytes, weight_scale_modes
+from .inner import conversion, loadable, scaled_tile, weight_scale_modes
 from .launch import choose_launch
+from .operands import operands
 from .targets import core_count, device_target
+from .tile import TMA
 from .tuned_tables import LaunchParameters
 
 
@@ -41,6 +43,7 @@ def _one_slot(
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTED: tl.constexpr,
+    LOAD: tl.constexpr,
 ):  # fmt: skip
     # Bands of GROUP_M slots, as in tile_position: an expert's weights stay in the cache.
     band_tiles = GROUP_M * tl.cdiv(N, BLOCK_N)
@@ -57,14 +60,14 @@ def _one_slot(
     m0 = begin + (slot - begin // BLOCK_M - expert) * BLOCK_M
     if m0 < m_end:
         scaled_tile(
-            a_ptr, w_ptr + expert.to(tl.int64) * stride_we, out_ptr,
+            a_ptr, w_ptr if LOAD == TMA else w_ptr + expert.to(tl.int64) * stride_we, out_ptr,
             a_scale_ptr, w_scale_ptr + expert.to(tl.int64) * stride_wse,
             bias_ptr + expert * N if HAS_BIAS else None, routed_ptr,
-            m0, m_end, n0, N, 0, K,
+            m0, m_end, n0, n0 + expert * N if LOAD == TMA else n0, N, 0, K,
             stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, PROMOTE_K,
             A_GROUPS, W_GROUPS, GROUP_N, GROUP_K, 0, W_DECODE, CONVERT, SPLIT_FP32,
-            A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED, False,
+            A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED, False, LOAD,
         )  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def matmul_grouped_kernel(
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROUTED: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    LOAD: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One program per slot and column block, or, where PERSISTENT, one per core."""
     if PERSISTENT:
@@ -89,7 +92,7 @@ def matmul_grouped_kernel(
                 N, K, slots, stride_am, stride_we, stride_wn, stride_om, stride_asm, stride_ask,
                 stride_wse, stride_wsn, stride_wsk, EXPERTS, EXPERTS_PADDED, BLOCK_M, BLOCK_N, BLOCK_K,
                 GROUP_M, EVEN_K, INTEGER, PROMOTE_K, A_GROUPS, W_GROUPS, GROUP_N, GROUP_K, W_DECODE,
-                CONVERT, SPLIT_FP32, A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED,
+                CONVERT, SPLIT_FP32, A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED, LOAD,
             )  # fmt: skip
     else:
         _one_slot(
@@ -97,7 +100,7 @@ def matmul_grouped_kernel(
             routed_ptr, N, K, slots, stride_am, stride_we, stride_wn, stride_om, stride_asm, stride_ask,
             stride_wse, stride_wsn, stride_wsk, EXPERTS, EXPERTS_PADDED, BLOCK_M, BLOCK_N, BLOCK_K,
             GROUP_M, EVEN_K, INTEGER, PROMOTE_K, A_GROUPS, W_GROUPS, GROUP_N, GROUP_K, W_DECODE,
-            CONVERT, SPLIT_FP32, A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED,
+            CONVERT, SPLIT_FP32, A_SCALE, W_SCALE, HAS_BIAS, HAS_ROUTED, LOAD,
         )  # fmt: skip
 
 
@@ -182,13 +185,14 @@ def matmul_grouped(
         w_scale = loadable(w_scale, target)
     if modes.groups and a_scale is not None:
         a_scale = loadable(a_scale, target)
-    codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
+    codes, decode, convert = conversion(w, a.dtype, target) if weight_only else (w, 0, 0)
     slots = tokens // launch.block_m + experts
     tiles = slots * triton.cdiv(n, launch.block_n)
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     inside = modes.groups > 0
+    a_rows, w_rows, load = operands(a, codes, launch, target)
     matmul_grouped_kernel[grid](
-        a, codes, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
+        a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
         a.stride(0), codes.stride(0), codes.stride(1), n,
         *(a_scale.stride() if inside and a_scale is not None else (0, 0)),
         *(w_scale.stride() if inside else (w_scale.shape[1], 0, 0)),
@@ -197,9 +201,9 @@ def matmul_grouped(
         EVEN_K=k % launch.block_k == 0, INTEGER=a.dtype == torch.int8, PROMOTE_K=launch.promote_k,
         A_GROUPS=inside and not weight_only, W_GROUPS=modes.groups,
         GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
-        W_DECODE=decode, CONVERT=weight_only, SPLIT_FP32=a.dtype == torch.float32,
+        W_DECODE=decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
         A_SCALE=2 if a_scale is not None and not inside else 0, W_SCALE=modes.outer,
         HAS_BIAS=bias is not None, HAS_ROUTED=routed_weight is not None,
-        PERSISTENT=launch.persistent, **launch.options(target),
+        LOAD=load, PERSISTENT=launch.persistent, **launch.options(target),
     )  # fmt: skip
     return out

@@ -124,7 +124,7 @@ def matmul_mxfp8(
         modes = WeightScale(groups=2, outer=0, group_n=1, group_k=GROUP)
         return launch_inner(
             a, w, a_scale, w_scale, bias, out, modes,
-            a_decode=decode, w_decode=decode, convert=False, launch=launch, target=target,
+            a_decode=decode, w_decode=decode, convert=0, launch=launch, target=target,
         )  # fmt: skip
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
     matmul_mxfp8_kernel[grid](

@@ -22,7 +22,7 @@ from .checks import (
     require,
     rows_aligned,
 )
-from .inner import launch_inner, weight_bytes, weight_scale_modes
+from .inner import conversion, launch_inner, weight_scale_modes
 from .launch import choose_launch
 from .targets import device_target
 from .tuned_tables import LaunchParameters
@@ -73,8 +73,8 @@ def matmul_weight_only(
             target=target, group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
             aligned=rows_aligned(x, w),
         )  # fmt: skip
-    codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
+    codes, decode, convert = conversion(w, x.dtype, target)
     return launch_inner(
         x, codes, None, w_scale if modes.groups else w_scale.contiguous(), bias, out, modes,
-        a_decode=0, w_decode=decode, convert=True, launch=launch, target=target,
+        a_decode=0, w_decode=decode, convert=convert, launch=launch, target=target,
     )  # fmt: skip

@@ -34,6 +34,12 @@ class Target:
     """The fp8 format that its matrix unit multiplies; None: fp8 is decoded from bytes."""
     scaled_dot: bool = False
     """True where `tl.dot_scaled` on fp8 is a hardware instruction."""
+    loads_turned: bool = False
+    """True where tiles of a weight [N, K] are best loaded as [K, N]; elsewhere they are turned after they are loaded.
+    Loaded turned, Triton on sm80 to sm89 carries 8-bit operands from step to step of K, taken apart byte by byte: more
+    than half of the loop's instructions. On gfx950 it is the other way that costs instructions."""
+    cuts_bfloat16: bool = False
+    """True where cutting float32 is the shortest way to bfloat16, for codes of 8 bits, which is exact."""
     tma: bool = False
     """True where Triton's tensor descriptors become tensor memory accesses."""
 
@@ -44,10 +50,12 @@ TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target(
-            name="sm80", backend="cuda", arch=80, warp_size=32, shared_memory=163 * _KIB, cores=108, fp8=None
+            name="sm80", backend="cuda", arch=80, warp_size=32, shared_memory=163 * _KIB, cores=108, fp8=None,
+            cuts_bfloat16=True,
         ),
         Target(
-            name="sm86", backend="cuda", arch=86, warp_size=32, shared_memory=99 * _KIB, cores=82, fp8=None
+            name="sm86", backend="cuda", arch=86, warp_size=32, shared_memory=99 * _KIB, cores=82, fp8=None,
+            cuts_bfloat16=True,
         ),
         Target(
             name="sm89", backend="cuda", arch=89, warp_size=32, shared_memory=99 * _KIB, cores=128,
@@ -67,15 +75,15 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="gfx942", backend="hip", arch="gfx942", warp_size=64, shared_memory=64 * _KIB, cores=304,
-            fp8="e4m3fnuz",
+            fp8="e4m3fnuz", cuts_bfloat16=True,
         ),
         Target(
             name="gfx950", backend="hip", arch="gfx950", warp_size=64, shared_memory=160 * _KIB, cores=256,
-            fp8="e4m3fn", scaled_dot=True,
+            fp8="e4m3fn", scaled_dot=True, loads_turned=True,
         ),
         Target(
             name="ascend910b", backend="npu", arch="Ascend910B3", warp_size=1, shared_memory=192 * _KIB,
-            cores=20, fp8=None,
+            cores=20, fp8=None, loads_turned=True,
         ),
     )
 }  # fmt: skip

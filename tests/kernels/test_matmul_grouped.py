@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lowbit.kernels.matmul_grouped import matmul_grouped
@@ -18,6 +20,7 @@ COUNTS = {
     "multiples of a tile": [16, 32, 0, 16],
 }
 SMALL = LaunchParameters(block_m=16, block_n=32, block_k=32, group_m=2)
+TMA = replace(SMALL, tma=True, persistent=True)
 
 
 def codes(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -61,7 +64,17 @@ def problem(counts: list[int], dtype: torch.dtype, n: int, k: int, block: bool, 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_bitwise_exact(counts, dtype, block):
     arguments, expected = problem(COUNTS[counts], dtype, 36, 160, block)
-    assert torch.equal(matmul_grouped(**arguments, launch=SMALL).double(), expected)
+    for launch in (SMALL, TMA):
+        assert torch.equal(matmul_grouped(**arguments, launch=launch).double(), expected)
+
+
+def test_rows_of_other_experts_do_not_reach_a_tile():
+    """Descriptors load a tile's rows and columns past the expert's end: its neighbour's, which are infinite here."""
+    arguments, expected = problem([5, 7], torch.float8_e4m3fn, 36, 160, False, torch.float16)
+    arguments["a"][5:], arguments["w_scale"][1] = float("inf"), float("nan")
+    for launch in (SMALL, TMA):
+        found = matmul_grouped(**arguments, launch=launch)
+        assert torch.equal(found[:5].double(), expected[:5]) and found[5:].isnan().all()
 
 
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm120", "gfx950", "ascend910b"])
@@ -105,9 +118,10 @@ def test_experts_beyond_2_to_the_31_elements():
     w.copy_(codes(torch.int8, 3, 16, 32))
     arguments, _ = problem([4, 0, 5], torch.int8, 16, 32, False)
     arguments["w"] = w
-    far = matmul_grouped(**arguments, launch=SMALL)
+    far = [matmul_grouped(**arguments, launch=launch) for launch in (SMALL, TMA)]
     arguments["w"] = w.contiguous()
-    assert torch.equal(far, matmul_grouped(**arguments, launch=SMALL))
+    near = [matmul_grouped(**arguments, launch=launch) for launch in (SMALL, TMA)]
+    assert all(torch.equal(found, near[0]) for found in (*far, *near))
 
 
 def test_no_tokens():

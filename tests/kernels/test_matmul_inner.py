@@ -24,6 +24,9 @@ SHAPES = [
 KINDS = ["int8", "fp8"]
 SPLIT = LaunchParameters(block_m=16, block_n=32, block_k=32, split_k=4)
 PERSISTENT = LaunchParameters(block_m=16, block_n=32, block_k=32, persistent=True)
+TMA = LaunchParameters(block_m=16, block_n=32, block_k=32, tma=True)
+TMA_SPLIT = LaunchParameters(block_m=16, block_n=32, block_k=32, tma=True, split_k=2, persistent=True)
+VARIANTS = {"split": SPLIT, "persistent": PERSISTENT, "tma": TMA, "tma, split, persistent": TMA_SPLIT}
 
 
 def codes(kind: str, *shape: int) -> torch.Tensor:
@@ -58,10 +61,10 @@ def test_block_is_bitwise_exact(kind, m, n, k):
     assert torch.equal(found.double(), expected)
 
 
-@pytest.mark.parametrize("launch", [None, SPLIT, PERSISTENT], ids=["default", "split", "persistent"])
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
 @pytest.mark.parametrize("kind", KINDS)
-def test_block_with_random_operands(kind, launch):
-    m, n, k = 33, 200, 300
+def test_block_with_random_operands(kind, variant):
+    m, n, k, launch = 33, 200, 304, VARIANTS.get(variant)
     if kind == "int8":
         a, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     else:
@@ -139,12 +142,15 @@ def test_every_byte_of_fp8_is_decoded_exactly(name, x_dtype):
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-def test_every_byte_of_int8_and_of_the_packed_form():
+@pytest.mark.parametrize("name", ["sm80", "sm90", "gfx942"])
+@pytest.mark.parametrize("x_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_byte_of_int8_and_of_the_packed_form(name, x_dtype):
     w = torch.arange(-128, 128).to(torch.int8).reshape(256, 1).repeat(1, 32)
-    x = torch.zeros(1, 32, dtype=torch.float16)
+    x = torch.zeros(1, 32, dtype=x_dtype)
     x[0, 5] = 1
     for stored in (w, (w.to(torch.int16) + 128).to(torch.uint8)):
-        found = matmul_weight_only(x, stored, torch.ones(1), out_dtype=torch.float32)[0]
+        with pretending(get_target(name)):
+            found = matmul_weight_only(x, stored, torch.ones(1), out_dtype=torch.float32)[0]
         assert torch.equal(found, w[:, 0].float())
 
 
@@ -157,11 +163,13 @@ def test_float32_activations_keep_24_bits():
     assert (found - expected).norm() <= 3e-7 * expected.norm()
 
 
-@pytest.mark.parametrize("launch", [SPLIT, PERSISTENT], ids=["split", "persistent"])
-def test_weight_only_variants(launch):
-    x, w = torch.randn(17, 300).half(), torch.randint(-127, 128, (40, 300), dtype=torch.int8)
+@pytest.mark.parametrize("packed", [False, True], ids=["int8", "packed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weight_only_variants(variant, packed):
+    x, w = torch.randn(17, 304).half(), torch.randint(-127, 128, (40, 304), dtype=torch.int8)
     scale, bias = torch.rand(40, 1), torch.randn(40)
-    found = matmul_weight_only(x, w, scale, bias=bias, out_dtype=torch.float32, launch=launch)
+    stored = (w.to(torch.int16) + 128).to(torch.uint8) if packed else w
+    found = matmul_weight_only(x, stored, scale, bias=bias, out_dtype=torch.float32, launch=VARIANTS[variant])
     expected = x.double() @ (w.double() * scale).T + bias
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
