@@ -46,9 +46,9 @@ from engine_references import (
     compare,
     disturbed,
     float_where,
-    join_scales,
     logprobs,
     of_tokens,
+    share_input_scales,
     typical,
 )
 from engine_table import markdown
@@ -164,8 +164,8 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         ok = ok and row["kv_cache"] != (case.kind in about.leaves_cache_scales)
     if has_kernel(case, engine) and "refused" not in kernels:
         model = lowbit.load(out, dtype=torch.float32)
-        if about.joins_scales:
-            join_scales(model)
+        if about.shares_input_scales:
+            share_input_scales(model)
         with (
             float_where(model, kernels["stand_ins"]),
             cache_quantized(model, scales if about.rounds_cache else {}),

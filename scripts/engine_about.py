@@ -25,8 +25,8 @@ class Engine:
     """Architectures that it is not tried with: it has no support for them, or what stands in for kernels has none."""
     keeps_scales_in_bf16: bool = False
     """Whether its parameters for the scales of INT8 codes, and of static activations, are BF16."""
-    joins_scales: bool = False
-    """Whether it rounds q, k and v, FP8 with a scale each, again to the largest of the three."""
+    shares_input_scales: bool = False
+    """Whether its kernels run here with one input scale for all experts of a layer, where activations are static."""
     cuts_blocks: bool = False
     """Whether it cuts INT8 activations in groups toward zero where lowbit rounds."""
     wrong: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
@@ -69,9 +69,8 @@ calls of CUDA ran as plain arithmetic by us, written after SGLang's sources (`sc
 attention without a cache. Before loading, parameters were filled with what no checkpoint holds, and none may keep it.
 **loaded**: what `load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its
 methods' own `apply` on the processed weights, activations rounded as its kernels do: it cuts INT8 groups toward zero
-where lowbit rounds, and rounds q, k and v (gate, up), FP8 with a scale each, again to the largest of them;
-`lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin multiplies BF16.
-Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
+where lowbit rounds; `lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin
+multiplies BF16. Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
     leaves_out=(
         "Granite MoE",
         "Granite 4 hybrid",
@@ -89,7 +88,7 @@ Greedy tokens came from whole sequences, in latent attention through what SGLang
             "codes, nor scales of a row each; with scales of blocks it is right, and with these two in float",
         )
     },
-    joins_scales=True,
+    shares_input_scales=True,
     cuts_blocks=True,
     reasons={
         "index 1 is out of bounds for dimension 0 with size 1": (

@@ -122,42 +122,20 @@ def typical(differences: list[Tensor]) -> float:
     return statistics.median(float(x.square().mean().sqrt()) for x in differences)
 
 
-# What stands for one matrix in engines, with one scale.
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("in_proj_qkv", "in_proj_z"))
-
-
 @torch.no_grad()
-def join_scales(model: nn.Module) -> None:
-    """Round the members of a joined matrix, FP8 with a scale each, again to the largest of their scales, in place.
+def share_input_scales(model: nn.Module) -> None:
+    """Give experts with static activations the largest input scale of all experts of their layer, in place.
 
-    So vLLM and SGLang load them; SGLang dequantizes to FP16 in between. Experts with static activations get the largest
-    input scale of all experts.
+    So vLLM and SGLang load them.
     """
     static = get_scheme("fp8-static")
     for module in model.modules():
-        for names in _JOINED:
-            members = [m for n in names if isinstance(m := getattr(module, n, None), QuantLinear)]
-            if len(members) == len(names) and all(m.scheme == static for m in members):
-                largest = torch.stack([m.weight_scale.float() for m in members]).max()
-                for member in members:
-                    _round_again(member.weight, member.weight_scale, largest)
         if isinstance(module, QuantExperts) and module.scheme == static:
-            largest = torch.maximum(module.stack("gate", "scale"), module.stack("up", "scale")).clone()
-            for projection in ("gate", "up"):
-                _round_again(module.stack(projection, "codes"), module.stack(projection, "scale"), largest)
             for projections in (("gate", "up"), ("down",)):
                 inputs = [module.stack(p, "input_scale") for p in projections]
-                both = torch.stack(inputs).max()
+                largest = torch.stack(inputs).max()
                 for scale in inputs:
-                    scale.fill_(both)
-
-
-def _round_again(codes: Tensor, scale: Tensor, largest: Tensor) -> None:
-    """Codes of FP8 [(E,) N, K] and their scales, one or [E, 1], in place."""
-    each, wanted = (x.float().reshape(-1, *([1] * (codes.dim() - 1))) for x in (scale, largest))
-    weight = (codes.float() * each).half().float()
-    codes.copy_((weight / wanted).clamp(-448, 448).to(codes.dtype))
-    scale.copy_(largest.expand(scale.shape) if largest.dim() else largest)
+                    scale.fill_(largest)
 
 
 @contextmanager
