@@ -57,6 +57,8 @@ def _matmul(kind: str, m: int, n: int = N, k: int = K, **options: object) -> Cal
             extra["bias"] = empty(n, dtype=torch.bfloat16)
         if options.get("zero_point"):
             extra |= {"a_zero_point": empty(1, dtype=torch.int8), "w_sum": empty(n, dtype=torch.int32)}
+        if options.get("fast_accum"):
+            extra["fast_accum"] = True
         return matmul(a, w, empty(m, 1), empty(n, 1), **extra)
 
     return call
@@ -128,6 +130,11 @@ CASES: tuple[Case, ...] = (
             ("prefill", _matmul(kind, TOKENS)),
             ("unaligned, bias", _matmul(kind, 1000, 576, 7161, bias=True)),
         )
+    ),
+    Case(
+        name="matmul fp8 fast accumulation prefill",
+        call=_matmul("fp8", TOKENS, fast_accum=True),
+        product="fp8",
     ),
     Case(
         name="matmul int8 zero point",

@@ -82,6 +82,6 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     hadamard_kernel[(tiles,)](
         flat, out, flat.shape[0], k // block_size,
         1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
-        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4,
+        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -61,6 +61,7 @@ def choose_launch(
     group_n: int = 0,
     group_k: int = 0,
     aligned: bool = True,
+    fast_accum: bool = False,
 ) -> LaunchParameters:
     """Launch parameters for one problem: the tuned entry, or else the heuristic. Pure.
 
@@ -68,13 +69,17 @@ def choose_launch(
     where scales lie inside the sum: no tile and no step of K is larger; 0: no such limit.
     aligned: rows start at multiples of 16 bytes (`checks.rows_aligned`); where they do not,
     elements are loaded one by one: no descriptors, and smaller steps, to spare registers.
+    fast_accum: fp8 sums on sm90 may stay in the matrix unit, which keeps about 14 bits of them.
     Raises ValueError with the `refusal` where there is one.
     """
     reason = refusal(kernel, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
     if reason is not None:
         raise ValueError(reason)
-    tuned = tuned_parameters(kernel, m=m, n=n, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target)
-    chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, target)
+    promote = a_dtype == "e4m3fn" and target.name == "sm90" and group_k == 0 and not fast_accum
+    tuned = tuned_parameters(
+        kernel, m=m, n=n, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target, promote=promote
+    )
+    chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, promote, target)
     if not aligned and target.backend != "npu":
         chosen = replace(
             chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 128),
@@ -94,7 +99,7 @@ def _next_power_of_2(x: int) -> int:
 
 
 def _heuristic(
-    kernel: str, m: int, n: int, k: int, a_dtype: str, group_k: int, target: Target
+    kernel: str, m: int, n: int, k: int, a_dtype: str, group_k: int, promote: bool, target: Target
 ) -> LaunchParameters:
     eight_bit = a_dtype in ("int8", "e4m3fn", "e4m3fnuz")
     fp8 = eight_bit and a_dtype != "int8"
@@ -117,7 +122,6 @@ def _heuristic(
     else:
         # Below 64 rows Triton has no fp8 instruction on sm90 and sm100 and converts to fp16.
         rows = max(m, 64) if fp8 and target.name in ("sm90", "sm100") else m
-        promote = fp8 and target.name == "sm90" and group_k == 0
         # Promotion keeps two accumulators: with 256 columns they would not fit the registers.
         wide = target.name == "sm90" and kernel == "matmul" and m >= 256 and not promote
         large = rows > 64

@@ -108,6 +108,7 @@ def matmul(
     a_zero_point: Tensor | None = None,
     w_sum: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = False,
     launch: LaunchParameters | None = None,
 ) -> Tensor:
     """[M, N] = (a·wᵀ − a_zero_point · w_sum) · a_scale · w_scale + bias, rounded to `out_dtype`.
@@ -117,11 +118,14 @@ def matmul(
     [N, 1] or per tensor [1]. bias: float [N].
     a_zero_point (int8 only): int8 or int32 per token [M, 1] or per tensor [1]; it needs `w_sum`,
     int32 [N], the sums of w's rows: `w.sum(1, dtype=torch.int32)`, computed once at load.
-    out_dtype: float16, bfloat16 or float32. `launch` overrides `choose_launch`.
+    out_dtype: float16, bfloat16 or float32. fast_accum: see below. `launch` overrides `choose_launch`.
 
     The sum is exact for int8 (int32; K up to 131,071, or 65,793 with a zero point) and float32
-    for fp8. The epilogue is float32, in the order written above, without fused multiply-adds.
-    The result does not vary from run to run: split-K adds a workspace in a fixed order.
+    for fp8: on sm90, whose matrix unit keeps about 14 bits of a sum of fp8 products, they are added to a
+    float32 accumulator after every 128 of K, unless `fast_accum` is set, which is faster and less exact
+    (torch._scaled_mm's `use_fast_accum`). The epilogue is float32, in the order written above, without
+    fused multiply-adds. The result does not vary from run to run: split-K adds a workspace in a fixed
+    order.
     M = 0 and K = 0 launch nothing (K = 0 gives the bias). Raises ValueError with what was
     expected for any other dtype, shape or device, and where the target has no such product.
     """
@@ -166,8 +170,9 @@ def matmul(
     if launch is None:
         name = dtype_name(a.dtype)
         launch = choose_launch(
-            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=rows_aligned(a, w)
-        )
+            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=rows_aligned(a, w),
+            fast_accum=fast_accum,
+        )  # fmt: skip
     modes = {"A_SCALE": a_mode, "W_SCALE": w_mode, "A_ZERO": zero_mode, "HAS_BIAS": bias is not None}
     split = launch.split_k
     k_per_split = triton.cdiv(triton.cdiv(k, launch.block_k), split) * launch.block_k

@@ -115,6 +115,7 @@ def matmul_grouped(
     bias: Tensor | None = None,
     routed_weight: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    fast_accum: bool = False,
     launch: LaunchParameters | None = None,
 ) -> Tensor:
     """[T, N]: rows offsets[e] … offsets[e+1] of `a` times expert e's weight, for all experts at once.
@@ -125,6 +126,7 @@ def matmul_grouped(
     block_shape None: a_scale float32 [T, 1], w_scale float32 [E, N, 1]. (r, c): a_scale
     [T, ⌈K/c⌉] in any strides, w_scale [E, ⌈N/r⌉, ⌈K/c⌉]; (1, g): w_scale [E, N, ⌈K/g⌉].
     bias: float [E, N]. routed_weight: float32 [T], multiplied last: (… + bias) · routed_weight.
+    fast_accum: as in `matmul`; with blocks there is no need of it.
 
     The values of `offsets` are not checked (that would wait for the device): rows outside them
     are left unwritten. T < 2³¹. Deterministic. Raises ValueError as `matmul` does.
@@ -178,6 +180,7 @@ def matmul_grouped(
             "matmul_grouped", m=-(-tokens // experts), n=n, k=k, a_dtype=dtype_name(a.dtype),
             w_dtype=dtype_name(w.dtype), target=target,
             group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k, aligned=rows_aligned(a, w),
+            fast_accum=fast_accum,
         )  # fmt: skip
     if modes.groups == 0:
         w_scale = w_scale.contiguous()

@@ -76,14 +76,15 @@ def m_bucket(m: int) -> int:
     return next((b for b in M_BUCKETS if m <= b), M_BUCKETS[-1])
 
 
-Key = tuple[str, str, str, int, int, int]
+Key = tuple[str, str, str, int, int, int, bool]
+"""Kernel, dtypes of activations and weights, bucket of M, N, K, whether `promote_k` is above 0."""
 
 
 def tuned_parameters(
-    kernel: str, *, m: int, n: int, k: int, a_dtype: str, w_dtype: str, target: Target
+    kernel: str, *, m: int, n: int, k: int, a_dtype: str, w_dtype: str, target: Target, promote: bool = False
 ) -> LaunchParameters | None:
-    """The tuned entry of exactly this N and K in M's bucket, or None."""
-    return load_table(target.name).get((kernel, a_dtype, w_dtype, m_bucket(m), n, k))
+    """The tuned entry of exactly this N and K in M's bucket, with `promote_k` or without, or None."""
+    return load_table(target.name).get((kernel, a_dtype, w_dtype, m_bucket(m), n, k, promote))
 
 
 @cache
@@ -130,5 +131,10 @@ def _parse_entry(entry: dict[str, Any]) -> tuple[Key, LaunchParameters]:
         if type(value) is not kinds[name]:
             raise ValueError(f"expected {kinds[name].__name__} for {name}, found {value!r}")
     parameters = LaunchParameters(**entry["parameters"])
-    key = tuple(entry[name] for name in ("kernel", "a_dtype", "w_dtype", "m", "n", "k"))
-    return key, parameters  # type: ignore[return-value]
+    return key_of(entry, parameters), parameters
+
+
+def key_of(entry: dict[str, Any], parameters: LaunchParameters) -> Key:
+    """The problem that an entry is for: there is one entry with `promote_k` and one without."""
+    kernel, a_dtype, w_dtype, m, n, k = (entry[x] for x in ("kernel", "a_dtype", "w_dtype", "m", "n", "k"))
+    return kernel, a_dtype, w_dtype, m, n, k, parameters.promote_k > 0

@@ -70,7 +70,8 @@ attention without a cache. Before loading, parameters were filled with what no c
 **loaded**: what `load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its
 methods' own `apply` on the processed weights, activations rounded as its kernels do: it cuts INT8 groups toward zero
 where lowbit rounds; `lowbit.load` was made to do the same for the comparison. **loaded** alone for W8A16, where Marlin
-multiplies BF16. Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of `kv_b_proj`.""",
+multiplies BF16. Greedy tokens came from whole sequences, in latent attention through what SGLang absorbs of
+`kv_b_proj`.""",
     leaves_out=(
         "Granite MoE",
         "Granite 4 hybrid",

@@ -9,30 +9,42 @@ the best candidate beats the heuristic by 2 %; entries of other problems stay as
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_kernels import MODELS, Problem, build, error_of, problems, seconds_of
+from bench_kernels import KINDS, MODELS, TOLERANCE, Problem, build, error_of, problems, seconds_of
 from lowbit.kernels.launch import choose_launch
 from lowbit.kernels.targets import Target, get_target
-from lowbit.kernels.tuned_tables import FOLDER, M_BUCKETS, VERSION, LaunchParameters, m_bucket, parse_table
+from lowbit.kernels.tuned_tables import (
+    FOLDER,
+    M_BUCKETS,
+    VERSION,
+    Key,
+    LaunchParameters,
+    key_of,
+    m_bucket,
+    parse_table,
+)
 
-KINDS = ("int8", "fp8", "int8-block", "fp8-block", "int8-weight-only", "fp8-weight-only")
-KERNELS = {"int8": "matmul", "fp8": "matmul", "block": "matmul_block", "weight-only": "matmul_weight_only"}
+KERNELS = {"": "matmul", "fast-accum": "matmul", "block": "matmul_block", "weight-only": "matmul_weight_only"}
 
 
 def names(problem: Problem, target: Target) -> dict[str, Any]:
     """kernel, a_dtype and w_dtype of a problem, as launch tables name them."""
     element, _, rest = problem.kind.partition("-")
     w_dtype = "int8" if element == "int8" else target.fp8 or "e4m3fn"
-    kernel = "matmul_grouped" if problem.experts else KERNELS[rest or element]
+    kernel = "matmul_grouped" if problem.experts else KERNELS[rest]
     return {"kernel": kernel, "a_dtype": "bfloat16" if rest == "weight-only" else w_dtype, "w_dtype": w_dtype}
 
 
@@ -43,60 +55,106 @@ def heuristic(problem: Problem, target: Target) -> LaunchParameters:
     m = -(-problem.rows // problem.experts) if problem.experts else problem.m
     return choose_launch(
         key["kernel"], m=m, n=problem.n, k=problem.k, a_dtype=key["a_dtype"], w_dtype=key["w_dtype"],
-        target=target, group_n=block, group_k=block,
+        target=target, group_n=block, group_k=block, fast_accum=problem.fast_accum,
     )  # fmt: skip
 
 
-def candidates(problem: Problem, target: Target) -> Iterator[LaunchParameters]:
-    """The parameters to try: legal in memory and for the scale blocks, the heuristic first.
+def is_legal(launch: LaunchParameters, problem: Problem, target: Target) -> bool:
+    """Whether the tile fits the scale blocks, the memory and the registers."""
+    size = 2 if "weight-only" in problem.kind else 1
+    if "block" in problem.kind and (launch.block_n > 128 or launch.block_k > 128):
+        return False
+    staged = launch.block_k * (launch.block_m * size + launch.block_n) * launch.num_stages
+    accumulators = launch.block_m * launch.block_n // (32 * launch.num_warps)
+    return staged <= target.shared_memory and 8 <= accumulators <= (64 if launch.promote_k else 128)
 
-    `promote_k` is kept (it is accuracy and not speed), and so is `persistent`.
+
+def tiles(problem: Problem, target: Target) -> list[LaunchParameters]:
+    """The first round: the heuristic, then other tiles and splits of K.
+
+    `promote_k` is kept in both rounds: it is accuracy and not speed.
     """
     base = heuristic(problem, target)
-    yield base
-    block = 128 if "block" in problem.kind else 0
-    size = 2 if "weight-only" in problem.kind else 1
     rows = problem.rows // max(problem.experts, 1)
     heights = [h for h in (16, 32, 64, 128, 256) if base.block_m >= 64 or h <= max(16, 2 * rows)]
     if base.block_m == 64 and problem.kind.startswith("fp8"):
         heights = [h for h in heights if h >= 64]
     splits = (1, 2, 4, 8, 16) if rows <= 64 and not problem.experts else (1,)
-    depths = (64, 128) if size == 2 else (128, 256) if rows <= 64 and not block else (128,)
-    for height, width, depth, stages, split in itertools.product(
-        heights, (64, 128, 256), depths, (2, 3, 4, 5), splits
-    ):
+    found = [base]
+    for height, width, split in itertools.product(heights, (64, 128, 256), splits):
         warps = 8 if height * width > 64 * 128 else 4
-        staged = depth * (height * size + width) * stages
-        accumulators = height * width // (32 * warps)
-        if block and width > block:
-            continue
-        if staged > target.shared_memory or not 8 <= accumulators <= (64 if base.promote_k else 128):
-            continue
-        yield replace(
-            base, block_m=height, block_n=width, block_k=depth, num_stages=stages, num_warps=warps,
-            split_k=split, tma=base.tma and split == 1, promote_k=min(base.promote_k, depth),
-        )  # fmt: skip
+        found.append(replace(base, block_m=height, block_n=width, num_warps=warps, split_k=split))
+    return _distinct(found, problem, target)
 
 
-def tune(problem: Problem, target: Target) -> tuple[LaunchParameters, float, float]:
-    """(best parameters, their seconds, the heuristic's seconds)."""
+def refinements(best: LaunchParameters, problem: Problem, target: Target) -> list[LaunchParameters]:
+    """The second round: of the best tile, how deep it is, how it is loaded and walked over."""
+    loads = [(best.tma, best.persistent)]
+    if target.tma:
+        loads += itertools.product((False, True), (False, True))
+    found = [
+        replace(
+            best, block_k=depth, num_stages=stages, tma=tma, persistent=persistent,
+            promote_k=min(best.promote_k, depth),
+        )
+        for depth in (64, 128, 256) for stages in (2, 3, 4, 5) for tma, persistent in loads
+    ]  # fmt: skip
+    found += [replace(best, group_m=group) for group in (1, 4, 16)]
+    return [launch for launch in _distinct(found, problem, target) if launch != best]
+
+
+def _distinct(found: list[LaunchParameters], problem: Problem, target: Target) -> list[LaunchParameters]:
+    return [x for x in dict.fromkeys(found) if is_legal(x, problem, target)]
+
+
+def compile_ahead(calls: Sequence[Callable[[], Any]], jobs: int) -> None:
+    """Compile what these calls would launch, `jobs` at a time, and launch nothing.
+
+    What does not compile is left to the call itself, which will say so.
+    """
+    import triton
+    from lowbit.kernels.targets import interpreting
+
+    if interpreting():
+        return
+    run = triton.JITFunction.run
+    triton.JITFunction.run = lambda *args, warmup, **kwargs: run(*args, warmup=True, **kwargs)
+    try:
+        with ThreadPoolExecutor(jobs) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for call in calls:
+                with contextlib.suppress(Exception):
+                    call()
+    finally:
+        triton.JITFunction.run = run
+
+
+def tune(problem: Problem, target: Target, jobs: int = 1) -> tuple[LaunchParameters, float, float]:
+    """(best parameters, their seconds, the heuristic's seconds); candidates compile `jobs` at a time."""
     call, oracle, _ = build(problem)
     expected = oracle()
     best: tuple[LaunchParameters, float] | None = None
     first = 0.0
-    for launch in candidates(problem, target):
-        try:
-            if error_of(lambda launch=launch: call(launch=launch), lambda: expected) > 4e-3:  # type: ignore[misc]
+
+    def try_all(launches: list[LaunchParameters]) -> None:
+        nonlocal best, first
+        compile_ahead([functools.partial(call, launch=launch) for launch in launches], jobs)
+        for launch in launches:
+            run = functools.partial(call, launch=launch)
+            try:
+                if error_of(run, lambda: expected) > TOLERANCE:
+                    continue
+                seconds = seconds_of(run, repeats=7)
+            except Exception as error:  # a candidate may exceed some resource: it is no candidate then
+                print(f"  {launch}: {type(error).__name__}", file=sys.stderr)
                 continue
-            seconds = seconds_of(lambda launch=launch: call(launch=launch), repeats=7)  # type: ignore[misc]
-        except Exception as error:  # a candidate may exceed some resource: it is no candidate then
-            print(f"  {launch}: {type(error).__name__}", file=sys.stderr)
-            continue
-        first = first or seconds
-        if best is None or seconds < best[1]:
-            best = launch, seconds
+            first = first or seconds
+            if best is None or seconds < best[1]:
+                best = launch, seconds
+
+    try_all(tiles(problem, target))
     if best is None:
         raise RuntimeError(f"no candidate gave the right result for {problem}")
+    try_all(refinements(best[0], problem, target))
     return *best, first
 
 
@@ -105,8 +163,8 @@ def merge(
 ) -> dict[str, Any]:
     """A table with `new` entries in place of those of the same problems; checked against the schema."""
 
-    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(entry[name] for name in ("kernel", "a_dtype", "w_dtype", "m", "n", "k"))
+    def key(entry: dict[str, Any]) -> Key:
+        return key_of(entry, LaunchParameters(**entry["parameters"]))
 
     entries = {key(entry): entry for entry in (table or {}).get("entries", [])}
     entries |= {key(entry): entry for entry in new}
@@ -122,9 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=["int8", "fp8", "int8-block", "fp8-block"]
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=["int8", "fp8", "fp8-fast-accum", "int8-block", "fp8-block"],
     )
     parser.add_argument("--m", nargs="+", type=int, choices=M_BUCKETS, default=list(M_BUCKETS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="candidates compiled at a time")
     parser.add_argument("--target", default="sm90", help="for --dry-run only; else the device's own")
     parser.add_argument("--dry-run", action="store_true", help="count the candidates; needs no GPU")
     arguments = parser.parse_args(argv)
@@ -136,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         for problem in chosen:
-            print(f"{problem}: {sum(1 for _ in candidates(problem, target))} candidates")
+            first = tiles(problem, target)
+            second = refinements(first[0], problem, target)
+            print(f"{problem}: {len(first)} tiles, then {len(second)} candidates of the best")
         return 0
 
     import torch
@@ -149,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = device_target(torch.device("cuda", torch.cuda.current_device()))
     path = FOLDER / f"{target.name}.json"
     for problem in chosen:
-        launch, seconds, before = tune(problem, target)
+        launch, seconds, before = tune(problem, target, arguments.jobs)
         print(f"{problem}: {before * 1e6:.1f} → {seconds * 1e6:.1f} µs {launch}", flush=True)
         if seconds > 0.98 * before:
             continue

@@ -72,6 +72,17 @@ def section(page: str, name: str) -> list[str]:
     return page.split(f"\n## {name}\n")[1].split("\n## ")[0].strip().splitlines()
 
 
+@pytest.mark.parametrize("name", ["sm80", "sm90", "gfx950"])
+def test_the_matrix_compiles_what_triton_would_when_a_kernel_is_launched(name):
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "triton_path.py"), name],
+        capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
+    assert found["compared"] >= 29 and not found["different"]
+
+
 def test_without_the_ascend_venv_rows_are_refused_with_the_remedy(tmp_path):
     result = run(
         "--target",

@@ -73,6 +73,16 @@ def test_fp8_on_hopper_promotes_and_has_64_rows():
     assert choose(target=get_target("sm80")).block_m == 16
 
 
+def test_sums_that_may_stay_in_the_matrix_unit_have_wider_tiles():
+    fp8 = {"m": 8192, "a_dtype": "e4m3fn", "w_dtype": "e4m3fn"}
+    exact, fast = choose(**fp8), choose(**fp8, fast_accum=True)
+    assert (exact.promote_k, exact.block_n) == (128, 128) and (fast.promote_k, fast.block_n) == (0, 256)
+    assert choose(m=8192) == choose(m=8192, fast_accum=True)
+    assert choose(**fp8, target=get_target("sm100")) == choose(
+        **fp8, target=get_target("sm100"), fast_accum=True
+    )
+
+
 def test_refusals_say_why():
     def reason(kernel: str, a: str, w: str, target: str, k: int = 2048) -> str:
         return refusal(kernel, k=k, a_dtype=a, w_dtype=w, target=get_target(target)) or ""
@@ -110,6 +120,22 @@ def test_a_tuned_entry_is_used_for_its_bucket_only(monkeypatch, tmp_path):
         assert choose(m=17).block_k != 256
         assert choose(n=7169).block_k != 256
         assert choose(target=get_target("sm100")).block_k != 256
+    finally:
+        tuned_tables.load_table.cache_clear()
+
+
+def test_an_entry_without_promotion_is_for_fast_accumulation(monkeypatch, tmp_path):
+    entry = {
+        **ENTRY, "a_dtype": "e4m3fn", "w_dtype": "e4m3fn",
+        "parameters": {"block_m": 64, "block_n": 32, "block_k": 128},
+    }  # fmt: skip
+    promoted = entry | {"parameters": {"block_m": 64, "block_n": 16, "block_k": 128, "promote_k": 128}}
+    (tmp_path / "sm90.json").write_text(json.dumps(TABLE | {"entries": [entry, promoted]}))
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
+    tuned_tables.load_table.cache_clear()
+    try:
+        fp8 = {"a_dtype": "e4m3fn", "w_dtype": "e4m3fn"}
+        assert choose(**fp8).block_n == 16 and choose(**fp8, fast_accum=True).block_n == 32
     finally:
         tuned_tables.load_table.cache_clear()
 
