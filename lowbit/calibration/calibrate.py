@@ -209,7 +209,9 @@ def _passes(
     if any(s.activations is not None and not s.activations.dynamic for s in schemes.values()):
         return False
     shapes = model.linear_shapes(0).values()
-    hidden = int(model.model.get_input_embeddings().weight.shape[1])
+    # Hyper-connections (DeepSeek-V4) carry several residual streams from layer to layer.
+    streams = getattr(model.text_config, "hc_mult", 1)
+    hidden = streams * int(model.model.get_input_embeddings().weight.shape[1])
     widest = max((max(shape) for shape in shapes), default=hidden)
     return fits(windows, hidden, widest, options.memory_limit)
 

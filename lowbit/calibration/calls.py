@@ -114,9 +114,10 @@ class Recorder:
                 "decoder layers that are called once each", f"{[len(c) for c in calls]} calls of them"
             )
         states = [c[0][0] for c in calls]
-        if states[0].dim() != 3:
+        if states[0].dim() < 3 or states[0].shape[:2] != ids.shape:
             raise _refusal(
-                "hidden states [B, T, H] between decoder layers", f"{list(states[0].shape)} (several streams)"
+                "hidden states [B, T, …, H] between decoder layers",
+                f"{list(states[0].shape)} (several streams)",
             )
         if any(s.data_ptr() != states[0].data_ptr() or s.shape != states[0].shape for s in states):
             raise _refusal(

@@ -228,12 +228,29 @@ class LayerwiseModel:
                     part._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
             getattr(self.base, "_init_weights", self.model._init_weights)(part)
             part._parameters.update(parameters)
-            bad = [b for b in buffers if not bool(torch.isfinite(getattr(part, b).float()).all())]
+            bad = _not_computed(part, buffers)
+            if bad:
+                self._compute_as_a_layer(module)
+                bad = _not_computed(part, buffers)
             if bad:
                 raise InputError(
                     f"expected {type(self.model).__name__} to compute {bad} of {name}, found it does not; "
                     f"this architecture cannot run layer by layer: {INSTEAD}"
                 )
+
+    def _compute_as_a_layer(self, layer: nn.Module) -> None:
+        """Buffers that the decoder computes for its layers (Falcon-H1's multipliers), which it takes `layer` for."""
+        stubs, self.base.layers = self.base.layers, nn.ModuleList([layer])
+        try:
+            getattr(self.base, "_init_weights", self.model._init_weights)(self.base)
+        except AttributeError:  # `layer` is not one, and has not what a layer has
+            pass
+        finally:
+            self.base.layers = stubs
+
+
+def _not_computed(part: nn.Module, buffers: list[str]) -> list[str]:
+    return [b for b in buffers if not bool(torch.isfinite(getattr(part, b).float()).all())]
 
 
 def _model_class(config: Any, source: Source) -> Any:
