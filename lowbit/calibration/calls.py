@@ -2,7 +2,7 @@
 
 Masks, rotary tables, per-layer inputs, states that layers share: whatever the forward prepares arrives at the
 stubs, so nothing about an architecture is assumed but a list of decoder layers, called once
-each and in order, that turn hidden states [B, T, H] into the same.
+each and in order, that turn hidden states into the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LayerCall:
     """A batch at the entrance of the decoder: what every layer gets beside the hidden states."""
 
     hidden: Tensor
-    """[B, T, H], before the first layer."""
+    """[B, T, H], or of several streams [B, T, S, H], before the first layer."""
     kwargs: tuple[dict[str, Any], ...]
     """One per layer; what is equal for all batches of a shape (masks, rotary tables) is shared by reference."""
 
@@ -66,6 +66,8 @@ class Recorder:
 
     def __init__(self, base: nn.Module, stubs: Sequence[Stub]) -> None:
         self.base, self.stubs = base, stubs
+        self.streams_first = False
+        """Layers hand on [S, B, T, H], several residual streams (Gemma 3n); others' streams are before H."""
         self._shared: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     @torch.no_grad()
@@ -114,16 +116,25 @@ class Recorder:
                 "decoder layers that are called once each", f"{[len(c) for c in calls]} calls of them"
             )
         states = [c[0][0] for c in calls]
-        if states[0].dim() < 3 or states[0].shape[:2] != ids.shape:
+        self.streams_first = states[0].dim() == 4 and states[0].shape[1:3] == ids.shape
+        if not self.streams_first and (states[0].dim() < 3 or states[0].shape[:2] != ids.shape):
             raise _refusal(
-                "hidden states [B, T, …, H] between decoder layers",
-                f"{list(states[0].shape)} (several streams)",
+                "hidden states [B, T, H], [B, T, S, H] or [S, B, T, H] between decoder layers",
+                f"{list(states[0].shape)}",
             )
         if any(s.data_ptr() != states[0].data_ptr() or s.shape != states[0].shape for s in states):
             raise _refusal(
                 "decoder layers that follow one another", "a model that changes what passes between them"
             )
-        return states[0], [c[0][1] for c in calls]
+        return self.ours(states[0]), [c[0][1] for c in calls]
+
+    def ours(self, hidden: Tensor) -> Tensor:
+        """What a layer gives → hidden states [B, T, …, H]."""
+        return hidden.permute(1, 2, 0, 3) if self.streams_first else hidden
+
+    def theirs(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, T, …, H] → what a layer takes."""
+        return hidden.permute(2, 0, 1, 3) if self.streams_first else hidden
 
     @contextmanager
     def _recording(self) -> Iterator[None]:

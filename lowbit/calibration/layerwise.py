@@ -53,10 +53,16 @@ class LayerwiseModel:
         for key, value in (config_overrides or {}).items():
             if hasattr(config, key):
                 setattr(config, key, value)
-        with torch.device("meta"):
-            self.model = _model_class(config, source)._from_config(
-                config, dtype=dtype, experts_implementation="eager"
-            )
+        try:
+            with torch.device("meta"):
+                self.model = _model_class(config, source)._from_config(
+                    config, dtype=dtype, experts_implementation="eager"
+                )
+        except ImportError as error:  # Gemma 3n's vision tower is timm's
+            raise InputError(
+                f"{source.path}: expected all that transformers needs to build {config.model_type}, found that it is "
+                f"not installed: {' '.join(str(error).split())}"
+            ) from error
         self.model.eval().requires_grad_(False)
         self.config = config
         self.text_config = config.get_text_config()
@@ -131,8 +137,8 @@ class LayerwiseModel:
 
     def run_with_grad(self, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """`run`, differentiable."""
-        out = layer(hidden.to(self.device), **moved(kwargs, self.device))
-        return out[0] if isinstance(out, tuple) else out
+        out = layer(self._record.theirs(hidden.to(self.device)), **moved(kwargs, self.device))
+        return self._record.ours(out[0] if isinstance(out, tuple) else out)
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -143,7 +149,7 @@ class LayerwiseModel:
         """`head`, differentiable."""
         # The model's own forward does all that comes after the layers (norm, softcapping, logit scales).
         last = self._stubs[-1]
-        last.output = hidden.to(self.device)  # type: ignore[assignment]
+        last.output = self._record.theirs(hidden.to(self.device))  # type: ignore[assignment]
         try:
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
             return self.model(input_ids=ids, use_cache=False).logits

@@ -92,8 +92,9 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
     "gemma3": _of("Gemma3TextConfig", "Gemma3ForCausalLM", **TEXT, **SLIDING, query_pre_attn_scalar=16),
     "gemma3-sees": _seeing("Gemma3", {**TEXT, **SLIDING, "query_pre_attn_scalar": 16}, SIGLIP, mm_tokens_per_image=4),
     "gemma3n": _of("Gemma3nTextConfig", "Gemma3nForCausalLM", **TEXT | SLIDING | {
-        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0,
-        "laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [96, 96],
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128, "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.6, 0.0, 0.0, 0.0], "intermediate_size": [96] * 4,
     }),
     "gemma4": _of("Gemma4TextConfig", "Gemma4ForCausalLM", **GEMMA4 | {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2,
