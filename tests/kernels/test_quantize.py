@@ -53,6 +53,23 @@ def test_per_token(dtype: DType, x_dtype):
         check(quantize_per_token(x, dtype.torch_dtype), x, spec)
 
 
+@pytest.mark.parametrize("power", [-124, -117, -60, 0, 115])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quotients_beside_ties_are_rounded_as_a_division_rounds_them(dtype: DType, power):
+    """Values around (n + ½) · scale, where the last bit of a quotient decides the code."""
+    largest = (1 + torch.rand(64, 1)) * 2.0**power
+    scale = largest / dtype.max
+    between = torch.arange(-126, 126) + 0.5
+    if dtype is not INT8:  # halfway between two codes
+        codes = torch.arange(1, 120, dtype=torch.uint8).view(dtype.torch_dtype).float()
+        between = (codes[1:] + codes[:-1]) / 2
+    tie = between * scale
+    beside = [torch.nextafter(tie, torch.full_like(tie, end)) for end in (float("inf"), -float("inf"))]
+    x = torch.cat([largest, tie, *beside], dim=1)
+    spec = TensorSpec(dtype=dtype, granularity=PerToken(), dynamic=True)
+    check(quantize_per_token(x, dtype.torch_dtype), x, spec)
+
+
 @pytest.mark.parametrize("column_major", [False, True])
 @pytest.mark.parametrize("group", [16, 32, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
