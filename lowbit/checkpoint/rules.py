@@ -104,6 +104,8 @@ FUSED = (
     ("in_proj_qkv", "in_proj_z"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
+# The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
+_LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
 # One matrix on disk of which engines divide the parts, that of time steps as narrow as there are heads.
 _JOINED_ON_DISK = re.compile(r"^(.*\.)?(mamba|mixer)\.in_proj$")
 
@@ -287,14 +289,16 @@ def _make_fit(
     """Replace a scheme that does not fit one member's shape, for all members at once.
 
     Ragged blocks of fused weights that the source has so already are carried: what its makers
-    ship, engines load.
+    ship, engines load. Nor are they in the way where nothing follows, in this matrix or on another
+    device (`_LAST_UNDIVIDED`).
     """
     fused = len(members) > 1 or _JOINED_ON_DISK.match(members[0]) is not None
     joined: Joined = "experts" if EXPERT.match(members[0]) else "fused" if fused else ""
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}
-        ours: dict[str, Joined] = {m: "" if m in carried else joined for m in having}
+        free = carried | {m for m in having if m.rpartition(".")[2] in _LAST_UNDIVIDED}
+        ours: dict[str, Joined] = {m: "" if m in free else joined for m in having}
         problem = next((p for m in having if (p := fits(scheme, weights[m], ours[m]))), "")
         if not problem:
             continue

@@ -200,14 +200,36 @@ def test_a_mamba_in_proj_has_parts_that_engines_divide():
 
 def test_ragged_blocks_that_the_source_has_already_stay():
     block = get_scheme("fp8-block")
-    shapes = {"a.q_a_proj": (256, 128), "a.kv_a_proj_with_mqa": (160, 128)}
+    shapes = {"a.gate_proj": (256, 128), "a.up_proj": (160, 128)}
     fits = lambda scheme, shape, fused: "ragged" if fused and scheme == block else ""  # noqa: E731
     new = decide(shapes, block, fits=fits)
     assert {d.scheme for d in new.values()} == {get_scheme("fp8")}
     carried = decide(shapes, block, fits=fits, already=dict.fromkeys(shapes, block.weights))
     assert {d.scheme for d in carried.values()} == {block}
-    half = decide(shapes, block, fits=fits, already={"a.q_a_proj": block.weights})
+    half = decide(shapes, block, fits=fits, already={"a.gate_proj": block.weights})
     assert {d.scheme for d in half.values()} == {get_scheme("fp8")}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "scheme"),
+    [
+        ({"a.q_a_proj": (1536, 256), "a.kv_a_proj_with_mqa": (576, 256)}, "fp8-block"),  # DeepSeek-V3's
+        ({"a.wq_a": (1536, 256), "a.wkv": (576, 256)}, "fp8-block"),
+        (
+            {"a.q_a_proj": (192, 256), "a.kv_a_proj_with_mqa": (576, 256)},
+            "fp8",
+        ),  # the second starts inside a block
+        (
+            {"a.q_proj": (256, 256), "a.k_proj": (128, 256), "a.v_proj": (192, 256)},
+            "fp8",
+        ),  # divided among devices
+    ],
+)
+@pytest.mark.parametrize("format", ["compressed-tensors", "fp8"])
+def test_the_last_of_what_engines_join_and_do_not_divide_may_have_ragged_blocks(shapes, scheme, format):
+    found = decide(shapes, get_scheme("fp8-block"), fits=get_format(format).refuse)
+    wanted = None if (scheme, format) == ("fp8", "fp8") else get_scheme(scheme)
+    assert {d.scheme for d in found.values()} == {wanted}
 
 
 @given(st.text(alphabet="abgw.013_", max_size=30), st.lists(st.integers(0, 64), max_size=4))
