@@ -26,6 +26,8 @@ from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
 from lowbit.checkpoint.rules import Selection, decide, left_by_source
 from lowbit.errors import InputError
+from lowbit.formats import get_format
+from lowbit.formats.format import Joined
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
@@ -35,7 +37,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
-    """Our name → scheme for every Linear of the decoder that will be quantized."""
+    """Our name → scheme for every Linear of the decoder that will be quantized.
+
+    Blocks that the default format does not take are what a conversion makes of them, a scale per channel.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
     for index in range(len(model)):
@@ -45,13 +50,19 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
     source = model.source
     left = left_by_source(shapes, source.quantized)
     decisions = decide(
-        shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused
-    )
+        shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused,
+        fits=_blocks_fit,
+    )  # fmt: skip
     return {
         names[m]: d.scheme
         for m, d in decisions.items()
         if d.scheme is not None and d.scheme.weights is not None and not d.as_found
     }
+
+
+def _blocks_fit(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
+    """Why the default format takes no blocks or groups of this shape. What may be static is the conversion's affair."""
+    return "" if scheme.needs_calibration else get_format("compressed-tensors").refuse(scheme, shape, joined)
 
 
 @keep_freed_memory()

@@ -16,7 +16,7 @@ from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
-from lowbit.granularity import PerTensor, block_shape, scale_shape
+from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
 _INPUT_SCALE: Content = "input_scale"
@@ -284,13 +284,16 @@ class Planner:
         scale, spec = self.replaced.pop(f"{module}.weight_scale"), self.scheme.weights
         assert spec is not None  # the store checks that codes have a scale, and that the scheme is the same
         shape = (codes.shape[0], codes.shape[1])
-        if tuple(scale.shape) != scale_shape(shape, spec.granularity):
+        # Blocks that a format does not take have a scale per channel in a calibration.
+        known = (spec.granularity, PerChannel())
+        granularity = next((g for g in known if tuple(scale.shape) == scale_shape(shape, g)), None)
+        if granularity is None:
             raise InputError(
                 f"calibration of {module}: expected scales of {self.scheme.name} to dequantize it with, found "
                 f"{list(scale.shape)}; calibrate again with this module left in float"
             )
         self.dequantized.append(module)
-        source = Source(ref=codes, scale=scale, block=block_shape(shape, spec.granularity))
+        source = Source(ref=codes, scale=scale, block=block_shape(shape, granularity))
         out = OutTensor(module + ".weight", self._float_dtype(), shape)
         return Job(kind="cast", shape=shape, source=source, outputs={"codes": out})
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import lowbit
 from lowbit.calibration import calibrate as module
 from lowbit.calibration import step, store
 from lowbit.calibration.calibrate import RunOptions, calibrate
@@ -104,6 +106,37 @@ def test_static_absmax_scales_cover_what_was_seen(checkpoints, windows, tmp_path
     scales = tensors_of(found)
     for name, peak in seen.items():
         assert float(scales[f"{name}.input_scale"]) * 127 == pytest.approx(peak, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "holds"),
+    [
+        ("fp8-block", None, "fp8"),
+        ("fp8-block", "fp8", None),
+        ("int8-block", None, "int8"),
+        ("int8-block", "sglang", None),
+        ("int8-weight-only", None, None),
+    ],
+)
+def test_where_blocks_do_not_fit_a_calibration_has_what_the_conversion_makes(
+    windows, tmp_path, scheme, format, holds
+):
+    """Widths of 160 hold no blocks of 128: SmolLM2's 576 do not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=160, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calibration", scheme, method="gptq", data=windows)
+    lowbit.convert(
+        tmp_path / "src", tmp_path / "out", scheme, format=format, calibration=tmp_path / "calibration"
+    )
+    assert lowbit.verify(tmp_path / "out", source=tmp_path / "src").ok
+    plan = lowbit.plan(tmp_path / "src", scheme, format=format)
+    narrow = plan.decisions["model.layers.0.self_attn.q_proj"].scheme
+    assert (narrow.name if narrow and narrow.name != scheme else None) == holds
+    assert plan.decisions["model.layers.0.mlp.down_proj"].scheme.name == scheme  # 256 fit
 
 
 def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path, monkeypatch):
