@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The message says what was expected, what was found, and what to do.
     """
+
+
+class NotCalibratedError(InputError):
+    """All else is right, but static activations have no scales: a calibration brings them."""

@@ -13,7 +13,7 @@ from lowbit.checkpoint.jobs import Job, Source, StaticInput
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
 from lowbit.dtypes import E2M1, E4M3FN
-from lowbit.errors import InputError
+from lowbit.errors import InputError, NotCalibratedError
 from lowbit.formats import Format, StoredModule, quantization_of
 from lowbit.formats.format import Content
 from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
@@ -251,7 +251,7 @@ class Planner:
             way = "run `lowbit calibrate` and give --calibration, or use a dynamic scheme such as int8"
             if there is not None and there.needs_calibration:
                 way += f"; the source's own are for {there.name}"
-            raise InputError(
+            raise NotCalibratedError(
                 f"expected a calibrated input scale for every quantized module, found none for "
                 f"{len(self._uncalibrated)} (first: {first}); {way}"
             )

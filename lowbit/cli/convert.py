@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,6 +103,7 @@ def convert(
             )
         from lowbit.calibration.distributed import rank
 
+        _check_before_calibrating(src, wanted, format)
         calibration = _calibrate(src, out, wanted, method, data, samples, length, device, quiet=json)
         if rank() != 0:
             return
@@ -161,6 +163,25 @@ def not_finite_warning(tensors: Sequence[str]) -> str:
         f"{', '.join(tensors[:3])}{more}: copied as found, with NaN or Inf; they are so in the source, "
         "and `lowbit verify` reports them"
     )
+
+
+def _check_before_calibrating(src: Path, wanted: Recipe, format: str | None) -> None:
+    """Raise now what would otherwise be raised when the calibration, hours maybe, has been made."""
+    from lowbit import api
+    from lowbit.errors import InputError, NotCalibratedError
+    from lowbit.formats import get_format
+    from lowbit.scheme import get_scheme
+
+    with suppress(NotCalibratedError):
+        api.plan(
+            src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides
+        )  # fmt: skip
+    scheme, target = get_scheme(wanted.scheme), get_format(format or "compressed-tensors")
+    if scheme.weights is not None and (why := target.refuse(scheme, (1024, 1024), "")):
+        raise InputError(
+            f"expected a format that holds {scheme.name} as a calibration makes it, found {target.name}: {why}; "
+            "convert without --method, or to compressed-tensors"
+        )
 
 
 def _calibrate(

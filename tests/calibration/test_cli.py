@@ -8,6 +8,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from lowbit import quality
 from lowbit.calibration import store
 from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.cli import app
@@ -92,6 +93,35 @@ def test_methods_are_listed():
 def test_bad_input_is_named(source, tmp_path, arguments, message):
     done = lowbit("calibrate", source, "-o", tmp_path / "c", *arguments, code=2)
     assert isinstance(done.exception, ValueError) and message in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheme", "fp8", "--format", "ascend"), "cannot hold the scheme fp8"),
+        (
+            ("--scheme", "int8-weight-only", "--format", "ascend"),
+            "one scale per channel only; convert without",
+        ),
+        (("--scheme", "int8", "--ignore", "model.*"), "at least one weight"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
+    source, tmp_path, monkeypatch, arguments, message
+):
+    def calibrate(*_, **__):
+        raise AssertionError("calibrated in vain")
+
+    monkeypatch.setattr(quality, "calibrate", calibrate)
+    done = lowbit(
+        "convert", source, tmp_path / "out", *arguments, "--method", "gptq", "--data", source, code=2
+    )
+    assert isinstance(done.exception, InputError) and message in str(done.exception)
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(AssertionError, match="in vain"):
+        raise lowbit(
+            "convert", source, tmp_path / "out", "-s", "int8-static", "--method", "gptq", code=2
+        ).exception
 
 
 def test_data_in_its_forms(source, tmp_path):
