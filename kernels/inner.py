@@ -174,18 +174,18 @@ def weight_scale_modes(scale: Tensor, n: int, k: int, block_shape: tuple[int, in
     return WeightScale(groups=2 if rows == 1 else 1, outer=0, group_n=rows, group_k=cols)
 
 
-def weight_bytes(w: Tensor, target: Target, dtype: str) -> tuple[Tensor, int]:
+def weight_bytes(w: Tensor, target: Target) -> tuple[Tensor, int]:
     """(weight as the kernel reads it, W_DECODE): fp8 is viewed as bytes where the target has none of it."""
     if w.dtype == torch.uint8:
         return w.view(torch.int8), 2
-    if w.dtype == torch.int8 or dtype == target.fp8:
+    if w.dtype == torch.int8 or dtype_name(w.dtype) == target.fp8:
         return w, 0
     return w.view(torch.int8), 1
 
 
 def conversion(w: Tensor, x: torch.dtype, target: Target) -> tuple[Tensor, int, int]:
     """(weight as the kernel reads it, W_DECODE, CONVERT) beside activations of dtype `x`."""
-    codes, decode = weight_bytes(w, target, dtype_name(w.dtype))
+    codes, decode = weight_bytes(w, target)
     if x == torch.float16 or not target.cuts_bfloat16:
         return codes, decode, CAST.value
     return codes, 3 if decode == 1 else decode, CUT.value

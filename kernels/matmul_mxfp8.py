@@ -119,8 +119,8 @@ def matmul_mxfp8(
             group_n=0, group_k=0 if target.scaled_dot else GROUP, aligned=rows_aligned(a, w),
         )  # fmt: skip
     if not target.scaled_dot:
-        a, decode = weight_bytes(a, target, "e4m3fn")
-        w, _ = weight_bytes(w, target, "e4m3fn")
+        a, decode = weight_bytes(a, target)
+        w, _ = weight_bytes(w, target)
         modes = WeightScale(groups=2, outer=0, group_n=1, group_k=GROUP)
         return launch_inner(
             a, w, a_scale, w_scale, bias, out, modes,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -349,3 +351,14 @@ def check_quantized(written: Mapping[str, Tensor], module: str, meant: Tensor, s
         assert same_bits(packed.view(torch.uint8).reshape(meant.shape), codes), module
     else:
         assert same_bits(written[f"{module}.weight"], codes), module
+
+
+def fp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [N, K] → (int8 [N, K / 2], float8_e8m0fnu [N, K / 32], what they mean), with ml_dtypes' E2M1."""
+    groups = w.reshape(w.shape[0], -1, 32)
+    scale = torch.exp2(torch.floor(torch.log2(groups.abs().amax(-1))) - 2)
+    codes = (groups / scale[..., None]).numpy().astype(ml_dtypes.float4_e2m1fn)
+    halves = torch.from_numpy(codes.view(np.uint8)).reshape(w.shape)
+    means = (torch.from_numpy(codes.astype(np.float32)) * scale[..., None]).reshape(w.shape)
+    packed = (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8)
+    return packed.contiguous(), scale.to(torch.float8_e8m0fnu), means

@@ -62,7 +62,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
 
 def _blocks_fit(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
     """Why the default format takes no blocks or groups of this shape. What may be static is the conversion's affair."""
-    return "" if scheme.needs_calibration else get_format("compressed-tensors").refuse(scheme, shape, joined)
+    return "" if scheme.needs_calibration else get_format().refuse(scheme, shape, joined)
 
 
 @keep_freed_memory()

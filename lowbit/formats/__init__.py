@@ -37,8 +37,11 @@ __all__ = [
 ]
 
 
-def get_format(name: str) -> Format:
-    """The format of that name; InputError naming the nearest ones."""
+def get_format(name: str | None = None) -> Format:
+    """The format of that name, or the one that is written unless another is asked for; InputError naming the
+    nearest ones."""
+    if name is None:
+        return FORMATS["compressed-tensors"]
     key = name.strip().lower().replace("_", "-")
     if key not in FORMATS:
         raise InputError(

@@ -6,11 +6,10 @@ import json
 import re
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sample_models import fp4
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -28,15 +27,6 @@ CONFIG = {
 EXPERT = re.compile(r"experts\.\d+\.w[123]\.weight$")
 
 
-def fp4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K] → (int8 [N, K / 2], float8_e8m0fnu [N, K / 32]), with ml_dtypes' E2M1."""
-    groups = w.float().reshape(w.shape[0], -1, 32)
-    scale = torch.exp2(torch.floor(torch.log2(groups.abs().amax(-1))) - 2)
-    codes = (groups / scale[..., None]).numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    halves = torch.from_numpy(codes).reshape(w.shape)
-    return (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8), scale.to(torch.float8_e8m0fnu)
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("v4")
@@ -46,7 +36,7 @@ def published(tmp_path_factory) -> Path:
     before, after = (load_file(root / name / "model.safetensors") for name in ("bf16", "fp4"))
     for name in filter(EXPERT.search, before):
         after.pop(f"{name}_scale_inv")
-        after[name], after[name.replace("weight", "scale")] = fp4(before[name])
+        after[name], after[name.replace("weight", "scale")], _ = fp4(before[name].float())
     save_file(after, root / "fp4" / "model.safetensors", metadata={"format": "pt"})
     (root / "fp4" / "lowbit_manifest.json").unlink()
     config = json.loads((root / "fp4" / "config.json").read_text())

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
-from sample_models import BLOCK, Tensors, block_fp8, check_quantized, decode_block_fp8, load, same_bits, write
-from torch import Tensor
+from sample_models import (
+    BLOCK,
+    Tensors,
+    block_fp8,
+    check_quantized,
+    decode_block_fp8,
+    fp4,
+    load,
+    same_bits,
+    write,
+)
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 import lowbit
@@ -29,17 +36,6 @@ CONFIG = {
         "activation_scheme": "dynamic",
     },
 }  # fmt: skip
-
-
-def fp4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [N, K] → (int8 [N, K / 2], float8_e8m0fnu [N, K / 32], what they mean), with ml_dtypes' E2M1."""
-    groups = w.reshape(w.shape[0], -1, 32)
-    scale = torch.exp2(torch.floor(torch.log2(groups.abs().amax(-1))) - 2)
-    codes = (groups / scale[..., None]).numpy().astype(ml_dtypes.float4_e2m1fn)
-    halves = torch.from_numpy(codes.view(np.uint8)).reshape(w.shape)
-    means = (torch.from_numpy(codes.astype(np.float32)) * scale[..., None]).reshape(w.shape)
-    packed = (halves[:, ::2] | halves[:, 1::2] << 4).view(torch.int8)
-    return packed.contiguous(), scale.to(torch.float8_e8m0fnu), means
 
 
 def published(root: Path) -> tuple[Tensors, Tensors]:

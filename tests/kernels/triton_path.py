@@ -85,8 +85,7 @@ def differences(recorded: Launch, own: dict[str, Any]) -> dict[str, Any]:
     """Where the two disagree: name → [recorded, Triton's own]."""
     ours = {
         "kernel": recorded.kernel, "signature": recorded.signature, "constants": recorded.constants,
-        "attributes": recorded.attributes,
-        "options": {name: recorded.options[name] for name in recorded.options},
+        "attributes": recorded.attributes, "options": recorded.options,
     }  # fmt: skip
     own = own | {"options": {name: own["options"].get(name) for name in recorded.options}}
     return {name: [ours[name], own[name]] for name in ours if ours[name] != own[name]}
