@@ -56,6 +56,10 @@ _ELEMENT = {A_I16: 2, A_I8: 1, A_F32: 4, A_BF16: 2, A_I8_BYTES: 1, A_E4M3_BYTES:
 _CHUNK = {A_I16: 1024, A_I8: 2048, A_F32: 512, A_BF16: 1024}
 _BLOCK_ROWS, _BLOCK_COLS = 192, 64
 _WORKSPACE_KEPT = 64 << 20
+_MATRIX_ROWS = 256
+_MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
+PANEL_ROWS = 16  # rows of activations that AMX multiplies at once
+_PANEL_UNITS = 256  # 32-bit units of a row that one task rearranges
 
 PREPARE, MATMUL = ctypes.c_int64 * len(P), ctypes.c_int64 * len(M)
 # As plain numbers: a member of an enum costs several times as much as an index.
@@ -146,14 +150,28 @@ def _one() -> Tensor:
     return torch.ones(1, dtype=torch.float32)
 
 
-def _blocks(rows: int, height: int, offsets: list[int] | None) -> ctypes.Array[ctypes.c_int64]:
-    """(expert, first row, rows) of every block of at most `height` rows, flat."""
-    if offsets is None:
-        offsets = [0, rows]
-    flat: list[int] = []
-    for expert, (start, end) in enumerate(pairwise(offsets)):
+def _blocks(rows: int, height: int, offsets: list[int] | None) -> list[tuple[int, int, int, int]]:
+    """(expert, first row, rows, first panel of 16 rows) of every block of at most `height` rows."""
+    found, panel = [], 0
+    for expert, (start, end) in enumerate(pairwise([0, rows] if offsets is None else offsets)):
         for first in range(start, end, height):
-            flat += (expert, first, min(height, end - first))
+            count = min(height, end - first)
+            found.append((expert, first, count, panel))
+            panel += -(-count // PANEL_ROWS)
+    return found
+
+
+def _panels(blocks: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
+    """(first row, rows) of every panel."""
+    return [
+        (row, min(PANEL_ROWS, first + count - row))
+        for _, first, count, _ in blocks
+        for row in range(first, first + count, PANEL_ROWS)
+    ]
+
+
+def _table(rows: list[Any]) -> ctypes.Array[ctypes.c_int64]:
+    flat = [value for row in rows for value in row]
     return (ctypes.c_int64 * max(len(flat), 1))(*flat)
 
 
@@ -167,8 +185,9 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
     have = instructions()
     quantizes = activations.kind != "none"
     if quantizes and weights.tensor.dtype == torch.int8:
-        tile = integer_tile(have, activations.zero is not None)
-        return tile, A_I8 if tile.kind.startswith("dpbusd") else A_I16, MODE_INT8
+        grouped = bool(activations.group or weights.group)
+        tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
+        return tile, A_I16 if tile.kind.startswith("pmaddwd") else A_I8, MODE_INT8
     # e4m3 codes and bfloat16 activations are both exact in bfloat16.
     exact = quantizes or (x.dtype == torch.bfloat16 and weights.tensor.dtype != torch.bfloat16)
     tile = float_tile(have, rows, bfloat_exact=exact, float64=settings.float64_sums)
@@ -180,6 +199,11 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
 def _block(rows: int, n: int, tile: Tile, threads: int) -> tuple[int, int]:
     """Rows and columns of the output per task: weights are packed once per task, so many rows; but
     every thread should find several tasks."""
+    if tile.matrix:
+        width = (
+            _BLOCK_COLS if -(-n // _BLOCK_COLS) * -(-rows // _MATRIX_ROWS) >= threads else _BLOCK_COLS // 2
+        )
+        return min(_MATRIX_ROWS, up(rows, PANEL_ROWS)), width
     width = up(_BLOCK_COLS, tile.cols)
     if rows <= tile.dot_rows:
         width = min(width, up(-(-n // (4 * threads)), SCALE_LANES))
@@ -198,11 +222,13 @@ class Call:
     """
 
     prepare: ctypes.Array[ctypes.c_int64]
+    pack: ctypes.Array[ctypes.c_int64] | None
     matmul: ctypes.Array[ctypes.c_int64]
-    blocks: ctypes.Array[ctypes.c_int64]
     function: Any
     workspace: int
     """Bytes. The operand stands at its beginning; the rest at these offsets (0: absent):"""
+    panels: int
+    """The operand in panels, where `pack` makes them."""
     sums: int
     scales: int
     scratch: int
@@ -211,6 +237,7 @@ class Call:
     write_scales: bool
     prepare_threads: int
     threads: int
+    tables: list[ctypes.Array[ctypes.c_int64]]
     alive: tuple[Any, ...]
     """What was made for this call and whose addresses it holds."""
     base: int = 0
@@ -226,12 +253,17 @@ class Call:
         prepare[_P_NEXT] = prepare[_P_SLOT] = block[_M_NEXT] = block[_M_SLOT] = 0
         prepare[_P_X], block[_M_OUT] = x.data_ptr(), out.data_ptr()
         cpu_threads.run(_prepare_function(), prepare, self.prepare_threads)
+        if self.pack is not None:
+            self.pack[_P_NEXT] = 0
+            cpu_threads.run(_pack_function(), self.pack, self.prepare_threads)
         cpu_threads.run(self.function, block, self.threads)
         return out
 
     def _place(self, base: int) -> None:
         prepare, block = self.prepare, self.matmul
-        prepare[_P_A] = block[_M_A] = base
+        prepare[_P_A], block[_M_A] = base, base + self.panels
+        if self.pack is not None:
+            self.pack[_P_X], self.pack[_P_A] = base, base + self.panels
         prepare[_P_SCRATCH] = block[_M_SCRATCH] = base + self.scratch
         if self.write_scales:
             prepare[_P_SCALE] = base + self.scales
@@ -249,6 +281,13 @@ def _prepare_function() -> Any:
     return cpu_prepare.prepare()
 
 
+@cache
+def _pack_function() -> Any:
+    from lowbit.ops import cpu_prepare
+
+    return cpu_prepare.panels()
+
+
 def product(
     x: Tensor,
     weights: Weights,
@@ -260,7 +299,7 @@ def product(
     routed: Tensor | None = None,
 ) -> Call:
     """The call for x [M, K] (last stride 1); the other arguments as in `cpu.linear`. M and N are not 0."""
-    from lowbit.ops import cpu_matmul
+    from lowbit.ops import cpu_matmul, cpu_matmul_amx
     from lowbit.ops.cpu_tiles import lanes, operand_step
 
     (rows, k), n = x.shape, weights.n
@@ -274,21 +313,35 @@ def product(
     # One workspace: operand rows (and spare ones to fill the last tile), sums of their codes, scales, scratch.
     row_bytes = layout.width * element
     unsigned = tile.kind.startswith("dpbusd")
-    a_bytes = up((rows + tile.rows) * row_bytes, 64)
+    extra_rows = 0 if tile.matrix else tile.rows
+    a_bytes = up((rows + extra_rows) * row_bytes, 64)
     scale_bytes = up(4 * rows * layout.groups, 64)
     sum_bytes = scale_bytes if unsigned else 0
     threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
     prepare_threads = torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
     height, width = _block(rows, n, tile, threads)
-    # float64 sums stay in registers until they are rounded: all of a group in one pass.
-    chunk = layout.padded if tile.kind.startswith("fmad") else min(up(_CHUNK[kind], step), layout.padded)
-    decoded = lanes(tile.kind) * chunk * (1 if kind in (A_I8, A_I16) else element)
-    slot = up(8 * height * width + 16 * width + width * chunk * element + decoded, 64)
+    blocks = _blocks(rows, height, offsets)
+    pack, panel_bytes, tables = None, 0, [_table(blocks)]
+    per_group = bool(activations.group or weights.group)
+    if tile.matrix:
+        chunk = min(_MATRIX_CHUNK[kind], layout.width if per_group else layout.padded)
+        slot = up(cpu_matmul_amx.slot_bytes(height, width, chunk, layout.padded, layout.groups, element), 64)
+        panels = _panels(blocks)
+        tables.append(_table(panels))
+        panel_bytes = len(panels) * PANEL_ROWS * row_bytes
+        pack = PREPARE()
+        pack[P.ROWS], pack[P.STATIC] = len(panels), ctypes.addressof(tables[1])
+        pack[P.X_ROW], pack[P.K], pack[P.GROUP] = row_bytes, row_bytes // 4, _PANEL_UNITS
+    else:
+        # float64 sums stay in registers until they are rounded: all of a group in one pass.
+        chunk = layout.padded if tile.kind.startswith("fmad") else min(up(_CHUNK[kind], step), layout.padded)
+        decoded = lanes(tile.kind) * chunk * (1 if kind in (A_I8, A_I16) else element)
+        slot = up(8 * height * width + 16 * width + width * chunk * element + decoded, 64)
     prepare_slot = up(4 * layout.group, 64)
     static = static_scale(x.dtype, mode, activations)
     prepare = prepare_block(
         rows, k, x.dtype, x.stride(0) * x.element_size(), kind=kind, layout=layout, row_bytes=row_bytes,
-        activations=activations, mode=mode, static=static, extra_rows=tile.rows, slot=prepare_slot,
+        activations=activations, mode=mode, static=static, extra_rows=extra_rows, slot=prepare_slot,
         threads=prepare_threads,
     )  # fmt: skip
 
@@ -314,22 +367,26 @@ def product(
         block[M.BIAS], block[M.BIAS_EXPERT] = bias.data_ptr(), n if bias.dim() > 1 else 0
     block[M.N], block[M.K] = n, k
     block[M.GROUP], block[M.GROUP_PADDED], block[M.CHUNK] = layout.group, layout.padded, chunk
-    block[M.PER_GROUP] = int(bool(activations.group or weights.group))
+    block[M.PER_GROUP] = int(per_group)
     block[M.SLOT_BYTES] = slot
     block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
     # Values in bfloat16 are widened while they are loaded, however many rows: faster than through a panel.
     block[M.DOT_ROWS] = rows if tensor.dtype == torch.bfloat16 else tile.dot_rows
-    blocks = _blocks(rows, height, offsets)
-    block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(blocks), len(blocks) // 3
+    block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(tables[0]), len(blocks)
     if routed is not None:
         routed = routed.to(torch.float32).contiguous()
         block[M.ROUTED] = routed.data_ptr()
-    scales, scratch = a_bytes + sum_bytes, a_bytes + sum_bytes + scale_bytes
+    storage = _STORAGE[tensor.dtype]
+    if tile.matrix:
+        function = cpu_matmul_amx.matmul(tile.kind, storage)
+    else:
+        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors)
+    sums = a_bytes + panel_bytes
+    scales, scratch = sums + sum_bytes, sums + sum_bytes + scale_bytes
     return Call(
-        prepare=prepare, matmul=block, blocks=blocks,
-        function=cpu_matmul.matmul(tile.kind, _STORAGE[tensor.dtype], tile.rows, tile.vectors),
+        prepare=prepare, pack=pack, matmul=block, function=function, panels=a_bytes if tile.matrix else 0,
         workspace=scratch + max(threads * slot, prepare_threads * prepare_slot),
-        sums=a_bytes if unsigned else 0, scales=scales, scratch=scratch,
+        sums=sums if unsigned else 0, scales=scales, scratch=scratch, tables=tables,
         own_scales=mode != MODE_NONE and a_scale is None, write_scales=mode != MODE_NONE and not codes,
         prepare_threads=prepare_threads, threads=threads, alive=(tensor, w_scale, bias, a_scale, static, routed),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LLVM emission for the CPU kernels: conversions of elements and the epilogue, as numba intrinsics."""
+"""LLVM emission for the CPU kernels: what all of them build with, and conversions of elements, as numba intrinsics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
-
-from lowbit.ops.cpu_params import BF16 as BF16_OUT
-from lowbit.ops.cpu_params import F16 as F16_OUT
-from lowbit.ops.cpu_params import F32 as F32_OUT
-from lowbit.ops.cpu_params import SCALE_LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -116,103 +111,11 @@ def _e4m3_to_f32(builder: Any, raw: Any) -> Any:
     return builder.select(nan, const(F32, float("nan")), value)
 
 
-@intrinsic(prefer_literal=True)
-def add_scaled(typingctx, integer, sums, offset, a_scale, w_scale, totals, n):  # type: ignore[no-untyped-def]
-    """totals[j] += float32(sums[j] − offset) · a_scale · w_scale[j], and sums[j] = 0: one scale group.
-
-    `integer` (else sums are float32 and there is no offset) is a compile-time constant.
-    Addresses; n is rounded up to SCALE_LANES. By hand because numba computes in int64, which
-    does not vectorize.
-    """
-    if not isinstance(integer, types.Literal):
-        return None
-    whole = bool(integer.literal_value)
-    signature = types.void(integer, types.int64, types.int32, types.float32, *[types.int64] * 3)
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        sums, offset, a_scale, w_scale, totals, n = args[1:]
-        scaled = _scaled(builder, whole, sums, offset, a_scale, w_scale)
-
-        def body(position: Any, _: list) -> list:
-            here = builder.mul(position, ir.Constant(I64, 4))
-            value, target = scaled(here), builder.add(totals, here)
-            store(builder, builder.fadd(load(builder, target, value.type), value), target)
-            store(builder, ir.Constant(vec(I32, SCALE_LANES), None), builder.add(sums, here))
-            return []
-
-        loop(builder, n, SCALE_LANES, [], body)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
-def finish_row(
-    typingctx, integer, scales, out_dtype, sums, offset, a_scale, w_scale, bias, routed, out, spill, n
-):  # type: ignore[no-untyped-def]
-    """out[j] = ((float32(sums[j] − offset) · a_scale · w_scale[j]) + bias[j]) · routed, rounded once.
-
-    `integer` and `scales` (else sums are float32 and scaled already) and `out_dtype` are compile-time
-    constants. Only whole vectors of SCALE_LANES go to `out`; what follows goes to `spill` (at
-    the same place in the row) as float32. sums, w_scale, bias are readable up to a whole vector.
-    """
-    if not all(isinstance(t, types.Literal) for t in (integer, scales, out_dtype)):
-        return None
-    whole, scaling = bool(integer.literal_value), bool(scales.literal_value)
-    convert = {F32_OUT: None, F16_OUT: _emit_f32_to_f16, BF16_OUT: _emit_f32_to_bf16}[out_dtype.literal_value]
-    signature = types.void(
-        integer, scales, out_dtype, types.int64, types.int32, types.float32, types.int64, types.int64,
-        types.float32, *[types.int64] * 3,
-    )  # fmt: skip
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        sums, offset, a_scale, w_scale, bias, routed, out, spill, n = args[3:]
-        real = vec(F32, SCALE_LANES)
-        scaled = _scaled(builder, whole, sums, offset, a_scale, w_scale)
-        routes = spread(builder, routed, SCALE_LANES)
-
-        def value(here: Any) -> Any:
-            found = scaled(here) if scaling else load(builder, builder.add(sums, here), real)
-            found = builder.fadd(found, load(builder, builder.add(bias, here), real))
-            return builder.fmul(found, routes)
-
-        def body(position: Any, _: list) -> list:
-            found = value(builder.mul(position, ir.Constant(I64, 4)))
-            found = found if convert is None else convert(builder, found)
-            element = 4 if convert is None else 2
-            store(builder, found, builder.add(out, builder.mul(position, ir.Constant(I64, element))))
-            return []
-
-        full = builder.and_(n, ir.Constant(I64, -SCALE_LANES))
-        loop(builder, full, SCALE_LANES, [], body)
-        with builder.if_then(builder.icmp_signed("<", full, n)):
-            here = builder.mul(full, ir.Constant(I64, 4))
-            store(builder, value(here), builder.add(spill, here))
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
 def spread(builder: Any, value: Any, count: int) -> Any:
     """A scalar in every lane."""
     kind = vec(value.type, count)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
     return shuffle(builder, one, one, [0] * count)
-
-
-def _scaled(builder: Any, whole: bool, sums: Any, offset: Any, a_scale: Any, w_scale: Any) -> Any:
-    """here (bytes) → float32(sums − offset) · a_scale · w_scale, a vector."""
-    wide, real = vec(I32, SCALE_LANES), vec(F32, SCALE_LANES)
-    offsets, a_scales = spread(builder, offset, SCALE_LANES), spread(builder, a_scale, SCALE_LANES)
-
-    def at(here: Any) -> Any:
-        value = load(builder, builder.add(sums, here), wide if whole else real)
-        if whole:
-            value = builder.sitofp(builder.sub(value, offsets), real)
-        scale = load(builder, builder.add(w_scale, here), real)
-        return builder.fmul(builder.fmul(value, a_scales), scale)
-
-    return at
 
 
 @intrinsic
@@ -284,7 +187,7 @@ def _emit_f16_to_f32(builder: Any, x: Any) -> Any:
     return builder.fpext(builder.bitcast(x, F16), F32)
 
 
-def _emit_f32_to_f16(builder: Any, x: Any) -> Any:
+def emit_f32_to_f16(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.fptrunc(x, _like(x, F16)), _like(x, I16))
 
 
@@ -292,7 +195,7 @@ def _emit_bf16_to_f32(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(x, I32), ir.Constant(I32, 16)), F32)
 
 
-def _emit_f32_to_bf16(builder: Any, x: Any) -> Any:
+def emit_f32_to_bf16(builder: Any, x: Any) -> Any:
     """Round half to even; NaN becomes the quiet NaN 0x7FC0, as in torch."""
     bits = builder.bitcast(x, _like(x, I32))
     odd = builder.and_(builder.lshr(bits, _constant(x, I32, 16)), _constant(x, I32, 1))
@@ -369,9 +272,9 @@ def _emit_e4m3_code(builder: Any, x: Any) -> Any:
 
 
 f16_to_f32 = _elementwise(types.uint16, types.float32, _emit_f16_to_f32)
-f32_to_f16 = _elementwise(types.float32, types.uint16, _emit_f32_to_f16)
+f32_to_f16 = _elementwise(types.float32, types.uint16, emit_f32_to_f16)
 bf16_to_f32 = _elementwise(types.uint16, types.float32, _emit_bf16_to_f32)
-f32_to_bf16 = _elementwise(types.float32, types.uint16, _emit_f32_to_bf16)
+f32_to_bf16 = _elementwise(types.float32, types.uint16, emit_f32_to_bf16)
 e4m3_to_f32 = _elementwise(types.uint8, types.float32, _e4m3_to_f32)
 magnitude_bits = _elementwise(types.float32, types.int32, _emit_magnitude_bits)
 bits_to_f32 = _elementwise(types.int32, types.float32, _emit_bits_to_f32)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import torch
 
 # From best to most portable. `portable` is plain torch: exact float32 blocks.
-ISAS = ("avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
+ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,11 @@ class Tile:
     vectors: int
 
     @property
+    def matrix(self) -> bool:
+        """It is AMX's (see `cpu_amx`): weights as stored at any number of rows, activations in panels."""
+        return self.kind.startswith("tdp")
+
+    @property
     def dot_rows(self) -> int:
         """Up to so many rows are multiplied with weights as stored; for more, transposing them first pays.
 
@@ -31,6 +38,8 @@ class Tile:
         four (or two) rows.
         """
         wide = self.kind.endswith("512")
+        if self.matrix:
+            return 0
         if self.kind.startswith(("dpbusd", "pmaddwd")):
             return 48 if wide else 8
         return 0 if self.kind.startswith("dpbf16") else 8 if wide else 4
@@ -49,8 +58,11 @@ class Instructions:
     """One of `ISAS`."""
     bfloat16: bool = False
     """It has the bfloat16 dot product, exact on 8-bit codes at twice float32's rate."""
-    amx: bool = False
-    """It has int8 tiles (AMX), which oneDNN uses."""
+
+    @property
+    def wide(self) -> bool:
+        """Vectors have 512 bits."""
+        return self.name in ("amx", "avx512_vnni", "avx512bw")
 
 
 # As many accumulators as leave registers for the vectors of B, one of A and one product: 32 of 512 bits, 16 of 256.
@@ -59,6 +71,7 @@ _MULTIPLY_ADD = {
     256: Tile(kind="pmaddwd256", rows=6, vectors=2),
 }
 _INTEGER = {
+    "amx": Tile(kind="dpbusd512", rows=6, vectors=4),
     "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4),
     "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2),
     "avx512bw": _MULTIPLY_ADD[512],
@@ -70,12 +83,24 @@ _FLOAT = Tile(kind="fma256", rows=6, vectors=2)
 _WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2)
 _DOUBLE = Tile(kind="fmad256", rows=4, vectors=1)
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
+_MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
+_MATRIX_BFLOAT = Tile(kind="tdpbf16512", rows=32, vectors=2)
+# Fewer rows are multiplied in vector registers: those read int8 weights of few rows at memory's speed. Measured on an
+# Emerald Rapids; where sums are scaled group by group, or weights decoded, AMX is ahead earlier.
+_MATRIX_ROWS, _MATRIX_ROWS_OTHERWISE = 12, 4
 
 
-def integer_tile(instructions: Instructions, zero_point: bool = False) -> Tile:
-    """The tile for int8 × int8 → int32. Less a zero point, codes need 9 bits, so 16-bit operands."""
+def integer_tile(
+    instructions: Instructions, rows: int, *, zero_point: bool = False, grouped: bool = False
+) -> Tile:
+    """The tile for int8 × int8 → int32, of so many rows per weight.
+
+    Less a zero point, codes need 9 bits, so 16-bit operands. `grouped`: there are scales along K.
+    """
     if zero_point:
-        return _MULTIPLY_ADD[512 if instructions.name.startswith("avx512") else 256]
+        return _MULTIPLY_ADD[512 if instructions.wide else 256]
+    if instructions.name == "amx" and rows >= (_MATRIX_ROWS_OTHERWISE if grouped else _MATRIX_ROWS):
+        return _MATRIX_INTEGER
     return _INTEGER[instructions.name]
 
 
@@ -85,11 +110,22 @@ def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool, float6
     `bfloat_exact`: both operands are bfloat16 values. A few rows are decoded while they are
     loaded, which the float32 tiles do.
     """
-    wide = instructions.name.startswith("avx512")
     if float64:
-        return _WIDE_DOUBLE if wide else _DOUBLE
-    tile = _WIDE_FLOAT if wide else _FLOAT
+        return _WIDE_DOUBLE if instructions.wide else _DOUBLE
+    if bfloat_exact and instructions.name == "amx" and rows >= _MATRIX_ROWS_OTHERWISE:
+        return _MATRIX_BFLOAT
+    tile = _WIDE_FLOAT if instructions.wide else _FLOAT
     return _BFLOAT if bfloat_exact and instructions.bfloat16 and rows > tile.dot_rows else tile
+
+
+@cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for the tile registers, which a process may use only after that."""
+    request, tile_data = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    try:
+        return ctypes.CDLL(None).syscall(158, request, tile_data) == 0  # arch_prctl
+    except (OSError, AttributeError):
+        return False
 
 
 @cache
@@ -103,7 +139,7 @@ def _features() -> frozenset[str]:
     except OSError:
         return frozenset()
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    renamed = {"fma": "fma3", "avx512bw": "avx512_bw", "avx512vl": "avx512_vl"}
+    renamed = {"fma": "fma3", "avx512bw": "avx512_bw", "avx512vl": "avx512_vl", "avx512vbmi": "avx512_vbmi"}
     return frozenset(renamed.get(flag, flag) for flag in flags)
 
 
@@ -115,6 +151,10 @@ def available() -> tuple[str, ...]:
     found = []
     wide = {"avx512_bw", "avx512_vl", "avx2", "fma3", "f16c"} <= features
     if wide and "avx512_vnni" in features:
+        # CPUs with AMX have these too; old torch names none of them.
+        matrix = {"amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vbmi"}
+        if matrix <= features and sys.platform == "linux" and _may_use_tiles():
+            found.append("amx")
         found.append("avx512_vnni")
     if "avx_vnni" in features and {"avx2", "fma3", "f16c"} <= features:
         found.append("avx_vnni")
@@ -146,5 +186,5 @@ def detect() -> Instructions:
         )
     else:
         name = pinned
-    features = _features() if name == "avx512_vnni" else frozenset()
-    return Instructions(name=name, bfloat16="avx512_bf16" in features, amx="amx_int8" in features)
+    best = name in ("amx", "avx512_vnni")
+    return Instructions(name=name, bfloat16=best and "avx512_bf16" in _features())

@@ -15,31 +15,12 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from lowbit.ops import cpu_tiles
-from lowbit.ops.cpu_emit import (
-    add_scaled,
-    bf16_to_f32,
-    e4m3_to_f32,
-    f32_to_bf16,
-    fetch_add,
-    finish_row,
-    pointer,
-)
-from lowbit.ops.cpu_params import (
-    A_BF16,
-    A_F32,
-    A_I8_BYTES,
-    A_I16,
-    BF16,
-    F16,
-    F32,
-    SCALE_LANES,
-    W_BF16,
-    W_E4M3,
-    W_I8,
-    W_U8,
-    M,
-)
-from lowbit.ops.cpu_rows import SIGNATURE, stamp, store_row
+from lowbit.ops.cpu_decode import decode_row
+from lowbit.ops.cpu_emit import fetch_add, pointer
+from lowbit.ops.cpu_epilogue import finish_block, locate_scales
+from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
+from lowbit.ops.cpu_rows import SIGNATURE, stamp
+from lowbit.ops.cpu_scale import add_scaled
 from lowbit.ops.cpu_tiles import dot_tile, pack, packed_tile
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
@@ -50,20 +31,20 @@ M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
     M.A_SCALE_GROUP,
     M.A_SCALE_ROW,
 )
-M_A_SUM, M_BIAS, M_BIAS_EXPERT, M_BLOCKS, M_BLOCK_COLS = (
-    M.A_SUM,
-    M.BIAS,
-    M.BIAS_EXPERT,
-    M.BLOCKS,
-    M.BLOCK_COLS,
+M_A_SUM, M_BLOCKS, M_BLOCK_COLS, M_BLOCK_COUNT, M_BLOCK_ROWS = (
+    M.A_SUM, M.BLOCKS, M.BLOCK_COLS, M.BLOCK_COUNT, M.BLOCK_ROWS,
+)  # fmt: skip
+M_CHUNK, M_GROUP, M_GROUP_PADDED, M_K, M_N, M_NEXT = M.CHUNK, M.GROUP, M.GROUP_PADDED, M.K, M.N, M.NEXT
+M_DOT_ROWS, M_PER_GROUP, M_SCRATCH, M_SLOT, M_SLOT_BYTES = (
+    M.DOT_ROWS,
+    M.PER_GROUP,
+    M.SCRATCH,
+    M.SLOT,
+    M.SLOT_BYTES,
 )
-M_BLOCK_COUNT, M_BLOCK_ROWS, M_CHUNK, M_GROUP = M.BLOCK_COUNT, M.BLOCK_ROWS, M.CHUNK, M.GROUP
-M_GROUP_PADDED, M_K, M_N, M_NEXT, M_OUT, M_OUT_DTYPE = M.GROUP_PADDED, M.K, M.N, M.NEXT, M.OUT, M.OUT_DTYPE
-M_OUT_ROW, M_PER_GROUP, M_ROUTED, M_SCRATCH = M.OUT_ROW, M.PER_GROUP, M.ROUTED, M.SCRATCH
-M_SLOT, M_SLOT_BYTES, M_W, M_W_END, M_W_EXPERT = M.SLOT, M.SLOT_BYTES, M.W, M.W_END, M.W_EXPERT
-M_W_ROW, M_W_SCALE, M_W_SCALE_EXPERT, M_W_SCALE_GROUP = M.W_ROW, M.W_SCALE, M.W_SCALE_EXPERT, M.W_SCALE_GROUP
-M_W_SCALE_ROW, M_W_SCALE_ROWS = M.W_SCALE_ROW, M.W_SCALE_ROWS
-M_DOT_ROWS = M.DOT_ROWS
+M_W, M_W_END, M_W_EXPERT, M_W_ROW, M_W_SCALE, M_W_SCALE_GROUP = (
+    M.W, M.W_END, M.W_EXPERT, M.W_ROW, M.W_SCALE, M.W_SCALE_GROUP,
+)  # fmt: skip
 
 DOT_COLS, LINE = 4, 64
 NEAR = 4096  # bytes that the first cache has room for beside what a tile works on
@@ -124,61 +105,6 @@ def packed_rows(kind, tall, vectors, ldb, a, a_row, b, ahead, share, c, c_row, r
         ahead += along * units >> 8
 
 
-@njit(inline="always")
-def finish(integer, scales, dtype, sums, offset, a_scale, w_scale, bias, routed, out, spill, n):  # type: ignore[no-untyped-def]
-    """`finish_row` for an output type known at run time, with the columns that fill no vector."""
-    if dtype == F16:
-        finish_row(integer, scales, F16, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
-    elif dtype == BF16:
-        finish_row(integer, scales, BF16, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
-    else:
-        finish_row(integer, scales, F32, sums, offset, a_scale, w_scale, bias, routed, out, spill, n)
-    done = n // SCALE_LANES * SCALE_LANES
-    if done < n:
-        rest = carray(pointer(spill + 4 * done), n - done, np.float32)
-        store_row(dtype, rest, out + done * (2 if dtype in (F16, BF16) else 4), n - done)
-
-
-@njit
-def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-untyped-def]
-    """n stored weights → float32, bfloat16 (both exact) or int8, zeros up to `padded`."""
-    codes = carray(pointer(source), n, np.int8)
-    raw = carray(pointer(source), n, np.uint8)
-    if kind == A_F32:
-        full = carray(pointer(target), padded, np.float32)
-        if storage == W_BF16:
-            brain = carray(pointer(source), n, np.uint16)
-            for i in range(n):
-                full[i] = bf16_to_f32(brain[i])
-        elif storage == W_E4M3:
-            for i in range(n):
-                full[i] = e4m3_to_f32(raw[i])
-        elif storage == W_U8:
-            for i in range(n):
-                full[i] = np.float32(raw[i]) - np.float32(128.0)
-        else:
-            for i in range(n):
-                full[i] = np.float32(codes[i])
-        full[n:padded] = 0
-    elif kind == A_BF16:
-        half = carray(pointer(target), padded, np.uint16)
-        if storage == W_E4M3:
-            for i in range(n):
-                half[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
-        elif storage == W_U8:
-            for i in range(n):
-                half[i] = f32_to_bf16(np.float32(raw[i]) - np.float32(128.0))
-        else:
-            for i in range(n):
-                half[i] = f32_to_bf16(np.float32(codes[i]))
-        half[n:padded] = 0
-    else:
-        plain = carray(pointer(target), padded, np.int8)
-        for i in range(n):
-            plain[i] = codes[i]
-        plain[n:padded] = 0
-
-
 @cache
 def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     """Compile (or load) `matmul` for an instruction (see `cpu_tiles.Step`) and weight storage.
@@ -214,9 +140,9 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
         n_all, k_all, group, group_padded = p[M_N], p[M_K], p[M_GROUP], p[M_GROUP_PADDED]
         groups = (k_all + group - 1) // group if k_all > 0 else 0
         block_rows, block_cols, chunk = p[M_BLOCK_ROWS], p[M_BLOCK_COLS], p[M_CHUNK]
-        blocks = carray(pointer(p[M_BLOCKS]), (p[M_BLOCK_COUNT], 3), np.int64)
+        blocks = carray(pointer(p[M_BLOCKS]), (p[M_BLOCK_COUNT], 4), np.int64)
         tasks = p[M_BLOCK_COUNT] * ((n_all + block_cols - 1) // block_cols)
-        a_row, w_row, out_row = p[M_A_ROW], p[M_W_ROW], p[M_OUT_ROW]
+        a_row, w_row = p[M_A_ROW], p[M_W_ROW]
         per_group = p[M_PER_GROUP] != 0
 
         size = block_rows * block_cols
@@ -227,7 +153,6 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
         weights_scale = carray(pointer(w_scales_at), block_cols, np.float32)
         scale_at = carray(pointer(w_scales_at + 4 * block_cols), block_cols, np.int64)
         bias_at = w_scales_at + 12 * block_cols
-        bias = carray(pointer(bias_at), block_cols, np.float32)
         panel = bias_at + 4 * block_cols
         decoded = panel + block_cols * chunk * element
         scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
@@ -247,8 +172,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
             if per_group:
                 totals[:used] = 0
             w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
-            for j in range(cols):
-                scale_at[j] = expert * p[M_W_SCALE_EXPERT] + (n0 + j) // p[M_W_SCALE_ROWS] * p[M_W_SCALE_ROW]
+            locate_scales(p, expert, n0, cols, scale_at)
             a0 = p[M_A] + row0 * a_row
             # The next task's weights: asked for while this one multiplies the last rows.
             share, ahead = 0, w0
@@ -335,35 +259,10 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             offset = np.int32(code_sums[(row0 + i) * groups + g] * 128)
                         at = memory + i * c_row
                         add_scaled(integer, at, offset, a_scale, w_scales_at, at + 4 * size, cols)
-            if not per_group:
-                for j in range(cols):
-                    weights_scale[j] = w_scale[scale_at[j]]
-            # −0.0 leaves every value as it is, −0.0 too.
-            bias[:] = np.float32(-0.0)
-            if p[M_BIAS] != 0:
-                given = carray(pointer(p[M_BIAS] + 4 * (expert * p[M_BIAS_EXPERT] + n0)), cols, np.float32)
-                for j in range(cols):
-                    bias[j] = given[j]
-            out_element = 4 if p[M_OUT_DTYPE] != F16 and p[M_OUT_DTYPE] != BF16 else 2
-            for i in range(rows):
-                a_scale, routed, offset = np.float32(1.0), np.float32(1.0), np.int32(0)
-                if p[M_ROUTED] != 0:
-                    routed = carray(pointer(p[M_ROUTED]), row0 + rows, np.float32)[row0 + i]
-                out = p[M_OUT] + (row0 + i) * out_row + n0 * out_element
-                at = memory + i * c_row
-                if per_group:
-                    at += 4 * size
-                    finish(
-                        False, False, p[M_OUT_DTYPE], at, offset, a_scale, 0, bias_at, routed, out, at, cols
-                    )
-                else:
-                    if p[M_A_SCALE] != 0:
-                        a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW]]
-                    if unsigned and groups > 0:
-                        offset = np.int32(code_sums[row0 + i] * 128)
-                    finish(
-                        integer, True, p[M_OUT_DTYPE], at, offset, a_scale, w_scales_at, bias_at, routed, out,
-                        at + 4 * size, cols,
-                    )  # fmt: skip
+            sums = memory + 4 * size if per_group else memory
+            finish_block(
+                integer, unsigned, p, expert, row0, rows, n0, scale_at[:cols], sums, c_row, memory + 4 * size,
+                w_scales_at, bias_at,
+            )  # fmt: skip
 
     return matmul_tiles

@@ -40,6 +40,7 @@ from lowbit.ops.cpu_params import (
     P,
 )
 from lowbit.ops.cpu_rows import SIGNATURE, load_row, stamp, store_row
+from lowbit.ops.cpu_tiles import pack
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
 P_A, P_A_KIND, P_A_ROW, P_GROUP, P_GROUP_PADDED = P.A, P.A_KIND, P.A_ROW, P.GROUP, P.GROUP_PADDED
@@ -167,6 +168,36 @@ def prepare() -> Any:
                         sums[row * groups + g] = sum_codes(target, n)
 
     return prepare_rows
+
+
+@cache
+def panels() -> Any:
+    """Compile (or load) the rearranging of an operand into panels of 16 rows for AMX; its block is that of `prepare`.
+
+    Unit (32 bits) u of row r of a panel comes to 64 · u + 4 · r. X, X_ROW and A are operand and
+    output, ROWS the panels, STATIC the address of (first row, rows) of each, K the units of a row,
+    GROUP those of a task, a multiple of 16.
+    """
+    source = stamp()
+
+    @cfunc(SIGNATURE, cache=True)
+    def pack_panels(parameters):  # type: ignore[no-untyped-def]
+        _ = source
+        p = carray(parameters, 32)
+        base = p.ctypes.data
+        units, at_once, row = p[P_K], p[P_GROUP], p[P_X_ROW]
+        parts = (units + at_once - 1) // at_once
+        table = carray(pointer(p[P_STATIC]), (p[P_ROWS], 2), np.int64)
+        while True:
+            task = fetch_add(base + 8 * P_NEXT, 1)
+            if task >= p[P_ROWS] * parts:
+                break
+            which, first = task // parts, task % parts * at_once
+            target = p[P_A] + 64 * (which * units + first)
+            at = p[P_X] + table[which, 0] * row + 4 * first
+            pack("dpbf16512", at, row, table[which, 1], target, 64, min(at_once, units - first))
+
+    return pack_panels
 
 
 @cache

@@ -75,6 +75,18 @@ def stamp() -> str:
     """Digest of the sources that the compiled loops come from."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for name in ("emit", "matmul", "params", "prepare", "rows", "tiles"):
+    for name in (
+        "amx",
+        "decode",
+        "emit",
+        "epilogue",
+        "matmul",
+        "matmul_amx",
+        "params",
+        "prepare",
+        "rows",
+        "scale",
+        "tiles",
+    ):
         digest.update((here / f"cpu_{name}.py").read_bytes())
     return digest.hexdigest()

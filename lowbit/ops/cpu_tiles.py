@@ -181,10 +181,14 @@ def _as_f32(kind: ir.Type) -> ir.Type:
     return vec(F32, kind.count) if isinstance(kind, ir.VectorType) else F32
 
 
+# Bits of an operand's element; AMX's (`cpu_amx`) take a row of 64 bytes at a step as well.
+_BITS = {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "fmad": 32, "dpbf16": 16, "tdpbssd": 8, "tdpbf16": 16}
+
+
 def step_elements(kind: str) -> int:
     """Elements of K that one step of `kind` consumes."""
     name, _, storage = kind.partition(":")
-    once = int(name[-3:]) // {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "fmad": 32, "dpbf16": 16}[name[:-3]]
+    once = int(name[-3:]) // _BITS[name[:-3]]
     return 2 * once if storage else once
 
 
@@ -382,7 +386,7 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
             for row in at_rows:
                 prefetch(builder, builder.add(row, ahead), 1)
             at = builder.add(target, builder.mul(position, ldt))
-            for u, column in enumerate(_transpose(builder, vectors)):
+            for u, column in enumerate(transpose(builder, vectors)):
                 store(builder, column, builder.add(at, builder.mul(ldt, ir.Constant(I64, u))))
             return []
 
@@ -392,7 +396,7 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
     return signature, codegen
 
 
-def _transpose(builder: Any, rows: list) -> list:
+def transpose(builder: Any, rows: list) -> list:
     """A square of 32-bit elements: within 128 bits first, then whole 128-bit parts, as the hardware does."""
     n = len(rows)
     parts = range(n // 4)

@@ -138,11 +138,11 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
             note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
         )  # fmt: skip
     if quantizes and problem.weight_dtype == "int8":
-        tile = integer_tile(have, problem.zero_point)
+        tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=bool(problem.weight_group))
         return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
     exact = quantizes or problem.activation_dtype == "bfloat16"
     tile = float_tile(have, rows, bfloat_exact=exact, float64=float64_sums)
-    unit = "bfloat16" if tile.kind.startswith("dpbf16") else "float64" if float64_sums else "float32"
+    unit = "bfloat16" if "bf16" in tile.kind else "float64" if float64_sums else "float32"
     when = "while they are loaded" if rows <= tile.dot_rows else "block by block"
     return Decision(
         implementation="cpu", kernel=_tile_name(tile, rows), multiplies=f"{unit} × {unit}",

@@ -34,9 +34,11 @@ def isa(request, monkeypatch) -> Iterator[str]:
     yield from _pin(request.param, monkeypatch)
 
 
-@pytest.fixture(
-    params=list(dict.fromkeys((ISAS[0], *(name for name in ISAS if name in ("avx2", "portable")))))
-)
+# Those between these differ in integer tiles only.
+PATHS = dict.fromkeys((ISAS[0], *(name for name in ISAS if name in ("avx512_vnni", "avx2", "portable"))))
+
+
+@pytest.fixture(params=list(PATHS))
 def path(request, monkeypatch) -> Iterator[str]:
-    """The best instruction set, AVX2 and none: those between differ in integer tiles only."""
+    """The best instruction set, AVX-512, AVX2 and none."""
     yield from _pin(request.param, monkeypatch)

@@ -38,7 +38,7 @@ def test_product_of_codes_is_exact(isa, m, n, k):
     assert torch.equal(out, product(a, w))
 
 
-@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("m", [1, 5, 20])
 @pytest.mark.parametrize("k", [31, 2048, 10_000])
 def test_extreme_codes_do_not_saturate(isa, m, k):
     """u8 255 × 127 in every pair is where 16-bit intermediates overflow."""
@@ -96,7 +96,7 @@ def test_rows_at_the_end_of_memory_are_not_read_past():
     whole = torch.frombuffer(memory, dtype=torch.int8)
     w = whole[3 * page - n * k : 3 * page].view(n, k)
     w.copy_(codes(n, k))
-    for m in (1, 5):
+    for m in (1, 5, 20):
         a = codes(m, k)
         for activations, x in (("none", a.float()), ("codes", a)):
             if activations == "none":
@@ -182,7 +182,9 @@ def test_code_compiled_for_an_avx2_processor_is_exact():
 
 def test_pinning_an_instruction_set(monkeypatch):
     monkeypatch.setenv("LOWBIT_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="avx512_vnni, avx_vnni, avx512bw, avx2, portable, found 'sse9'"):
+    with pytest.raises(
+        ValueError, match="amx, avx512_vnni, avx_vnni, avx512bw, avx2, portable, found 'sse9'"
+    ):
         cpu_isa.detect()
     monkeypatch.setattr(cpu_isa, "available", lambda: ("avx2", "portable"))
     monkeypatch.setenv("LOWBIT_CPU_ISA", "avx512_vnni")
@@ -215,7 +217,7 @@ def test_the_second_process_compiles_nothing():
         "from lowbit.ops import cpu_matmul, cpu_prepare, cpu, cpu_isa\n"
         "x, w = torch.randn(2, 64), torch.ones(8, 64, dtype=torch.int8)\n"
         "ops.linear(x, w, torch.ones(8, 1), activations='token', block=(1, 0))\n"
-        "tile = cpu_isa.integer_tile(cpu.instructions())\n"
+        "tile = cpu_isa.integer_tile(cpu.instructions(), 2)\n"
         "loops = [cpu_prepare.prepare(), cpu_matmul.matmul(tile.kind, 'i8', tile.rows, tile.vectors)]\n"
         "raise SystemExit(0 if all(loop.cache_hits == 1 for loop in loops) else 3)\n"
     )

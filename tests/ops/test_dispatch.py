@@ -10,7 +10,7 @@ import torch
 
 from lowbit import ops
 from lowbit.errors import InputError
-from lowbit.ops import cpu, dispatch, settings
+from lowbit.ops import cpu_call, dispatch, settings
 from lowbit.ops.cpu_isa import Instructions
 from lowbit.ops.dispatch import Decision, Problem, Refusal, choose
 from lowbit.ops.explain import as_text, explain, problem_of
@@ -88,6 +88,7 @@ def test_cpu_names_its_tile(path):
     chosen = choose(problem("int8"), "cpu")
     assert isinstance(chosen, Decision) and chosen.implementation == "cpu"
     expected = {
+        "amx": "tdpbssd512",
         "avx512_vnni": "dpbusd512",
         "avx512bw": "pmaddwd512",
         "avx_vnni": "dpbusd256",
@@ -97,24 +98,49 @@ def test_cpu_names_its_tile(path):
     assert chosen.multiplies == "int8 × int8"
 
 
-def test_a_few_rows_are_decoded_while_loading(monkeypatch):
-    monkeypatch.setattr(cpu, "instructions", lambda: Instructions(name="avx512_vnni", bfloat16=True))
-    dispatch.choose_cpu.cache_clear()
-    try:
-        for m in (1, 8):
-            assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
-        assert "dot products" in choose(problem("fp8", m=8), "cpu").kernel
-        assert "while they are loaded" in choose(problem("fp8", m=8), "cpu").note
-        assert choose(problem("fp8", m=9), "cpu").kernel == "dpbf16512, 6×64 tile"
-        assert "dot products" in choose(problem("int8", m=48), "cpu").kernel
-        assert choose(problem("int8", m=49), "cpu").kernel == "dpbusd512, 6×64 tile"
-        # Of a mixture the rows of one expert count.
-        assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("fma512")
-        assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith(
-            "fma512"
-        )
-    finally:
+@pytest.fixture
+def having(monkeypatch):
+    """Decide as for a CPU with other instructions."""
+
+    def have(name: str) -> None:
+        monkeypatch.setattr(cpu_call, "instructions", lambda: Instructions(name=name, bfloat16=True))
         dispatch.choose_cpu.cache_clear()
+
+    yield have
+    dispatch.choose_cpu.cache_clear()
+
+
+def test_a_few_rows_are_decoded_while_loading(having):
+    having("avx512_vnni")
+    for m in (1, 8):
+        assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
+    assert "dot products" in choose(problem("fp8", m=8), "cpu").kernel
+    assert "while they are loaded" in choose(problem("fp8", m=8), "cpu").note
+    assert choose(problem("fp8", m=9), "cpu").kernel == "dpbf16512, 6×64 tile"
+    assert "dot products" in choose(problem("int8", m=48), "cpu").kernel
+    assert choose(problem("int8", m=49), "cpu").kernel == "dpbusd512, 6×64 tile"
+    # Of a mixture the rows of one expert count.
+    assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("fma512")
+    assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith("fma512")
+
+
+def test_amx_multiplies_what_is_worth_it(having):
+    having("amx")
+    assert choose(problem("int8", m=11), "cpu").kernel.startswith("dpbusd512")
+    assert choose(problem("int8", m=12), "cpu").kernel == "tdpbssd512, 32×32 tile"
+    for name, kind in (
+        ("int8-block", "tdpbssd512"),
+        ("fp8", "tdpbf16512"),
+        ("int8-weight-only", "tdpbf16512"),
+    ):
+        assert choose(problem(name, m=4), "cpu").kernel.startswith(kind)
+        assert not choose(problem(name, m=3), "cpu").kernel.startswith(kind)
+    # Codes less a zero point have 9 bits, and float16 is not exact in bfloat16.
+    assert choose(problem("int8-static-asym", m=64), "cpu").kernel.startswith("pmaddwd512")
+    assert choose(problem("fp8", m=64, experts=32), "cpu").kernel.startswith("fma512")
+    assert choose(problem("int8-weight-only", m=64, activation_dtype="float16"), "cpu").kernel.startswith(
+        "fma512"
+    )
 
 
 def test_float64_sums_are_a_choice_of_their_own():

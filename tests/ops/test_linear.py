@@ -95,6 +95,32 @@ def test_cpu_equals_reference(path, name, dtype):
             assert relative(out, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"])
+def test_rows_too_long_for_one_pass(path, name):
+    """More of K than any tile takes at a time, and more rows than a block of the output has."""
+    for m, n, k in ((5, 80, 9000), (300, 48, 2208)):
+        case = make(name, m, n, k, torch.bfloat16)
+        out = ops.linear(**case.arguments)
+        with ops.use_implementation("reference"):
+            expected = ops.linear(**case.arguments)
+        if name in EXACT:
+            assert torch.equal(out, expected)
+        else:
+            assert relative(out, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_int8_code_multiplies_as_itself(path, packed):
+    codes = torch.arange(-128, 128, dtype=torch.int8)[:, None].repeat(1, 130)
+    # Column 3 is decoded 64 at a time where the CPU can, column 129 never.
+    for m, column in ((1, 3), (5, 3), (5, 129)):
+        x = torch.zeros(m, 130, dtype=torch.bfloat16)
+        x[:, column] = 1.0
+        weight = pack(codes) if packed else codes
+        out = ops.linear(x, weight, torch.ones(256, 1), activations="none", block=(1, 0))
+        assert torch.equal(out, codes[:, 0].bfloat16().expand(m, 256))
+
+
 @pytest.mark.parametrize("block", [(1, 0), (1, 32), (1, 48), (128, 128)])
 def test_packed_weights_are_the_int8_ones(path, block):
     codes, x = torch.randint(-128, 128, (70, 102), dtype=torch.int8), torch.randn(6, 102)
@@ -282,7 +308,8 @@ def test_bfloat16_instructions_are_tested_where_they_exist():
     have = cpu.instructions()
     if not have.bfloat16:
         pytest.skip("no bfloat16 dot product here")
-    assert cpu_isa.float_tile(have, 16, bfloat_exact=True).kind == "dpbf16512"
+    wanted = "tdpbf16512" if have.name == "amx" else "dpbf16512"
+    assert cpu_isa.float_tile(have, 16, bfloat_exact=True).kind == wanted
     assert cpu_isa.float_tile(have, 16, bfloat_exact=False).kind.startswith("fma")
 
 

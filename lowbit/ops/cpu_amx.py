@@ -1,0 +1,138 @@
+"""Tiles of AMX, the matrix unit of Intel's server CPUs, as LLVM emitted by hand for numba.
+
+Eight registers of 16 rows × 64 bytes. `tdpbssd` adds int8 × int8 in int32, exactly; `tdpbf16ps`
+bfloat16 × bfloat16 in float32, denormals read as zero. Of the two operands only the second must
+come in units of 32 bits per row of K. So the weights, as stored, [N, K], are the first, the
+activations, few and written by us anyway, are the second, and the product is the transpose:
+[N, M]. No weight is rearranged, and 1 to 16 rows of activations cost the same.
+
+One C tile takes 16 cycles a step and gives its sum after 52: at least four are in flight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from lowbit.ops.cpu_emit import I8, I64, call, loop, prefetch
+
+ROWS, STEP = 16, 64  # rows of a tile register; bytes of K in one
+SOON, CACHE = 512, 2
+PANEL_STEP = ROWS * STEP  # bytes of a panel of activations per step of K
+_INSTRUCTION = {"tdpbssd512": "llvm.x86.tdpbssd", "tdpbf16512": "llvm.x86.tdpbf16ps"}
+# Palette 1 at byte 0; from 16 on bytes per row (16 bits each), from 48 on rows (8 bits each).
+_CONFIGURATION = bytes([1, *[0] * 15, *[STEP, 0] * 8, *[0] * 16, *[ROWS] * 8, *[0] * 8])
+
+
+def _tile(register: int) -> ir.Constant:
+    return ir.Constant(I8, register)
+
+
+def _at(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, I8.as_pointer())
+
+
+@intrinsic
+def amx_begin(typingctx):  # type: ignore[no-untyped-def]
+    """All eight tile registers of this thread: 16 rows of 64 bytes. `amx_end` gives them back."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        kind = ir.ArrayType(I8, len(_CONFIGURATION))
+        memory = builder.alloca(kind)
+        builder.store(ir.Constant(kind, bytearray(_CONFIGURATION)), memory)
+        call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), [builder.bitcast(memory, I8.as_pointer())])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def amx_end(typingctx):  # type: ignore[no-untyped-def]
+    """No tile register is in use any more: the kernel need not save them."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        call(builder, "llvm.x86.tilerelease", ir.VoidType(), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic(prefer_literal=True)
+def amx_tile(typingctx, kind, add, high, wide, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
+    """c[n, m] (+)= Σₖ w[n, k] · x[m, k] for n < 16 · high and m < 16 · wide, high · wide ≤ 4.
+
+    `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `add` (else c is written over),
+    `high` and `wide` are compile-time constants. Rows of w are `w_row` bytes apart; panel j of
+    16 rows of x stands at `a` + j · `panel`, unit (32 bits) u of its row r at 64 · u + 4 · r.
+    `c_row` in bytes; `steps` of 64 bytes of K. `ahead`, unless the constant 0: with each line of
+    w goes a request for the one so many bytes on, to come into the second cache.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, add, high, wide)):
+        return None
+    name, adds = _INSTRUCTION[kind.literal_value], bool(add.literal_value)
+    tall, across = high.literal_value, wide.literal_value
+    asks = not (isinstance(ahead, types.Literal) and ahead.literal_value == 0)
+    signature = types.void(kind, add, high, wide, types.int64, types.int64, ahead, *[types.int64] * 5)
+    # Registers: C first, then the panels of x, then as many of w as are left, in turn.
+    c_tiles = [[i * across + j for j in range(across)] for i in range(tall)]
+    x_tiles = [tall * across + j for j in range(across)]
+    w_tiles = list(range(tall * across + across, 8))
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        w, w_row, ahead, a, panel, c, c_row, steps = args[4:]
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(I64, value)
+
+        def tile_call(instruction: str, *arguments: Any) -> None:
+            call(builder, f"llvm.x86.{instruction}", ir.VoidType(), list(arguments))
+
+        corners = []
+        for i in range(tall):
+            row = builder.add(c, builder.mul(c_row, number(ROWS * i)))
+            corners.append([_at(builder, builder.add(row, number(4 * ROWS * j))) for j in range(across)])
+        for i in range(tall):
+            for j in range(across):
+                if adds:
+                    tile_call("tileloadd64", _tile(c_tiles[i][j]), corners[i][j], c_row)
+                else:
+                    tile_call("tilezero", _tile(c_tiles[i][j]))
+        panels = [builder.add(a, builder.mul(panel, number(j))) for j in range(across)]
+        strips = [builder.add(w, builder.mul(w_row, number(ROWS * i))) for i in range(tall)]
+
+        def body(position: Any, _: list) -> list:
+            here = builder.mul(position, number(PANEL_STEP))
+            along = builder.mul(position, number(STEP))
+            if asks:
+                soon = builder.sub(builder.add(along, number(SOON)), builder.mul(steps, number(STEP)))
+                beyond = builder.icmp_signed(">=", soon, number(0))
+                soon = builder.select(beyond, builder.add(ahead, builder.sub(soon, along)), number(SOON))
+            for j in range(across):
+                tile_call(
+                    "tileloadd64", _tile(x_tiles[j]), _at(builder, builder.add(panels[j], here)), number(STEP)
+                )
+            for i in range(tall):
+                register = w_tiles[i % len(w_tiles)]
+                line = builder.add(strips[i], along)
+                tile_call("tileloadd64", _tile(register), _at(builder, line), w_row)
+                if asks:
+                    line = builder.add(line, soon)
+                    for r in range(ROWS):
+                        prefetch(builder, builder.add(line, builder.mul(w_row, number(r))), CACHE)
+                for j in range(across):
+                    call(
+                        builder, name, ir.VoidType(),
+                        [_tile(c_tiles[i][j]), _tile(register), _tile(x_tiles[j])],
+                    )  # fmt: skip
+            return []
+
+        loop(builder, steps, 1, [], body)
+        for i in range(tall):
+            for j in range(across):
+                tile_call("tilestored64", _tile(c_tiles[i][j]), corners[i][j], c_row)
+        return context.get_dummy_value()
+
+    return signature, codegen

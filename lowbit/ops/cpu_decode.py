@@ -1,0 +1,147 @@
+# mypy: ignore-errors
+# Some bodies below are compiled by numba, whose intrinsics mypy cannot type.
+"""Stored weights → what a tile multiplies: exactly, and zeros up to a whole step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit
+from numba.core import types
+from numba.extending import intrinsic
+
+from lowbit.ops.cpu_emit import (
+    I8,
+    I16,
+    I64,
+    bf16_to_f32,
+    call,
+    e4m3_to_f32,
+    f32_to_bf16,
+    load,
+    loop,
+    pointer,
+    shuffle,
+    splat,
+    store,
+    vec,
+)
+from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
+
+_AT_ONCE = 64
+
+
+@njit
+def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-untyped-def]
+    """n stored weights → float32, bfloat16 (both exact) or int8, zeros up to `padded`."""
+    codes = carray(pointer(source), n, np.int8)
+    raw = carray(pointer(source), n, np.uint8)
+    if kind == A_F32:
+        full = carray(pointer(target), padded, np.float32)
+        if storage == W_BF16:
+            brain = carray(pointer(source), n, np.uint16)
+            for i in range(n):
+                full[i] = bf16_to_f32(brain[i])
+        elif storage == W_E4M3:
+            for i in range(n):
+                full[i] = e4m3_to_f32(raw[i])
+        elif storage == W_U8:
+            for i in range(n):
+                full[i] = np.float32(raw[i]) - np.float32(128.0)
+        else:
+            for i in range(n):
+                full[i] = np.float32(codes[i])
+        full[n:padded] = 0
+    elif kind == A_BF16:
+        half = carray(pointer(target), padded, np.uint16)
+        if storage == W_E4M3:
+            for i in range(n):
+                half[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
+        elif storage == W_U8:
+            for i in range(n):
+                half[i] = f32_to_bf16(np.float32(raw[i]) - np.float32(128.0))
+        else:
+            for i in range(n):
+                half[i] = f32_to_bf16(np.float32(codes[i]))
+        half[n:padded] = 0
+    else:
+        plain = carray(pointer(target), padded, np.int8)
+        for i in range(n):
+            plain[i] = codes[i]
+        plain[n:padded] = 0
+
+
+def _table(storage: int) -> list[int]:
+    """bfloat16 bits of what each of 128 magnitudes stands for."""
+    import torch
+
+    codes = torch.arange(128, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn) if storage == W_E4M3 else codes
+    bits = values.to(torch.bfloat16).view(torch.int16)
+    if storage == W_E4M3:
+        bits[127] = 0x7FC0
+    return [int(value) for value in bits]
+
+
+@intrinsic(prefer_literal=True)
+def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyped-def]
+    """n codes (a multiple of 64) → bfloat16, by looking both bytes up: wants AVX-512 VBMI.
+
+    `storage` is a compile-time constant. Half the instructions of going through float32.
+    """
+    if not isinstance(storage, types.Literal):
+        return None
+    stored = storage.literal_value
+    signature = types.void(storage, *[types.int64] * 3)
+    table = _table(stored)
+    bytes_ = vec(I8, _AT_ONCE)
+
+    def constant(values: list[int]) -> ir.Constant:
+        return ir.Constant(
+            bytes_, [ir.Constant(I8, value - 256 if value > 127 else value) for value in values]
+        )
+
+    halves = [
+        [constant([bits >> shift & 0xFF for bits in table[first : first + 64]]) for first in (0, 64)]
+        for shift in (0, 8)
+    ]
+    # Bytes are interleaved within 128 bits: which codes must stand there for whole rows to come out.
+    quads = [0, 4, 1, 5, 2, 6, 3, 7]
+    order = [8 * quad + i for quad in quads for i in range(8)]
+    low = [16 * part + i + side for part in range(4) for i in range(8) for side in (0, 64)]
+    high = [16 * part + 8 + i + side for part in range(4) for i in range(8) for side in (0, 64)]
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        source, target, n = args[1:]
+
+        def body(position: Any, _: list) -> list:
+            codes = load(builder, builder.add(source, position), bytes_)
+            codes = shuffle(builder, codes, codes, order)
+            sign_bits = splat(ir.Constant(I8, -128), _AT_ONCE)
+            if stored == W_U8:  # int8 plus 128
+                codes = builder.xor(codes, sign_bits)
+            magnitude = codes
+            if stored != W_E4M3:
+                negated = builder.sub(splat(ir.Constant(I8, 0), _AT_ONCE), codes)
+                negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), _AT_ONCE))
+                magnitude = builder.select(negative, negated, codes)
+            lower, upper = (
+                call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_, [pair[0], magnitude, pair[1]])
+                for pair in halves
+            )
+            upper = builder.or_(upper, builder.and_(codes, sign_bits))
+            if stored != W_E4M3:  # −128 is beyond the table: 0xC300
+                lowest = builder.icmp_signed("==", codes, sign_bits)
+                upper = builder.select(lowest, splat(ir.Constant(I8, -61), _AT_ONCE), upper)
+            at = builder.add(target, builder.mul(position, ir.Constant(I64, 2)))
+            for i, lanes in enumerate((low, high)):
+                found = builder.bitcast(shuffle(builder, lower, upper, lanes), vec(I16, _AT_ONCE // 2))
+                store(builder, found, builder.add(at, ir.Constant(I64, 64 * i)))
+            return []
+
+        loop(builder, n, _AT_ONCE, [], body)
+        return context.get_dummy_value()
+
+    return signature, codegen
