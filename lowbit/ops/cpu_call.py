@@ -380,7 +380,8 @@ def product(
     if tile.matrix:
         function = cpu_matmul_amx.matmul(tile.kind, storage)
     else:
-        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors)
+        lookup = instructions().byte_lookup and kind == A_BF16
+        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors, lookup)
     sums = a_bytes + panel_bytes
     scales, scratch = sums + sum_bytes, sums + sum_bytes + scale_bytes
     return Call(

@@ -30,7 +30,7 @@ from lowbit.ops.cpu_emit import (
 )
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
 
-_AT_ONCE = 64
+AT_ONCE = 64
 
 
 @njit
@@ -96,7 +96,7 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
     stored = storage.literal_value
     signature = types.void(storage, *[types.int64] * 3)
     table = _table(stored)
-    bytes_ = vec(I8, _AT_ONCE)
+    bytes_ = vec(I8, AT_ONCE)
 
     def constant(values: list[int]) -> ir.Constant:
         return ir.Constant(
@@ -119,13 +119,13 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
         def body(position: Any, _: list) -> list:
             codes = load(builder, builder.add(source, position), bytes_)
             codes = shuffle(builder, codes, codes, order)
-            sign_bits = splat(ir.Constant(I8, -128), _AT_ONCE)
+            sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
             if stored == W_U8:  # int8 plus 128
                 codes = builder.xor(codes, sign_bits)
             magnitude = codes
             if stored != W_E4M3:
-                negated = builder.sub(splat(ir.Constant(I8, 0), _AT_ONCE), codes)
-                negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), _AT_ONCE))
+                negated = builder.sub(splat(ir.Constant(I8, 0), AT_ONCE), codes)
+                negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), AT_ONCE))
                 magnitude = builder.select(negative, negated, codes)
             lower, upper = (
                 call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_, [pair[0], magnitude, pair[1]])
@@ -134,14 +134,26 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
             upper = builder.or_(upper, builder.and_(codes, sign_bits))
             if stored != W_E4M3:  # −128 is beyond the table: 0xC300
                 lowest = builder.icmp_signed("==", codes, sign_bits)
-                upper = builder.select(lowest, splat(ir.Constant(I8, -61), _AT_ONCE), upper)
+                upper = builder.select(lowest, splat(ir.Constant(I8, -61), AT_ONCE), upper)
             at = builder.add(target, builder.mul(position, ir.Constant(I64, 2)))
             for i, lanes in enumerate((low, high)):
-                found = builder.bitcast(shuffle(builder, lower, upper, lanes), vec(I16, _AT_ONCE // 2))
+                found = builder.bitcast(shuffle(builder, lower, upper, lanes), vec(I16, AT_ONCE // 2))
                 store(builder, found, builder.add(at, ir.Constant(I64, 64 * i)))
             return []
 
-        loop(builder, n, _AT_ONCE, [], body)
+        loop(builder, n, AT_ONCE, [], body)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@njit(inline="always")
+def decode(lookup, storage, source, kind, target, n, padded):  # type: ignore[no-untyped-def]
+    """`decode_row`, with `lookup` 64 codes at a time, to bfloat16. It and `storage` are compile-time constants."""
+    if lookup:
+        whole = n // AT_ONCE * AT_ONCE
+        decode_bf16(storage, source, target, whole)
+        if whole < padded:
+            decode_row(storage, source + whole, kind, target + 2 * whole, n - whole, padded - whole)
+    else:
+        decode_row(storage, source, kind, target, n, padded)

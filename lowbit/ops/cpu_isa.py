@@ -58,6 +58,8 @@ class Instructions:
     """One of `ISAS`."""
     bfloat16: bool = False
     """It has the bfloat16 dot product, exact on 8-bit codes at twice float32's rate."""
+    byte_lookup: bool = False
+    """It looks 64 bytes up at once (AVX-512 VBMI): codes become bfloat16 so."""
 
     @property
     def wide(self) -> bool:
@@ -186,5 +188,5 @@ def detect() -> Instructions:
         )
     else:
         name = pinned
-    best = name in ("amx", "avx512_vnni")
-    return Instructions(name=name, bfloat16=best and "avx512_bf16" in _features())
+    features = _features() if name in ("amx", "avx512_vnni") else frozenset()
+    return Instructions(name=name, bfloat16="avx512_bf16" in features, byte_lookup="avx512_vbmi" in features)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from lowbit.ops import cpu_tiles
-from lowbit.ops.cpu_decode import decode_row
+from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
@@ -106,11 +106,11 @@ def packed_rows(kind, tall, vectors, ldb, a, a_row, b, ahead, share, c, c_row, r
 
 
 @cache
-def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
+def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int, byte_lookup: bool = False) -> Any:
     """Compile (or load) `matmul` for an instruction (see `cpu_tiles.Step`) and weight storage.
 
     `storage` is `i8`, `e4m3`, `u8` (int8 plus 128) or `bf16` (values, not codes). The integer
-    instructions take `i8` only, and `bf16` goes with `fma`.
+    instructions take `i8` only, and `bf16` goes with `fma`. `byte_lookup`: the CPU has AVX-512 VBMI.
     """
     source = stamp()
     unsigned = kind.startswith("dpbusd")
@@ -122,6 +122,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
     row_kind, row_element = (A_I8_BYTES, 1) if integer else (operand, element)
     stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8, "bf16": W_BF16}[storage]
     plain = storage == "bf16"
+    lookup = byte_lookup and operand == A_BF16
     w_size = 2 if plain else 1
     # A few rows are bound by memory: decode while loading instead of into memory.
     direct = kind.startswith("fma") or integer
@@ -201,7 +202,9 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                         if not as_stored:
                             stride = padded * row_element
                             for j in range(cols):
-                                decode_row(stored, w + j * w_row, row_kind, panel + j * stride, depth, padded)
+                                decode(
+                                    lookup, stored, w + j * w_row, row_kind, panel + j * stride, depth, padded
+                                )
                             w = panel
                         if integer and DOT_COLS * w_row > NEAR:
                             dot_rows(
@@ -229,7 +232,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int) -> Any:
                             rows_at, stride = decoded, padded * row_element
                             for i in range(valid):
                                 at = w + (j + i) * w_row
-                                decode_row(stored, at, row_kind, decoded + i * stride, depth, padded)
+                                decode(lookup, stored, at, row_kind, decoded + i * stride, depth, padded)
                         at = panel + j // tile_cols * tile_cols * 4 * units + j % tile_cols * 4
                         pack(kind, rows_at, stride, valid, at, panel_row, units)
                     for j in range(0, cols, tile_cols):

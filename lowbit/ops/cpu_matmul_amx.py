@@ -14,7 +14,7 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from lowbit.ops.cpu_amx import ROWS, STEP, amx_begin, amx_end, amx_tile
-from lowbit.ops.cpu_decode import decode_bf16, decode_row
+from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_across, locate_scales
 from lowbit.ops.cpu_params import A_BF16, A_I8_BYTES, W_E4M3, W_I8, W_U8, M
@@ -82,17 +82,7 @@ def matmul(kind: str, storage: str) -> Any:
     element = 1 if integer else 2
     step = STEP // element
     stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8}[storage]
-    row_kind = A_I8_BYTES if integer else A_BF16
-
-    @njit(inline="always")
-    def decode(at, target, n, padded):  # type: ignore[no-untyped-def]
-        if integer:
-            decode_row(stored, at, row_kind, target, n, padded)
-        else:
-            whole = n // 64 * 64
-            decode_bf16(stored, at, target, whole)
-            if whole < padded:
-                decode_row(stored, at + whole, row_kind, target + 2 * whole, n - whole, padded - whole)
+    row_kind, lookup = (A_I8_BYTES, False) if integer else (A_BF16, True)
 
     @cfunc(SIGNATURE, cache=True)
     def matmul_amx(parameters):  # type: ignore[no-untyped-def]
@@ -154,7 +144,15 @@ def matmul(kind: str, storage: str) -> Any:
                     if not as_stored:
                         w, stride, ahead = decoded, decoded_row, 0
                         for j in range(cols):
-                            decode(w0 + j * w_row + c0, decoded + j * decoded_row, depth, whole)
+                            decode(
+                                lookup,
+                                stored,
+                                w0 + j * w_row + c0,
+                                row_kind,
+                                decoded + j * decoded_row,
+                                depth,
+                                whole,
+                            )
                     a = a0 + ROWS * c0 * element
                     for j in range(0, cols, COLS):
                         here, at = sums_at + j * c_row, w + j * stride
@@ -204,7 +202,9 @@ def matmul(kind: str, storage: str) -> Any:
                                 first = (g0 + g) * group
                                 depth = min(group, k_all - first)
                                 target = decoded + j * decoded_row + g * w_group
-                                decode(w0 + j * w_row + first, target, depth, padded)
+                                decode(
+                                    lookup, stored, w0 + j * w_row + first, row_kind, target, depth, padded
+                                )
                     for j in range(0, cols, 32):
                         for g in range(some):
                             for i in range(min(32, cols - j)):

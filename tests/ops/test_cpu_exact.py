@@ -16,6 +16,7 @@ from lowbit import ops
 from lowbit.ops import cpu, cpu_call, cpu_isa
 from lowbit.ops.cpu_isa import Instructions
 
+ISAS = cpu_isa.available()
 # kernels.md, section 7, thinned: every M and every (N, K) occurs.
 MS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 257)
 NKS = ((1, 16), (16, 32), (100, 100), (576, 496), (971, 3884))
@@ -178,6 +179,32 @@ def test_code_compiled_for_an_avx2_processor_is_exact():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "avx2", chosen]
     done = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(ISAS[0] == "portable", reason="no x86-64 with AVX2")
+@pytest.mark.parametrize(
+    ("kind", "storage"), [("tdpbssd512", "i8"), ("tdpbf16512", "e4m3"), ("tdpbf16512", "u8")]
+)
+def test_amx_compiles_where_it_cannot_run(kind, storage, tmp_path):
+    """LLVM ends the process where it has no instruction for what was emitted."""
+    features = "amx-tile amx-int8 amx-bf16 avx2 fma f16c " + " ".join(
+        f"avx512{name}" for name in ("f", "bw", "vl", "dq", "vbmi", "vnni", "bf16")
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features.split()),
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    code = (
+        "from lowbit.ops import cpu_matmul_amx\n"
+        f"assembly = cpu_matmul_amx.matmul({kind!r}, {storage!r})._library.get_asm_str()\n"
+        f"assert assembly.count({kind[:7]!r}) >= 12 and 'tilerelease' in assembly\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, timeout=200, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_pinning_an_instruction_set(monkeypatch):
