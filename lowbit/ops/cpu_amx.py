@@ -61,28 +61,28 @@ def amx_end(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def amx_tile(typingctx, kind, add, high, wide, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
+def amx_tile(typingctx, kind, high, wide, add, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
     """c[n, m] (+)= Σₖ w[n, k] · x[m, k] for n < 16 · high and m < 16 · wide, high · wide ≤ 4.
 
-    `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `add` (else c is written over),
-    `high` and `wide` are compile-time constants. Rows of w are `w_row` bytes apart; panel j of
+    `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `high` and `wide` are
+    compile-time constants. Where `add` is 0, c is written over. Rows of w are `w_row` bytes apart; panel j of
     16 rows of x stands at `a` + j · `panel`, unit (32 bits) u of its row r at 64 · u + 4 · r.
     `c_row` in bytes; `steps` of 64 bytes of K. `ahead`, unless the constant 0: with each line of
     w goes a request for the one so many bytes on, to come into the second cache.
     """
-    if not all(isinstance(t, types.Literal) for t in (kind, add, high, wide)):
+    if not all(isinstance(t, types.Literal) for t in (kind, high, wide)):
         return None
-    name, adds = _INSTRUCTION[kind.literal_value], bool(add.literal_value)
+    name = _INSTRUCTION[kind.literal_value]
     tall, across = high.literal_value, wide.literal_value
     asks = not (isinstance(ahead, types.Literal) and ahead.literal_value == 0)
-    signature = types.void(kind, add, high, wide, types.int64, types.int64, ahead, *[types.int64] * 5)
+    signature = types.void(kind, high, wide, *[types.int64] * 3, ahead, *[types.int64] * 5)
     # Registers: C first, then the panels of x, then as many of w as are left, in turn.
     c_tiles = [[i * across + j for j in range(across)] for i in range(tall)]
     x_tiles = [tall * across + j for j in range(across)]
     w_tiles = list(range(tall * across + across, 8))
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        w, w_row, ahead, a, panel, c, c_row, steps = args[4:]
+        add, w, w_row, ahead, a, panel, c, c_row, steps = args[3:]
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(I64, value)
@@ -94,11 +94,13 @@ def amx_tile(typingctx, kind, add, high, wide, w, w_row, ahead, a, panel, c, c_r
         for i in range(tall):
             row = builder.add(c, builder.mul(c_row, number(ROWS * i)))
             corners.append([_at(builder, builder.add(row, number(4 * ROWS * j))) for j in range(across)])
-        for i in range(tall):
-            for j in range(across):
-                if adds:
+        each = [(i, j) for i in range(tall) for j in range(across)]
+        with builder.if_else(builder.icmp_signed("!=", add, number(0))) as (adds, starts):
+            with adds:
+                for i, j in each:
                     tile_call("tileloadd64", _tile(c_tiles[i][j]), corners[i][j], c_row)
-                else:
+            with starts:
+                for i, j in each:
                     tile_call("tilezero", _tile(c_tiles[i][j]))
         panels = [builder.add(a, builder.mul(panel, number(j))) for j in range(across)]
         strips = [builder.add(w, builder.mul(w_row, number(ROWS * i))) for i in range(tall)]
@@ -130,9 +132,8 @@ def amx_tile(typingctx, kind, add, high, wide, w, w_row, ahead, a, panel, c, c_r
             return []
 
         loop(builder, steps, 1, [], body)
-        for i in range(tall):
-            for j in range(across):
-                tile_call("tilestored64", _tile(c_tiles[i][j]), corners[i][j], c_row)
+        for i, j in each:
+            tile_call("tilestored64", _tile(c_tiles[i][j]), corners[i][j], c_row)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -325,6 +325,7 @@ def product(
     per_group = bool(activations.group or weights.group)
     if tile.matrix:
         chunk = min(_MATRIX_CHUNK[kind], layout.width if per_group else layout.padded)
+        chunk = max(chunk, layout.padded) if per_group else chunk  # whole groups
         slot = up(cpu_matmul_amx.slot_bytes(height, width, chunk, layout.padded, layout.groups, element), 64)
         panels = _panels(blocks)
         tables.append(_table(panels))

@@ -44,31 +44,39 @@ def slot_bytes(rows: int, cols: int, chunk: int, padded: int, groups: int, eleme
     """Scratch of one thread: sums, a group's sums; scales, bias and routed weights; decoded weights."""
     per_pass = max(1, chunk // padded)
     scales = 16 * cols + 4 * COLS * per_pass + 4 * (max(groups, 1) + 1) * rows
-    return (
-        (4 * rows + PAD) * cols
-        + COLS * TILE_ROW
-        + scales
-        + cols * (per_pass * min(chunk, padded) * element + PAD)
-    )
+    decoded = cols * (per_pass * min(chunk, padded) * element + PAD)
+    return (4 * rows + PAD) * cols + COLS * TILE_ROW + scales + decoded
 
 
 @njit(inline="always")
-def strip(kind, add, cols, w, w_row, ahead, a, panel, panels, c, c_row, steps):  # type: ignore[no-untyped-def]
+def strip(kind, cols, add, w, w_row, ahead, a, panel, panels, c, c_row, steps):  # type: ignore[no-untyped-def]
     """Up to 64 rows of weights times all panels of a block. A single panel asks for the weights `ahead`."""
-    i = panels // 2 * 2
-    for first in range(0, i, 2):
-        at, c_at = a + first * panel, c + 64 * first
-        amx_tile(kind, add, 2, 2, w, w_row, 0, at, panel, c_at, c_row, steps)
-    if cols > 32:
-        for first in range(0, i, 2):
-            at, c_at = a + first * panel, c + 64 * first + 32 * c_row
-            amx_tile(kind, add, 2, 2, w + 32 * w_row, w_row, 0, at, panel, c_at, c_row, steps)
-    if i < panels:
-        at, c_at = a + i * panel, c + 64 * i
-        if cols > 32:
-            amx_tile(kind, add, 4, 1, w, w_row, ahead, at, panel, c_at, c_row, steps)
+    pairs = panels // 2 * 2
+    for half in range(0, cols, 32):
+        for i in range(0, pairs, 2):
+            here = c + 64 * i + half * c_row
+            amx_tile(kind, 2, 2, add, w + half * w_row, w_row, 0, a + i * panel, panel, here, c_row, steps)
+    if pairs < panels and cols > 32:
+        amx_tile(kind, 4, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps)
+    elif pairs < panels:
+        amx_tile(kind, 2, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps)
+
+
+@njit(inline="always")
+def group_strip(
+    kind, integer, some, w, w_row, w_group, a, panel, left, a_group, tile, sums, c_row, a_scale, a_scale_row,
+    w_scale, steps,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """32 rows of weights times one or two (of `left`) panels, group by group, each scaled and added to the sums."""
+    for g in range(some):
+        at, here = w + g * w_group, a + g * a_group
+        of_rows, of_cols = a_scale + g * a_scale_row, w_scale + 4 * COLS * g
+        if left > 1:
+            amx_tile(kind, 2, 2, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            add_scaled_across(integer, 2, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
         else:
-            amx_tile(kind, add, 2, 1, w, w_row, ahead, at, panel, c_at, c_row, steps)
+            amx_tile(kind, 2, 1, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            add_scaled_across(integer, 1, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
 
 
 @cache
@@ -97,7 +105,7 @@ def matmul(kind: str, storage: str) -> Any:
         across = (n_all + block_cols - 1) // block_cols
         w_row, panel = p[M_W_ROW], ROWS * p[M_A_ROW]
         per_group = p[M_PER_GROUP] != 0
-        per_pass = max(1, chunk // padded)
+        per_pass, a_group = max(1, chunk // padded), ROWS * padded * element
 
         c_row = 4 * block_rows + PAD
         sums_at = p[M_SCRATCH] + slot * p[M_SLOT_BYTES]
@@ -144,48 +152,12 @@ def matmul(kind: str, storage: str) -> Any:
                     if not as_stored:
                         w, stride, ahead = decoded, decoded_row, 0
                         for j in range(cols):
-                            decode(
-                                lookup,
-                                stored,
-                                w0 + j * w_row + c0,
-                                row_kind,
-                                decoded + j * decoded_row,
-                                depth,
-                                whole,
-                            )
-                    a = a0 + ROWS * c0 * element
+                            at, target = w0 + j * w_row + c0, decoded + j * decoded_row
+                            decode(lookup, stored, at, row_kind, target, depth, whole)
+                    a, steps = a0 + ROWS * c0 * element, whole // step
                     for j in range(0, cols, COLS):
-                        here, at = sums_at + j * c_row, w + j * stride
-                        if c0 == 0:
-                            strip(
-                                kind,
-                                0,
-                                cols - j,
-                                at,
-                                stride,
-                                ahead,
-                                a,
-                                panel,
-                                panels,
-                                here,
-                                c_row,
-                                whole // step,
-                            )
-                        else:
-                            strip(
-                                kind,
-                                1,
-                                cols - j,
-                                at,
-                                stride,
-                                ahead,
-                                a,
-                                panel,
-                                panels,
-                                here,
-                                c_row,
-                                whole // step,
-                            )
+                        here, at, left = sums_at + j * c_row, w + j * stride, min(COLS, cols - j)
+                        strip(kind, left, c0, at, stride, ahead, a, panel, panels, here, c_row, steps)
             else:
                 if p[M_A_SCALE] != 0:
                     for i in range(rows):
@@ -202,56 +174,20 @@ def matmul(kind: str, storage: str) -> Any:
                                 first = (g0 + g) * group
                                 depth = min(group, k_all - first)
                                 target = decoded + j * decoded_row + g * w_group
-                                decode(
-                                    lookup, stored, w0 + j * w_row + first, row_kind, target, depth, padded
-                                )
+                                at = w0 + j * w_row + first
+                                decode(lookup, stored, at, row_kind, target, depth, padded)
                     for j in range(0, cols, 32):
                         for g in range(some):
                             for i in range(min(32, cols - j)):
                                 strip_scales[g, i] = w_scale[scale_at[j + i] + (g0 + g) * p[M_W_SCALE_GROUP]]
                         for i in range(0, panels, 2):
-                            for g in range(some):
-                                a = a0 + i * panel + ROWS * (g0 + g) * padded * element
-                                at = w + j * stride + g * w_group
-                                here = sums_at + j * c_row + 64 * i
-                                a_scale = a_scales_at + 4 * ((g0 + g) * block_rows + ROWS * i)
-                                scales = strip_scales_at + 4 * COLS * g
-                                if panels - i > 1:
-                                    amx_tile(
-                                        kind,
-                                        0,
-                                        2,
-                                        2,
-                                        at,
-                                        stride,
-                                        0,
-                                        a,
-                                        panel,
-                                        tile_at,
-                                        TILE_ROW,
-                                        padded // step,
-                                    )
-                                    add_scaled_across(
-                                        integer, 2, tile_at, TILE_ROW, a_scale, scales, here, c_row, 32
-                                    )
-                                else:
-                                    amx_tile(
-                                        kind,
-                                        0,
-                                        2,
-                                        1,
-                                        at,
-                                        stride,
-                                        0,
-                                        a,
-                                        panel,
-                                        tile_at,
-                                        TILE_ROW,
-                                        padded // step,
-                                    )
-                                    add_scaled_across(
-                                        integer, 1, tile_at, TILE_ROW, a_scale, scales, here, c_row, 32
-                                    )
+                            a = a0 + i * panel + g0 * a_group
+                            here = sums_at + j * c_row + 64 * i
+                            of_rows = a_scales_at + 4 * (g0 * block_rows + ROWS * i)
+                            group_strip(
+                                kind, integer, some, w + j * stride, stride, w_group, a, panel, panels - i, a_group,
+                                tile_at, here, c_row, of_rows, 4 * block_rows, strip_scales_at, padded // step,
+                            )  # fmt: skip
             finish_across(
                 integer, p, expert, row0, rows, n0, scale_at[:cols], sums_at, c_row, tile_at, a_scales_at,
                 routed_at, w_scales_at, bias_at,

@@ -109,6 +109,16 @@ def test_rows_too_long_for_one_pass(path, name):
             assert relative(out, expected) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_groups_longer_than_a_pass(path, dtype):
+    x, codes = torch.randn(20, 11_000).bfloat16(), (100 * torch.rand(40, 11_000) - 50).to(dtype)
+    arguments = (x, codes, torch.rand(40, 2))
+    out = ops.linear(*arguments, activations="group", block=(1, 6000))
+    with ops.use_implementation("reference"):
+        expected = ops.linear(*arguments, activations="group", block=(1, 6000))
+    assert relative(out, expected) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_int8_code_multiplies_as_itself(path, packed):
     codes = torch.arange(-128, 128, dtype=torch.int8)[:, None].repeat(1, 130)
