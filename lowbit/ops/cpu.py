@@ -17,7 +17,7 @@ import struct
 import torch
 from torch import Tensor
 
-from lowbit.ops import cpu_call, cpu_threads
+from lowbit.ops import cpu_call, cpu_threads, reference
 from lowbit.ops.cpu_call import DTYPE_CODES, PARALLEL_FROM, PREPARE, Layout, instructions, up
 from lowbit.ops.cpu_params import A_E4M3_BYTES, A_I8_BYTES, MODE_E4M3, MODE_INT8, P
 from lowbit.ops.problem import Activations, Weights
@@ -28,8 +28,6 @@ def quantize(x: Tensor, dtype: torch.dtype, activations: Activations) -> tuple[T
     rows, k = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     if not cpu_call.have_numba():
-        from lowbit.ops import reference
-
         return reference.quantize(x, dtype, activations)
     layout = Layout.of(k, activations.group, 1)
     codes = torch.empty(rows, k, dtype=dtype)
@@ -72,6 +70,8 @@ def linear(
     out = torch.empty(rows, n, dtype=out_dtype)
     if rows == 0 or n == 0:
         return out
+    if x.shape[1] == 0:  # nothing but the bias, and no scales to read
+        return reference.linear(x, weights, activations, bias, out_dtype, offsets=offsets, routed=routed)
     if instructions().name == "portable":
         from lowbit.ops import cpu_portable
 

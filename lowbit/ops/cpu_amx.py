@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from lowbit.ops.cpu_emit import I8, I64, call, loop, prefetch
 
 ROWS, STEP = 16, 64  # rows of a tile register; bytes of K in one
-SOON, CACHE = 512, 2
+SOON = 512  # bytes of a row that are asked for before they are wanted
 PANEL_STEP = ROWS * STEP  # bytes of a panel of activations per step of K
 _INSTRUCTION = {"tdpbssd512": "llvm.x86.tdpbssd", "tdpbf16512": "llvm.x86.tdpbf16ps"}
 # Palette 1 at byte 0; from 16 on bytes per row (16 bits each), from 48 on rows (8 bits each).
@@ -61,28 +61,29 @@ def amx_end(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def amx_tile(typingctx, kind, high, wide, add, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
+def amx_tile(typingctx, kind, parts, high, wide, add, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
     """c[n, m] (+)= Σₖ w[n, k] · x[m, k] for n < 16 · high and m < 16 · wide, high · wide ≤ 4.
 
-    `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `high` and `wide` are
+    `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `parts`, `high` ≥ `wide` are
     compile-time constants. Where `add` is 0, c is written over. Rows of w are `w_row` bytes apart; panel j of
-    16 rows of x stands at `a` + j · `panel`, unit (32 bits) u of its row r at 64 · u + 4 · r.
+    16 rows of x stands at `a` + j · `panel`, unit (32 bits) u of its row r at 64 · u + 4 · r. x is the
+    sum of `parts`, which divide a panel evenly.
     `c_row` in bytes; `steps` of 64 bytes of K. `ahead`, unless the constant 0: with each line of
     w goes a request for the one so many bytes on, to come into the second cache.
     """
-    if not all(isinstance(t, types.Literal) for t in (kind, high, wide)):
+    if not all(isinstance(t, types.Literal) for t in (kind, parts, high, wide)):
         return None
     name = _INSTRUCTION[kind.literal_value]
-    tall, across = high.literal_value, wide.literal_value
+    count, tall, across = parts.literal_value, high.literal_value, wide.literal_value
     asks = not (isinstance(ahead, types.Literal) and ahead.literal_value == 0)
-    signature = types.void(kind, high, wide, *[types.int64] * 3, ahead, *[types.int64] * 5)
-    # Registers: C first, then the panels of x, then as many of w as are left, in turn.
+    signature = types.void(kind, parts, high, wide, *[types.int64] * 3, ahead, *[types.int64] * 5)
+    # Registers: C first, then x (all parts of one panel, or two panels), then as many of w as are left, in turn.
     c_tiles = [[i * across + j for j in range(across)] for i in range(tall)]
-    x_tiles = [tall * across + j for j in range(across)]
-    w_tiles = list(range(tall * across + across, 8))
+    x_tiles = [tall * across + j for j in range(count if across == 1 else across)]
+    w_tiles = list(range(tall * across + len(x_tiles), 8))
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        add, w, w_row, ahead, a, panel, c, c_row, steps = args[3:]
+        add, w, w_row, ahead, a, panel, c, c_row, steps = args[4:]
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(I64, value)
@@ -102,6 +103,7 @@ def amx_tile(typingctx, kind, high, wide, add, w, w_row, ahead, a, panel, c, c_r
             with starts:
                 for i, j in each:
                     tile_call("tilezero", _tile(c_tiles[i][j]))
+        part_bytes = builder.udiv(panel, number(count))
         panels = [builder.add(a, builder.mul(panel, number(j))) for j in range(across)]
         strips = [builder.add(w, builder.mul(w_row, number(ROWS * i))) for i in range(tall)]
 
@@ -112,23 +114,40 @@ def amx_tile(typingctx, kind, high, wide, add, w, w_row, ahead, a, panel, c, c_r
                 soon = builder.sub(builder.add(along, number(SOON)), builder.mul(steps, number(STEP)))
                 beyond = builder.icmp_signed(">=", soon, number(0))
                 soon = builder.select(beyond, builder.add(ahead, builder.sub(soon, along)), number(SOON))
-            for j in range(across):
-                tile_call(
-                    "tileloadd64", _tile(x_tiles[j]), _at(builder, builder.add(panels[j], here)), number(STEP)
-                )
-            for i in range(tall):
-                register = w_tiles[i % len(w_tiles)]
+
+            def load_x(part: int, j: int) -> None:
+                register = x_tiles[part if across == 1 else j]
+                at = builder.add(builder.add(panels[j], here), builder.mul(part_bytes, number(part)))
+                tile_call("tileloadd64", _tile(register), _at(builder, at), number(STEP))
+
+            def load_w(i: int) -> None:
                 line = builder.add(strips[i], along)
-                tile_call("tileloadd64", _tile(register), _at(builder, line), w_row)
+                tile_call("tileloadd64", _tile(w_tiles[i % len(w_tiles)]), _at(builder, line), w_row)
                 if asks:
                     line = builder.add(line, soon)
                     for r in range(ROWS):
-                        prefetch(builder, builder.add(line, builder.mul(w_row, number(r))), CACHE)
-                for j in range(across):
-                    call(
-                        builder, name, ir.VoidType(),
-                        [_tile(c_tiles[i][j]), _tile(register), _tile(x_tiles[j])],
-                    )  # fmt: skip
+                        prefetch(builder, builder.add(line, builder.mul(w_row, number(r))), 2)
+
+            def multiply(i: int, part: int, j: int) -> None:
+                x = x_tiles[part if across == 1 else j]
+                operands = [_tile(c_tiles[i][j]), _tile(w_tiles[i % len(w_tiles)]), _tile(x)]
+                call(builder, name, ir.VoidType(), operands)
+
+            if across == 1:
+                for part in range(count):
+                    load_x(part, 0)
+                for i in range(tall):
+                    load_w(i)
+                    for part in range(count):
+                        multiply(i, part, 0)
+            else:
+                for i in range(tall):
+                    load_w(i)
+                for part in range(count):
+                    for j in range(across):
+                        load_x(part, j)
+                    for i, j in each:
+                        multiply(i, part, j)
             return []
 
         loop(builder, steps, 1, [], body)

@@ -48,6 +48,8 @@ DTYPE_CODES = {
     torch.float8_e4m3fn: E4M3_CODES,
 }
 CODES = (torch.int8, torch.float8_e4m3fn)
+# bfloat16 has 8 bits of significand, float16 has 11 and float32 24.
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 PARALLEL_FROM = 1 << 16  # elements to prepare before threads are worth waking
 _PARALLEL_PRODUCT = 1 << 18  # multiplications that are worth it
 _STORAGE = {torch.int8: "i8", torch.float8_e4m3fn: "e4m3", torch.int32: "u8", torch.bfloat16: "bf16"}
@@ -56,7 +58,7 @@ _ELEMENT = {A_I16: 2, A_I8: 1, A_F32: 4, A_BF16: 2, A_I8_BYTES: 1, A_E4M3_BYTES:
 _CHUNK = {A_I16: 1024, A_I8: 2048, A_F32: 512, A_BF16: 1024}
 _BLOCK_ROWS, _BLOCK_COLS = 192, 64
 _WORKSPACE_KEPT = 64 << 20
-_MATRIX_ROWS = 256
+_MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
 _MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
 PANEL_ROWS = 16  # rows of activations that AMX multiplies at once
 _PANEL_UNITS = 256  # 32-bit units of a row that one task rearranges
@@ -118,6 +120,7 @@ class Layout:
 def prepare_block(
     rows: int, k: int, x_dtype: torch.dtype, x_row: int, *, kind: int, layout: Layout, row_bytes: int,
     activations: Activations, mode: int, static: Tensor | None, extra_rows: int, slot: int, threads: int,
+    parts: int = 1,
 ) -> ctypes.Array[ctypes.c_int64]:  # fmt: skip
     """The parameters of `prepare`, but for the addresses of x, of what is written, and of scratch."""
     block = PREPARE()
@@ -134,7 +137,7 @@ def prepare_block(
     block[P.ZERO] = activations.zero_point
     block[P.POWER_OF_2], block[P.SLOT_BYTES] = int(activations.power_of_2), slot
     block[P.ROWS_PER_TASK] = max(1, rows // (4 * threads))
-    block[P.ROWS_PADDED] = rows + extra_rows
+    block[P.ROWS_PADDED], block[P.PARTS] = rows + extra_rows, parts
     return block
 
 
@@ -188,22 +191,21 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
         grouped = bool(activations.group or weights.group)
         tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
         return tile, A_I16 if tile.kind.startswith("pmaddwd") else A_I8, MODE_INT8
-    # e4m3 codes and bfloat16 activations are both exact in bfloat16.
-    exact = quantizes or (x.dtype == torch.bfloat16 and weights.tensor.dtype != torch.bfloat16)
-    tile = float_tile(have, rows, bfloat_exact=exact, float64=settings.float64_sums)
+    # All weights and e4m3 codes are exact in bfloat16.
+    parts, plain = 1 if quantizes else PARTS[x.dtype], weights.tensor.dtype == torch.bfloat16
+    tile = float_tile(have, rows, parts=parts, plain=plain, float64=settings.float64_sums)
     codes = x.dtype == torch.float8_e4m3fn
     mode = MODE_E4M3 if quantizes and not codes else MODE_NONE
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode
 
 
-def _block(rows: int, n: int, tile: Tile, threads: int) -> tuple[int, int]:
-    """Rows and columns of the output per task: weights are packed once per task, so many rows; but
-    every thread should find several tasks."""
+def _block(rows: int, n: int, tile: Tile, threads: int, row_bytes: int) -> tuple[int, int]:
+    """Rows and columns of the output per task: weights are packed or decoded once per task, so many
+    rows; but every thread should find several tasks, and AMX wants the operand in the second cache."""
     if tile.matrix:
-        width = (
-            _BLOCK_COLS if -(-n // _BLOCK_COLS) * -(-rows // _MATRIX_ROWS) >= threads else _BLOCK_COLS // 2
-        )
-        return min(_MATRIX_ROWS, up(rows, PANEL_ROWS)), width
+        height = max(_MATRIX_ROWS // 4, min(_MATRIX_ROWS, _MATRIX_BYTES // max(row_bytes, 1) // 32 * 32))
+        width = _BLOCK_COLS if -(-n // _BLOCK_COLS) * -(-rows // height) >= threads else _BLOCK_COLS // 2
+        return min(height, up(rows, PANEL_ROWS)), width
     width = up(_BLOCK_COLS, tile.cols)
     if rows <= tile.dot_rows:
         width = min(width, up(-(-n // (4 * threads)), SCALE_LANES))
@@ -311,7 +313,7 @@ def product(
     codes = x.dtype in CODES
 
     # One workspace: operand rows (and spare ones to fill the last tile), sums of their codes, scales, scratch.
-    row_bytes = layout.width * element
+    row_bytes = layout.width * element * tile.parts
     unsigned = tile.kind.startswith("dpbusd")
     extra_rows = 0 if tile.matrix else tile.rows
     a_bytes = up((rows + extra_rows) * row_bytes, 64)
@@ -319,7 +321,7 @@ def product(
     sum_bytes = scale_bytes if unsigned else 0
     threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
     prepare_threads = torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
-    height, width = _block(rows, n, tile, threads)
+    height, width = _block(rows, n, tile, threads, row_bytes)
     blocks = _blocks(rows, height, offsets)
     pack, panel_bytes, tables = None, 0, [_table(blocks)]
     per_group = bool(activations.group or weights.group)
@@ -343,7 +345,7 @@ def product(
     prepare = prepare_block(
         rows, k, x.dtype, x.stride(0) * x.element_size(), kind=kind, layout=layout, row_bytes=row_bytes,
         activations=activations, mode=mode, static=static, extra_rows=extra_rows, slot=prepare_slot,
-        threads=prepare_threads,
+        threads=prepare_threads, parts=tile.parts,
     )  # fmt: skip
 
     block = MATMUL()
@@ -379,7 +381,7 @@ def product(
         block[M.ROUTED] = routed.data_ptr()
     storage = _STORAGE[tensor.dtype]
     if tile.matrix:
-        function = cpu_matmul_amx.matmul(tile.kind, storage)
+        function = cpu_matmul_amx.matmul(tile.kind, storage, tile.parts)
     else:
         lookup = instructions().byte_lookup and kind == A_BF16
         function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors, lookup)

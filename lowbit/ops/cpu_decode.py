@@ -56,7 +56,10 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
         full[n:padded] = 0
     elif kind == A_BF16:
         half = carray(pointer(target), padded, np.uint16)
-        if storage == W_E4M3:
+        if storage == W_BF16:
+            brain = carray(pointer(source), n, np.uint16)
+            half[:n] = brain
+        elif storage == W_E4M3:
             for i in range(n):
                 half[i] = f32_to_bf16(e4m3_to_f32(raw[i]))
         elif storage == W_U8:

@@ -205,6 +205,20 @@ def emit_f32_to_bf16(builder: Any, x: Any) -> Any:
     return builder.trunc(high, _like(x, I16))
 
 
+def _emit_upper_half(builder: Any, x: Any) -> Any:
+    """float32 → bfloat16 bits, cut off; NaN stays one."""
+    nan = builder.fcmp_unordered("uno", x, x)
+    bits = builder.select(nan, ir.Constant(I32, 0x7FC00000), builder.bitcast(x, I32))
+    return builder.trunc(builder.lshr(bits, ir.Constant(I32, 16)), I16)
+
+
+def _emit_lower_half(builder: Any, x: Any) -> Any:
+    """What `_emit_upper_half` leaves of a float32, exactly; 0 of infinity."""
+    bits = builder.and_(builder.bitcast(x, I32), ir.Constant(I32, -0x10000))
+    rest = builder.fsub(x, builder.bitcast(bits, F32))
+    return builder.select(builder.fcmp_ordered("ord", rest, rest), rest, ir.Constant(F32, 0.0))
+
+
 def _emit_magnitude_bits(builder: Any, x: Any) -> Any:
     """Bits of |x| as int32: they order as |x| does, with NaN above infinity, so an integer
     maximum is a vectorizable absmax that propagates NaN."""
@@ -276,6 +290,8 @@ f32_to_f16 = _elementwise(types.float32, types.uint16, emit_f32_to_f16)
 bf16_to_f32 = _elementwise(types.uint16, types.float32, _emit_bf16_to_f32)
 f32_to_bf16 = _elementwise(types.float32, types.uint16, emit_f32_to_bf16)
 e4m3_to_f32 = _elementwise(types.uint8, types.float32, _e4m3_to_f32)
+upper_half = _elementwise(types.float32, types.uint16, _emit_upper_half)
+lower_half = _elementwise(types.float32, types.float32, _emit_lower_half)
 magnitude_bits = _elementwise(types.float32, types.int32, _emit_magnitude_bits)
 bits_to_f32 = _elementwise(types.int32, types.float32, _emit_bits_to_f32)
 zero_if_nan = _elementwise(types.float32, types.float32, _emit_zero_if_nan)

@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class Tile:
     kind: str
     rows: int
     vectors: int
+    parts: int = 1
+    """bfloat16 values that an activation is the sum of (AMX)."""
 
     @property
     def matrix(self) -> bool:
@@ -88,8 +90,9 @@ _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
 _MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
 _MATRIX_BFLOAT = Tile(kind="tdpbf16512", rows=32, vectors=2)
 # Fewer rows are multiplied in vector registers: those read int8 weights of few rows at memory's speed. Measured on an
-# Emerald Rapids; where sums are scaled group by group, or weights decoded, AMX is ahead earlier.
-_MATRIX_ROWS, _MATRIX_ROWS_OTHERWISE = 12, 4
+# Emerald Rapids; where sums are scaled group by group, or weights decoded, AMX is ahead earlier, and later where
+# activations come in several parts.
+_MATRIX_ROWS, _MATRIX_ROWS_OTHERWISE, _MATRIX_ROWS_IN_PARTS = 12, 4, 8
 
 
 def integer_tile(
@@ -106,18 +109,22 @@ def integer_tile(
     return _INTEGER[instructions.name]
 
 
-def float_tile(instructions: Instructions, rows: int, bfloat_exact: bool, float64: bool = False) -> Tile:
+def float_tile(
+    instructions: Instructions, rows: int, *, parts: int, plain: bool = False, float64: bool = False
+) -> Tile:
     """The tile for products of decoded codes accumulated in float32, or in float64.
 
-    `bfloat_exact`: both operands are bfloat16 values. A few rows are decoded while they are
-    loaded, which the float32 tiles do.
+    `parts`: how many bfloat16 values an activation is the sum of, exactly; `plain`: weights are
+    bfloat16 and no codes. A few rows are decoded while they are loaded, which the float32 tiles do.
     """
     if float64:
         return _WIDE_DOUBLE if instructions.wide else _DOUBLE
-    if bfloat_exact and instructions.name == "amx" and rows >= _MATRIX_ROWS_OTHERWISE:
-        return _MATRIX_BFLOAT
+    if instructions.name == "amx" and rows >= (
+        _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
+    ):
+        return replace(_MATRIX_BFLOAT, parts=parts)
     tile = _WIDE_FLOAT if instructions.wide else _FLOAT
-    return _BFLOAT if bfloat_exact and instructions.bfloat16 and rows > tile.dot_rows else tile
+    return _BFLOAT if parts == 1 and not plain and instructions.bfloat16 and rows > tile.dot_rows else tile
 
 
 @cache

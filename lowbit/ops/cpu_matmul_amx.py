@@ -17,7 +17,7 @@ from lowbit.ops.cpu_amx import ROWS, STEP, amx_begin, amx_end, amx_tile
 from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_across, locate_scales
-from lowbit.ops.cpu_params import A_BF16, A_I8_BYTES, W_E4M3, W_I8, W_U8, M
+from lowbit.ops.cpu_params import A_BF16, A_I8_BYTES, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
 from lowbit.ops.cpu_scale import add_scaled_across
 
@@ -49,22 +49,28 @@ def slot_bytes(rows: int, cols: int, chunk: int, padded: int, groups: int, eleme
 
 
 @njit(inline="always")
-def strip(kind, cols, add, w, w_row, ahead, a, panel, panels, c, c_row, steps):  # type: ignore[no-untyped-def]
+def strip(kind, parts, cols, add, w, w_row, ahead, a, panel, panels, c, c_row, steps):  # type: ignore[no-untyped-def]
     """Up to 64 rows of weights times all panels of a block. A single panel asks for the weights `ahead`."""
     pairs = panels // 2 * 2
     for half in range(0, cols, 32):
         for i in range(0, pairs, 2):
             here = c + 64 * i + half * c_row
-            amx_tile(kind, 2, 2, add, w + half * w_row, w_row, 0, a + i * panel, panel, here, c_row, steps)
+            amx_tile(
+                kind, parts, 2, 2, add, w + half * w_row, w_row, 0, a + i * panel, panel, here, c_row, steps
+            )
     if pairs < panels and cols > 32:
-        amx_tile(kind, 4, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps)
+        amx_tile(
+            kind, parts, 4, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps
+        )
     elif pairs < panels:
-        amx_tile(kind, 2, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps)
+        amx_tile(
+            kind, parts, 2, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps
+        )
 
 
 @njit(inline="always")
 def group_strip(
-    kind, integer, some, w, w_row, w_group, a, panel, left, a_group, tile, sums, c_row, a_scale, a_scale_row,
+    kind, parts, integer, some, w, w_row, w_group, a, panel, left, a_group, tile, sums, c_row, a_scale, a_scale_row,
     w_scale, steps,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """32 rows of weights times one or two (of `left`) panels, group by group, each scaled and added to the sums."""
@@ -72,25 +78,27 @@ def group_strip(
         at, here = w + g * w_group, a + g * a_group
         of_rows, of_cols = a_scale + g * a_scale_row, w_scale + 4 * COLS * g
         if left > 1:
-            amx_tile(kind, 2, 2, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            amx_tile(kind, parts, 2, 2, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
             add_scaled_across(integer, 2, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
         else:
-            amx_tile(kind, 2, 1, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            amx_tile(kind, parts, 2, 1, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
             add_scaled_across(integer, 1, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
 
 
 @cache
-def matmul(kind: str, storage: str) -> Any:
+def matmul(kind: str, storage: str, parts: int = 1) -> Any:
     """Compile (or load) `matmul` for `tdpbssd512` (int8 × int8) or `tdpbf16512` and a weight storage.
 
-    `storage` is `i8`, `e4m3` or `u8` (int8 plus 128).
+    `storage` is `i8`, `e4m3`, `u8` (int8 plus 128) or `bf16` (values, not codes); `parts` as in `Tile`.
     """
     source = stamp()
     integer = kind == "tdpbssd512"
     element = 1 if integer else 2
     step = STEP // element
-    stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8}[storage]
-    row_kind, lookup = (A_I8_BYTES, False) if integer else (A_BF16, True)
+    stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8, "bf16": W_BF16}[storage]
+    plain = storage == "bf16"
+    w_size = 2 if plain else 1
+    row_kind, lookup = A_I8_BYTES if integer else A_BF16, not (integer or plain)
 
     @cfunc(SIGNATURE, cache=True)
     def matmul_amx(parameters):  # type: ignore[no-untyped-def]
@@ -140,24 +148,25 @@ def matmul(kind: str, storage: str) -> Any:
             w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
             a0 = p[M_A] + blocks[which, 3] * panel
             locate_scales(p, expert, n0, cols, scale_at)
-            # Reading past a row is harmless for integers (the operand is 0 there); past the last
-            # row of the tensor it is not. Rows beyond `cols` give sums that nobody looks at.
-            as_stored = integer and w0 + (strips - 1) * w_row + (groups - 1) * group + padded <= p[M_W_END]
+            # Reading past a row is harmless for integers (the operand is 0 there), but floats could meet a
+            # NaN; past the last row of the tensor it never is. Rows beyond `cols` give sums that nobody looks at.
+            last = w0 + (strips - 1) * w_row + w_size * ((groups - 1) * group + padded)
+            as_stored = (integer or (plain and k_all % step == 0)) and last <= p[M_W_END]
             ahead = block_cols * w_row
             if not per_group:
                 for c0 in range(0, k_all, chunk):
                     depth = min(chunk, k_all - c0)
                     whole = (depth + step - 1) // step * step
-                    w, stride = w0 + c0, w_row
+                    w, stride = w0 + w_size * c0, w_row
                     if not as_stored:
                         w, stride, ahead = decoded, decoded_row, 0
                         for j in range(cols):
-                            at, target = w0 + j * w_row + c0, decoded + j * decoded_row
+                            at, target = w0 + j * w_row + w_size * c0, decoded + j * decoded_row
                             decode(lookup, stored, at, row_kind, target, depth, whole)
                     a, steps = a0 + ROWS * c0 * element, whole // step
                     for j in range(0, cols, COLS):
                         here, at, left = sums_at + j * c_row, w + j * stride, min(COLS, cols - j)
-                        strip(kind, left, c0, at, stride, ahead, a, panel, panels, here, c_row, steps)
+                        strip(kind, parts, left, c0, at, stride, ahead, a, panel, panels, here, c_row, steps)
             else:
                 if p[M_A_SCALE] != 0:
                     for i in range(rows):
@@ -166,7 +175,7 @@ def matmul(kind: str, storage: str) -> Any:
                             a_scales[g, i] = given_scales[at + g * p[M_A_SCALE_GROUP]]
                 for g0 in range(0, groups, per_pass):
                     some = min(per_pass, groups - g0)
-                    w, stride, w_group = w0 + g0 * group, w_row, group
+                    w, stride, w_group = w0 + w_size * g0 * group, w_row, w_size * group
                     if not as_stored:
                         w, stride, w_group = decoded, decoded_row, padded * element
                         for j in range(cols):
@@ -174,7 +183,7 @@ def matmul(kind: str, storage: str) -> Any:
                                 first = (g0 + g) * group
                                 depth = min(group, k_all - first)
                                 target = decoded + j * decoded_row + g * w_group
-                                at = w0 + j * w_row + first
+                                at = w0 + j * w_row + w_size * first
                                 decode(lookup, stored, at, row_kind, target, depth, padded)
                     for j in range(0, cols, 32):
                         for g in range(some):
@@ -185,8 +194,9 @@ def matmul(kind: str, storage: str) -> Any:
                             here = sums_at + j * c_row + 64 * i
                             of_rows = a_scales_at + 4 * (g0 * block_rows + ROWS * i)
                             group_strip(
-                                kind, integer, some, w + j * stride, stride, w_group, a, panel, panels - i, a_group,
-                                tile_at, here, c_row, of_rows, 4 * block_rows, strip_scales_at, padded // step,
+                                kind, parts, integer, some, w + j * stride, stride, w_group, a, panel, panels - i,
+                                a_group, tile_at, here, c_row, of_rows, 4 * block_rows, strip_scales_at,
+                                padded // step,
                             )  # fmt: skip
             finish_across(
                 integer, p, expert, row0, rows, n0, scale_at[:cols], sums_at, c_row, tile_at, a_scales_at,

@@ -50,6 +50,7 @@ class P(_Index):
     SUMS = auto()  # output: int32 [rows, groups], the sums of codes; 0: not wanted
     ROWS_PER_TASK = auto()
     ROWS_PADDED = auto()  # rows of A to clear beyond ROWS
+    PARTS = auto()  # bfloat16 values that add up to one of X: each has a part of a row of A
 
 
 class M(_Index):

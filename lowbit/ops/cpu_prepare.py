@@ -15,13 +15,14 @@ from numba import carray, cfunc, njit
 from lowbit.ops.cpu_emit import (
     bits_to_f32,
     e4m3_code,
-    f32_to_bf16,
     fetch_add,
     hadamard8,
+    lower_half,
     magnitude_bits,
     pointer,
     round_code,
     round_e4m3,
+    upper_half,
     zero_if_nan,
 )
 from lowbit.ops.cpu_params import (
@@ -45,7 +46,13 @@ from lowbit.ops.cpu_tiles import pack
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
 P_A, P_A_KIND, P_A_ROW, P_GROUP, P_GROUP_PADDED = P.A, P.A_KIND, P.A_ROW, P.GROUP, P.GROUP_PADDED
 P_K, P_LOWEST, P_MODE, P_NEXT, P_POWER_OF_2 = P.K, P.LOWEST, P.MODE, P.NEXT, P.POWER_OF_2
-P_ROWS, P_ROWS_PADDED, P_ROWS_PER_TASK, P_SCALE = P.ROWS, P.ROWS_PADDED, P.ROWS_PER_TASK, P.SCALE
+P_PARTS, P_ROWS, P_ROWS_PADDED, P_ROWS_PER_TASK, P_SCALE = (
+    P.PARTS,
+    P.ROWS,
+    P.ROWS_PADDED,
+    P.ROWS_PER_TASK,
+    P.SCALE,
+)
 P_SCRATCH, P_SHIFT, P_SLOT, P_SLOT_BYTES, P_STATIC = P.SCRATCH, P.SHIFT, P.SLOT, P.SLOT_BYTES, P.STATIC
 P_SUMS, P_X, P_X_DTYPE, P_X_ROW, P_ZERO = P.SUMS, P.X, P.X_DTYPE, P.X_ROW, P.ZERO
 
@@ -72,8 +79,11 @@ def dynamic_scale(values, n, largest, power_of_2):  # type: ignore[no-untyped-de
 
 
 @njit
-def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, padded):  # type: ignore[no-untyped-def]
-    """One scale group of one row → the operand at `target`, zeros from n up to `padded`."""
+def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, padded, parts, part):  # type: ignore[no-untyped-def]
+    """One scale group of one row → the operand at `target`, zeros from n up to `padded`.
+
+    bfloat16 takes `parts`, `part` bytes apart, that add up to the values, exactly: 8 bits each.
+    """
     if mode == MODE_INT8:
         shift, low = np.float32(shift_by), np.int32(lowest)
         if kind == A_I16:
@@ -96,10 +106,14 @@ def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, 
             full[i] = values[i]
         full[n:padded] = 0
     elif kind == A_BF16:
-        brain = carray(pointer(target), padded, np.uint16)
-        for i in range(n):
-            brain[i] = f32_to_bf16(values[i])
-        brain[n:padded] = 0
+        for at in range(parts):
+            brain = carray(pointer(target + at * part), padded, np.uint16)
+            for i in range(n):
+                brain[i] = upper_half(values[i])
+            brain[n:padded] = 0
+            if at + 1 < parts:
+                for i in range(n):
+                    values[i] = lower_half(values[i])
     else:
         bytes_ = carray(pointer(target), padded, np.uint8)
         for i in range(n):
@@ -162,7 +176,10 @@ def prepare() -> Any:
                     target = p[P_A] + row * p[P_A_ROW] + g * padded * element
                     # A group of codes that leave the kernel is not padded at its end.
                     width = n if kind in (A_I8_BYTES, A_E4M3_BYTES) else padded
-                    write_operand(kind, mode, values, scale, zero, p[P_SHIFT], p[P_LOWEST], target, n, width)
+                    write_operand(
+                        kind, mode, values, scale, zero, p[P_SHIFT], p[P_LOWEST], target, n, width, p[P_PARTS],
+                        p[P_A_ROW] // max(p[P_PARTS], 1),
+                    )  # fmt: skip
                     if p[P_SUMS] != 0:
                         sums = carray(pointer(p[P_SUMS]), rows * groups, np.int32)
                         sums[row * groups + g] = sum_codes(target, n)

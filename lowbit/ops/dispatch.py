@@ -125,7 +125,7 @@ def _invalid(problem: Problem) -> str | None:
 @lru_cache(maxsize=4096)
 def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
     """The same for the CPU that this runs on."""
-    from lowbit.ops.cpu_call import instructions, typical_rows
+    from lowbit.ops.cpu_call import PARTS, instructions, typical_rows
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
     have, rows = instructions(), typical_rows(problem.m, problem.experts)
@@ -140,8 +140,8 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
     if quantizes and problem.weight_dtype == "int8":
         tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=bool(problem.weight_group))
         return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
-    exact = quantizes or problem.activation_dtype == "bfloat16"
-    tile = float_tile(have, rows, bfloat_exact=exact, float64=float64_sums)
+    parts = 1 if quantizes else PARTS[getattr(torch, problem.activation_dtype)]
+    tile = float_tile(have, rows, parts=parts, float64=float64_sums)
     unit = "bfloat16" if "bf16" in tile.kind else "float64" if float64_sums else "float32"
     when = "while they are loaded" if rows <= tile.dot_rows else "block by block"
     return Decision(
@@ -153,7 +153,8 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
 def _tile_name(tile: Tile, rows: int) -> str:
     if rows <= tile.dot_rows:
         return f"{tile.kind}, dot products with rows as stored"
-    return f"{tile.kind}, {tile.rows}×{tile.cols} tile"
+    parts = f", activations as {tile.parts} bfloat16" if tile.parts > 1 else ""
+    return f"{tile.kind}, {tile.rows}×{tile.cols} tile{parts}"
 
 
 def kernel_of(problem: Problem) -> str:

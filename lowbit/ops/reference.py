@@ -107,8 +107,8 @@ def linear(
     """x [M, K] (floats, or codes with `activations.scale`) → [M, N]; see `ops.linear`."""
     codes = unpack(weights)
     scale = scale_as_float(weights.scale)
-    a_scale: Tensor | None = activations.scale
-    if x.dtype not in (torch.int8, torch.float8_e4m3fn) and activations.kind != "none":
+    a_scale: Tensor | None = activations.scale if x.shape[1] else None
+    if x.shape[1] and x.dtype not in (torch.int8, torch.float8_e4m3fn) and activations.kind != "none":
         x, a_scale = quantize(x, codes.dtype, activations)
     a = x.double() - activations.zero_point
     if a_scale is not None:
@@ -141,6 +141,8 @@ def _product(
 ) -> Tensor:
     """float32 [M, N]: the scaled sum over K, without bias."""
     n, k = codes.shape
+    if not k:
+        return torch.zeros(a.shape[0], n, dtype=torch.float32, device=a.device)
     rows = weights.block[0]
     columns = scale.reshape(1, 1) if not rows else scale
     if rows > 1:

@@ -135,12 +135,12 @@ def test_amx_multiplies_what_is_worth_it(having):
     ):
         assert choose(problem(name, m=4), "cpu").kernel.startswith(kind)
         assert not choose(problem(name, m=3), "cpu").kernel.startswith(kind)
-    # Codes less a zero point have 9 bits, and float16 is not exact in bfloat16.
+    # Codes less a zero point have 9 bits.
     assert choose(problem("int8-static-asym", m=64), "cpu").kernel.startswith("pmaddwd512")
     assert choose(problem("fp8", m=64, experts=32), "cpu").kernel.startswith("fma512")
-    assert choose(problem("int8-weight-only", m=64, activation_dtype="float16"), "cpu").kernel.startswith(
-        "fma512"
-    )
+    # float16 and float32 are not exact in bfloat16, but sums of two and three bfloat16 are.
+    chosen = choose(problem("int8-weight-only", m=64, activation_dtype="float32"), "cpu")
+    assert chosen.kernel == "tdpbf16512, 32×32 tile, activations as 3 bfloat16" and "exactly" in chosen.note
 
 
 def test_float64_sums_are_a_choice_of_their_own():
