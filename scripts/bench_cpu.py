@@ -4,6 +4,7 @@
     python scripts/bench_cpu.py --avx2              # torch, oneDNN and lowbit held to AVX2
     python scripts/bench_cpu.py --markdown > benchmarks/cpu.md
 
+Activations are bfloat16 but for `fp32` and what is `of fp32`, whose activations and results are float32.
 Every row is measured in rounds that take each contender in turn, and a contender's time is the
 median over rounds, so that a busy moment hits all of them. Ratios are to fp32 and bf16
 `F.linear` of the same run. lowbit runs through its public operations.
@@ -53,6 +54,9 @@ def contenders(m: int, n: int, k: int) -> dict[str, Callable[[], object]]:
             "block": ops.block_of(scheme.weights.granularity),
         }
         calls[name] = lambda a=arguments, q=weight: ops.linear(brain, q.codes, q.scale, **a)
+        if "weight-only" in name:
+            calls[f"{name} of fp32"] = lambda a=arguments, q=weight: ops.linear(x, q.codes, q.scale, **a)
+    calls["bf16 weights of fp32"] = lambda: ops.linear_bfloat16(x, brain_weight)
     calls[FLOAT64] = _in_float64(calls[FLOAT64])
     return calls
 
