@@ -246,43 +246,43 @@ def _emit_round_code(builder: Any, x: Any) -> Any:
     return builder.fptosi(rounded, I32)
 
 
-def _emit_round_e4m3(builder: Any, x: Any) -> Any:
-    """float32 → nearest e4m3fn value (as float32), half to even, saturating at ±448; NaN stays.
+def emit_round_e4m3(builder: Any, x: Any) -> Any:
+    """float32 (or a vector) → nearest e4m3fn value (as float32), half to even, saturating at ±448; NaN stays.
 
     Normal values round in the float32 mantissa (20 bits dropped); below 2⁻⁶ the grid is 2⁻⁹,
     where adding and subtracting 1.5 · 2²³ · 2⁻⁹ rounds.
     """
     x = _clamp(builder, x, -448.0, 448.0)
-    bits = builder.bitcast(x, I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 20)), ir.Constant(I32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFFF)))
-    normal = builder.bitcast(builder.and_(rounded, ir.Constant(I32, -0x100000)), F32)
-    magic = ir.Constant(F32, 12582912.0 / 512)
+    bits = builder.bitcast(x, _like(x, I32))
+    odd = builder.and_(builder.lshr(bits, _constant(x, I32, 20)), _constant(x, I32, 1))
+    rounded = builder.add(bits, builder.add(odd, _constant(x, I32, 0x7FFFF)))
+    normal = builder.bitcast(builder.and_(rounded, _constant(x, I32, -0x100000)), _like(x, F32))
+    magic = _constant(x, F32, 12582912.0 / 512)
     subnormal = builder.fsub(builder.fadd(x, magic), magic)
-    magnitude = builder.bitcast(builder.and_(bits, ir.Constant(I32, 0x7FFFFFFF)), F32)
-    small = builder.fcmp_ordered("<", magnitude, ir.Constant(F32, 2.0**-6))
+    magnitude = builder.bitcast(builder.and_(bits, _constant(x, I32, 0x7FFFFFFF)), _like(x, F32))
+    small = builder.fcmp_ordered("<", magnitude, _constant(x, F32, 2.0**-6))
     value = builder.select(small, subnormal, normal)
     # −0.0 and tiny negatives keep their sign, as torch's cast does.
-    sign = builder.and_(bits, ir.Constant(I32, -0x80000000))
-    unsigned = builder.and_(builder.bitcast(value, I32), ir.Constant(I32, 0x7FFFFFFF))
-    value = builder.bitcast(builder.or_(unsigned, sign), F32)
+    sign = builder.and_(bits, _constant(x, I32, -0x80000000))
+    unsigned = builder.and_(builder.bitcast(value, _like(x, I32)), _constant(x, I32, 0x7FFFFFFF))
+    value = builder.bitcast(builder.or_(unsigned, sign), _like(x, F32))
     return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 
-def _emit_e4m3_code(builder: Any, x: Any) -> Any:
+def emit_e4m3_code(builder: Any, x: Any) -> Any:
     """A float32 that is an e4m3fn value → its byte. NaN → 0x7F with its sign."""
-    bits = builder.bitcast(x, I32)
-    sign = builder.and_(builder.lshr(bits, ir.Constant(I32, 24)), ir.Constant(I32, 0x80))
-    magnitude_bits = builder.and_(bits, ir.Constant(I32, 0x7FFFFFFF))
-    magnitude = builder.bitcast(magnitude_bits, F32)
-    normal = builder.sub(builder.lshr(magnitude_bits, ir.Constant(I32, 20)), ir.Constant(I32, 120 << 3))
+    bits = builder.bitcast(x, _like(x, I32))
+    sign = builder.and_(builder.lshr(bits, _constant(x, I32, 24)), _constant(x, I32, 0x80))
+    magnitude_bits = builder.and_(bits, _constant(x, I32, 0x7FFFFFFF))
+    magnitude = builder.bitcast(magnitude_bits, _like(x, F32))
+    normal = builder.sub(builder.lshr(magnitude_bits, _constant(x, I32, 20)), _constant(x, I32, 120 << 3))
     nan = builder.fcmp_unordered("uno", x, x)
-    scaled = builder.fmul(magnitude, ir.Constant(F32, 512.0))
-    small = builder.fcmp_ordered("<", magnitude, ir.Constant(F32, 2.0**-6))
-    safe = builder.select(small, scaled, ir.Constant(F32, 0.0))
-    code = builder.select(small, builder.fptosi(safe, I32), normal)
-    code = builder.select(nan, ir.Constant(I32, 0x7F), code)
-    return builder.trunc(builder.or_(code, sign), I8)
+    scaled = builder.fmul(magnitude, _constant(x, F32, 512.0))
+    small = builder.fcmp_ordered("<", magnitude, _constant(x, F32, 2.0**-6))
+    safe = builder.select(small, scaled, _constant(x, F32, 0.0))
+    code = builder.select(small, builder.fptosi(safe, _like(x, I32)), normal)
+    code = builder.select(nan, _constant(x, I32, 0x7F), code)
+    return builder.trunc(builder.or_(code, sign), _like(x, I8))
 
 
 f16_to_f32 = _elementwise(types.uint16, types.float32, _emit_f16_to_f32)
@@ -296,5 +296,5 @@ magnitude_bits = _elementwise(types.float32, types.int32, _emit_magnitude_bits)
 bits_to_f32 = _elementwise(types.int32, types.float32, _emit_bits_to_f32)
 zero_if_nan = _elementwise(types.float32, types.float32, _emit_zero_if_nan)
 round_code = _elementwise(types.float32, types.int32, _emit_round_code)
-round_e4m3 = _elementwise(types.float32, types.float32, _emit_round_e4m3)
-e4m3_code = _elementwise(types.float32, types.uint8, _emit_e4m3_code)
+round_e4m3 = _elementwise(types.float32, types.float32, emit_round_e4m3)
+e4m3_code = _elementwise(types.float32, types.uint8, emit_e4m3_code)

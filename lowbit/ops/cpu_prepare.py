@@ -29,17 +29,20 @@ from lowbit.ops.cpu_params import (
     A_BF16,
     A_E4M3_BYTES,
     A_F32,
+    A_I8,
     A_I8_BYTES,
     A_I16,
     BF16,
     E4M3_CODES,
     F16,
+    F32,
     I8_CODES,
     MODE_E4M3,
     MODE_INT8,
     MODE_NONE,
     P,
 )
+from lowbit.ops.cpu_quantize import AT_ONCE, load_absmax, quantize_values
 from lowbit.ops.cpu_rows import SIGNATURE, load_row, stamp, store_row
 from lowbit.ops.cpu_tiles import pack
 
@@ -56,15 +59,33 @@ P_PARTS, P_ROWS, P_ROWS_PADDED, P_ROWS_PER_TASK, P_SCALE = (
 P_SCRATCH, P_SHIFT, P_SLOT, P_SLOT_BYTES, P_STATIC = P.SCRATCH, P.SHIFT, P.SLOT, P.SLOT_BYTES, P.STATIC
 P_SUMS, P_X, P_X_DTYPE, P_X_ROW, P_ZERO = P.SUMS, P.X, P.X_DTYPE, P.X_ROW, P.ZERO
 
+INFINITE = np.int32(0x7F800000)  # bits of infinity
 SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
 
 @njit
-def dynamic_scale(values, n, largest, power_of_2):  # type: ignore[no-untyped-def]
-    """absmax / largest; 1 where that is below the smallest normal; NaN where a value is NaN."""
-    top = np.int32(0)
-    for i in range(n):
+def load_values(dtype, source, values, n):  # type: ignore[no-untyped-def]
+    """n floats or codes → float32; returns the bits of the largest magnitude."""
+    whole = n // AT_ONCE * AT_ONCE
+    at, top = values.ctypes.data, np.int32(0)
+    element = 4
+    if dtype == BF16:
+        element, top = 2, load_absmax(BF16, source, at, whole)
+    elif dtype == F16:
+        element, top = 2, load_absmax(F16, source, at, whole)
+    elif dtype == F32:
+        top = load_absmax(F32, source, at, whole)
+    else:
+        element, whole = 1, 0
+    load_row(dtype, source + element * whole, values[whole:], n - whole)
+    for i in range(whole, n):
         top = max(top, magnitude_bits(values[i]))
+    return top
+
+
+@njit
+def dynamic_scale(top, largest, power_of_2):  # type: ignore[no-untyped-def]
+    """absmax / largest; 1 where that is below the smallest normal; NaN where a value is NaN."""
     scale = bits_to_f32(top) / largest
     if scale < SMALLEST_SCALE:
         return np.float32(1.0)
@@ -76,6 +97,40 @@ def dynamic_scale(values, n, largest, power_of_2):  # type: ignore[no-untyped-de
         # The next power of two above 2¹²⁷ does not exist: saturate, as encode_e8m0 does.
         return bits_to_f32(np.int32(min(exponent, 254) << 23))
     return scale
+
+
+@njit
+def write_codes(kind, bounded, values, scale, zero, shift_by, lowest, target, whole):  # type: ignore[no-untyped-def]
+    """The first `whole` (a multiple of 16) values, quantized; returns the sum of int8 codes.
+
+    `bounded`: the scale is that of these values, which are finite.
+    """
+    divisor, lift = scale, np.float32(1.0)
+    if scale < np.float32(2.0**-60):
+        lift = np.float32(2.0**64)
+    elif scale > np.float32(2.0**60):
+        lift = np.float32(2.0**-64)
+    divisor *= lift
+    inverse = np.float32(1.0) / divisor
+    if divisor == np.float32(np.inf):
+        inverse = divisor = np.float32(0.0)
+    at, shift = values.ctypes.data, np.float32(shift_by)
+    if bounded and lift == np.float32(1.0):
+        if kind == A_I16:
+            return quantize_values(
+                A_I16, True, at, lift, inverse, divisor, shift, lowest, zero, target, whole
+            )
+        if kind in (A_I8, A_I8_BYTES):
+            return quantize_values(A_I8, True, at, lift, inverse, divisor, shift, lowest, 0, target, whole)
+    if kind == A_I16:
+        return quantize_values(A_I16, False, at, lift, inverse, divisor, shift, lowest, zero, target, whole)
+    if kind in (A_I8, A_I8_BYTES):
+        return quantize_values(A_I8, False, at, lift, inverse, divisor, shift, lowest, 0, target, whole)
+    if kind == A_F32:
+        return quantize_values(A_F32, False, at, lift, inverse, divisor, shift, 0, 0, target, whole)
+    if kind == A_BF16:
+        return quantize_values(A_BF16, False, at, lift, inverse, divisor, shift, 0, 0, target, whole)
+    return quantize_values(A_E4M3_BYTES, False, at, lift, inverse, divisor, shift, 0, 0, target, whole)
 
 
 @njit
@@ -167,22 +222,31 @@ def prepare() -> Any:
             for row in range(first, min(first + step, rows)):
                 for g in range(groups):
                     n = min(group, k - g * group)
-                    load_row(x_dtype, p[P_X] + row * p[P_X_ROW] + g * group * x_element, values, n)
+                    top = load_values(x_dtype, p[P_X] + row * p[P_X_ROW] + g * group * x_element, values, n)
                     if mode != MODE_NONE and p[P_STATIC] == 0:
-                        scale = dynamic_scale(values, n, largest, p[P_POWER_OF_2])
+                        scale = dynamic_scale(top, largest, p[P_POWER_OF_2])
                     if p[P_SCALE] != 0:
                         scales = carray(pointer(p[P_SCALE]), rows * groups, np.float32)
                         scales[row * groups + g] = scale
                     target = p[P_A] + row * p[P_A_ROW] + g * padded * element
                     # A group of codes that leave the kernel is not padded at its end.
                     width = n if kind in (A_I8_BYTES, A_E4M3_BYTES) else padded
-                    write_operand(
-                        kind, mode, values, scale, zero, p[P_SHIFT], p[P_LOWEST], target, n, width, p[P_PARTS],
-                        p[P_A_ROW] // max(p[P_PARTS], 1),
-                    )  # fmt: skip
+                    done, total = 0, np.int32(0)
+                    if mode != MODE_NONE:
+                        done = n // AT_ONCE * AT_ONCE
+                        bounded = p[P_STATIC] == 0 and top < INFINITE
+                        total = write_codes(
+                            kind, bounded, values, scale, zero, p[P_SHIFT], p[P_LOWEST], target, done
+                        )
+                    if done < width:
+                        rest = target + done * element
+                        write_operand(
+                            kind, mode, values[done:], scale, zero, p[P_SHIFT], p[P_LOWEST], rest, n - done,
+                            width - done, p[P_PARTS], p[P_A_ROW] // max(p[P_PARTS], 1),
+                        )  # fmt: skip
                     if p[P_SUMS] != 0:
                         sums = carray(pointer(p[P_SUMS]), rows * groups, np.int32)
-                        sums[row * groups + g] = sum_codes(target, n)
+                        sums[row * groups + g] = total + sum_codes(target + done, n - done)
 
     return prepare_rows
 

@@ -74,19 +74,6 @@ def store_row(dtype, values, target, n):  # type: ignore[no-untyped-def]
 def stamp() -> str:
     """Digest of the sources that the compiled loops come from."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for name in (
-        "amx",
-        "decode",
-        "emit",
-        "epilogue",
-        "matmul",
-        "matmul_amx",
-        "params",
-        "prepare",
-        "rows",
-        "scale",
-        "tiles",
-    ):
-        digest.update((here / f"cpu_{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -147,3 +147,31 @@ def test_quotients_next_to_half_an_integer(isa, k, exponent):
         point = torch.tensor([zero], dtype=torch.int8)
         found = ops.quantize_static(2 * x, scale, point, dtype=torch.int8)
         assert torch.equal(found, (2 * x / scale + zero).round().clamp(-128, 127).to(torch.int8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quotients_beside_the_edges_between_codes(dtype):
+    """Codes are those of a division, though none is done per value: half a unit in the last place decides."""
+    if dtype == torch.int8:
+        edges = torch.arange(-127, 127) + 0.5
+    else:
+        values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        edges = torch.cat([(values[1:] + values[:-1]) / 2, -values[1:]])
+    scales = torch.cat(
+        [torch.logspace(-37, 35, 300), 2.0 ** torch.arange(-124, 120, 7), torch.rand(200) + 0.5]
+    )
+    lowest, highest = (-127, 127) if dtype == torch.int8 else (-448, 448)
+    for scale in scales:
+        x = edges * scale
+        x = torch.stack(
+            [x, torch.nextafter(x, torch.tensor(-torch.inf)), torch.nextafter(x, torch.tensor(torch.inf))]
+        )
+        quotient = (x / scale).clamp(lowest, highest)
+        expected = quotient.round().to(torch.int8) if dtype == torch.int8 else quotient.to(dtype)
+        assert same(ops.quantize_static(x, scale.reshape(1), dtype=dtype), expected), scale
+        # The same as dynamic codes: what the largest value makes of the scale is close to it.
+        x = torch.cat([x, (highest * scale).expand(3, 1)], 1)
+        codes, found = ops.quantize(x, dtype)
+        quotient = (x / found).clamp(lowest, highest)
+        expected = quotient.round().to(torch.int8) if dtype == torch.int8 else quotient.to(dtype)
+        assert same(codes, expected), scale
