@@ -204,7 +204,9 @@ def _block(rows: int, n: int, tile: Tile, threads: int, row_bytes: int) -> tuple
     rows; but every thread should find several tasks, and AMX wants the operand in the second cache."""
     if tile.matrix:
         height = max(_MATRIX_ROWS // 4, min(_MATRIX_ROWS, _MATRIX_BYTES // max(row_bytes, 1) // 32 * 32))
-        width = _BLOCK_COLS if -(-n // _BLOCK_COLS) * -(-rows // height) >= threads else _BLOCK_COLS // 2
+        # A single panel waits for memory, which hands over few rows of weights at a time faster than many.
+        many = rows > PANEL_ROWS and -(-n // _BLOCK_COLS) * -(-rows // height) >= threads
+        width = _BLOCK_COLS if many else _BLOCK_COLS // 2
         return min(height, up(rows, PANEL_ROWS)), width
     width = up(_BLOCK_COLS, tile.cols)
     if rows <= tile.dot_rows:
