@@ -23,6 +23,7 @@ from lowbit.ops.cpu_emit import (
     load,
     loop,
     pointer,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -31,6 +32,7 @@ from lowbit.ops.cpu_emit import (
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
 
 AT_ONCE = 64
+AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
 
 
 @njit
@@ -120,7 +122,9 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
         source, target, n = args[1:]
 
         def body(position: Any, _: list) -> list:
-            codes = load(builder, builder.add(source, position), bytes_)
+            here = builder.add(source, position)
+            prefetch(builder, builder.add(here, ir.Constant(I64, AHEAD)), 2)
+            codes = load(builder, here, bytes_)
             codes = shuffle(builder, codes, codes, order)
             sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
             if stored == W_U8:  # int8 plus 128
