@@ -61,29 +61,31 @@ def amx_end(typingctx):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def amx_tile(typingctx, kind, parts, high, wide, add, w, w_row, ahead, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
+def amx_tile(typingctx, kind, parts, high, wide, add, w, w_row, ahead, lines, a, panel, c, c_row, steps):  # type: ignore[no-untyped-def]
     """c[n, m] (+)= Σₖ w[n, k] · x[m, k] for n < 16 · high and m < 16 · wide, high · wide ≤ 4.
 
     `kind` (`tdpbssd512`: int8 → int32, `tdpbf16512`: bfloat16 → float32), `parts`, `high` ≥ `wide` are
     compile-time constants. Where `add` is 0, c is written over. Rows of w are `w_row` bytes apart; panel j of
     16 rows of x stands at `a` + j · `panel`, unit (32 bits) u of its row r at 64 · u + 4 · r. x is the
-    sum of `parts`, which divide a panel evenly.
-    `c_row` in bytes; `steps` of 64 bytes of K. `ahead`, unless the constant 0: with each line of
-    w goes a request for the one so many bytes on, to come into the second cache.
+    sum of `parts`, which divide a panel evenly. `c_row` in bytes; `steps` of 64 bytes of K.
+
+    Weights are asked for, to come into the second cache. Of one panel: with each line of w the one
+    SOON bytes on or, where the row ends, at its beginning and `ahead` bytes from there (unless that is the
+    constant 0). Of two, which read the same weights several times: with each step `lines` of those at `ahead`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, parts, high, wide)):
         return None
     name = _INSTRUCTION[kind.literal_value]
     count, tall, across = parts.literal_value, high.literal_value, wide.literal_value
-    asks = not (isinstance(ahead, types.Literal) and ahead.literal_value == 0)
-    signature = types.void(kind, parts, high, wide, *[types.int64] * 3, ahead, *[types.int64] * 5)
+    asks = across == 1 and not (isinstance(ahead, types.Literal) and ahead.literal_value == 0)
+    signature = types.void(kind, parts, high, wide, *[types.int64] * 3, ahead, *[types.int64] * 6)
     # Registers: C first, then x (all parts of one panel, or two panels), then as many of w as are left, in turn.
     c_tiles = [[i * across + j for j in range(across)] for i in range(tall)]
     x_tiles = [tall * across + j for j in range(count if across == 1 else across)]
     w_tiles = list(range(tall * across + len(x_tiles), 8))
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        add, w, w_row, ahead, a, panel, c, c_row, steps = args[4:]
+        add, w, w_row, ahead, lines, a, panel, c, c_row, steps = args[4:]
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(I64, value)
@@ -141,6 +143,13 @@ def amx_tile(typingctx, kind, parts, high, wide, add, w, w_row, ahead, a, panel,
                     for part in range(count):
                         multiply(i, part, 0)
             else:
+                first = builder.add(ahead, builder.mul(lines, along))
+
+                def ask(at: Any, _: list) -> list:
+                    prefetch(builder, builder.add(first, builder.mul(at, number(STEP))), 2)
+                    return []
+
+                loop(builder, lines, 1, [], ask)
                 for i in range(tall):
                     load_w(i)
                 for part in range(count):

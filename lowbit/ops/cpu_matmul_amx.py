@@ -50,38 +50,46 @@ def slot_bytes(rows: int, cols: int, chunk: int, padded: int, groups: int, eleme
 
 @njit(inline="always")
 def strip(kind, parts, cols, add, w, w_row, ahead, a, panel, panels, c, c_row, steps):  # type: ignore[no-untyped-def]
-    """Up to 64 rows of weights times all panels of a block. A single panel asks for the weights `ahead`."""
+    """Up to 64 rows of weights times all panels of a block; those after them are asked for meanwhile.
+
+    `ahead`: bytes to the weights after the block's; 0 where nothing is to be asked for.
+    """
     pairs = panels // 2 * 2
+    lines = (64 + panels - 1) // panels if ahead != 0 else 0  # those of 32 rows, divided among the tiles
     for half in range(0, cols, 32):
         for i in range(0, pairs, 2):
-            here = c + 64 * i + half * c_row
-            amx_tile(
-                kind, parts, 2, 2, add, w + half * w_row, w_row, 0, a + i * panel, panel, here, c_row, steps
-            )
-    if pairs < panels and cols > 32:
-        amx_tile(
-            kind, parts, 4, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps
-        )
-    elif pairs < panels:
-        amx_tile(
-            kind, parts, 2, 1, add, w, w_row, ahead, a + pairs * panel, panel, c + 64 * pairs, c_row, steps
-        )
+            here, at = c + 64 * i + half * c_row, w + half * w_row
+            soon = at + 32 * w_row + i // 2 * lines * STEP * steps
+            amx_tile(kind, parts, 2, 2, add, at, w_row, soon, lines, a + i * panel, panel, here, c_row, steps)
+    if pairs < panels:
+        at, here = a + pairs * panel, c + 64 * pairs
+        if ahead == 0:
+            for half in range(0, cols, 32):
+                rows = w + half * w_row
+                amx_tile(
+                    kind, parts, 2, 1, add, rows, w_row, 0, 0, at, panel, here + half * c_row, c_row, steps
+                )
+        elif cols > 32:
+            amx_tile(kind, parts, 4, 1, add, w, w_row, ahead, 0, at, panel, here, c_row, steps)
+        else:
+            amx_tile(kind, parts, 2, 1, add, w, w_row, ahead, 0, at, panel, here, c_row, steps)
 
 
 @njit(inline="always")
 def group_strip(
-    kind, parts, integer, some, w, w_row, w_group, a, panel, left, a_group, tile, sums, c_row, a_scale, a_scale_row,
-    w_scale, steps,
+    kind, parts, integer, some, w, w_row, w_group, soon, lines, a, panel, left, a_group, tile, sums, c_row, a_scale,
+    a_scale_row, w_scale, steps,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """32 rows of weights times one or two (of `left`) panels, group by group, each scaled and added to the sums."""
     for g in range(some):
         at, here = w + g * w_group, a + g * a_group
         of_rows, of_cols = a_scale + g * a_scale_row, w_scale + 4 * COLS * g
         if left > 1:
-            amx_tile(kind, parts, 2, 2, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            ahead = soon + g * lines * STEP * steps
+            amx_tile(kind, parts, 2, 2, 0, at, w_row, ahead, lines, here, panel, tile, TILE_ROW, steps)
             add_scaled_across(integer, 2, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
         else:
-            amx_tile(kind, parts, 2, 1, 0, at, w_row, 0, here, panel, tile, TILE_ROW, steps)
+            amx_tile(kind, parts, 2, 1, 0, at, w_row, 0, 0, here, panel, tile, TILE_ROW, steps)
             add_scaled_across(integer, 1, tile, TILE_ROW, of_rows, of_cols, sums, c_row, 32)
 
 
@@ -152,7 +160,7 @@ def matmul(kind: str, storage: str, parts: int = 1) -> Any:
             # NaN; past the last row of the tensor it never is. Rows beyond `cols` give sums that nobody looks at.
             last = w0 + (strips - 1) * w_row + w_size * ((groups - 1) * group + padded)
             as_stored = (integer or (plain and k_all % step == 0)) and last <= p[M_W_END]
-            ahead = block_cols * w_row
+            ahead = block_cols * w_row if k_all <= chunk else 0
             if not per_group:
                 for c0 in range(0, k_all, chunk):
                     depth = min(chunk, k_all - c0)
@@ -173,6 +181,7 @@ def matmul(kind: str, storage: str, parts: int = 1) -> Any:
                         at = (row0 + i) * p[M_A_SCALE_ROW]
                         for g in range(groups):
                             a_scales[g, i] = given_scales[at + g * p[M_A_SCALE_GROUP]]
+                lines = (64 + panels - 1) // panels if as_stored and groups <= per_pass else 0
                 for g0 in range(0, groups, per_pass):
                     some = min(per_pass, groups - g0)
                     w, stride, w_group = w0 + w_size * g0 * group, w_row, w_size * group
@@ -193,10 +202,12 @@ def matmul(kind: str, storage: str, parts: int = 1) -> Any:
                             a = a0 + i * panel + g0 * a_group
                             here = sums_at + j * c_row + 64 * i
                             of_rows = a_scales_at + 4 * (g0 * block_rows + ROWS * i)
+                            steps = padded // step
+                            soon = w + (j + 32) * stride + i // 2 * lines * STEP * steps * some
                             group_strip(
-                                kind, parts, integer, some, w + j * stride, stride, w_group, a, panel, panels - i,
-                                a_group, tile_at, here, c_row, of_rows, 4 * block_rows, strip_scales_at,
-                                padded // step,
+                                kind, parts, integer, some, w + j * stride, stride, w_group, soon, lines, a, panel,
+                                panels - i, a_group, tile_at, here, c_row, of_rows, 4 * block_rows, strip_scales_at,
+                                steps,
                             )  # fmt: skip
             finish_across(
                 integer, p, expert, row0, rows, n0, scale_at[:cols], sums_at, c_row, tile_at, a_scales_at,
