@@ -2,9 +2,9 @@
 
 int8 × int8 accumulates in int32 and equals the int64 product while that fits in int32
 (K < 131,072). fp8 and weight-only products decode to float32 (or bfloat16, where every code
-is exact and the CPU multiplies it natively) and accumulate in float32, or on request in float64
-(`ops.use_float64_sums`), where fp8 × fp8 is exact too. Weights are read as stored, [N, K]; no
-second copy is kept.
+is exact and the CPU multiplies it natively; AMX takes wider activations as sums of bfloat16)
+and accumulate in float32, or on request in float64 (`ops.use_float64_sums`), where fp8 × fp8 is
+exact too. Weights are read as stored, [N, K]; no second copy is kept.
 
 Without numba, or on processors other than x86-64 with AVX2, `portable` does the same in
 torch: codes as float32, in K blocks whose sums stay below 2²⁴, so that they too are exact.
