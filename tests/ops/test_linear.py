@@ -81,18 +81,22 @@ def test_reference_is_the_product_of_the_values(name, dtype):
         assert relative(out, case.exact_values) < TOLERANCE[dtype]
 
 
+def equals_reference(name: str, case: Case, dtype: torch.dtype) -> None:
+    out = ops.linear(**case.arguments)
+    with ops.use_implementation("reference"):
+        expected = ops.linear(**case.arguments)
+    if name in EXACT:
+        assert torch.equal(out, expected)
+    else:
+        assert relative(out, expected) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", NAMES)
 def test_cpu_equals_reference(path, name, dtype):
     for m, n, k in SIZES:
         case = make(name, m, n, k, dtype)
-        out = ops.linear(**case.arguments)
-        with ops.use_implementation("reference"):
-            expected = ops.linear(**case.arguments)
-        if name in EXACT:
-            assert torch.equal(out, expected)
-        else:
-            assert relative(out, expected) < TOLERANCE[dtype]
+        equals_reference(name, case, dtype)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"])
@@ -100,13 +104,7 @@ def test_rows_too_long_for_one_pass(path, name):
     """More of K than any tile takes at a time, and more rows than a block of the output has."""
     for m, n, k in ((5, 80, 9000), (300, 48, 2208)):
         case = make(name, m, n, k, torch.bfloat16)
-        out = ops.linear(**case.arguments)
-        with ops.use_implementation("reference"):
-            expected = ops.linear(**case.arguments)
-        if name in EXACT:
-            assert torch.equal(out, expected)
-        else:
-            assert relative(out, expected) < TOLERANCE[torch.bfloat16]
+        equals_reference(name, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
