@@ -18,8 +18,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from lowbit.ops.cpu_emit import I8, I64, call, loop, prefetch
+from lowbit.ops.cpu_params import PANEL_ROWS
 
-ROWS, STEP = 16, 64  # rows of a tile register; bytes of K in one
+ROWS, STEP = PANEL_ROWS, 64  # rows of a tile register; bytes of K in one
 SOON = 512  # bytes of a row that are asked for before they are wanted
 PANEL_STEP = ROWS * STEP  # bytes of a panel of activations per step of K
 _INSTRUCTION = {"tdpbssd512": "llvm.x86.tdpbssd", "tdpbf16512": "llvm.x86.tdpbf16ps"}

@@ -33,6 +33,7 @@ from lowbit.ops.cpu_params import (
     MODE_E4M3,
     MODE_INT8,
     MODE_NONE,
+    PANEL_ROWS,
     SCALE_LANES,
     M,
     P,
@@ -60,7 +61,6 @@ _BLOCK_ROWS, _BLOCK_COLS = 192, 64
 _WORKSPACE_KEPT = 64 << 20
 _MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
 _MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
-PANEL_ROWS = 16  # rows of activations that AMX multiplies at once
 _PANEL_UNITS = 256  # 32-bit units of a row that one task rearranges
 
 PREPARE, MATMUL = ctypes.c_int64 * len(P), ctypes.c_int64 * len(M)
@@ -303,7 +303,6 @@ def product(
     routed: Tensor | None = None,
 ) -> Call:
     """The call for x [M, K] (last stride 1); the other arguments as in `cpu.linear`. M and N are not 0."""
-    from lowbit.ops import cpu_matmul, cpu_matmul_amx
     from lowbit.ops.cpu_tiles import lanes, operand_step
 
     (rows, k), n = x.shape, weights.n
@@ -326,10 +325,14 @@ def product(
     height, width = _block(rows, n, tile, threads, row_bytes)
     blocks = _blocks(rows, height, offsets)
     pack, panel_bytes, tables = None, 0, [_table(blocks)]
-    per_group = bool(activations.group or weights.group)
+    per_group, storage = bool(activations.group or weights.group), _STORAGE[tensor.dtype]
     if tile.matrix:
-        chunk = min(_MATRIX_CHUNK[kind], layout.width if per_group else layout.padded)
-        chunk = max(chunk, layout.padded) if per_group else chunk  # whole groups
+        from lowbit.ops import cpu_matmul_amx
+
+        function = cpu_matmul_amx.matmul(tile.kind, storage, tile.parts)
+        # Of groups as many as fit, but whole ones.
+        most = _MATRIX_CHUNK[kind]
+        chunk = max(layout.padded, min(most, layout.width)) if per_group else min(most, layout.padded)
         slot = up(cpu_matmul_amx.slot_bytes(height, width, chunk, layout.padded, layout.groups, element), 64)
         panels = _panels(blocks)
         tables.append(_table(panels))
@@ -338,6 +341,10 @@ def product(
         pack[P.ROWS], pack[P.STATIC] = len(panels), ctypes.addressof(tables[1])
         pack[P.X_ROW], pack[P.K], pack[P.GROUP] = row_bytes, row_bytes // 4, _PANEL_UNITS
     else:
+        from lowbit.ops import cpu_matmul
+
+        lookup = instructions().byte_lookup and kind == A_BF16
+        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors, lookup)
         # float64 sums stay in registers until they are rounded: all of a group in one pass.
         chunk = layout.padded if tile.kind.startswith("fmad") else min(up(_CHUNK[kind], step), layout.padded)
         decoded = lanes(tile.kind) * chunk * (1 if kind in (A_I8, A_I16) else element)
@@ -381,12 +388,6 @@ def product(
     if routed is not None:
         routed = routed.to(torch.float32).contiguous()
         block[M.ROUTED] = routed.data_ptr()
-    storage = _STORAGE[tensor.dtype]
-    if tile.matrix:
-        function = cpu_matmul_amx.matmul(tile.kind, storage, tile.parts)
-    else:
-        lookup = instructions().byte_lookup and kind == A_BF16
-        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors, lookup)
     sums = a_bytes + panel_bytes
     scales, scratch = sums + sum_bytes, sums + sum_bytes + scale_bytes
     return Call(

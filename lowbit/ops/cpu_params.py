@@ -15,6 +15,8 @@ MODE_NONE, MODE_INT8, MODE_E4M3 = range(3)
 
 # Columns per vector of the epilogue.
 SCALE_LANES = 16
+# Rows of activations that AMX multiplies at once.
+PANEL_ROWS = 16
 
 
 class _Index(IntEnum):

@@ -65,7 +65,7 @@ SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
 @njit
 def load_values(dtype, source, values, n):  # type: ignore[no-untyped-def]
-    """n floats or codes → float32; returns the bits of the largest magnitude."""
+    """n floats or codes → float32; returns the bits of the largest magnitude, which of codes nobody asks."""
     whole = n // AT_ONCE * AT_ONCE
     at, top = values.ctypes.data, np.int32(0)
     element = 4
@@ -76,7 +76,8 @@ def load_values(dtype, source, values, n):  # type: ignore[no-untyped-def]
     elif dtype == F32:
         top = load_absmax(F32, source, at, whole)
     else:
-        element, whole = 1, 0
+        load_row(dtype, source, values, n)
+        return top
     load_row(dtype, source + element * whole, values[whole:], n - whole)
     for i in range(whole, n):
         top = max(top, magnitude_bits(values[i]))

@@ -28,7 +28,7 @@ from lowbit.ops.cpu_emit import (
     store,
     vec,
 )
-from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8, A_I8_BYTES, A_I16, BF16
+from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8, A_I16, BF16
 from lowbit.ops.cpu_params import F16 as F16_IN
 
 AT_ONCE = 16
@@ -112,7 +112,7 @@ def quantize_values(typingctx, kind, bounded, values, lift, inverse, divisor, sh
             product = q = builder.fmul(x, inverse)
             for _ in range(2):
                 q = fma(fma(q, negative, x), inverse, q)
-            if operand not in (A_I8, A_I8_BYTES, A_I16):  # where zero has a sign, it is the product's
+            if operand not in (A_I8, A_I16):  # where zero has a sign, it is the product's
                 sign = builder.and_(builder.bitcast(product, wide), _all(I32, -0x80000000))
                 q = builder.bitcast(builder.or_(_magnitude(builder, q), sign), real)
             if known:
@@ -126,7 +126,7 @@ def quantize_values(typingctx, kind, bounded, values, lift, inverse, divisor, sh
         def body(position: Any, sums: list) -> list:
             x = load(builder, builder.add(values, builder.mul(position, ir.Constant(I64, 4))), real)
             x = quotient(x if known else builder.fmul(x, lift))
-            if operand in (A_I8, A_I8_BYTES, A_I16):
+            if operand in (A_I8, A_I16):
                 if not known:
                     x = builder.select(builder.fcmp_ordered("ord", x, x), x, ir.Constant(real, None))
                     x = builder.fadd(x, shift)

@@ -79,15 +79,11 @@ def add_scaled_across(typingctx, integer, wide, sums, sums_row, a_scale, w_scale
         a_scales = [load(builder, builder.add(a_scale, offset), real) for offset in offsets]
 
         def body(position: Any, _: list) -> list:
-            scale = load(builder, builder.add(w_scale, builder.mul(position, ir.Constant(I64, 4))), F32)
-            everywhere = spread(builder, scale, SCALE_LANES)
+            scale = builder.add(w_scale, builder.mul(position, ir.Constant(I64, 4)))
             source = builder.add(sums, builder.mul(position, sums_row))
             target = builder.add(totals, builder.mul(position, totals_row))
             for offset, of_rows in zip(offsets, a_scales, strict=True):
-                value = load(builder, builder.add(source, offset), vec(I32, SCALE_LANES) if whole else real)
-                if whole:
-                    value = builder.sitofp(value, real)
-                value = builder.fmul(builder.fmul(value, of_rows), everywhere)
+                value = _scaled_column(builder, whole, builder.add(source, offset), of_rows, scale)
                 at = builder.add(target, offset)
                 store(builder, builder.fadd(load(builder, at, real), value), at)
             return []
@@ -166,14 +162,12 @@ def finish_tile(
         columns = []
         for j in range(SCALE_LANES):
             at = builder.add(sums, builder.mul(sums_row, ir.Constant(I64, j)))
-            value = load(builder, at, vec(I32, SCALE_LANES) if whole else real)
-            if whole:
-                value = builder.sitofp(value, real)
+            here = ir.Constant(I64, 4 * j)
             if scaling:
-                scale = load(builder, builder.add(w_scale, ir.Constant(I64, 4 * j)), F32)
-                value = builder.fmul(builder.fmul(value, a_scales), spread(builder, scale, SCALE_LANES))
-            added = load(builder, builder.add(bias, ir.Constant(I64, 4 * j)), F32)
-            value = builder.fadd(value, spread(builder, added, SCALE_LANES))
+                value = _scaled_column(builder, whole, at, a_scales, builder.add(w_scale, here))
+            else:
+                value = load(builder, at, real)
+            value = builder.fadd(value, _everywhere(builder, builder.add(bias, here)))
             columns.append(builder.fmul(value, routes))
         for i, row in enumerate(transpose(builder, columns)):
             with builder.if_then(builder.icmp_signed("<", ir.Constant(I64, i), rows)):
@@ -182,6 +176,19 @@ def finish_tile(
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _everywhere(builder: Any, address: Any) -> Any:
+    return spread(builder, load(builder, address, F32), SCALE_LANES)
+
+
+def _scaled_column(builder: Any, whole: bool, sums: Any, a_scales: Any, w_scale: Any) -> Any:
+    """float32(sums) · a_scales · w_scale of one column: SCALE_LANES of its rows, whose scales are a vector."""
+    real = vec(F32, SCALE_LANES)
+    value = load(builder, sums, vec(I32, SCALE_LANES) if whole else real)
+    if whole:
+        value = builder.sitofp(value, real)
+    return builder.fmul(builder.fmul(value, a_scales), _everywhere(builder, w_scale))
 
 
 def _scaled(builder: Any, whole: bool, sums: Any, offset: Any, a_scale: Any, w_scale: Any) -> Any:
