@@ -104,8 +104,7 @@ def rows_aligned(*tensors: Tensor) -> bool:
 def row_scale(name: str, scale: Tensor, rows: int) -> tuple[Tensor, int]:
     """A float32 scale [rows, 1], [rows], [1] or [] → (contiguous, scale mode of tile.py)."""
     check_dtype(name, scale, (torch.float32,))
-    if scale.numel() == 1:
-        # Read as one value for all rows: with one row that is the same.
+    if scale.numel() == 1 and tuple(scale.shape) != (rows, 1):
         return scale, 1
     if tuple(scale.shape) not in ((rows, 1), (rows,)):
         raise ValueError(f"expected {name} of shape [{rows}, 1] or [1], found {list(scale.shape)}")

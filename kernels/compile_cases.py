@@ -64,14 +64,14 @@ def _matmul(kind: str, m: int, n: int = N, k: int = K, **options: object) -> Cal
     return call
 
 
-def _block(kind: str, m: int, n: int = N, k: int = K) -> Callable[[Target], object]:
+def _block(kind: str, m: int, n: int = N, k: int = K, rows: int = 128) -> Callable[[Target], object]:
     def call(target: Target) -> object:
         dtype = _codes(kind, target)
         groups = -(-k // 128)
-        a_scale = empty(groups, m).t()
         return matmul_block(
-            empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), a_scale, empty(-(-n // 128), groups)
-        )
+            empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(groups, m).t(),
+            empty(-(-n // rows), groups), block_shape=(rows, 128),
+        )  # fmt: skip
 
     return call
 
@@ -125,10 +125,11 @@ CASES: tuple[Case, ...] = (
         Case(name=f"matmul {kind} {name}", call=call, product=kind)
         for kind in ("int8", "fp8")
         for name, call in (
-            ("decode", _matmul(kind, 16)),
+            ("decode", _matmul(kind, 1)),
             ("M=64", _matmul(kind, 64)),
             ("prefill", _matmul(kind, TOKENS)),
             ("unaligned, bias", _matmul(kind, 1000, 576, 7161, bias=True)),
+            ("prefill, N=1000", _matmul(kind, TOKENS, 1000, bias=True)),
         )
     ),
     Case(
@@ -145,18 +146,19 @@ CASES: tuple[Case, ...] = (
         Case(name=f"matmul_block {kind} {name}", call=call, product=kind)
         for kind in ("int8", "fp8")
         for name, call in (
-            ("decode", _block(kind, 16)),
+            ("decode", _block(kind, 1)),
             ("prefill", _block(kind, TOKENS)),
             ("ragged, unaligned", _block(kind, 1000, 576, 7161)),
+            ("groups, prefill", _block(kind, TOKENS, rows=1)),
         )
     ),
     *(
         Case(name=f"matmul_weight_only {name}", call=call, product="float")
         for name, call in (
-            ("bf16 × int8 decode", _weight_only(_BF16, torch.int8, 16, None)),
+            ("bf16 × int8 decode", _weight_only(_BF16, torch.int8, 1, None)),
             ("bf16 × int8 prefill", _weight_only(_BF16, torch.int8, TOKENS, None)),
-            ("bf16 × packed int8, group 128", _weight_only(_BF16, torch.uint8, 16, (1, 128))),
-            ("bf16 × fp8 block decode", _weight_only(_BF16, _E4M3, 16, (128, 128))),
+            ("bf16 × packed int8, group 128", _weight_only(_BF16, torch.uint8, 1, (1, 128))),
+            ("bf16 × fp8 block decode", _weight_only(_BF16, _E4M3, 1, (128, 128))),
             ("bf16 × fp8 block prefill", _weight_only(_BF16, _E4M3, TOKENS, (128, 128))),
             ("fp32 × int8 prefill", _weight_only(_FP32, torch.int8, TOKENS, None)),
         )
@@ -171,7 +173,7 @@ CASES: tuple[Case, ...] = (
         )
     ),
     Case(name="matmul_grouped bf16 × fp8 block", call=_grouped("bf16 × fp8", True, TOKENS), product="float"),
-    Case(name="matmul_mxfp8 decode", call=_mxfp8(16), product="fp8"),
+    Case(name="matmul_mxfp8 decode", call=_mxfp8(1), product="fp8"),
     Case(name="matmul_mxfp8 prefill", call=_mxfp8(TOKENS), product="fp8"),
     *(
         Case(name=name, call=call, product="none")

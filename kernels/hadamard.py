@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import FLOATS, check_dtype, contiguous_rows, require
-from .targets import device_target
+from .targets import Target, device_target, on_device
 
-_ELEMENTS = 2048
+_ELEMENTS, _MAX_BLOCK = 2048, 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def hadamard_kernel(
     x_ptr, out_ptr, rows, blocks, factor, stride_xm, stride_om,
     ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr,
@@ -46,6 +46,18 @@ def hadamard_kernel(
     tl.store(out + tl.arange(0, SIZE)[None, :], (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def refusal(block_size: int, target: Target) -> str | None:
+    """Why `target` cannot transform blocks of so many elements; None where it can."""
+    if target.backend == "npu":
+        return (
+            "expected an NVIDIA or AMD device: Ascend's compiler cannot place the transform's interleaved "
+            "halves; multiply by the Hadamard matrix with torch.matmul there"
+        )
+    if block_size > _MAX_BLOCK:
+        return f"expected a block size of at most {_MAX_BLOCK}, found {block_size}"
+    return None
+
+
 def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tensor:
     """x · (I ⊗ H) · factor along the last dimension: a new tensor of x's shape and dtype.
 
@@ -57,8 +69,8 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     check_dtype("x", x, FLOATS)
     require(x.dim() >= 1, "expected at least one dimension, found a scalar")
     require(
-        2 <= block_size <= 4096 and block_size & (block_size - 1) == 0,
-        f"expected a block size that is a power of two from 2 to 4096, found {block_size}",
+        block_size >= 2 and block_size & (block_size - 1) == 0,
+        f"expected a block size that is a power of two from 2 to {_MAX_BLOCK}, found {block_size}",
     )
     k = x.shape[-1]
     require(
@@ -70,18 +82,16 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    target = device_target(x.device)
-    require(
-        target.backend != "npu",
-        "expected an NVIDIA or AMD device: Ascend's compiler cannot place the transform's interleaved "
-        "halves; multiply by the Hadamard matrix with torch.matmul there",
-    )
+    reason = refusal(block_size, device_target(x.device))
+    if reason is not None:
+        raise ValueError(reason)
     rows = max(1, _ELEMENTS // block_size)
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)
-    hadamard_kernel[(tiles,)](
-        flat, out, flat.shape[0], k // block_size,
-        1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
-        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on_device(x.device):
+        hadamard_kernel[(tiles,)](
+            flat, out, flat.shape[0], k // block_size,
+            1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
+            ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import dtype_name
+from .checks import check_dtype, dtype_name
+from .launch import block_refusal
 from .operands import operands
 from .split import add_splits
-from .targets import Target, core_count
+from .targets import Target, core_count, on_device
 from .tile import CAST, CUT, finish_tile, multiply_tile, tile_position
 from .tuned_tables import LaunchParameters
 
@@ -103,7 +104,7 @@ def _one_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def inner_kernel(
     a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
     stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
@@ -148,8 +149,10 @@ def weight_scale_modes(scale: Tensor, n: int, k: int, block_shape: tuple[int, in
     """Check a weight's scale [..., N, K] against its block shape. Leading dimensions are the caller's.
 
     None: per channel [N, 1] or per tensor (one element). (1, g): per group [N, ⌈K/g⌉].
-    (r, c): per block [⌈N/r⌉, ⌈K/c⌉]. Raises ValueError where the shape is another one.
+    (r, c): per block [⌈N/r⌉, ⌈K/c⌉]. float32, or per group and block also E8M0 as uint8. Raises ValueError
+    where shape or dtype is another one.
     """
+    check_dtype("w_scale", scale, (torch.float32,) if block_shape is None else (torch.float32, torch.uint8))
     if block_shape is None:
         if scale.shape[-2:] == (n, 1) or (scale.dim() == 1 and scale.shape == (n,)):
             return WeightScale(groups=0, outer=2)
@@ -160,11 +163,9 @@ def weight_scale_modes(scale: Tensor, n: int, k: int, block_shape: tuple[int, in
             "for groups or blocks give block_shape"
         )
     rows, cols = block_shape
-    if rows < 1 or cols < 32 or cols & 31 or (rows > 1 and rows & 15):
-        raise ValueError(
-            "expected a block shape (1, g) or (r, c), g and c multiples of 32 and r of 16, "
-            f"found {block_shape}"
-        )
+    reason = block_refusal(rows, cols)
+    if reason is not None:
+        raise ValueError(reason)
     expected = (-(-n // rows), -(-k // cols))
     if tuple(scale.shape[-2:]) != expected:
         raise ValueError(
@@ -230,18 +231,19 @@ def launch_inner(
     if modes.groups == 2:
         w_scale = loadable(w_scale, target)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    inner_kernel[grid](
-        a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
-        *((0, 0) if a_scale is None else a_scale.stride()),
-        *(w_scale.stride() if inside else (0, 0)),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer,
-        A_GROUPS=a_scale is not None, W_GROUPS=modes.groups,
-        GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
-        A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
-        W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
-        **launch.options(target),
-    )  # fmt: skip
+    with on_device(a.device):
+        inner_kernel[grid](
+            a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
+            *((0, 0) if a_scale is None else a_scale.stride()),
+            *(w_scale.stride() if inside else (0, 0)),
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+            SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer,
+            A_GROUPS=a_scale is not None, W_GROUPS=modes.groups,
+            GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
+            A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
+            W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
+            **launch.options(target),
+        )  # fmt: skip
     if split > 1:
         outer = {"A_SCALE": 0, "W_SCALE": modes.outer, "A_ZERO": 0, "HAS_BIAS": bias is not None}
         add_splits(raw, out, None, w_scale, bias, None, None, target, outer)

@@ -49,6 +49,13 @@ def refusal(kernel: str, *, k: int, a_dtype: str, w_dtype: str, target: Target) 
     return None
 
 
+def block_refusal(rows: int, cols: int) -> str | None:
+    """Why no kernel takes weights with a scale per `rows` × `cols` inside the sum; None where they do."""
+    if rows < 1 or cols < 32 or cols % 32 or (rows > 1 and rows % 16):
+        return f"expected a block shape (1, g) or (r, c), g and c multiples of 32 and r of 16, found ({rows}, {cols})"
+    return None
+
+
 def choose_launch(
     kernel: str,
     *,
@@ -86,7 +93,17 @@ def choose_launch(
             block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
             persistent=False,
         )  # fmt: skip
+    elif n % 16 and target.backend == "cuda":
+        # Results are stored one by one: addresses and masks of a larger tile would not fit the registers.
+        chosen = replace(chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 64))
+    elif group_k and not group_n and kernel != "matmul_mxfp8" and (_eight_bit(a_dtype) or group_k < 64):
+        # Scales vary within the tile, and for 8-bit activations their products need as much room as the sums.
+        chosen = replace(chosen, block_n=min(chosen.block_n, 64))
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
+
+
+def _eight_bit(dtype: str) -> bool:
+    return dtype in ("int8", "e4m3fn", "e4m3fnuz")
 
 
 def _power_of_2(x: int) -> int:
@@ -101,7 +118,7 @@ def _next_power_of_2(x: int) -> int:
 def _heuristic(
     kernel: str, m: int, n: int, k: int, a_dtype: str, group_k: int, promote: bool, target: Target
 ) -> LaunchParameters:
-    eight_bit = a_dtype in ("int8", "e4m3fn", "e4m3fnuz")
+    eight_bit = _eight_bit(a_dtype)
     fp8 = eight_bit and a_dtype != "int8"
     if target.backend == "npu":
         # 192 KiB of unified buffer; scales inside the sum need room beside the accumulator.
@@ -137,8 +154,9 @@ def _heuristic(
             persistent=tma and kernel == "matmul",
         )
     if a_dtype == "float32":
-        # Three bf16 summands of each activation are held at once.
-        block_k = min(chosen.block_k, 32 if target.backend == "npu" else 64)
+        # Three bf16 summands of each activation are held at once, in registers unless whole warpgroups multiply.
+        roomy = target.backend == "hip" or (target.name in ("sm90", "sm100") and m >= 64)
+        block_k = min(chosen.block_k, 64 if roomy else 32)
         chosen = replace(chosen, block_m=min(m, 64), block_n=64, block_k=block_k, num_warps=4)
     if kernel == "matmul_mxfp8" and target.name == "sm100":
         chosen = replace(chosen, block_m=128, block_n=128, num_warps=8)

@@ -27,7 +27,7 @@ from .checks import (
 from .launch import choose_launch
 from .operands import operands
 from .split import add_splits
-from .targets import core_count, device_target
+from .targets import core_count, device_target, on_device
 from .tile import finish_tile, multiply_tile, tile_position
 from .tuned_tables import LaunchParameters
 
@@ -72,7 +72,7 @@ def _one_tile(
     tl.store(out + offsets, value.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
     M, N, K, k_per_split, stride_am, stride_wn, stride_om,
@@ -182,13 +182,14 @@ def matmul(
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n) * split
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    matmul_kernel[grid](
-        a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
-        m, n, k, k_per_split, a.stride(0), w.stride(0), n,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
-        LOAD=load, PERSISTENT=launch.persistent, **modes, **launch.options(target),
-    )  # fmt: skip
+    with on_device(a.device):
+        matmul_kernel[grid](
+            a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
+            m, n, k, k_per_split, a.stride(0), w.stride(0), n,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+            SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
+            LOAD=load, PERSISTENT=launch.persistent, **modes, **launch.options(target),
+        )  # fmt: skip
     if split > 1:
         add_splits(raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, target, modes)
     return out

@@ -38,7 +38,7 @@ def matmul_block(
 
     a: int8 or fp8 [M, K]. w: the same dtype [N, K], as stored. a_scale: float32 [M, ⌈K/c⌉] in
     any strides (column-major loads best: `quantize_per_group(…, column_major=True)`).
-    w_scale: float32 [⌈N/r⌉, ⌈K/c⌉], (r, c) = block_shape; N and K may be ragged. bias: float [N].
+    w_scale: float32 or E8M0 as uint8 [⌈N/r⌉, ⌈K/c⌉], (r, c) = block_shape; N and K may be ragged. bias: float [N].
     block_shape: r a multiple of 16 (or 1: groups), c of 32.
 
     Each block's partial product (exact for int8) is scaled and added in float32 (the DeepSeek-V3
@@ -49,8 +49,7 @@ def matmul_block(
     require(a.dtype == w.dtype, f"expected one dtype, found {dtype_name(a.dtype)} × {dtype_name(w.dtype)}")
     require(out_dtype in FLOATS, f"expected out_dtype float16, bfloat16 or float32, found {out_dtype}")
     check_device(a, a_scale=a_scale, w_scale=w_scale, bias=bias)
-    for name, scale in (("a_scale", a_scale), ("w_scale", w_scale)):
-        check_dtype(name, scale, (torch.float32,))
+    check_dtype("a_scale", a_scale, (torch.float32,))
     modes = weight_scale_modes(w_scale, n, k, block_shape)
     check_shape("a_scale", a_scale, (m, -(-k // block_shape[1])))
     if bias is not None:
@@ -66,7 +65,8 @@ def matmul_block(
     if launch is None:
         launch = choose_launch(
             "matmul_block", m=m, n=n, k=k, a_dtype=dtype_name(a.dtype), w_dtype=dtype_name(w.dtype),
-            target=target, group_n=block_shape[0], group_k=block_shape[1], aligned=rows_aligned(a, w),
+            target=target, group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
+            aligned=rows_aligned(a, w),
         )  # fmt: skip
     return launch_inner(
         a, w, a_scale, w_scale, bias, out, modes,

@@ -28,7 +28,7 @@ from .checks import (
 from .inner import conversion, loadable, scaled_tile, weight_scale_modes
 from .launch import choose_launch
 from .operands import operands
-from .targets import core_count, device_target
+from .targets import core_count, device_target, on_device
 from .tile import TMA
 from .tuned_tables import LaunchParameters
 
@@ -71,7 +71,7 @@ def _one_slot(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def matmul_grouped_kernel(
     a_ptr, w_ptr, out_ptr, offsets_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, routed_ptr, N, K, slots,
     stride_am, stride_we, stride_wn, stride_om, stride_asm, stride_ask, stride_wse, stride_wsn, stride_wsk,
@@ -124,7 +124,7 @@ def matmul_grouped(
     (weight-only). w: [E, N, K] int8 or fp8 as stored (for int8 and fp8 activations: their dtype).
     offsets: int32 [E + 1] from 0 to T, not decreasing, on the same device; experts may be empty.
     block_shape None: a_scale float32 [T, 1], w_scale float32 [E, N, 1]. (r, c): a_scale
-    [T, ⌈K/c⌉] in any strides, w_scale [E, ⌈N/r⌉, ⌈K/c⌉]; (1, g): w_scale [E, N, ⌈K/g⌉].
+    [T, ⌈K/c⌉] in any strides, w_scale [E, ⌈N/r⌉, ⌈K/c⌉]; (1, g): w_scale [E, N, ⌈K/g⌉]; these also E8M0 as uint8.
     bias: float [E, N]. routed_weight: float32 [T], multiplied last: (… + bias) · routed_weight.
     fast_accum: as in `matmul`; with blocks there is no need of it.
 
@@ -147,7 +147,6 @@ def matmul_grouped(
     check_device(
         a, w=w, offsets=offsets, a_scale=a_scale, w_scale=w_scale, bias=bias, routed_weight=routed_weight
     )
-    check_dtype("w_scale", w_scale, (torch.float32,))
     require(
         w_scale.dim() == 3 and w_scale.shape[0] == experts,
         f"expected w_scale [{experts}, …, …], found {list(w_scale.shape)}",
@@ -194,19 +193,20 @@ def matmul_grouped(
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     inside = modes.groups > 0
     a_rows, w_rows, load = operands(a, codes, launch, target)
-    matmul_grouped_kernel[grid](
-        a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
-        a.stride(0), codes.stride(0), codes.stride(1), n,
-        *(a_scale.stride() if inside and a_scale is not None else (0, 0)),
-        *(w_scale.stride() if inside else (w_scale.shape[1], 0, 0)),
-        EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts),
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        EVEN_K=k % launch.block_k == 0, INTEGER=a.dtype == torch.int8, PROMOTE_K=launch.promote_k,
-        A_GROUPS=inside and not weight_only, W_GROUPS=modes.groups,
-        GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
-        W_DECODE=decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
-        A_SCALE=2 if a_scale is not None and not inside else 0, W_SCALE=modes.outer,
-        HAS_BIAS=bias is not None, HAS_ROUTED=routed_weight is not None,
-        LOAD=load, PERSISTENT=launch.persistent, **launch.options(target),
-    )  # fmt: skip
+    with on_device(a.device):
+        matmul_grouped_kernel[grid](
+            a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
+            a.stride(0), codes.stride(0), codes.stride(1), n,
+            *(a_scale.stride() if inside and a_scale is not None else (0, 0)),
+            *(w_scale.stride() if inside else (w_scale.shape[1], 0, 0)),
+            EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts),
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+            EVEN_K=k % launch.block_k == 0, INTEGER=a.dtype == torch.int8, PROMOTE_K=launch.promote_k,
+            A_GROUPS=inside and not weight_only, W_GROUPS=modes.groups,
+            GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
+            W_DECODE=decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
+            A_SCALE=2 if a_scale is not None and not inside else 0, W_SCALE=modes.outer,
+            HAS_BIAS=bias is not None, HAS_ROUTED=routed_weight is not None,
+            LOAD=load, PERSISTENT=launch.persistent, **launch.options(target),
+        )  # fmt: skip
     return out

@@ -19,14 +19,14 @@ from .checks import (
 )
 from .inner import WeightScale, launch_inner, weight_bytes
 from .launch import choose_launch
-from .targets import device_target
+from .targets import device_target, on_device
 from .tile import finish_tile, tile_position
 from .tuned_tables import LaunchParameters
 
 GROUP = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_mxfp8_kernel(
     a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, groups,
     stride_am, stride_wn, stride_om,
@@ -127,10 +127,11 @@ def matmul_mxfp8(
             a_decode=decode, w_decode=decode, convert=0, launch=launch, target=target,
         )  # fmt: skip
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
-    matmul_mxfp8_kernel[grid](
-        a, w, out, a_scale.contiguous(), w_scale.contiguous(), bias, m, n, k, -(-k // GROUP),
-        a.stride(0), w.stride(0), n,
-        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-        EVEN_K=k % launch.block_k == 0, HAS_BIAS=bias is not None, **launch.options(target),
-    )  # fmt: skip
+    with on_device(a.device):
+        matmul_mxfp8_kernel[grid](
+            a, w, out, a_scale.contiguous(), w_scale.contiguous(), bias, m, n, k, -(-k // GROUP),
+            a.stride(0), w.stride(0), n,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+            EVEN_K=k % launch.block_k == 0, HAS_BIAS=bias is not None, **launch.options(target),
+        )  # fmt: skip
     return out

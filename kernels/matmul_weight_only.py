@@ -43,7 +43,8 @@ def matmul_weight_only(
     x: float16, bfloat16 or float32 [M, K]. w: int8 or fp8 [N, K] as stored, or uint8 [N, K] that
     holds q + 128 (compressed-tensors pack-quantized: `weight_packed.view(torch.uint8)`).
     w_scale float32; its shape follows block_shape: None: per channel [N, 1] or per tensor [1];
-    (1, g): per group [N, ⌈K/g⌉]; (r, c): per block [⌈N/r⌉, ⌈K/c⌉]; g and c multiples of 32.
+    (1, g): per group [N, ⌈K/g⌉]; (r, c): per block [⌈N/r⌉, ⌈K/c⌉]; g and c multiples of 32; these also
+    E8M0 as uint8.
 
     Sums are float32. float32 activations are split into three bfloat16 summands, which keeps
     24 bits. fp8 NaN codes give NaN. On targets without fp8 its bytes are decoded with integer
@@ -52,7 +53,6 @@ def matmul_weight_only(
     m, n, k = check_matrices(x, w)
     check_dtype("activations", x, FLOATS)
     check_dtype("the weight", w, (torch.int8, torch.uint8, *FP8))
-    check_dtype("w_scale", w_scale, (torch.float32,))
     out_dtype = x.dtype if out_dtype is None else out_dtype
     require(out_dtype in FLOATS, f"expected out_dtype float16, bfloat16 or float32, found {out_dtype}")
     check_device(x, w_scale=w_scale, bias=bias)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import CODES, FLOATS, check_device, check_dtype, contiguous_rows, dtype_name, require
-from .targets import Target, core_count, device_target
+from .targets import Target, core_count, device_target, on_device
 from .tile import decode_e8m0
 
 # Where the values come from (SOURCE) and what shares a scale (MODE).
@@ -111,7 +111,7 @@ def load_values(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
     x_ptr, other_ptr, weight_ptr, sum_ptr, codes_ptr, scale_ptr, zero_ptr, M, K, eps,
     stride_xm, stride_om, stride_sm, stride_sg,
@@ -192,6 +192,14 @@ def quantize_rows_kernel(
             tl.store(codes_row + ks, codes, mask=ks < K)
 
 
+def refusal(dtype: torch.dtype, target: Target) -> str | None:
+    """Why `target` cannot convert to codes of `dtype`; None where it can."""
+    if dtype == torch.int8 or dtype_name(dtype) == target.fp8:
+        return None
+    own = f" or {target.fp8}" if target.fp8 else ""
+    return f"expected codes that {target.name} converts to (int8{own}), found {dtype_name(dtype)}"
+
+
 def quantize_rows(
     x: Tensor,
     dtype: torch.dtype,
@@ -218,12 +226,9 @@ def quantize_rows(
     check_device(x, other=other, weight=weight, scale=scale, zero_point=zero_point)
     m, k = x.shape
     target = device_target(x.device)
-    if dtype != torch.int8:
-        require(
-            target.fp8 == dtype_name(dtype),
-            f"expected codes that {target.name} converts to (int8{f' or {target.fp8}' if target.fp8 else ''}), "
-            f"found {dtype_name(dtype)}",
-        )
+    reason = refusal(dtype, target)
+    if reason is not None:
+        raise ValueError(reason)
     x = contiguous_rows(x)
     other = None if other is None else contiguous_rows(other)
     codes = torch.empty((m, k), dtype=dtype, device=x.device)
@@ -240,13 +245,14 @@ def quantize_rows(
     block, options = row_block(k, target)
     group = group_size if mode == GROUPS else min(block, 128)
     strides = scale.stride() if mode != STATIC else (0, 0)
-    quantize_rows_kernel[(min(m, 65_535 if target.backend != "npu" else core_count(x.device)),)](
-        x, other, weight, total, codes, scale, zero_point, m, k, eps,
-        x.stride(0), 0 if other is None else other.stride(0), *strides,
-        SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
-        HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
-        BLOCK=max(block, group), GROUP=group, FUSED=target.backend != "npu", **options,
-    )  # fmt: skip
+    with on_device(x.device):
+        quantize_rows_kernel[(min(m, 65_535 if target.backend != "npu" else core_count(x.device)),)](
+            x, other, weight, total, codes, scale, zero_point, m, k, eps,
+            x.stride(0), 0 if other is None else other.stride(0), *strides,
+            SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
+            HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
+            BLOCK=max(block, group), GROUP=group, FUSED=target.backend != "npu", **options,
+        )  # fmt: skip
     return codes, scale
 
 

@@ -74,12 +74,13 @@ def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: 
     options = {name: value for name, value in kwargs.items() if name not in parameters}
     signature, constants, attributes = {}, {}, {}
     for name, parameter in parameters.items():
-        value = values[name]
-        if "constexpr" in str(parameter.annotation) or value is None or (type(value) is int and value == 1):
+        value, general = values[name], name in kernel.do_not_specialize
+        one = type(value) is int and value == 1 and not general
+        if "constexpr" in str(parameter.annotation) or value is None or one:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name], attribute = _type(value, target)
-        if attribute:
+        if attribute and not general:
             attributes[name] = attribute
     return Launch(
         module=kernel.fn.__module__.rpartition(".")[2], kernel=kernel.fn.__name__, signature=signature,

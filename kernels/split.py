@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .targets import Target
+from .targets import Target, on_device
 from .tile import finish_tile
 
 BLOCK_M, BLOCK_N = 16, 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_splits_kernel(
     raw_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr, M, N,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,7 +63,8 @@ def add_splits(
     split, m, n = raw.shape
     options = {} if target.backend == "npu" else {"num_warps": 4, "enable_fp_fusion": False}
     grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
-    add_splits_kernel[grid](
-        raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, m, n,
-        SPLIT_K=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **modes, **options,
-    )  # fmt: skip
+    with on_device(out.device):
+        add_splits_kernel[grid](
+            raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, m, n,
+            SPLIT_K=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **modes, **options,
+        )  # fmt: skip

@@ -152,6 +152,11 @@ def _accelerator_target(kind: str, index: int) -> Target:
     return TARGETS[name]
 
 
+def on_device(device: torch.device) -> torch.accelerator.device_index:
+    """Within, `device` is the current one: Triton launches there, wherever the tensors lie. Nothing for a CPU."""
+    return torch.accelerator.device_index(device.index)
+
+
 def core_count(device: torch.device) -> int:
     """Multiprocessors of this device: the grid of a persistent kernel."""
     if device.type == "cuda":

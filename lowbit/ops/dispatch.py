@@ -173,7 +173,7 @@ def kernel_of(problem: Problem) -> str:
 @lru_cache(maxsize=4096)
 def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     try:
-        from lowbit.kernels.launch import choose_launch, refusal  # type: ignore[import-not-found]
+        from lowbit.kernels.launch import block_refusal, choose_launch, refusal  # type: ignore[import-not-found]
         from lowbit.kernels.targets import get_target  # type: ignore[import-not-found]
     except ImportError as error:
         return Refusal(reason=f"triton cannot be imported ({error}); install it to use {name}")
@@ -184,18 +184,22 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     weight, quantizes = problem.weight_dtype, problem.activations != "none"
     a_dtype = weight if quantizes else problem.activation_dtype
     note = ""
-    why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
-    if why_not and quantizes and weight == "e4m3fn" and problem.activation_dtype in FLOAT_NAMES:
+    if quantizes and weight == "e4m3fn" != target.fp8 and problem.activation_dtype in FLOAT_NAMES:
         # A target without this fp8 still reads it: the kernel decodes the bytes, and
-        # activations are simply not quantized.
+        # activations are simply not quantized, for which it has no instruction either.
+        lacks = refusal("matmul", k=problem.k, a_dtype=weight, w_dtype=weight, target=target) or ""
         kernel = "matmul_grouped" if problem.experts else "matmul_weight_only"
-        note = f"{why_not.split(';')[0].split(':')[0]}: weights are decoded in the kernel, activations stay as they are"
+        note = f"{lacks.split(';')[0].split(':')[0]}: weights are decoded in the kernel, activations stay as they are"
         a_dtype = problem.activation_dtype
-        why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
+    why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
+    group = problem.weight_group
+    if group and not why_not:
+        why_not = block_refusal(max(problem.block[0], 1), group)
+        if quantizes and a_dtype == weight and group & (group - 1):
+            why_not = f"expected activations in groups of a power of two, found {group}"
     if why_not:
         return Refusal(reason=why_not)
     rows = -(-problem.m // problem.experts) if problem.experts else problem.m
-    group = problem.weight_group
     blocks = {"group_n": problem.block[0] if group and problem.block[0] > 1 else 0, "group_k": group}
     launch = choose_launch(
         kernel,

@@ -12,19 +12,25 @@ from lowbit.ops.register import _define, _library
 from lowbit.ops.settings import fall_back, settings
 
 
-def _implementation(operation: str, device: torch.device) -> str:
-    if settings.implementation is not None:
-        return settings.implementation
-    if device.type == "cpu":
+def _implementation(operation: str, device: torch.device, what: torch.dtype | int) -> str:
+    """`triton`, `cpu` or `reference`, for codes of a dtype, or for a Hadamard transform of so many elements."""
+    forced = settings.implementation
+    if forced == "cpu" or forced == "reference":
+        return forced
+    if device.type == "cpu" and forced is None:
         return "cpu"
     try:
+        from lowbit.kernels import hadamard, quantize  # type: ignore[import-not-found]
         from lowbit.kernels.targets import device_target  # type: ignore[import-not-found]
 
-        device_target(device)
-        return "triton"
+        kernel = hadamard if isinstance(what, int) else quantize
+        reason = kernel.refusal(what, device_target(device))
     except (ImportError, ValueError) as error:
-        fall_back(operation, str(error))
-        return "reference"
+        reason = str(error)
+    if reason is None:
+        return "triton"
+    fall_back(operation, reason, "computing with torch's own operations")
+    return "reference"
 
 
 def _groups(k: int, group: int) -> int:
@@ -37,7 +43,7 @@ def _dynamic(group: int, power_of_2: bool) -> Activations:
 
 def _quantize_flat(operation: str, x: Tensor, dtype: torch.dtype, how: Activations) -> tuple[Tensor, Tensor]:
     """x [M, K] → (codes, scale [M, groups])."""
-    name = _implementation(operation, x.device)
+    name = _implementation(operation, x.device, dtype)
     if name == "triton":
         from lowbit.ops import triton
 
@@ -109,7 +115,7 @@ def _rms_norm_quantize(
     k = x.shape[-1]
     flat = x.reshape(-1, k)
     other = None if residual is None else residual.reshape(-1, k)
-    if _implementation("rms_norm_quantize", x.device) == "triton":
+    if _implementation("rms_norm_quantize", x.device, dtype) == "triton":
         from lowbit.ops import triton
 
         codes, scale, total = triton.rms_norm_quantize(flat, weight, eps, other, dtype, group)
@@ -154,7 +160,7 @@ def _silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tenso
     _check_silu(x, dtype, group)
     shape = [*x.shape[:-1], x.shape[-1] // 2]
     flat = x.reshape(-1, x.shape[-1])
-    if _implementation("silu_mul_quantize", x.device) == "triton":
+    if _implementation("silu_mul_quantize", x.device, dtype) == "triton":
         from lowbit.ops import triton
 
         codes, scale = triton.silu_mul_quantize(flat, dtype, group)
@@ -192,7 +198,7 @@ _define(
 def _hadamard(x: Tensor, block: int) -> Tensor:
     _check_hadamard(x, block)
     flat = x.reshape(-1, x.shape[-1])
-    name = _implementation("hadamard", x.device)
+    name = _implementation("hadamard", x.device, block)
     if name == "triton":
         from lowbit.ops import triton
 

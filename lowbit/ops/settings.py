@@ -82,9 +82,9 @@ def _log_once(message: str) -> None:
     _log.warning(message)
 
 
-def fall_back(operation: str, reason: str) -> None:
+def fall_back(operation: str, reason: str, instead: str = "dequantizing and multiplying") -> None:
     """Record a fallback of `operation`, once per reason, or raise NoKernelError."""
     message = f"no kernel for lowbit::{operation}: {reason}"
     if not settings.fallback:
         raise NoKernelError(f"{message}; falling back is switched off (LOWBIT_NO_FALLBACK or allow_fallback)")
-    _log_once(f"{message}; dequantizing and multiplying instead, which is slow")
+    _log_once(f"{message}; {instead} instead, which is slow")

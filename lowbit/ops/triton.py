@@ -35,15 +35,13 @@ def linear(
             tensor = tensor.view(torch.uint8)[:, : weights.k]
         shape = weights.block if weights.group else None
         return matmul_weight_only(
-            x, tensor, weights.float_scale(), bias=bias, block_shape=shape, out_dtype=out_dtype
+            x, tensor, _inside_or_float(weights), bias=bias, block_shape=shape, out_dtype=out_dtype
         )
     codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
     floats = not codes and activations.kind == "none"
     if kernel == "matmul_mxfp8":
-        # The scales of given codes are float32 powers of two, so their exponents are exact.
-        a, a_scale = (x, activations.scale) if codes else quantize(x, tensor.dtype, activations)
-        assert a_scale is not None
-        return matmul_mxfp8(a, tensor, _e8m0(a_scale), _e8m0(weights.scale), bias=bias, out_dtype=out_dtype)
+        a, exponents = quantize(x, tensor.dtype, activations, "e8m0")
+        return matmul_mxfp8(a, tensor, exponents, _e8m0(weights.scale), bias=bias, out_dtype=out_dtype)
     if floats:
         a, a_scale = x, None
     elif codes:
@@ -63,7 +61,7 @@ def linear(
             a,
             tensor,
             a_scale,
-            weights.float_scale(),
+            _inside_or_float(weights),
             bias=bias,
             block_shape=weights.block,
             out_dtype=out_dtype,
@@ -76,8 +74,14 @@ def linear(
     )  # fmt: skip
 
 
+def _inside_or_float(weights: Weights) -> Tensor:
+    """Scales that lie inside the sum as stored, where a kernel reads that (E8M0 too); else as float32."""
+    inside = weights.group and weights.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    return weights.scale.view(torch.uint8) if inside else weights.float_scale()
+
+
 def _expert_scale(weights: Weights) -> Tensor:
-    scale = weights.float_scale()
+    scale = _inside_or_float(weights)
     if not weights.block[0]:  # per tensor: [E, 1] → one value per channel
         scale = scale.unsqueeze(-1).expand(-1, weights.n, 1).contiguous()
     return scale
@@ -90,20 +94,20 @@ def _e8m0(scale: Tensor) -> Tensor:
     return ((scale.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
 
 
-def _format(activations: Activations) -> quantize_kernels.ScaleFormat:
-    return "float32-power-of-2" if activations.power_of_2 else "float32"
+def quantize(
+    x: Tensor, dtype: torch.dtype, activations: Activations, power_of_2: str = "float32-power-of-2"
+) -> tuple[Tensor, Tensor]:
+    """x [M, K] → codes [M, K] of `dtype`, float32 scales [M, groups] ([1] when static).
 
-
-def quantize(x: Tensor, dtype: torch.dtype, activations: Activations) -> tuple[Tensor, Tensor]:
-    """x [M, K] → codes [M, K] of `dtype`, float32 scales [M, groups] ([1] when static)."""
+    power_of_2: the format of dynamic scales that are powers of two; `e8m0` gives their bytes.
+    """
+    scale_format = power_of_2 if activations.power_of_2 else "float32"
     if activations.kind == "tensor":
         scale = activations.static_scale()
         return quantize_kernels.quantize_static(x, scale, dtype, zero_point=activations.zero), scale
     if activations.group:
-        return quantize_kernels.quantize_per_group(
-            x, dtype, activations.group, scale_format=_format(activations)
-        )
-    return quantize_kernels.quantize_per_token(x, dtype, scale_format=_format(activations))
+        return quantize_kernels.quantize_per_group(x, dtype, activations.group, scale_format=scale_format)
+    return quantize_kernels.quantize_per_token(x, dtype, scale_format=scale_format)
 
 
 def rms_norm_quantize(

@@ -4,7 +4,8 @@
 
 `record` says which signature, constants and attributes a launch has; Triton finds them again when a kernel is
 launched. Here a launch takes Triton's own way, with a driver that only says what the target is, and is stopped before
-it compiles. Prints a list of differences, as JSON. A process of its own, without the interpreter.
+it compiles. Prints a list of differences, as JSON, and calls that would compile again for another number of tokens.
+A process of its own, without the interpreter.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-from lowbit.kernels.compile_cases import CASES
+from lowbit.kernels.compile_cases import CASES, K, N, empty
+from lowbit.kernels.hadamard import hadamard
+from lowbit.kernels.matmul import matmul
+from lowbit.kernels.matmul_block import matmul_block
+from lowbit.kernels.matmul_grouped import matmul_grouped
+from lowbit.kernels.matmul_weight_only import matmul_weight_only
+from lowbit.kernels.quantize import quantize_per_group, quantize_per_token
 from lowbit.kernels.record import Launch, record
 from lowbit.kernels.targets import Target, get_target, pretending
 from triton.backends.compiler import GPUTarget
@@ -42,6 +51,21 @@ class Driver:
         return torch.device("meta")
 
 
+class CurrentDevice:
+    """In place of torch.accelerator.device_index: counts how deep."""
+
+    depth = 0
+
+    def __init__(self, index: int | None) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        CurrentDevice.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        CurrentDevice.depth -= 1
+
+
 class Stopped(Exception):
     """Raised in place of compiling."""
 
@@ -65,6 +89,8 @@ def launched(call: Any, target: Target) -> list[dict[str, Any]]:
         raise Stopped
 
     def run_to_the_compiler(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if not CurrentDevice.depth:
+            raise AssertionError(f"{self.fn.__name__} is launched on the current device, not on its tensors'")
         self.device_caches.clear()  # they keep the compiler that they were made with
         try:
             run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -91,9 +117,32 @@ def differences(recorded: Launch, own: dict[str, Any]) -> dict[str, Any]:
     return {name: [ours[name], own[name]] for name in ours if ours[name] != own[name]}
 
 
+_INT8 = {"dtype": torch.int8}
+TOKENS: dict[str, Callable[[int], object]] = {
+    "matmul": lambda m: matmul(empty(m, K, **_INT8), empty(N, K, **_INT8), empty(m, 1), empty(N, 1)),
+    "matmul, static": lambda m: matmul(empty(m, K, **_INT8), empty(N, K, **_INT8), empty(1), empty(N, 1)),
+    "matmul_block": lambda m: matmul_block(
+        empty(m, K, **_INT8), empty(N, K, **_INT8), empty(m, K // 128), empty(N // 128, K // 128)
+    ),
+    "matmul_weight_only": lambda m: matmul_weight_only(empty(m, K), empty(N, K, **_INT8), empty(N, 1)),
+    "matmul_grouped": lambda m: matmul_grouped(
+        empty(m, K, **_INT8),
+        empty(8, N, K, **_INT8),
+        empty(9, dtype=torch.int32),
+        empty(m, 1),
+        empty(8, N, 1),
+    ),
+    "quantize_per_token": lambda m: quantize_per_token(empty(m, K)),
+    "quantize_per_group": lambda m: quantize_per_group(empty(m, K)),
+    "hadamard": lambda m: hadamard(empty(m, K), 2048),
+}
+"""Calls with so many tokens: one compilation serves every number of them that has the same launch parameters."""
+
+
 def main() -> None:
     target = get_target(sys.argv[1])
     driver.set_active(Driver(target))
+    torch.accelerator.device_index = CurrentDevice  # type: ignore[assignment, misc]
     warnings.simplefilter("error")
     found, compared = [], 0
     for case in CASES:
@@ -108,7 +157,12 @@ def main() -> None:
             compared += 1
             if wrong := differences(ours, theirs):
                 found.append({"case": case.name} | wrong)
-    print(json.dumps({"compared": compared, "different": found}, default=str))
+    again = [
+        name
+        for name, call in TOKENS.items()
+        if len({repr(record(partial(call, m), target)) for m in (1, 2, 15, 16)}) > 1
+    ]
+    print(json.dumps({"compared": compared, "different": found, "compiled_again": again}, default=str))
 
 
 if __name__ == "__main__":

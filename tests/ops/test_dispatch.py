@@ -77,6 +77,8 @@ def test_every_scheme_has_an_answer_on_every_accelerator():
         ({"zero_point": True}, "a zero point belongs to static int8"),
         ({"block": (128, 128)}, "a scale per 128 along K need activations per group"),
         ({"activations": "group"}, "how long a group is"),
+        ({"activations": "none", "block": (1, 48)}, "g and c multiples of 32"),
+        ({"activations": "group", "block": (1, 96)}, "in groups of a power of two, found 96"),
     ],
 )
 def test_refusals_say_why(changes, reason):
