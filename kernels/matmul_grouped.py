@@ -121,7 +121,8 @@ def matmul_grouped(
     """[T, N]: rows offsets[e] … offsets[e+1] of `a` times expert e's weight, for all experts at once.
 
     a: [T, K], sorted by expert: int8 or fp8, or float16, bfloat16, float32 with a_scale None
-    (weight-only). w: [E, N, K] int8 or fp8 as stored (for int8 and fp8 activations: their dtype).
+    (weight-only). w: [E, N, K] int8 or fp8 as stored (for int8 and fp8 activations: their dtype), or for
+    weight-only uint8 that holds q + 128.
     offsets: int32 [E + 1] from 0 to T, not decreasing, on the same device; experts may be empty.
     block_shape None: a_scale float32 [T, 1], w_scale float32 [E, N, 1]. (r, c): a_scale
     [T, ⌈K/c⌉] in any strides, w_scale [E, ⌈N/r⌉, ⌈K/c⌉]; (1, g): w_scale [E, N, ⌈K/g⌉]; these also E8M0 as uint8.
@@ -140,7 +141,7 @@ def matmul_grouped(
     weight_only = a.dtype in FLOATS
     check_weight_rows(w)
     check_dtype("activations", a, (*CODES, *FLOATS))
-    check_dtype("the weights", w, (torch.int8, *FP8) if weight_only else (a.dtype,))
+    check_dtype("the weights", w, (torch.int8, torch.uint8, *FP8) if weight_only else (a.dtype,))
     require(out_dtype in FLOATS, f"expected out_dtype float16, bfloat16 or float32, found {out_dtype}")
     check_dtype("offsets", offsets, (torch.int32,))
     check_shape("offsets", offsets, (experts + 1,))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lowbit.ops.problem import Weights
+from lowbit.ops.problem import Weights, inner_block
 from lowbit.ops.settings import Implementation, settings
 
 if TYPE_CHECKING:
@@ -114,9 +114,9 @@ def _invalid(problem: Problem) -> str | None:
         return "a zero point belongs to static int8 activations, one scale per tensor"
     if problem.activations in ("group", "group_pow2") and not problem.block[1]:
         return "activations per group need a weight block that says how long a group is"
-    if problem.weight_group and problem.activations in ("token", "tensor"):
+    if inner_block(problem.block, problem.k) and problem.activations in ("token", "tensor"):
         return (
-            f"weights with a scale per {problem.weight_group} along K need activations per group or "
+            f"weights with a scale per {problem.block[1]} along K need activations per group or "
             f"unquantized, found per {problem.activations}"
         )
     return None
@@ -177,8 +177,6 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
         from lowbit.kernels.targets import get_target  # type: ignore[import-not-found]
     except ImportError as error:
         return Refusal(reason=f"triton cannot be imported ({error}); install it to use {name}")
-    if problem.experts and problem.weight_dtype == "uint8":
-        return Refusal(reason="packed int8 experts have no kernel; unpack them to int8 [E, N, K]")
     target = get_target(name)
     kernel = kernel_of(problem)
     weight, quantizes = problem.weight_dtype, problem.activations != "none"
@@ -192,15 +190,15 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
         note = f"{lacks.split(';')[0].split(':')[0]}: weights are decoded in the kernel, activations stay as they are"
         a_dtype = problem.activation_dtype
     why_not = refusal(kernel, k=problem.k, a_dtype=a_dtype, w_dtype=weight, target=target)
-    group = problem.weight_group
+    inner_rows, group = inner_block(problem.block, problem.k) or (0, 0)
     if group and not why_not:
-        why_not = block_refusal(max(problem.block[0], 1), group)
+        why_not = block_refusal(inner_rows, group)
         if quantizes and a_dtype == weight and group & (group - 1):
             why_not = f"expected activations in groups of a power of two, found {group}"
     if why_not:
         return Refusal(reason=why_not)
     rows = -(-problem.m // problem.experts) if problem.experts else problem.m
-    blocks = {"group_n": problem.block[0] if group and problem.block[0] > 1 else 0, "group_k": group}
+    blocks = {"group_n": inner_rows if inner_rows > 1 else 0, "group_k": group}
     launch = choose_launch(
         kernel,
         m=max(rows, 1),

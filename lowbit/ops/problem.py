@@ -13,6 +13,14 @@ from torch import Tensor
 ActivationKind = Literal["none", "token", "group", "tensor"]
 
 
+def inner_block(block: tuple[int, int], k: int) -> tuple[int, int] | None:
+    """The block whose scales a kernel applies within its sum; None for one per channel or tensor, which can wait.
+
+    Also where all of K is in one block: its scale is shared by rows, and not one of each.
+    """
+    return block if block[1] and (block[0] > 1 or block[1] < k) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A quantized weight as stored."""
@@ -33,6 +41,11 @@ class Weights:
     def group(self) -> int:
         """Elements along K per scale; 0: one scale for all of K."""
         return self.block[1] if self.block[1] < self.k else 0
+
+    @property
+    def inner_block(self) -> tuple[int, int] | None:
+        """`inner_block` of this weight."""
+        return inner_block(self.block, self.k)
 
     def float_scale(self) -> Tensor:
         """float32, contiguous."""

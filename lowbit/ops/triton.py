@@ -30,13 +30,13 @@ def linear(
 ) -> Tensor:
     """x [M, K] (floats, or codes with `activations.scale`) → [M, N] by `kernel`, as dispatch chose it."""
     tensor = weights.tensor
+    if tensor.dtype == torch.int32:
+        tensor = tensor.view(torch.uint8)[..., : weights.k]
     if kernel == "matmul_weight_only":
-        if tensor.dtype == torch.int32:
-            tensor = tensor.view(torch.uint8)[:, : weights.k]
-        shape = weights.block if weights.group else None
         return matmul_weight_only(
-            x, tensor, _inside_or_float(weights), bias=bias, block_shape=shape, out_dtype=out_dtype
-        )
+            x, tensor, _inside_or_float(weights), bias=bias, block_shape=weights.inner_block,
+            out_dtype=out_dtype,
+        )  # fmt: skip
     codes = x.dtype in (torch.int8, torch.float8_e4m3fn)
     floats = not codes and activations.kind == "none"
     if kernel == "matmul_mxfp8":
@@ -52,7 +52,7 @@ def linear(
         assert offsets is not None
         return matmul_grouped(
             a, tensor, offsets.to(torch.int32), a_scale, _expert_scale(weights),
-            block_shape=weights.block if weights.group else None, bias=bias,
+            block_shape=weights.inner_block, bias=bias,
             routed_weight=None if routed is None else routed.to(torch.float32).reshape(-1), out_dtype=out_dtype,
         )  # fmt: skip
     assert a_scale is not None
@@ -76,7 +76,7 @@ def linear(
 
 def _inside_or_float(weights: Weights) -> Tensor:
     """Scales that lie inside the sum as stored, where a kernel reads that (E8M0 too); else as float32."""
-    inside = weights.group and weights.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    inside = weights.inner_block and weights.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
     return weights.scale.view(torch.uint8) if inside else weights.float_scale()
 
 
