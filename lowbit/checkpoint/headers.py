@@ -172,6 +172,12 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     return {ref.name: ref for _, _, ref in spans}, metadata
 
 
+def header_bytes(file: Path) -> int:
+    """How many bytes come before the data of a safetensors file."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -> tuple[int, int, TensorRef]:
     if not isinstance(entry, dict):
         raise refuse(f"expected an object for tensor {name!r}, found a {type(entry).__name__}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.journal import Journal, Record, read_journals
+from lowbit.checkpoint.journal import Journal, Record, file_checksum, read_journals
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
@@ -29,6 +29,7 @@ from lowbit.formats import DESCRIPTION
 # Stands in PARTIAL while finished files are moved out of it.
 FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 # Below PARTIAL, the source's other files, whose names are not ours to choose.
 OTHERS = Path("others")
 
@@ -88,7 +89,7 @@ class OutputDirectory:
                 f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
                 "choose another, or give --overwrite"
             )
-        if self._overwrite and not found & {PARTIAL, "config.json", MANIFEST} and found:
+        if self._overwrite and not found & {PARTIAL, CONFIG, MANIFEST} and found:
             raise InputError(
                 f"{self.out}: --overwrite replaces a checkpoint, found a directory that holds none "
                 f"(but {min(found)}); choose another place"
@@ -183,37 +184,44 @@ class OutputDirectory:
         self.not_finite = tuple(sorted(record.not_finite))
         if not self.part.whole and not self._last(record):
             return {}
-        manifest = self._manifest({n: sum_ for sums in record.done.values() for n, sum_ in sums.items()})
-        files = [Path(shard.file) for shard in self.plan.shards]
-        for name, content in self.plan.files.items():
-            _write_json(self.partial / name, content)
-            files.append(Path(name))
-        if len(self.plan.shards) > 1:
-            _write_json(self.partial / INDEX, self._index())
-            files.append(Path(INDEX))
-        for file in self.plan.source.others:
-            (self.partial / OTHERS / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.plan.source.root / file, self.partial / OTHERS / file)
+        beside = self._write_beside()
+        manifest = self._manifest(
+            {n: sum_ for sums in record.done.values() for n, sum_ in sums.items()}, beside
+        )
         _write_json(self.partial / MANIFEST, manifest)
-        if self.plan.config:
-            _write_json(self.partial / "config.json", self.plan.config)
         (self.partial / FINISHING).touch()
         _sync_directory(self.partial)
         if self._overwrite:
             self._remove_old()
-        for file in files:
-            self._show(file, file)
-        for file in self.plan.source.others:
-            self._show(OTHERS / file, file)
-        self._show(Path(MANIFEST), Path(MANIFEST))
+        others = {str(file) for file in self.plan.source.others}
+        for name in (*(shard.file for shard in self.plan.shards), *beside, MANIFEST):
+            if name != CONFIG:
+                self._show(OTHERS / name if name in others else Path(name), Path(name))
         _sync_directory(self.out)
-        if self.plan.config:
-            self._show(Path("config.json"), Path("config.json"))
+        if CONFIG in beside:
+            self._show(Path(CONFIG), Path(CONFIG))
         self._shown = []
         shutil.rmtree(self.partial)
         _sync_directory(self.out)
         self._release()
         return manifest
+
+    def _write_beside(self) -> dict[str, str]:
+        """All files but the shards and the manifest, into PARTIAL; name → checksum."""
+        contents = dict(self.plan.files)
+        if len(self.plan.shards) > 1:
+            contents[INDEX] = self._index()
+        if self.plan.config:
+            contents[CONFIG] = self.plan.config
+        for name, content in contents.items():
+            _write_json(self.partial / name, content)
+        checksums = {name: file_checksum(self.partial / name) for name in contents}
+        for file in self.plan.source.others:
+            copy = self.partial / OTHERS / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.plan.source.root / file, copy)
+            checksums[str(file)] = file_checksum(copy)
+        return checksums
 
     def _last(self, record: Record) -> bool:
         """Whether every part is done by what the journals say, and it falls to this one to show the result.
@@ -244,7 +252,7 @@ class OutputDirectory:
         """Undo the renames of a run that was killed among them; config.json goes first."""
         if not (self.partial / FINISHING).exists():
             return
-        (self.out / "config.json").unlink(missing_ok=True)
+        (self.out / CONFIG).unlink(missing_ok=True)
         for shard in self.plan.shards:
             if not (self.partial / shard.file).exists() and (self.out / shard.file).exists():
                 (self.out / shard.file).replace(self.partial / shard.file)
@@ -252,7 +260,7 @@ class OutputDirectory:
 
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each."""
-        for name in ("config.json", MANIFEST, INDEX, DESCRIPTION):
+        for name in (CONFIG, MANIFEST, INDEX, DESCRIPTION):
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
             file.unlink()
@@ -262,7 +270,10 @@ class OutputDirectory:
         total = sum(shard.nbytes - len(shard.header) for shard in self.plan.shards)
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
-    def _manifest(self, checksums: Mapping[str, str]) -> dict[str, Any]:
+    def _manifest(self, checksums: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, Any]:
+        """`checksums`: of tensors, by name; `beside`: of files, by name."""
+        import xxhash
+
         from lowbit import __version__
 
         return {
@@ -278,11 +289,8 @@ class OutputDirectory:
                 for job in self.plan.jobs
                 for t in job.outputs.values()
             },
-            **(
-                {"files": {name: _json_checksum(f) for name, f in self.plan.files.items()}}
-                if self.plan.files
-                else {}
-            ),
+            "headers": {s.file: xxhash.xxh3_128_hexdigest(s.header) for s in self.plan.shards},
+            "files": dict(beside),
         }
 
     def discard(self) -> None:
@@ -376,25 +384,15 @@ def _create(file: Path, shard: Shard) -> int:
     return fd
 
 
-_JSON_STYLE: dict[str, Any] = {"indent": 2, "ensure_ascii": False}
-
-
 def _write_json(file: Path, value: Any) -> None:
     """Write aside, sync, rename: the file is whole or absent."""
     aside = file.with_name(f".{file.name}.part")
     with aside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, **_JSON_STYLE)
+        json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
-
-
-def _json_checksum(value: Any) -> str:
-    """xxh3-128 of a JSON file as `_write_json` writes it, as hex."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest((json.dumps(value, **_JSON_STYLE) + "\n").encode())
 
 
 def _sync_directory(path: Path) -> None:

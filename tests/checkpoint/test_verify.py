@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,31 @@ def test_any_flipped_bit(out, name, bit):
     text = problems(out)
     assert f"{name}: the data changed since it was written" in text
     assert len([p for p in text.splitlines() if "checksum" in p]) == 1
+
+
+@pytest.mark.parametrize("scheme, format", [("int8", "compressed-tensors"), ("int8", "ascend")])
+def test_damage_to_any_file_but_the_manifest(tmp_path, scheme, format):
+    """A byte changed, in headers wherever, an end cut off, a file gone or one too many."""
+    src = write(
+        tmp_path / "src", *llama(layers=1), files={"tokenizer.json": "{}", "code/modeling.py": "pass"}
+    )
+    out = tmp_path / "out"
+    lowbit.convert(src, out, scheme, format=format, max_shard_size="150KB")
+    assert lowbit.verify(out, src).ok
+    files = [f for f in sorted(out.rglob("*")) if f.is_file() and f.name != "lowbit_manifest.json"]
+    assert len(files) == {"compressed-tensors": 6, "ascend": 7}[format]
+    for file in files:
+        whole, name = file.read_bytes(), str(file.relative_to(out))
+        for at in {1, 27, 36, len(whole) // 2, len(whole) - 2} & {*range(len(whole))}:
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            assert not lowbit.verify(out).ok, (name, at)
+        file.write_bytes(whole[:-1])
+        assert not lowbit.verify(out).ok, name
+        file.unlink()
+        assert not lowbit.verify(out).ok, name
+        file.write_bytes(whole)
+    shutil.copy(out / "model-00001-of-00002.safetensors", out / "old.safetensors")
+    assert "old.safetensors: not written by this conversion" in problems(out)
 
 
 @pytest.mark.parametrize("keep", [10, 2000, -1])
