@@ -366,7 +366,7 @@ def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
 
 def _create(file: Path, shard: Shard) -> int:
     """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if hasattr(os, "posix_fallocate"):
             try:

@@ -224,6 +224,16 @@ def test_config_is_shown_last(src, tmp_path, monkeypatch):
     assert all(name.endswith(".safetensors") for name in order[:index])
 
 
+def test_the_umask_decides_who_may_read_and_write(src, tmp_path):
+    before = os.umask(0o002)
+    try:
+        lowbit.convert(src, tmp_path / "out", "int8", max_shard_size="200KB")
+    finally:
+        os.umask(before)
+    modes = {f.stat().st_mode & 0o777 for f in (tmp_path / "out").rglob("*") if f.is_file()}
+    assert modes == {0o664}
+
+
 def test_two_conversions_into_one_place(src, tmp_path):
     out = tmp_path / "out"
     process = start(src, out)

@@ -141,7 +141,10 @@ REFUSED = {
     "size": ({"max_shard_size": "big"}, r"expected a size such as 5GB, 800MB or 2GiB, found 'big'"),
     "no size": ({"max_shard_size": "0"}, r"expected a size such as"),
     "static without data": ({"scheme": "fp8-static"}, r"calibrated input scale for every .*lowbit calibrate"),
-    "everything ignored": ({"ignore": ["model"]}, r"at least one weight to quantize, found none"),
+    "everything ignored": (
+        {"ignore": ["model"]},
+        r"at least one weight to quantize to int8 as compressed-tensors, found none: 20 × --ignore model, 1 × output",
+    ),
     "regular expression": ({"ignore": ["re:*"]}, r"expected a regular expression after 're:'"),
 }
 
