@@ -184,7 +184,8 @@ def verify(
     """Re-read every tensor of a checkpoint; → Verification, whose `ok` says whether all is well.
 
     Checks headers, shapes, finite scales and the manifest's checksums. With `source`, weights
-    are dequantized and compared: SQNR in dB and relative error per tensor, worst first.
+    that are quantized, or have another dtype than there, are compared: SQNR in dB and relative error per
+    tensor, worst first.
     """
     from lowbit.checkpoint.verify import verify_checkpoint
     from lowbit.engines.local import default_workers

@@ -53,6 +53,7 @@ class TensorError:
     largest: float
     """Largest absolute difference."""
     scheme: str
+    """Or the dtype of a weight that is in float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Verification:
     checked: tuple[str, ...]
     """What was looked at, in words."""
     errors: tuple[TensorError, ...] = field(default=(), repr=False)
-    """With a source: the quantized weights, worst first."""
+    """With a source: the weights that are quantized, or have another dtype than there; worst first."""
 
     @property
     def ok(self) -> bool:
@@ -226,16 +227,16 @@ def _errors(
     before = read(origin.config, origin.tensors)
     pairs: list[tuple[str, tuple[int, int], Source, Source, str]] = []
     missing: list[str] = []
-    for module, now in stored.items():
+    here = {m: (s.shape, Source.of(s, checkpoint.tensors), s.scheme.name) for m, s in stored.items()}
+    for module, (shape, now, scheme) in (here | _in_float(checkpoint, stored)).items():
         then = _source_of(module, before, origin)
         if then is None:
-            missing.append(f"{module}: quantized here, but the source has no such weight")
-            continue
-        shape, there = then
-        if shape != now.shape:
-            missing.append(f"{module}: {list(now.shape)} here, but {list(shape)} in the source")
-            continue
-        pairs.append((module, shape, there, Source.of(now, checkpoint.tensors), now.scheme.name))
+            if module in stored:
+                missing.append(f"{module}: quantized here, but the source has no such weight")
+        elif then[0] != shape:
+            missing.append(f"{module}: {list(shape)} here, but {list(then[0])} in the source")
+        elif module in stored or now.ref.dtype != then[1].ref.dtype:
+            pairs.append((module, shape, then[1], now, scheme))
     errors: list[TensorError] = []
 
     def compare(pair: tuple[str, tuple[int, int], Source, Source, str]) -> TensorError | str:
@@ -251,6 +252,18 @@ def _errors(
             else:
                 errors.append(found)
     return tuple(sorted(errors, key=lambda e: e.sqnr_db)), missing
+
+
+def _in_float(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredModule]
+) -> dict[str, tuple[tuple[int, int], Source, str]]:
+    """Matrices that are not quantized here: module → shape, where it lies, its dtype."""
+    return {
+        name.removesuffix(".weight"): ((ref.shape[0], ref.shape[1]), Source(ref=ref), ref.dtype)
+        for name, ref in split(checkpoint).checkpoint.tensors.items()
+        if name.endswith(".weight") and len(ref.shape) == 2 and ref.dtype in FLOATS
+        and name.removesuffix(".weight") not in stored
+    }  # fmt: skip
 
 
 def _source_of(
