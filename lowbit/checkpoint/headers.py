@@ -317,7 +317,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         shards = _shards_without_index(root, found, notes)
         tensors = _read_shards(shards)
     else:
-        pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = sorted(p.name for p in _entries(root) if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise InputError(
                 f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
@@ -344,7 +344,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
     skip = {*found, *indexes, config_file, root / MANIFEST, description}
     others = []
-    for file in _files_below(root):
+    for file in _files_below(root, notes):
         if file.suffix in WEIGHT_SUFFIXES and file not in skip:
             notes.append(f"other weights are left out: {file.relative_to(root)}")
         elif file not in skip:
@@ -352,13 +352,25 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(root, tensors, tuple(shards), config, tuple(others), tuple(notes))
 
 
-def _files_below(root: Path) -> Iterable[Path]:
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be read ({error.strerror}); check the path and permissions"
+        ) from error
+
+
+def _files_below(root: Path, notes: list[str]) -> Iterable[Path]:
     """Files below `root`. Hidden directories (.git, .cache) and linked ones are not entered;
     linked files are followed, since a hub's cache is made of them."""
-    for entry in sorted(root.iterdir()):
+    for entry in _entries(root):
         if entry.name.startswith(".") and entry.is_dir():
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _files_below(entry)
-        elif entry.is_file():
+        if entry.is_file():
             yield entry
+        elif entry.is_symlink():
+            what = "a directory" if entry.is_dir() else "what is not there"
+            notes.append(f"a link to {what} is left out: {entry}")
+        elif entry.is_dir():
+            yield from _files_below(entry, notes)

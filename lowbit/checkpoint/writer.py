@@ -69,6 +69,12 @@ class OutputDirectory:
             )
         if out in source.parents and self._overwrite:
             raise InputError(f"{self.out}: holds the source; choose another place")
+        # They are copied at the end, which may be hours away.
+        for file in self.plan.source.others:
+            if not os.access(self.plan.source.root / file, os.R_OK):
+                raise InputError(
+                    f"{self.plan.source.root / file}: cannot be read, and is to be carried along; check its permissions"
+                )
         if not self.out.exists():
             return
         if not self.out.is_dir():
@@ -201,6 +207,8 @@ class OutputDirectory:
         if CONFIG in beside:
             self._show(Path(CONFIG), Path(CONFIG))
         self._shown = []
+        # First, since beside it a result without a journal would be taken for one that any run may go on with.
+        (self.partial / FINISHING).unlink()
         shutil.rmtree(self.partial)
         _sync_directory(self.out)
         self._release()

@@ -212,6 +212,22 @@ def test_killed_between_two_renames(src, tmp_path, monkeypatch, renames):
     assert everything(out) == everything(tmp_path / "fresh")
 
 
+def test_killed_while_clearing_up_the_result_stays(src, tmp_path, monkeypatch):
+    def killed(partial):
+        for file in partial.glob("journal*"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(writer.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lowbit.convert(src, out, "int8")
+    with pytest.raises(InputError, match="expected an empty directory"):
+        lowbit.convert(src, out, "fp8")
+    assert lowbit.verify(out, src).ok
+
+
 def test_config_is_shown_last(src, tmp_path, monkeypatch):
     order: list[str] = []
     show = writer.OutputDirectory._show
@@ -368,6 +384,14 @@ def test_an_unreadable_file_of_the_source_is_named_as_such(src, tmp_path, monkey
 
     monkeypatch.setattr(shutil, "copyfile", refuse)
     with pytest.raises(InputError, match=r"src/.*: Permission denied; check the file"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_file_to_carry_is_refused_before_any_work(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.os, "access", lambda path, mode: Path(path).name != "tokenizer.json")
+    monkeypatch.setattr(execute.Worker, "run", None)
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read, and is to be carried along"):
         lowbit.convert(src, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -391,6 +392,33 @@ def test_a_symlinked_hub_cache(tmp_path):
     found = open_checkpoint(snapshot)
     assert set(found.tensors) == set(tensors) and found.config == config
     assert [str(o) for o in found.others] == ["tokenizer.json"]
+
+
+def test_links_that_are_not_followed_are_said(tmp_path):
+    root = write(tmp_path / "model", *llama())
+    (tmp_path / "elsewhere").mkdir()
+    (root / "original").symlink_to(tmp_path / "elsewhere")
+    (root / "tokenizer.json").symlink_to(tmp_path / "blob that was not fetched")
+    found = open_checkpoint(root)
+    assert found.others == ()
+    assert found.notes == (
+        f"a link to a directory is left out: {root / 'original'}",
+        f"a link to what is not there is left out: {root / 'tokenizer.json'}",
+    )
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = write(tmp_path / "model", *llama(), files={"original/params.json": "{}"})
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self.name == "original":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"original: cannot be read \(Permission denied\)"):
+        open_checkpoint(root)
 
 
 def test_the_index_decides_which_files_belong(tmp_path):

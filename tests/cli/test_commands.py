@@ -298,7 +298,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         "import sys, time\nfrom lowbit.checkpoint import execute\nwrite = execute.Worker._write\n"
         "def slow(*a):\n    write(*a)\n    time.sleep(0.05)\n"
         "execute.Worker._write = slow\nfrom lowbit.cli import main\n"
-        f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1']\nmain()\n"
+        f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1', '--json']\nmain()\n"
     )
     running = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -310,9 +310,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    said, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "run the same command again to go on from here" in err and "Traceback" not in err
+    assert json.loads(said)["error"].startswith("stopped; run the same command")
     done = process("convert", src, out)
     assert done.returncode == 0 and "resumed: " in done.stdout
 
