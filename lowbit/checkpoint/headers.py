@@ -34,7 +34,9 @@ MANIFEST = "lowbit_manifest.json"
 # Where a conversion works until it is done.
 PARTIAL = ".lowbit-partial"
 # Other copies of the weights (and pickles): not carried along.
-WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+WEIGHT_SUFFIXES = {
+    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
                 "opened: save the model as safetensors first"
             )
+        if snapshots := sorted(root.glob("snapshots/*")):
+            raise InputError(
+                f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
+                f"{snapshots[0]}"
+            )
         if (root / PARTIAL).is_dir():
             raise InputError(
                 f"{root}: expected *.safetensors files, found an unfinished conversion; run `lowbit convert` again "
@@ -343,13 +350,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         else:
             config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
     skip = {*found, *indexes, config_file, root / MANIFEST, description}
-    others = []
+    others, modules = [], _sentence_modules(root)
     for file in _files_below(root, notes):
-        if file.suffix in WEIGHT_SUFFIXES and file not in skip:
+        weights = Path(file.name.removesuffix(".index.json")).suffix in WEIGHT_SUFFIXES
+        if weights and file not in skip and modules.isdisjoint(map(str, file.relative_to(root).parents)):
             notes.append(f"other weights are left out: {file.relative_to(root)}")
         elif file not in skip:
             others.append(file.relative_to(root))
     return Checkpoint(root, tensors, tuple(shards), config, tuple(others), tuple(notes))
+
+
+def _sentence_modules(root: Path) -> set[str]:
+    """Folders with modules of a sentence-transformers model: their weights are no copies of those in `root`."""
+    try:
+        modules = json.loads((root / "modules.json").read_text("utf-8"))
+        return {m["path"] for m in modules} - {"", "."}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -368,7 +368,8 @@ def test_files_beside_the_weights(tmp_path):
     files = {
         "tokenizer.json": "{}", "generation_config.json": "{}", "inference/kernel.py": "x", ".gitattributes": "y",
         ".git/objects/aa": "never", ".cache/huggingface/x": "never", "lowbit_manifest.json": "{}",
-        "pytorch_model.bin": "old", "onnx/model.onnx": "old", "model.gguf": "old",
+        "pytorch_model.bin": "old", "onnx/model.onnx": "old", "model.gguf": "old", "onnx/model.onnx_data": "old",
+        "pytorch_model.bin.index.json": "{}",
     }  # fmt: skip
     tensors, config = llama()
     found = open_checkpoint(write(tmp_path, tensors, config, files=files))
@@ -376,7 +377,24 @@ def test_files_beside_the_weights(tmp_path):
     assert names == sorted(names)
     assert set(names) == {".gitattributes", "generation_config.json", "inference/kernel.py", "tokenizer.json"}
     left = [n for n in found.notes if n.startswith("other weights are left out")]
-    assert len(left) == 3
+    assert len(left) == 5
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_of_a_sentence_transformers_own_modules_belong_to_it(tmp_path, listed):
+    modules = [{"path": "", "type": "Transformer"}, *[{"path": "2_Dense", "type": "Dense"}] * listed]
+    files = {"modules.json": json.dumps(modules), "2_Dense/model.safetensors": "x", "onnx/model.onnx": "old"}
+    found = open_checkpoint(write(tmp_path, *llama(), files=files))
+    assert ("2_Dense/model.safetensors" in map(str, found.others)) == listed
+    assert len(found.notes) == 2 - listed
+
+
+@pytest.mark.parametrize(
+    "body", ["[", "[1]", "[{}]", '[{"path": []}]', '[{"path": "."}]', '{"path": ""}', "1"]
+)
+def test_modules_that_are_none(tmp_path, body):
+    files = {"modules.json": body, "onnx/model.onnx": "old"}
+    assert len(open_checkpoint(write(tmp_path, *llama(), files=files)).notes) == 1
 
 
 def test_a_symlinked_hub_cache(tmp_path):
@@ -391,6 +409,10 @@ def test_a_symlinked_hub_cache(tmp_path):
     (snapshot / "everything").symlink_to(tmp_path)
     found = open_checkpoint(snapshot)
     assert set(found.tensors) == set(tensors) and found.config == config
+    with pytest.raises(
+        InputError, match=r"found a hub's cache; give the directory of a snapshot, such as .*/main$"
+    ):
+        open_checkpoint(tmp_path)
     assert [str(o) for o in found.others] == ["tokenizer.json"]
 
 
