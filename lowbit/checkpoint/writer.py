@@ -154,7 +154,7 @@ class OutputDirectory:
         need, free = self.plan.output_bytes + others - have, shutil.disk_usage(self.out).free
         if need > free:
             raise InputError(
-                f"{self.out}: expected {need / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB; "
+                f"{self.out}: expected {-(-need // 10**6)} MB of free disk space, found {free // 10**6} MB; "
                 "free some, or choose another disk"
             )
 
@@ -326,8 +326,8 @@ class OutputDirectory:
             (self.partial / self.plan.shards[number].file).unlink(missing_ok=True)
         (self.partial / self.part.journal).unlink(missing_ok=True)
         self._release()
-        with suppress(OSError):  # not empty
-            for path in (self.partial, *reversed(self._created)):
+        for path in (self.partial, *reversed(self._created)):
+            with suppress(OSError):  # not there, or not empty
                 path.rmdir()
 
     def abandon(self) -> None:

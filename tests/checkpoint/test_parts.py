@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +173,13 @@ def test_a_first_part_that_fails_leaves_nothing(src, tmp_path, monkeypatch):
     monkeypatch.setattr(execute.Worker, "_write", fails)
     with pytest.raises(InputError, match="expected finite"):
         convert(src, tmp_path / "deep" / "out", "2/2")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_part_that_finds_too_little_space_leaves_nothing(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match="free disk space"):
+        convert(src, tmp_path / "deep" / "out", "1/2")
     assert not (tmp_path / "deep").exists()
 
 
