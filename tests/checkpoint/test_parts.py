@@ -199,6 +199,12 @@ def test_bad_parts(src, tmp_path, text):
         convert(src, tmp_path / "out", text)
 
 
+@pytest.mark.parametrize(("number", "count"), [(0, 1), (3, 2), (-1, 4)])
+def test_parts_that_are_none(number, count):
+    with pytest.raises(InputError, match=f"expected part I of N .* found {number} of {count}"):
+        Part(number=number, count=count)
+
+
 def test_more_parts_than_files(src, tmp_path):
     with pytest.raises(InputError, match=r"found 500 parts and \d+ files.*--max-shard-size"):
         convert(src, tmp_path / "out", "1/500")
