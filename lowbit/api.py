@@ -113,9 +113,9 @@ def convert(
 
     Arguments as for `plan`. One pass over the source in constant memory, on `workers` threads
     (default: one per processor). Nothing stands under its final name before everything is
-    written and synced. A run that was killed resumes when it is called again with the same
-    arguments: what it had written is read back and checked. Bad input raises InputError and
-    leaves nothing behind. NaN or Inf are bad input in what is quantized or cast; what is copied
+    written and synced. A run that was killed, or that a disk or network failed, resumes when it is called
+    again with the same arguments: what it had written is read back and checked. Bad input raises InputError
+    and leaves nothing behind. NaN or Inf are bad input in what is quantized or cast; what is copied
     with them is listed in `not_finite`. `part`: this machine's share of the output's files, where several with
     a common file system work on one conversion, all with the same arguments.
     """
@@ -137,7 +137,7 @@ def run_plan(
 ) -> Conversion:
     """Execute a plan into `out`; see `convert`."""
     from lowbit.checkpoint.journal import intact
-    from lowbit.checkpoint.writer import OutputDirectory
+    from lowbit.checkpoint.writer import OutputDirectory, may_pass
     from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
@@ -159,7 +159,10 @@ def run_plan(
         directory.abandon()
         raise
     except OSError as error:
-        directory.discard()
+        if may_pass(error):
+            directory.abandon()
+        else:
+            directory.discard()
         raise directory.explain(error) from error
     except BaseException:
         directory.discard()

@@ -169,8 +169,9 @@ class OutputDirectory:
             return InputError(
                 f"{self.out}: no permission to write here ({error.strerror}); choose another place"
             )
+        kept = ". What was written stays" if may_pass(error) else ""
         return InputError(
-            f"{error.filename or self.out}: {error.strerror or error}; check the file and the disk, and run again"
+            f"{error.filename or self.out}: {error.strerror or error}{kept}; check the file and the disk, and run again"
         )
 
     def _is_output(self, filename: str | bytes | int | None) -> bool:
@@ -346,6 +347,16 @@ class OutputDirectory:
         self._descriptors = {}
         if self.journal is not None:
             self.journal.close()
+
+
+# What a network's file system says while its server is away, or a disk of one bad read.
+_MAY_PASS = ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
+             "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN")  # fmt: skip
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same run may succeed later: what it has written, hours of work maybe, is worth keeping."""
+    return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
 
 
 def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:

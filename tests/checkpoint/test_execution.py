@@ -396,6 +396,23 @@ def test_an_unreadable_file_to_carry_is_refused_before_any_work(src, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_network_that_fails_for_a_while_costs_nothing(src, tmp_path, monkeypatch, code):
+    def away(*args):
+        raise OSError(code, os.strerror(code))
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "preadv", after(12, away, os.preadv))
+    with pytest.raises(
+        InputError, match=r"What was written stays; check the file and the disk, and run again"
+    ):
+        lowbit.convert(src, out, "int8", workers=1)
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    done = lowbit.convert(src, out, "int8")
+    assert done.resumed_jobs > 5 and lowbit.verify(out, src).ok
+
+
 def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):
     def nothing(fd, buffers, offset):
         return 0
