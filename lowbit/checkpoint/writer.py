@@ -50,7 +50,7 @@ class OutputDirectory:
         self._descriptors: dict[int, int] = {}
         self._shown: list[Path] = []
         self._lock = -1
-        self._stale = False
+        self._stale = self._kept = False
         self.journal: Journal | None = None
         self.record = Record()
         """What earlier runs of this plan, and other parts of it, had done when this one began."""
@@ -114,7 +114,7 @@ class OutputDirectory:
             self._make_directories()
             self._lock = _lock(self.out, shared=not self.part.whole and not tidy)
         except OSError as error:
-            self.discard()
+            self._remove_made()  # no more: what else is there may be another's
             raise self.explain(error) from error
         try:
             self._check_space()
@@ -128,16 +128,15 @@ class OutputDirectory:
             for number in sorted(self.shards):
                 shard = self.plan.shards[number]
                 self._descriptors[number] = _create(self.partial / shard.file, shard)
-        except OSError as error:
-            self.discard()
-            raise self.explain(error) from error
-        except InputError:
+        except (OSError, InputError) as error:
             # What an earlier run wrote is still good when there is space again.
             if self.record.begun:
                 self.abandon()
             else:
                 self.discard()
-            raise
+            if isinstance(error, InputError):
+                raise
+            raise self.explain(error) from error
         return self._descriptors
 
     def _make_directories(self) -> None:
@@ -160,18 +159,20 @@ class OutputDirectory:
 
     def explain(self, error: OSError) -> InputError:
         """An operating system's error → what to do about it."""
+        left = "stays" if self._kept else "has been removed"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InputError(
                 f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
-                "What was written has been removed: free some space, or choose another disk"
+                f"What was written {left}: free some space, or choose another disk"
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and self._is_output(error.filename):
             return InputError(
                 f"{self.out}: no permission to write here ({error.strerror}); choose another place"
             )
-        kept = ". What was written stays" if may_pass(error) else ""
+        stays = ". What was written stays" if self._kept else ""
         return InputError(
-            f"{error.filename or self.out}: {error.strerror or error}{kept}; check the file and the disk, and run again"
+            f"{error.filename or self.out}: {error.strerror or error}{stays}; check the file and the disk, "
+            "and run again"
         )
 
     def _is_output(self, filename: str | bytes | int | None) -> bool:
@@ -315,11 +316,7 @@ class OutputDirectory:
                     (self.out / parent).rmdir()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
-        for path in reversed(self._created):
-            try:
-                path.rmdir()
-            except OSError:
-                break
+        self._remove_made()
 
     def _discard_part(self) -> None:
         """The files of this part; those of others are theirs."""
@@ -327,12 +324,19 @@ class OutputDirectory:
             (self.partial / self.plan.shards[number].file).unlink(missing_ok=True)
         (self.partial / self.part.journal).unlink(missing_ok=True)
         self._release()
-        for path in (self.partial, *reversed(self._created)):
-            with suppress(OSError):  # not there, or not empty
+        with suppress(OSError):  # not there, or not empty
+            self.partial.rmdir()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        """The directories that this run made."""
+        for path in reversed(self._created):
+            with suppress(OSError):  # not empty
                 path.rmdir()
 
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""
+        self._kept = True
         self._close()
         self._release()
 

@@ -165,6 +165,31 @@ def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkey
     assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
 
 
+@pytest.mark.parametrize("failing", ["open", "posix_fallocate"])
+def test_what_cannot_be_gone_on_with_stays(src, stopped, monkeypatch, failing):
+    """Such as the files of a colleague, whose umask keeps others from writing to them, or a quota."""
+    files = everything(stopped)
+
+    def refuse(path, *args, **kw):
+        if failing == "open" and not str(path).endswith(".safetensors"):
+            return opened(path, *args, **kw)
+        raise OSError(
+            *(
+                (errno.EACCES, "Permission denied", str(path))
+                if failing == "open"
+                else (errno.EDQUOT, "Quota")
+            )
+        )
+
+    opened = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        with pytest.raises(InputError, match=r"no permission to write here|What was written stays"):
+            lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
+    assert everything(stopped).keys() == files.keys()
+    assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
+
+
 def test_other_settings_do_not_mix_with_a_partial(src, stopped, tmp_path):
     with pytest.raises(
         InputError, match=r"unfinished conversion of another source or with other settings.*--overwrite"
@@ -404,7 +429,7 @@ def test_a_network_that_fails_for_a_while_costs_nothing(src, tmp_path, monkeypat
     out = tmp_path / "out"
     monkeypatch.setattr(os, "preadv", after(12, away, os.preadv))
     with pytest.raises(
-        InputError, match=r"What was written stays; check the file and the disk, and run again"
+        InputError, match="What was written stays; check the file and the disk, and run again"
     ):
         lowbit.convert(src, out, "int8", workers=1)
     monkeypatch.undo()
