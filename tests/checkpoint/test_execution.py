@@ -81,6 +81,16 @@ def test_the_manifest_says_where_it_comes_from(src, tmp_path):
         assert entry["checksum"] == xxhash.xxh3_128_hexdigest(data) and entry["shape"] == list(t.shape)
 
 
+def test_where_no_more_threads_are_allowed_those_that_there_are_do_it(src, tmp_path, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", after(2, refuse, threading.Thread.start))
+        lowbit.convert(src, tmp_path / "out", "int8", workers=100_000)
+    assert lowbit.verify(tmp_path / "out", src).ok
+
+
 def test_progress_adds_up_to_the_source(src, tmp_path):
     for scheme in ("int8", "bf16", "int8-block"):
         seen: list[int] = []
