@@ -282,10 +282,12 @@ def _shards_without_index(root: Path, found: list[Path], notes: list[str]) -> li
 
 def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
-    for key in ("text_config", "quantization_config", "compression_config"):
-        if not isinstance(config.get(key), dict | None):
+    objects = dict.fromkeys(("text_config", "quantization_config", "compression_config"), dict)
+    for key, kind in {**objects, "model_type": str, "architectures": list}.items():
+        if not isinstance(config.get(key), kind | None):
+            expected = {dict: "an object", str: "a text", list: "a list"}[kind]
             raise InputError(
-                f"{file}: expected an object as {key}, found a {type(config[key]).__name__}; fetch it again"
+                f"{file}: expected {expected} as {key}, found a {type(config[key]).__name__}; fetch it again"
             )
     return config
 

@@ -364,6 +364,20 @@ def test_a_config_that_is_no_object(tmp_path, body):
     refuse(tmp_path, "config.json: expected a JSON object")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("text_config", [], "an object as text_config, found a list"),
+        ("model_type", ["llama"], "a text as model_type, found a list"),
+        ("architectures", "LlamaForCausalLM", "a list as architectures, found a str"),
+    ],
+)
+def test_a_config_with_values_of_other_types(tmp_path, key, value, message):
+    tensors, config = llama()
+    write(tmp_path, tensors, config | {key: value})
+    refuse(tmp_path, f"config.json: expected {message}")
+
+
 def test_files_beside_the_weights(tmp_path):
     files = {
         "tokenizer.json": "{}", "generation_config.json": "{}", "inference/kernel.py": "x", ".gitattributes": "y",
