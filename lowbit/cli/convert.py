@@ -85,7 +85,7 @@ def convert(
     chip = None if target is None else get_accelerator(target)
     share = Part() if part is None else Part.parse(part)
     wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
-    if chip is not None and scheme is None:
+    if chip is not None and scheme is None and recipe is None:
         format = format or chip.format
     if method or (wanted.method and calibration is None):
         if not share.whole:

@@ -86,6 +86,16 @@ def test_a_target_chooses_the_scheme(run, src, tmp_path):
     assert "does not multiply fp8" in err and "does not multiply fp8" in json.loads(out)["warnings"][-1]
     assert run("plan", src, "-t", "a100", "-s", "bf16")[0] == 0
     assert run("plan", src, "-t", "z80")[0] == 2
+    assert "int8 as ascend" in run("plan", src, "-t", "ascend910b")[1]
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8-block"])
+def test_a_recipe_beside_a_target_has_its_own_scheme(run, src, tmp_path, scheme):
+    (tmp_path / "r.yaml").write_text(f"scheme: {scheme}")
+    for command in (["plan", src], ["convert", src, tmp_path / "o", "--dry-run"]):
+        code, out, err = run(*command, "-t", "ascend910b", "--recipe", tmp_path / "r.yaml", "--json")
+        assert code == 0, err
+        assert json.loads(out)["scheme"] == scheme
 
 
 def test_verify_exits_with_1_when_something_is_wrong(run, src, tmp_path):
