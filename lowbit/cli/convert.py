@@ -203,7 +203,8 @@ def _calibrate(
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.calibrate import run_recipe
 
-    directory = out.with_name(out.name + ".calibration")
+    named = out.resolve() if out.name in ("", "..") else out
+    directory = named.with_name(named.name + ".calibration")
     changes: dict[str, object] = {"method": method or wanted.method}
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}

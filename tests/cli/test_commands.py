@@ -19,6 +19,7 @@ from sample_models import block_fp8, deepseek_v3, llama, load, write
 import lowbit
 from lowbit.checkpoint.headers import PARTIAL
 from lowbit.cli import main
+from lowbit.errors import InputError
 
 LOWBIT = [sys.executable, "-c", "from lowbit.cli import main; main()"]
 
@@ -187,6 +188,18 @@ def test_json_is_a_single_document(run, src, tmp_path, command):
         "verify": {"ok", "problems", "errors", "checked"},
     }[command]
     assert expected <= set(body)
+
+
+@pytest.mark.parametrize("out", [".", "../here", "../here/x/.."])
+def test_a_calibration_lies_beside_the_output_whatever_that_is_called(run, src, tmp_path, monkeypatch, out):
+    def calibrate(source, directory, *args, **kw):
+        raise InputError(f"into {directory.resolve()}")
+
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("lowbit.cli.calibrate.run_recipe", calibrate)
+    code, _, err = run("convert", src, out, "--method", "best", "--data", src / "config.json")
+    assert code == 2 and f"into {tmp_path / 'here.calibration'}" in err
 
 
 def test_a_dry_run_writes_nothing(run, src, tmp_path):
