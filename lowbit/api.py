@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.parts import Part
+from lowbit.checkpoint.patterns import listed
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.planner import Replacements
 from lowbit.checkpoint.rules import Selection
@@ -78,7 +79,9 @@ def plan(
     `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
-    selection = Selection(ignore=tuple(ignore), keep=tuple(keep), overrides=dict(overrides or {}))
+    selection = Selection(
+        ignore=listed("ignore", ignore), keep=listed("keep", keep), overrides=dict(overrides or {})
+    )
     replacements = _read_calibration(calibration, src, scheme) if calibration is not None else None
     return make_plan(
         source,
@@ -110,9 +113,9 @@ def convert(
 
     Arguments as for `plan`. One pass over the source in constant memory, on `workers` threads
     (default: one per processor). Nothing stands under its final name before everything is
-    written and synced. A run that was killed resumes when it is called again with the same
-    arguments: what it had written is read back and checked. Bad input raises InputError and
-    leaves nothing behind. NaN or Inf are bad input in what is quantized or cast; what is copied
+    written and synced. A run that was killed, or that a disk or network failed, resumes when it is called
+    again with the same arguments: what it had written is read back and checked. Bad input raises InputError
+    and leaves nothing behind. NaN or Inf are bad input in what is quantized or cast; what is copied
     with them is listed in `not_finite`. `part`: this machine's share of the output's files, where several with
     a common file system work on one conversion, all with the same arguments.
     """
@@ -134,7 +137,7 @@ def run_plan(
 ) -> Conversion:
     """Execute a plan into `out`; see `convert`."""
     from lowbit.checkpoint.journal import intact
-    from lowbit.checkpoint.writer import OutputDirectory
+    from lowbit.checkpoint.writer import OutputDirectory, may_pass
     from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
@@ -156,7 +159,10 @@ def run_plan(
         directory.abandon()
         raise
     except OSError as error:
-        directory.discard()
+        if may_pass(error):
+            directory.abandon()
+        else:
+            directory.discard()
         raise directory.explain(error) from error
     except BaseException:
         directory.discard()
@@ -184,7 +190,8 @@ def verify(
     """Re-read every tensor of a checkpoint; → Verification, whose `ok` says whether all is well.
 
     Checks headers, shapes, finite scales and the manifest's checksums. With `source`, weights
-    are dequantized and compared: SQNR in dB and relative error per tensor, worst first.
+    that are quantized, or have another dtype than there, are compared: SQNR in dB and relative error per
+    tensor, worst first.
     """
     from lowbit.checkpoint.verify import verify_checkpoint
     from lowbit.engines.local import default_workers

@@ -64,6 +64,7 @@ def calibrate(
     from lowbit.calibration.methods import Method as MethodClass
     from lowbit.calibration.methods import best_method, get_method
     from lowbit.calibration.run import RunOptions as Options
+    from lowbit.checkpoint.patterns import listed
     from lowbit.checkpoint.rules import Selection
     from lowbit.scheme import get_scheme
 
@@ -78,7 +79,9 @@ def calibrate(
     return run(
         src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
         data=described,
-        selection=Selection(ignore=tuple(ignore), keep=tuple(keep), overrides=dict(overrides or {})),
+        selection=Selection(
+            ignore=listed("ignore", ignore), keep=listed("keep", keep), overrides=dict(overrides or {})
+        ),
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
 
@@ -143,6 +146,7 @@ def search(
     """
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
+    from lowbit.checkpoint.patterns import listed
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:
@@ -150,7 +154,7 @@ def search(
     where = join(device)
     windows, _ = _windows(src, data, samples, length, seed)
     units = sensitivities(
-        src, windows, list(candidates), selection=Selection(ignore=tuple(ignore)), device=where, seed=seed,
+        src, windows, list(candidates), selection=Selection(ignore=listed("ignore", ignore)), device=where, seed=seed,
         progress=progress,
     )  # fmt: skip
     points = curve(units)

@@ -15,7 +15,7 @@ and methods are errors that name the nearest right one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lowbit.errors import InputError
 from lowbit.scheme import Scheme, get_scheme, nearest
 
 KEYS = ("version", "scheme", "ignore", "keep", "overrides", "method", "data", "notes")
-_DATA_KEYS = ("path", "samples", "length", "seed")
+_DATA_KEYS: Mapping[str, type] = {"path": str, "samples": int, "length": int, "seed": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     lists, mappings = {}, {}
     for key in ("ignore", "keep"):
         value = data.get(key) or []
-        if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise InputError(f"{where}: expected a list of patterns for {key}, found {value!r}")
         lists[key] = tuple(value)
     for key in ("overrides", "data", "notes"):
@@ -117,10 +117,17 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: expected a mapping for {key}, found {value!r}")
         mappings[key] = dict(value)
-    if any(not isinstance(v, str) for v in mappings["overrides"].values()):
+    if any(not isinstance(text, str) for item in mappings["overrides"].items() for text in item):
         raise InputError(
-            f"{where}: expected a scheme's name or float for every override, found {mappings['overrides']}"
+            f"{where}: expected a pattern and a scheme's name or float for every override, found "
+            f"{mappings['overrides']}; quote what YAML takes for a number or a truth"
         )
+    for key, value in mappings["data"].items():
+        kind = _DATA_KEYS.get(key, object)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{where}: data: expected {kind.__name__} as {key}, found {value!r}")
+        if key in ("samples", "length") and isinstance(value, int) and value < 1:
+            raise InputError(f"{where}: data: expected at least 1 as {key}, found {value}")
     method = data.get("method")
     if method is not None and not isinstance(method, str | Mapping):
         raise InputError(f"{where}: expected a method's name or a mapping, found {method!r}")
@@ -130,20 +137,46 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
             overrides=mappings["overrides"], method=method, data=mappings["data"], notes=mappings["notes"],
         )  # fmt: skip
     except ValueError as error:
-        raise InputError(str(error) if str(error).startswith("recipe") else f"{where}: {error}") from error
+        raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from error
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """What parsers make of a mapping, where they let the last of equal keys win: the others would be lost."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            _once((key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe from a YAML or JSON file. Raises InputError naming file and key."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before it
     except OSError as error:
         raise InputError(f"expected a recipe at {path}, found none: {error}") from error
-    import yaml
-
+    except ValueError as error:
+        raise InputError(
+            f"expected UTF-8 in {path}, found something else: {error}; save it as UTF-8"
+        ) from error
     try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _parse_yaml(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"expected YAML or JSON in {path}, found: {error}") from error
     return recipe_from(data, str(path))

@@ -58,10 +58,10 @@ class Accelerator:
 
 
 def _card(name: str, title: str, arch: str, memory: int, bandwidth: int, bf16: int, int8: int | None,
-          fp8: int | None, scheme: str) -> Accelerator:  # fmt: skip
+          fp8: int | None, scheme: str, format: str = "compressed-tensors") -> Accelerator:  # fmt: skip
     return Accelerator(
         name=name, title=title, arch=arch, memory_gb=memory, bandwidth=bandwidth, bf16=bf16, int8=int8, fp8=fp8,
-        scheme=scheme,
+        scheme=scheme, format=format,
     )  # fmt: skip
 
 
@@ -81,7 +81,8 @@ ACCELERATORS: dict[str, Accelerator] = {
         _card("mi300x", "AMD Instinct MI300X", "gfx942", 192, 5300, 1307, 2615, 2614, "fp8"),
         _card("mi325x", "AMD Instinct MI325X", "gfx942", 256, 6000, 1307, 2615, 2614, "fp8"),
         _card("mi355x", "AMD Instinct MI355X", "gfx950", 288, 8000, 2500, 5000, 5000, "fp8"),
-        _card("ascend910b", "Ascend 910B2", "ascend910b", 64, 1600, 354, 708, None, "int8"),
+        # vLLM-Ascend refuses compressed-tensors of DeepSeek's latent attention.
+        _card("ascend910b", "Ascend 910B2", "ascend910b", 64, 1600, 354, 708, None, "int8", "ascend"),
         Accelerator(
             name="cpu", title="x86-64 or other processor", arch="cpu", memory_gb=None, bandwidth=None,
             bf16=None, int8=None, fp8=None, scheme="int8",

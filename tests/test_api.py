@@ -11,6 +11,7 @@ from sample_models import block_fp8, llama, qwen3_moe, write
 
 import lowbit
 from lowbit.checkpoint.verify import Verification
+from lowbit.errors import InputError
 from lowbit.quantize import quantize
 from lowbit.scheme import Scheme, get_scheme
 
@@ -39,6 +40,15 @@ def test_input_errors_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match="found nothing there"):
         lowbit.inspect(tmp_path / "nowhere")
     assert issubclass(lowbit.InputError, ValueError)
+
+
+def test_one_pattern_is_not_taken_for_its_letters(tmp_path):
+    src = write(tmp_path / "src", *llama())
+    for given in ({"ignore": "lm_head"}, {"keep": "re:.*"}, {"ignore": ["lm_head", 3]}):
+        with pytest.raises(InputError, match=r"expected a list of patterns for (ignore|keep), found"):
+            lowbit.plan(src, **given)
+    with pytest.raises(InputError, match="expected a list of patterns for ignore, found 'lm_head'"):
+        lowbit.quantize_model(torch.nn.Linear(32, 32), "int8", ignore="lm_head")
 
 
 def test_strings_and_paths_schemes_and_names(tmp_path):

@@ -34,7 +34,9 @@ MANIFEST = "lowbit_manifest.json"
 # Where a conversion works until it is done.
 PARTIAL = ".lowbit-partial"
 # Other copies of the weights (and pickles): not carried along.
-WEIGHT_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
+WEIGHT_SUFFIXES = {
+    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     return {ref.name: ref for _, _, ref in spans}, metadata
 
 
+def header_bytes(file: Path) -> int:
+    """How many bytes come before the data of a safetensors file."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -> tuple[int, int, TensorRef]:
     if not isinstance(entry, dict):
         raise refuse(f"expected an object for tensor {name!r}, found a {type(entry).__name__}")
@@ -274,10 +282,12 @@ def _shards_without_index(root: Path, found: list[Path], notes: list[str]) -> li
 
 def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
-    for key in ("text_config", "quantization_config", "compression_config"):
-        if not isinstance(config.get(key), dict | None):
+    objects = dict.fromkeys(("text_config", "quantization_config", "compression_config"), dict)
+    for key, kind in {**objects, "model_type": str, "architectures": list}.items():
+        if not isinstance(config.get(key), kind | None):
+            expected = {dict: "an object", str: "a text", list: "a list"}[kind]
             raise InputError(
-                f"{file}: expected an object as {key}, found a {type(config[key]).__name__}; fetch it again"
+                f"{file}: expected {expected} as {key}, found a {type(config[key]).__name__}; fetch it again"
             )
     return config
 
@@ -311,11 +321,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         shards = _shards_without_index(root, found, notes)
         tensors = _read_shards(shards)
     else:
-        pickles = sorted(p.name for p in root.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        pickles = sorted(p.name for p in _entries(root) if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise InputError(
                 f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
                 "opened: save the model as safetensors first"
+            )
+        if snapshots := sorted(root.glob("snapshots/*")):
+            raise InputError(
+                f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
+                f"{snapshots[0]}"
             )
         if (root / PARTIAL).is_dir():
             raise InputError(
@@ -337,22 +352,44 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         else:
             config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
     skip = {*found, *indexes, config_file, root / MANIFEST, description}
-    others = []
-    for file in _files_below(root):
-        if file.suffix in WEIGHT_SUFFIXES and file not in skip:
+    others, modules = [], _sentence_modules(root)
+    for file in _files_below(root, notes):
+        weights = Path(file.name.removesuffix(".index.json")).suffix in WEIGHT_SUFFIXES
+        if weights and file not in skip and modules.isdisjoint(map(str, file.relative_to(root).parents)):
             notes.append(f"other weights are left out: {file.relative_to(root)}")
         elif file not in skip:
             others.append(file.relative_to(root))
     return Checkpoint(root, tensors, tuple(shards), config, tuple(others), tuple(notes))
 
 
-def _files_below(root: Path) -> Iterable[Path]:
+def _sentence_modules(root: Path) -> set[str]:
+    """Folders with modules of a sentence-transformers model: their weights are no copies of those in `root`."""
+    try:
+        modules = json.loads((root / "modules.json").read_text("utf-8"))
+        return {m["path"] for m in modules} - {"", "."}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return set()
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot be read ({error.strerror}); check the path and permissions"
+        ) from error
+
+
+def _files_below(root: Path, notes: list[str]) -> Iterable[Path]:
     """Files below `root`. Hidden directories (.git, .cache) and linked ones are not entered;
     linked files are followed, since a hub's cache is made of them."""
-    for entry in sorted(root.iterdir()):
+    for entry in _entries(root):
         if entry.name.startswith(".") and entry.is_dir():
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _files_below(entry)
-        elif entry.is_file():
+        if entry.is_file():
             yield entry
+        elif entry.is_symlink():
+            what = "a directory" if entry.is_dir() else "what is not there"
+            notes.append(f"a link to {what} is left out: {entry}")
+        elif entry.is_dir():
+            yield from _files_below(entry, notes)

@@ -77,7 +77,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     indices = [int(m[1]) for n in source.tensors if (m := re.search(r"\.experts\.(\d+)\.", n))]
     return Inspection(
         path=str(source.root),
-        architecture=", ".join(source.config.get("architectures") or []) or "unknown",
+        architecture=", ".join(map(str, source.config.get("architectures") or [])) or "unknown",
         model_type=str(source.config.get("model_type", "unknown")),
         tensors=len(source.tensors),
         parameters=parameters,

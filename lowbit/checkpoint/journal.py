@@ -127,13 +127,22 @@ def intact(
 
 def checksum_of(file: Path, tensor: OutTensor) -> str:
     """xxh3-128 of a tensor's bytes in a file, as hex; "" when the file is too short."""
-    digest, left = xxhash.xxh3_128(), tensor.nbytes
-    with file.open("rb") as stream:
-        stream.seek(tensor.offset)
-        while left:
-            part = stream.read(min(left, COPY_BYTES))
-            if not part:
-                return ""
-            digest.update(part)
-            left -= len(part)
+    return file_checksum(file, tensor.offset, tensor.nbytes)
+
+
+def file_checksum(file: Path, offset: int = 0, nbytes: int | None = None) -> str:
+    """xxh3-128 of a file's bytes from `offset` on, all or so many, as hex; "" where they are not there."""
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            left = file.stat().st_size - offset if nbytes is None else nbytes
+            while left > 0:
+                part = stream.read(min(left, COPY_BYTES))
+                if not part:
+                    return ""
+                digest.update(part)
+                left -= len(part)
+    except FileNotFoundError:
+        return ""
     return digest.hexdigest()

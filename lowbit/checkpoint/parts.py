@@ -22,6 +22,12 @@ class Part:
     number: int = 1
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise InputError(
+                f"expected part I of N such as 2 of 4, the second of four machines, found {self.number} of {self.count}"
+            )
+
     @classmethod
     def parse(cls, text: str) -> Part:
         """`2/4`; InputError for anything else."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,8 +120,8 @@ def make_plan(
     planner.add_rest()
     if scheme.weights is not None and not planner.schemes:
         raise InputError(
-            f"{source.root}: expected at least one weight to quantize, found none that the rules allow; "
-            "`lowbit plan` says which rule kept each"
+            f"{source.root}: expected at least one weight to quantize to {scheme.name} as "
+            f"{target.name if target else 'plain'}, found none: {_why_kept(decisions)}"
         )
     planner.require_input_scales()
     if planner.dequantized:
@@ -228,6 +228,13 @@ def _one_scale(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
 
 def _by_rule(decision: Decision) -> bool:
     return decision.role == "experts-3d" and not decision.reason.startswith("--")
+
+
+def _why_kept(decisions: Mapping[str, Decision]) -> str:
+    """The reasons for which weights stay, the most frequent first."""
+    counted = Counter(d.reason for d in decisions.values()).most_common()
+    more = f", and {len(counted) - 5} other reasons" if len(counted) > 5 else ""
+    return ", ".join(f"{count} × {reason}" for reason, count in counted[:5]) + more
 
 
 def _fuse_floats(

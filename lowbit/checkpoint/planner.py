@@ -103,11 +103,11 @@ class Planner:
     ) -> list[Job]:
         scheme = decision.scheme
         if decision.as_found and stored is not None:
-            if self.target is None or not self.target.holds(stored.scheme):
+            if (why := self._cannot_keep(stored)) is not None:
                 name = self.target.name if self.target else "plain float tensors"
                 raise InputError(
                     f"--keep {module}: expected weights that {name} can hold, found {stored.scheme.name} in the "
-                    "source; use --ignore to have it in float"
+                    f"source{why}; use --ignore to have it in float"
                 )
             scheme = stored.scheme
         if scheme is not None and scheme.weights is not None:
@@ -120,6 +120,15 @@ class Planner:
         if decision.as_found:
             return [self._copy(self.source.tensors[anchor])]
         return [self._float(module, stored, anchor)]
+
+    def _cannot_keep(self, stored: StoredModule) -> str | None:
+        """Why the output cannot hold a weight as the source has it, in brackets if not plain; None: it can."""
+        if self.target is None or not self.target.holds(stored.scheme):
+            return ""
+        if stored.format == self.target.name:
+            return None
+        why = self.target.refuse(stored.scheme, stored.shape, "")
+        return f" ({why})" if why else None
 
     def _quantized(self, module: str, scheme: Scheme, stored: StoredModule | None) -> list[Job]:
         assert self.target is not None and scheme.weights is not None

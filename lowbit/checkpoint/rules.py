@@ -46,10 +46,22 @@ KEEP_RULES = (
         _inside(
             "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder",
             "multi_modal_projector", "mm_projector", "img_projector", "connector", "aligner",
+            # Molmo, Ovis, Phi-3 and 4, Gemma 3n and 4, MiniCPM-V, DeepSeek-VL2 and -OCR, Keye, BLIP-2, ERNIE
+            "vision_backbone", "visual_tokenizer", "vision_embed_tokens", "image_embed",
+            "embed_vision", "vpm", "resampler", "projector", "sam_model", "mlp_AR", "language_projection",
+            "resampler_model", "image_tower", "video_tower",
         ),
         "vision tower",
     ),
-    Rule("audio", _inside("audio", "audio_tower", "audio_encoder", "audio_model"), "audio tower"),
+    Rule("vision", re.compile(r"^(model\.)?mlp1\."), "vision tower"),  # InternVL's projector
+    Rule(
+        "audio",
+        _inside(
+            "audio", "audio_tower", "audio_encoder", "audio_model", "audio_embed", "embed_audio", "audio_projector",
+            "apm", "audio_projection_layer", "sound_encoder", "sound_projection", "token2wav", "code2wav",
+        ),
+        "audio tower",
+    ),
     Rule(
         "embedding",
         _last(
@@ -62,13 +74,14 @@ KEEP_RULES = (
     Rule(
         "head",
         re.compile(
-            r"^(output|head)$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder)$"
+            r"^(output|head)$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder"
+            r"|lm_head\.(decoder|out_proj)|generator_lm_head)$"
         ),
         "output head",
     ),
     Rule(
         "router",
-        _last("gate", "router", r"router\.(layer|linear|proj|classifier)", "shared_expert_gate", "gate_linear"),
+        _inside("gate", "router", "shared_expert_gate", "gate_linear"),
         "router: it picks experts, and small errors there change which",
     ),
     Rule("projection", _last("eh_proj"), "multi-token prediction joins two streams here; engines keep it in float"),
@@ -85,7 +98,18 @@ KEEP_RULES = (
         "its rows multiply groups of heads each, outside of what engines quantize",
     ),
     Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
+    Rule("adapter", _inside("lora_A", "lora_B"), "low-rank adapter: small, and nothing that engines quantize"),
+    # Not of the role: where one is a Linear after all, engines must be told that it is in float.
+    Rule(
+        "other",
+        _last(r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?", "embed_global", "visual_embeddings_table"),
+        "an embedding by its name",
+    ),
 )  # fmt: skip
+
+# Their `encoder` hears; of other models it reads text, and is quantized.
+_SPEECH_MODELS = {"granite_speech", "granite_speech_plus"}
+_SPEECH_ENCODER = re.compile(r"^(model\.)?encoder\.")
 
 # Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
@@ -143,6 +167,8 @@ class Decision:
 
 def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
     """(role, reason to keep it or "") of the module that owns a weight of that shape."""
+    if config.get("model_type") in _SPEECH_MODELS and _SPEECH_ENCODER.match(module):
+        return "audio", "audio tower"
     for rule in KEEP_RULES:
         if rule.pattern.match(module):
             return rule.role, rule.reason

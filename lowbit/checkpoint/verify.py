@@ -22,8 +22,17 @@ from lowbit.checkpoint.execute import (
     to_float,
 )
 from lowbit.checkpoint.fused_experts import split
-from lowbit.checkpoint.headers import FLOATS, MANIFEST, Checkpoint, TensorRef, open_checkpoint, read_json
+from lowbit.checkpoint.headers import (
+    FLOATS,
+    MANIFEST,
+    Checkpoint,
+    TensorRef,
+    header_bytes,
+    open_checkpoint,
+    read_json,
+)
 from lowbit.checkpoint.jobs import Source
+from lowbit.checkpoint.journal import file_checksum
 from lowbit.checkpoint.reading import TransposedRows, finite, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
@@ -44,6 +53,7 @@ class TensorError:
     largest: float
     """Largest absolute difference."""
     scheme: str
+    """Or the dtype of a weight that is in float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class Verification:
     checked: tuple[str, ...]
     """What was looked at, in words."""
     errors: tuple[TensorError, ...] = field(default=(), repr=False)
-    """With a source: the quantized weights, worst first."""
+    """With a source: the weights that are quantized, or have another dtype than there; worst first."""
 
     @property
     def ok(self) -> bool:
@@ -90,7 +100,7 @@ def verify_checkpoint(
     try:
         checkpoint = open_checkpoint(path)
         stored = read(checkpoint.config, checkpoint.tensors)
-        manifest, files = _manifest(checkpoint)
+        manifest = _manifest(checkpoint)
     except InputError as error:
         return Verification(
             path=str(path), tensors=0, nbytes=0, problems=(str(error),), checked=("headers and config",)
@@ -98,21 +108,18 @@ def verify_checkpoint(
     problems: list[str] = []
     checked = [f"headers of {len(checkpoint.shards)} shards", f"shapes of {len(stored)} quantized modules"]
 
-    if manifest is None:
-        checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
-    else:
-        problems += _against(manifest, checkpoint)
-        checked.append("names, dtypes, shapes and checksums of all tensors against the manifest")
     if quantization_of(checkpoint.config).get("quant_method") == METHOD_OF_DESCRIPTION:
         extra = undescribed(quantization_of(checkpoint.config), checkpoint.tensors)
         problems += [f"{DESCRIPTION}: describes {name}, which is in no shard" for name in extra]
         checked.append(f"{DESCRIPTION} against the names of all tensors")
-    for name, checksum in files.items():
-        if _file_checksum(checkpoint.root / name) != checksum:
-            problems.append(f"{name}: missing, or changed since it was written; convert again")
+    if manifest is None:
+        checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
+    else:
+        problems += _against(manifest, checkpoint)
+        checked.append("names, dtypes, shapes and checksums of all tensors and files against the manifest")
 
     bound_to = {n for m in stored.values() for c, n in m.names.items() if c in _SCALES}
-    sums = {name: entry["checksum"] for name, entry in manifest.items()} if manifest else {}
+    sums = {name: entry["checksum"] for name, entry in manifest["tensors"].items()} if manifest else {}
 
     def look(ref: TensorRef) -> list[str]:
         return _check_tensor(ref, sums.get(ref.name), ref.name in bound_to, progress)
@@ -135,44 +142,46 @@ def verify_checkpoint(
     )  # fmt: skip
 
 
-def _manifest(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """What the manifest says of each tensor, by name (None: there is none), and file → checksum."""
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The manifest, where there is one: `tensors` by name, checksums of shards' `headers` and of other `files`."""
     file = checkpoint.root / MANIFEST
     if not file.is_file():
-        return None, {}
-    manifest = read_json(file)
-    tensors, files = manifest.get("tensors"), manifest.get("files", {})
-    if (
-        not isinstance(tensors, dict)
-        or not isinstance(files, dict)
-        or not all(
-            isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"} for t in tensors.values()
-        )
+        return None
+    manifest = {"headers": {}, "files": {}, **read_json(file)}
+    parts = [manifest.get("tensors"), manifest["headers"], manifest["files"]]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"}
+        for t in manifest["tensors"].values()
     ):
         raise InputError(
             f"{file}: expected dtype, shape and checksum of each tensor, found others; convert again"
         )
-    return tensors, files
-
-
-def _file_checksum(file: Path) -> str:
-    """xxh3-128 as hex; "" where there is no file."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(file.read_bytes()) if file.is_file() else ""
+    return manifest
 
 
 def _against(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """Names, dtypes and shapes that differ from what was written."""
-    listed, present = set(manifest), set(checkpoint.tensors)
+    """Names, dtypes and shapes of tensors, headers and files that differ from what was written."""
+    written, root = manifest["tensors"], checkpoint.root
+    listed, present = set(written), set(checkpoint.tensors)
     problems = [f"{n}: in the manifest, but in no shard" for n in sorted(listed - present)]
     problems += [f"{n}: in a shard, but not in the manifest" for n in sorted(present - listed)]
     for name in sorted(listed & present):
-        ref, entry = checkpoint.tensors[name], manifest[name]
+        ref, entry = checkpoint.tensors[name], written[name]
         if (ref.dtype, list(ref.shape)) != (entry["dtype"], entry["shape"]):
             problems.append(
                 f"{name}: expected {entry['dtype']} {entry['shape']} as written, found {ref.dtype} {list(ref.shape)}"
             )
+    changed = [n for n, checksum in manifest["files"].items() if file_checksum(root / n) != checksum]
+    changed += [
+        n for n, checksum in manifest["headers"].items()
+        if (root / n).is_file() and file_checksum(root / n, 0, header_bytes(root / n)) != checksum
+    ]  # fmt: skip
+    problems += [f"{n}: missing, or changed since it was written; convert again" for n in changed]
+    if manifest["headers"]:
+        extra = sorted({f.name for f in root.glob("[!.]*.safetensors")} - set(manifest["headers"]))
+        problems += [
+            f"{n}: not written by this conversion, and engines may load it; remove it" for n in extra
+        ]
     return problems
 
 
@@ -218,16 +227,16 @@ def _errors(
     before = read(origin.config, origin.tensors)
     pairs: list[tuple[str, tuple[int, int], Source, Source, str]] = []
     missing: list[str] = []
-    for module, now in stored.items():
+    here = {m: (s.shape, Source.of(s, checkpoint.tensors), s.scheme.name) for m, s in stored.items()}
+    for module, (shape, now, scheme) in (here | _in_float(checkpoint, stored)).items():
         then = _source_of(module, before, origin)
         if then is None:
-            missing.append(f"{module}: quantized here, but the source has no such weight")
-            continue
-        shape, there = then
-        if shape != now.shape:
-            missing.append(f"{module}: {list(now.shape)} here, but {list(shape)} in the source")
-            continue
-        pairs.append((module, shape, there, Source.of(now, checkpoint.tensors), now.scheme.name))
+            if module in stored:
+                missing.append(f"{module}: quantized here, but the source has no such weight")
+        elif then[0] != shape:
+            missing.append(f"{module}: {list(shape)} here, but {list(then[0])} in the source")
+        elif module in stored or now.ref.dtype != then[1].ref.dtype:
+            pairs.append((module, shape, then[1], now, scheme))
     errors: list[TensorError] = []
 
     def compare(pair: tuple[str, tuple[int, int], Source, Source, str]) -> TensorError | str:
@@ -243,6 +252,18 @@ def _errors(
             else:
                 errors.append(found)
     return tuple(sorted(errors, key=lambda e: e.sqnr_db)), missing
+
+
+def _in_float(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredModule]
+) -> dict[str, tuple[tuple[int, int], Source, str]]:
+    """Matrices that are not quantized here: module → shape, where it lies, its dtype."""
+    return {
+        name.removesuffix(".weight"): ((ref.shape[0], ref.shape[1]), Source(ref=ref), ref.dtype)
+        for name, ref in split(checkpoint).checkpoint.tensors.items()
+        if name.endswith(".weight") and len(ref.shape) == 2 and ref.dtype in FLOATS
+        and name.removesuffix(".weight") not in stored
+    }  # fmt: skip
 
 
 def _source_of(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.journal import Journal, Record, read_journals
+from lowbit.checkpoint.journal import Journal, Record, file_checksum, read_journals
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
@@ -29,6 +29,7 @@ from lowbit.formats import DESCRIPTION
 # Stands in PARTIAL while finished files are moved out of it.
 FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 # Below PARTIAL, the source's other files, whose names are not ours to choose.
 OTHERS = Path("others")
 
@@ -49,7 +50,7 @@ class OutputDirectory:
         self._descriptors: dict[int, int] = {}
         self._shown: list[Path] = []
         self._lock = -1
-        self._stale = False
+        self._stale = self._kept = False
         self.journal: Journal | None = None
         self.record = Record()
         """What earlier runs of this plan, and other parts of it, had done when this one began."""
@@ -68,6 +69,12 @@ class OutputDirectory:
             )
         if out in source.parents and self._overwrite:
             raise InputError(f"{self.out}: holds the source; choose another place")
+        # They are copied at the end, which may be hours away.
+        for file in self.plan.source.others:
+            if not os.access(self.plan.source.root / file, os.R_OK):
+                raise InputError(
+                    f"{self.plan.source.root / file}: cannot be read, and is to be carried along; check its permissions"
+                )
         if not self.out.exists():
             return
         if not self.out.is_dir():
@@ -88,7 +95,7 @@ class OutputDirectory:
                 f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
                 "choose another, or give --overwrite"
             )
-        if self._overwrite and not found & {PARTIAL, "config.json", MANIFEST} and found:
+        if self._overwrite and not found & {PARTIAL, CONFIG, MANIFEST} and found:
             raise InputError(
                 f"{self.out}: --overwrite replaces a checkpoint, found a directory that holds none "
                 f"(but {min(found)}); choose another place"
@@ -107,7 +114,7 @@ class OutputDirectory:
             self._make_directories()
             self._lock = _lock(self.out, shared=not self.part.whole and not tidy)
         except OSError as error:
-            self.discard()
+            self._remove_made()  # no more: what else is there may be another's
             raise self.explain(error) from error
         try:
             self._check_space()
@@ -121,16 +128,15 @@ class OutputDirectory:
             for number in sorted(self.shards):
                 shard = self.plan.shards[number]
                 self._descriptors[number] = _create(self.partial / shard.file, shard)
-        except OSError as error:
-            self.discard()
-            raise self.explain(error) from error
-        except InputError:
+        except (OSError, InputError) as error:
             # What an earlier run wrote is still good when there is space again.
             if self.record.begun:
                 self.abandon()
             else:
                 self.discard()
-            raise
+            if isinstance(error, InputError):
+                raise
+            raise self.explain(error) from error
         return self._descriptors
 
     def _make_directories(self) -> None:
@@ -147,23 +153,26 @@ class OutputDirectory:
         need, free = self.plan.output_bytes + others - have, shutil.disk_usage(self.out).free
         if need > free:
             raise InputError(
-                f"{self.out}: expected {need / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB; "
+                f"{self.out}: expected {-(-need // 10**6)} MB of free disk space, found {free // 10**6} MB; "
                 "free some, or choose another disk"
             )
 
     def explain(self, error: OSError) -> InputError:
         """An operating system's error → what to do about it."""
+        left = "stays" if self._kept else "has been removed"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InputError(
                 f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
-                "What was written has been removed: free some space, or choose another disk"
+                f"What was written {left}: free some space, or choose another disk"
             )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and self._is_output(error.filename):
             return InputError(
                 f"{self.out}: no permission to write here ({error.strerror}); choose another place"
             )
+        stays = ". What was written stays" if self._kept else ""
         return InputError(
-            f"{error.filename or self.out}: {error.strerror or error}; check the file and the disk, and run again"
+            f"{error.filename or self.out}: {error.strerror or error}{stays}; check the file and the disk, "
+            "and run again"
         )
 
     def _is_output(self, filename: str | bytes | int | None) -> bool:
@@ -183,37 +192,46 @@ class OutputDirectory:
         self.not_finite = tuple(sorted(record.not_finite))
         if not self.part.whole and not self._last(record):
             return {}
-        manifest = self._manifest({n: sum_ for sums in record.done.values() for n, sum_ in sums.items()})
-        files = [Path(shard.file) for shard in self.plan.shards]
-        for name, content in self.plan.files.items():
-            _write_json(self.partial / name, content)
-            files.append(Path(name))
-        if len(self.plan.shards) > 1:
-            _write_json(self.partial / INDEX, self._index())
-            files.append(Path(INDEX))
-        for file in self.plan.source.others:
-            (self.partial / OTHERS / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.plan.source.root / file, self.partial / OTHERS / file)
+        beside = self._write_beside()
+        manifest = self._manifest(
+            {n: sum_ for sums in record.done.values() for n, sum_ in sums.items()}, beside
+        )
         _write_json(self.partial / MANIFEST, manifest)
-        if self.plan.config:
-            _write_json(self.partial / "config.json", self.plan.config)
         (self.partial / FINISHING).touch()
         _sync_directory(self.partial)
         if self._overwrite:
             self._remove_old()
-        for file in files:
-            self._show(file, file)
-        for file in self.plan.source.others:
-            self._show(OTHERS / file, file)
-        self._show(Path(MANIFEST), Path(MANIFEST))
+        others = {str(file) for file in self.plan.source.others}
+        for name in (*(shard.file for shard in self.plan.shards), *beside, MANIFEST):
+            if name != CONFIG:
+                self._show(OTHERS / name if name in others else Path(name), Path(name))
         _sync_directory(self.out)
-        if self.plan.config:
-            self._show(Path("config.json"), Path("config.json"))
+        if CONFIG in beside:
+            self._show(Path(CONFIG), Path(CONFIG))
         self._shown = []
+        # First, since beside it a result without a journal would be taken for one that any run may go on with.
+        (self.partial / FINISHING).unlink()
         shutil.rmtree(self.partial)
         _sync_directory(self.out)
         self._release()
         return manifest
+
+    def _write_beside(self) -> dict[str, str]:
+        """All files but the shards and the manifest, into PARTIAL; name → checksum."""
+        contents = dict(self.plan.files)
+        if len(self.plan.shards) > 1:
+            contents[INDEX] = self._index()
+        if self.plan.config:
+            contents[CONFIG] = self.plan.config
+        for name, content in contents.items():
+            _write_json(self.partial / name, content)
+        checksums = {name: file_checksum(self.partial / name) for name in contents}
+        for file in self.plan.source.others:
+            copy = self.partial / OTHERS / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.plan.source.root / file, copy)
+            checksums[str(file)] = file_checksum(copy)
+        return checksums
 
     def _last(self, record: Record) -> bool:
         """Whether every part is done by what the journals say, and it falls to this one to show the result.
@@ -244,7 +262,7 @@ class OutputDirectory:
         """Undo the renames of a run that was killed among them; config.json goes first."""
         if not (self.partial / FINISHING).exists():
             return
-        (self.out / "config.json").unlink(missing_ok=True)
+        (self.out / CONFIG).unlink(missing_ok=True)
         for shard in self.plan.shards:
             if not (self.partial / shard.file).exists() and (self.out / shard.file).exists():
                 (self.out / shard.file).replace(self.partial / shard.file)
@@ -252,7 +270,7 @@ class OutputDirectory:
 
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each."""
-        for name in ("config.json", MANIFEST, INDEX, DESCRIPTION):
+        for name in (CONFIG, MANIFEST, INDEX, DESCRIPTION):
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
             file.unlink()
@@ -262,7 +280,10 @@ class OutputDirectory:
         total = sum(shard.nbytes - len(shard.header) for shard in self.plan.shards)
         return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
-    def _manifest(self, checksums: Mapping[str, str]) -> dict[str, Any]:
+    def _manifest(self, checksums: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, Any]:
+        """`checksums`: of tensors, by name; `beside`: of files, by name."""
+        import xxhash
+
         from lowbit import __version__
 
         return {
@@ -278,11 +299,8 @@ class OutputDirectory:
                 for job in self.plan.jobs
                 for t in job.outputs.values()
             },
-            **(
-                {"files": {name: _json_checksum(f) for name, f in self.plan.files.items()}}
-                if self.plan.files
-                else {}
-            ),
+            "headers": {s.file: xxhash.xxh3_128_hexdigest(s.header) for s in self.plan.shards},
+            "files": dict(beside),
         }
 
     def discard(self) -> None:
@@ -298,11 +316,7 @@ class OutputDirectory:
                     (self.out / parent).rmdir()
         shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
-        for path in reversed(self._created):
-            try:
-                path.rmdir()
-            except OSError:
-                break
+        self._remove_made()
 
     def _discard_part(self) -> None:
         """The files of this part; those of others are theirs."""
@@ -310,12 +324,19 @@ class OutputDirectory:
             (self.partial / self.plan.shards[number].file).unlink(missing_ok=True)
         (self.partial / self.part.journal).unlink(missing_ok=True)
         self._release()
-        with suppress(OSError):  # not empty
-            for path in (self.partial, *reversed(self._created)):
+        with suppress(OSError):  # not there, or not empty
+            self.partial.rmdir()
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        """The directories that this run made."""
+        for path in reversed(self._created):
+            with suppress(OSError):  # not empty
                 path.rmdir()
 
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""
+        self._kept = True
         self._close()
         self._release()
 
@@ -330,6 +351,16 @@ class OutputDirectory:
         self._descriptors = {}
         if self.journal is not None:
             self.journal.close()
+
+
+# What a network's file system says while its server is away, or a disk of one bad read.
+_MAY_PASS = ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
+             "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN")  # fmt: skip
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same run may succeed later: what it has written, hours of work maybe, is worth keeping."""
+    return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
 
 
 def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
@@ -358,7 +389,7 @@ def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
 
 def _create(file: Path, shard: Shard) -> int:
     """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if hasattr(os, "posix_fallocate"):
             try:
@@ -376,25 +407,15 @@ def _create(file: Path, shard: Shard) -> int:
     return fd
 
 
-_JSON_STYLE: dict[str, Any] = {"indent": 2, "ensure_ascii": False}
-
-
 def _write_json(file: Path, value: Any) -> None:
     """Write aside, sync, rename: the file is whole or absent."""
     aside = file.with_name(f".{file.name}.part")
     with aside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, **_JSON_STYLE)
+        json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(file)
-
-
-def _json_checksum(value: Any) -> str:
-    """xxh3-128 of a JSON file as `_write_json` writes it, as hex."""
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest((json.dumps(value, **_JSON_STYLE) + "\n").encode())
 
 
 def _sync_directory(path: Path) -> None:

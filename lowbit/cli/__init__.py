@@ -66,10 +66,13 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
+        said = {2: "bad usage; standard error says what was expected"}
         if stop.code == 130:  # typer's answer to Ctrl-C
-            print("stopped; run the same command again to go on from here", file=sys.stderr)
-        if stop.code == 2 and "--json" in sys.argv:
+            again = "; run the same command again to go on from here"
+            said[130] = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"]))
+            print(said[130], file=sys.stderr)
+        if stop.code in said and "--json" in sys.argv:
             from lowbit.cli.output import print_json
 
-            print_json({"error": "bad usage; standard error says what was expected"})
+            print_json({"error": said[stop.code]})
         raise

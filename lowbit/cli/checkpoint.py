@@ -97,7 +97,7 @@ def plan(
 
     chip = None if target is None else get_accelerator(target)
     wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
-    if chip is not None and scheme is None:
+    if chip is not None and scheme is None and recipe is None:
         format = format or chip.format
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,

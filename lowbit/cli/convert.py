@@ -85,7 +85,7 @@ def convert(
     chip = None if target is None else get_accelerator(target)
     share = Part() if part is None else Part.parse(part)
     wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
-    if chip is not None and scheme is None:
+    if chip is not None and scheme is None and recipe is None:
         format = format or chip.format
     if method or (wanted.method and calibration is None):
         if not share.whole:
@@ -203,7 +203,8 @@ def _calibrate(
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.calibrate import run_recipe
 
-    directory = out.with_name(out.name + ".calibration")
+    named = out.resolve() if out.name in ("", "..") else out
+    directory = named.with_name(named.name + ".calibration")
     changes: dict[str, object] = {"method": method or wanted.method}
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}

@@ -54,10 +54,17 @@ def run_jobs(
         finally:
             worker.close()
 
-    threads = [threading.Thread(target=work, name=f"lowbit-{i}", daemon=True) for i in range(max(1, workers))]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
+        for number in range(max(1, min(workers, len(jobs)))):
+            thread = threading.Thread(target=work, name=f"lowbit-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the machine allows no more
+                if not threads:
+                    raise
+                break
+            threads.append(thread)
         for thread in threads:
             thread.join()
     except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.checkpoint.patterns import Patterns
+from lowbit.checkpoint.patterns import Patterns, listed
 from lowbit.checkpoint.rules import Decision, Selection, decide
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
@@ -107,7 +107,7 @@ def quantize_model(
         )
     before = _nbytes(model)
     candidates, unfit = _candidates(model)
-    selection, given = _selection(candidates, tuple(ignore), dict(per_module or {}))
+    selection, given = _selection(candidates, listed("ignore", ignore), dict(per_module or {}))
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}

@@ -81,7 +81,12 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
         ({}, "expected `scheme`"),
         ({"scheme": "int8", "overrides": {"a": "fp9"}}, "fp8"),
         ({"scheme": "int8", "ignore": "lm_head"}, "list of patterns"),
+        ({"scheme": "int8", "ignore": 3}, "list of patterns for ignore, found 3"),
+        ({"scheme": "int8", "ignore": {"lm_head": None}}, "list of patterns"),
+        ({"scheme": "int8", "overrides": {1: "fp8"}}, "expected a pattern"),
         ({"scheme": "int8", "data": {"pth": 1}}, "pth"),
+        ({"scheme": "int8", "data": {"samples": "many"}}, "expected int as samples, found 'many'"),
+        ({"scheme": "int8", "data": {"length": 0}}, "at least 1 as length, found 0"),
         ({"scheme": "int8", "version": 2}, "version 1"),
         ([1], "mapping"),
     ]
@@ -94,3 +99,27 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({"scheme": "int8", "methd": "gptq"}))
     with pytest.raises(InputError, match="method"):
         load_recipe(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b'scheme: int8\nnotes: {by: "Ren\xe9"}', "UTF-8"),
+        ("a.json", b"[" * 100_000, "YAML or JSON"),
+        ("a.yaml", b"scheme: int8\nignore: [a]\nignore: [b]", "the key 'ignore' stands twice"),
+        ("a.yaml", b'scheme: int8\noverrides: {"*.o_proj": fp8, "*.o_proj": float}', "'\\*.o_proj' stands twice"),
+        ("a.json", b'{"scheme": "int8", "scheme": "fp8"}', "the key 'scheme' stands twice"),
+        ("a.yaml", b'scheme: int8\noverrides: {"*.o_proj": fp9}', r"a\.yaml: override '\*\.o_proj': unknown scheme"),
+    ],
+)  # fmt: skip
+def test_a_recipe_file_that_cannot_be_read_as_it_is_meant(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / name)
+
+
+def test_a_recipe_of_windows_with_yaml_merges(tmp_path):
+    (tmp_path / "a.yaml").write_text("\ufeffscheme: int8\nnotes: {a: &a {x: 1}, b: {<<: *a, y: 2}}", "utf-8")
+    assert load_recipe(tmp_path / "a.yaml").notes == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
+    (tmp_path / "a.json").write_text('\ufeff{"scheme": "fp8"}', "utf-8")
+    assert load_recipe(tmp_path / "a.json").scheme == "fp8"

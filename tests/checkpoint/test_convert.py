@@ -334,6 +334,20 @@ def test_ignore_dequantizes_and_keep_carries_fp8(tmp_path):
     assert down in q["ignore"]
 
 
+def test_keep_refuses_what_the_format_cannot_hold_in_that_shape(tmp_path):
+    """Groups where a scale per channel is held, or int8 per channel where K does not fill int32s."""
+    src = write(tmp_path / "src", *llama(intermediate=258))
+    lowbit.convert(src, tmp_path / "grouped", "int8-weight-only")
+    with pytest.raises(
+        InputError, match=r"o_proj: expected weights that ascend can hold, found .* \(vLLM-Ascend"
+    ):
+        lowbit.convert(tmp_path / "grouped", tmp_path / "out", "int8", format="ascend", keep=["*.o_proj"])
+    lowbit.convert(src, tmp_path / "ascend", "int8-weight-only", format="ascend")
+    with pytest.raises(InputError, match=r"down_proj: expected weights .* \(K = 258 is not a multiple of 4"):
+        lowbit.convert(tmp_path / "ascend", tmp_path / "out", "int8", keep=["*.down_proj"])
+    lowbit.convert(tmp_path / "ascend", tmp_path / "out", "int8", format="ascend", keep=["*.down_proj"])
+
+
 def test_overrides_give_mixed_precision(tmp_path):
     tensors, config = llama()
     src = write(tmp_path / "src", tensors, config)

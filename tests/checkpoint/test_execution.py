@@ -81,6 +81,16 @@ def test_the_manifest_says_where_it_comes_from(src, tmp_path):
         assert entry["checksum"] == xxhash.xxh3_128_hexdigest(data) and entry["shape"] == list(t.shape)
 
 
+def test_where_no_more_threads_are_allowed_those_that_there_are_do_it(src, tmp_path, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", after(2, refuse, threading.Thread.start))
+        lowbit.convert(src, tmp_path / "out", "int8", workers=100_000)
+    assert lowbit.verify(tmp_path / "out", src).ok
+
+
 def test_progress_adds_up_to_the_source(src, tmp_path):
     for scheme in ("int8", "bf16", "int8-block"):
         seen: list[int] = []
@@ -159,9 +169,34 @@ def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkey
         break
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-        with pytest.raises(InputError, match="GB of free disk space"):
+        with pytest.raises(InputError, match="MB of free disk space"):
             lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
     assert len(everything(stopped)) == len(files) - 1
+    assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
+
+
+@pytest.mark.parametrize("failing", ["open", "posix_fallocate"])
+def test_what_cannot_be_gone_on_with_stays(src, stopped, monkeypatch, failing):
+    """Such as the files of a colleague, whose umask keeps others from writing to them, or a quota."""
+    files = everything(stopped)
+
+    def refuse(path, *args, **kw):
+        if failing == "open" and not str(path).endswith(".safetensors"):
+            return opened(path, *args, **kw)
+        raise OSError(
+            *(
+                (errno.EACCES, "Permission denied", str(path))
+                if failing == "open"
+                else (errno.EDQUOT, "Quota")
+            )
+        )
+
+    opened = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        with pytest.raises(InputError, match=r"no permission to write here|What was written stays"):
+            lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
+    assert everything(stopped).keys() == files.keys()
     assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
 
 
@@ -212,6 +247,22 @@ def test_killed_between_two_renames(src, tmp_path, monkeypatch, renames):
     assert everything(out) == everything(tmp_path / "fresh")
 
 
+def test_killed_while_clearing_up_the_result_stays(src, tmp_path, monkeypatch):
+    def killed(partial):
+        for file in partial.glob("journal*"):
+            file.unlink()
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(writer.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lowbit.convert(src, out, "int8")
+    with pytest.raises(InputError, match="expected an empty directory"):
+        lowbit.convert(src, out, "fp8")
+    assert lowbit.verify(out, src).ok
+
+
 def test_config_is_shown_last(src, tmp_path, monkeypatch):
     order: list[str] = []
     show = writer.OutputDirectory._show
@@ -222,6 +273,16 @@ def test_config_is_shown_last(src, tmp_path, monkeypatch):
     assert order[-1] == "config.json" and order[-2] == "lowbit_manifest.json"
     index = order.index("model.safetensors.index.json")
     assert all(name.endswith(".safetensors") for name in order[:index])
+
+
+def test_the_umask_decides_who_may_read_and_write(src, tmp_path):
+    before = os.umask(0o002)
+    try:
+        lowbit.convert(src, tmp_path / "out", "int8", max_shard_size="200KB")
+    finally:
+        os.umask(before)
+    modes = {f.stat().st_mode & 0o777 for f in (tmp_path / "out").rglob("*") if f.is_file()}
+    assert modes == {0o664}
 
 
 def test_two_conversions_into_one_place(src, tmp_path):
@@ -297,7 +358,7 @@ def test_a_small_file_system(tmp_path, src):
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        with pytest.raises(InputError, match=r"expected .* GB of free disk space, found .* GB; free some"):
+        with pytest.raises(InputError, match=r"expected .* MB of free disk space, found .* MB; free some"):
             lowbit.convert(src, small / "out", "int8")
         assert list(small.iterdir()) == []
         with pytest.MonkeyPatch.context() as patch:
@@ -327,7 +388,7 @@ def test_a_limit_on_file_size(tmp_path, src):
 
 def test_too_little_space_is_refused_before_any_work(src, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(InputError, match=r"expected 0\.00 GB of free disk space, found 0\.00 GB; free some"):
+    with pytest.raises(InputError, match="expected 2 MB of free disk space, found 0 MB; free some"):
         lowbit.convert(src, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
 
@@ -360,6 +421,31 @@ def test_an_unreadable_file_of_the_source_is_named_as_such(src, tmp_path, monkey
     with pytest.raises(InputError, match=r"src/.*: Permission denied; check the file"):
         lowbit.convert(src, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_file_to_carry_is_refused_before_any_work(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.os, "access", lambda path, mode: Path(path).name != "tokenizer.json")
+    monkeypatch.setattr(execute.Worker, "run", None)
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read, and is to be carried along"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_network_that_fails_for_a_while_costs_nothing(src, tmp_path, monkeypatch, code):
+    def away(*args):
+        raise OSError(code, os.strerror(code))
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "preadv", after(12, away, os.preadv))
+    with pytest.raises(
+        InputError, match="What was written stays; check the file and the disk, and run again"
+    ):
+        lowbit.convert(src, out, "int8", workers=1)
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    done = lowbit.convert(src, out, "int8")
+    assert done.resumed_jobs > 5 and lowbit.verify(out, src).ok
 
 
 def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -363,11 +364,26 @@ def test_a_config_that_is_no_object(tmp_path, body):
     refuse(tmp_path, "config.json: expected a JSON object")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("text_config", [], "an object as text_config, found a list"),
+        ("model_type", ["llama"], "a text as model_type, found a list"),
+        ("architectures", "LlamaForCausalLM", "a list as architectures, found a str"),
+    ],
+)
+def test_a_config_with_values_of_other_types(tmp_path, key, value, message):
+    tensors, config = llama()
+    write(tmp_path, tensors, config | {key: value})
+    refuse(tmp_path, f"config.json: expected {message}")
+
+
 def test_files_beside_the_weights(tmp_path):
     files = {
         "tokenizer.json": "{}", "generation_config.json": "{}", "inference/kernel.py": "x", ".gitattributes": "y",
         ".git/objects/aa": "never", ".cache/huggingface/x": "never", "lowbit_manifest.json": "{}",
-        "pytorch_model.bin": "old", "onnx/model.onnx": "old", "model.gguf": "old",
+        "pytorch_model.bin": "old", "onnx/model.onnx": "old", "model.gguf": "old", "onnx/model.onnx_data": "old",
+        "pytorch_model.bin.index.json": "{}",
     }  # fmt: skip
     tensors, config = llama()
     found = open_checkpoint(write(tmp_path, tensors, config, files=files))
@@ -375,7 +391,24 @@ def test_files_beside_the_weights(tmp_path):
     assert names == sorted(names)
     assert set(names) == {".gitattributes", "generation_config.json", "inference/kernel.py", "tokenizer.json"}
     left = [n for n in found.notes if n.startswith("other weights are left out")]
-    assert len(left) == 3
+    assert len(left) == 5
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_of_a_sentence_transformers_own_modules_belong_to_it(tmp_path, listed):
+    modules = [{"path": "", "type": "Transformer"}, *[{"path": "2_Dense", "type": "Dense"}] * listed]
+    files = {"modules.json": json.dumps(modules), "2_Dense/model.safetensors": "x", "onnx/model.onnx": "old"}
+    found = open_checkpoint(write(tmp_path, *llama(), files=files))
+    assert ("2_Dense/model.safetensors" in map(str, found.others)) == listed
+    assert len(found.notes) == 2 - listed
+
+
+@pytest.mark.parametrize(
+    "body", ["[", "[1]", "[{}]", '[{"path": []}]', '[{"path": "."}]', '{"path": ""}', "1"]
+)
+def test_modules_that_are_none(tmp_path, body):
+    files = {"modules.json": body, "onnx/model.onnx": "old"}
+    assert len(open_checkpoint(write(tmp_path, *llama(), files=files)).notes) == 1
 
 
 def test_a_symlinked_hub_cache(tmp_path):
@@ -390,7 +423,38 @@ def test_a_symlinked_hub_cache(tmp_path):
     (snapshot / "everything").symlink_to(tmp_path)
     found = open_checkpoint(snapshot)
     assert set(found.tensors) == set(tensors) and found.config == config
+    with pytest.raises(
+        InputError, match=r"found a hub's cache; give the directory of a snapshot, such as .*/main$"
+    ):
+        open_checkpoint(tmp_path)
     assert [str(o) for o in found.others] == ["tokenizer.json"]
+
+
+def test_links_that_are_not_followed_are_said(tmp_path):
+    root = write(tmp_path / "model", *llama())
+    (tmp_path / "elsewhere").mkdir()
+    (root / "original").symlink_to(tmp_path / "elsewhere")
+    (root / "tokenizer.json").symlink_to(tmp_path / "blob that was not fetched")
+    found = open_checkpoint(root)
+    assert found.others == ()
+    assert found.notes == (
+        f"a link to a directory is left out: {root / 'original'}",
+        f"a link to what is not there is left out: {root / 'tokenizer.json'}",
+    )
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = write(tmp_path / "model", *llama(), files={"original/params.json": "{}"})
+    iterdir = Path.iterdir
+
+    def refuse(self):
+        if self.name == "original":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"original: cannot be read \(Permission denied\)"):
+        open_checkpoint(root)
 
 
 def test_the_index_decides_which_files_belong(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,13 @@ def test_a_first_part_that_fails_leaves_nothing(src, tmp_path, monkeypatch):
     assert not (tmp_path / "deep").exists()
 
 
+def test_a_part_that_finds_too_little_space_leaves_nothing(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match="free disk space"):
+        convert(src, tmp_path / "deep" / "out", "1/2")
+    assert not (tmp_path / "deep").exists()
+
+
 def test_parts_share_the_lock_and_a_whole_conversion_does_not(src, tmp_path):
     out = tmp_path / "out"
     plan = lowbit.plan(src, "int8", max_shard_size=SIZE)
@@ -189,6 +197,12 @@ def test_parts_share_the_lock_and_a_whole_conversion_does_not(src, tmp_path):
 def test_bad_parts(src, tmp_path, text):
     with pytest.raises(InputError, match="expected --part I/N"):
         convert(src, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 1), (3, 2), (-1, 4)])
+def test_parts_that_are_none(number, count):
+    with pytest.raises(InputError, match=f"expected part I of N .* found {number} of {count}"):
+        Part(number=number, count=count)
 
 
 def test_more_parts_than_files(src, tmp_path):

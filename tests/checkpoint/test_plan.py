@@ -88,6 +88,14 @@ def test_every_kept_tensor_has_its_reason(tmp_path):
     assert {"model.layers.1.mlp.shared_experts.up_proj", "model.layers.2.self_attn.kv_b_proj"} <= quantized
 
 
+def test_engines_are_told_of_what_stays_by_its_name_alone(tmp_path):
+    """Where an embedding by its name is a Linear, they would look for its scale."""
+    tensors, config = llama()
+    tensors["model.x_embedder.weight"] = tensors["lm_head.weight"].clone()
+    done = lowbit.plan(write(tmp_path, tensors, config))
+    assert done.config["quantization_config"]["ignore"] == ["lm_head", "model.x_embedder"]
+
+
 def test_every_source_tensor_is_accounted_for_once(tmp_path):
     for name, (tensors, config) in {"bf16": deepseek_v3(), "fp8": block_fp8(*deepseek_v3())}.items():
         src = write(tmp_path / name, tensors, config)
@@ -141,7 +149,10 @@ REFUSED = {
     "size": ({"max_shard_size": "big"}, r"expected a size such as 5GB, 800MB or 2GiB, found 'big'"),
     "no size": ({"max_shard_size": "0"}, r"expected a size such as"),
     "static without data": ({"scheme": "fp8-static"}, r"calibrated input scale for every .*lowbit calibrate"),
-    "everything ignored": ({"ignore": ["model"]}, r"at least one weight to quantize, found none"),
+    "everything ignored": (
+        {"ignore": ["model"]},
+        r"at least one weight to quantize to int8 as compressed-tensors, found none: 20 × --ignore model, 1 × output",
+    ),
     "regular expression": ({"ignore": ["re:*"]}, r"expected a regular expression after 're:'"),
 }
 

@@ -41,6 +41,25 @@ KEPT = {
     "model.vision_model.encoder.layers.0.mlp.fc1": ("vision", BIG),
     "multi_modal_projector.linear_1": ("vision", BIG),
     "audio_tower.layers.0.fc1": ("audio", BIG),
+    "mlp1.1": ("vision", BIG),  # InternVL
+    "visual_tokenizer.backbone.layers.0.mlp.fc1": ("vision", BIG),  # Ovis
+    "model.vision_backbone.image_vit.transformer.resblocks.0.attention.wq": ("vision", BIG),  # Molmo
+    "model.vision_embed_tokens.img_projection.0": ("vision", BIG),  # Phi-3-vision
+    "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Phi-4
+    "model.embed_tokens_extend.audio_embed.encoder.encoders.0.self_attn.linear_q": ("audio", BIG),
+    "model.layers.0.self_attn.qkv_proj.lora_A.speech": ("adapter", BIG),
+    "model.embed_vision.embedding_projection": ("vision", BIG),  # Gemma 3n
+    "vpm.encoder.layers.0.mlp.fc1": ("vision", BIG),  # MiniCPM-V
+    "resampler.kv_proj": ("vision", BIG),
+    "projector.layers.0": ("vision", BIG),  # DeepSeek-VL2
+    "token2wav.code2wav_dit_model.transformer_blocks.0.attn.to_q": ("audio", BIG),  # Qwen2.5-Omni
+    "model.layers.0.mlp.gate.wg": ("router", BIG),  # Hunyuan-A13B
+    "model.layers.0.mlp.gate.router_mlp.fc1": ("router", BIG),  # Zaya
+    "lm_head.decoder": ("head", BIG),  # RoBERTa
+    "transformer.tokens_embed": ("other", BIG),  # GPT
+    "transformer.word_embedding": ("other", BIG),  # XLNet
+    "encoder.layers.0.attn.rel_pos_emb": ("other", BIG),  # Granite speech
+    "tapas.embeddings.token_type_embeddings_1": ("other", BIG),
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),
@@ -70,6 +89,10 @@ QUANTIZED = {
     "model.layers.0.attention.wqkv": "linear",
     "backbone.layers.0.mixer.in_proj": "linear",
     "model.layers.0.mlp.input_linear": "linear",
+    "model.layers.0.mlp1.up": "linear",
+    "model.layers.0.self_attn.forget_gate.f_a_proj": "linear",
+    "model.layers.0.per_layer_input_gate": "linear",
+    "model.layers.0.self_attn.qkv_proj.base_layer": "linear",
 }
 
 
@@ -84,6 +107,12 @@ def test_kept_by_default(module):
 def test_quantized_by_default(module):
     decision = decide({module: BIG}, INT8)[module]
     assert decision.scheme is INT8 and decision.role == QUANTIZED[module] and decision.reason == ""
+
+
+def test_an_encoder_that_hears_stays():
+    name = "encoder.layers.0.ff1.up_proj"
+    assert role_of(name, BIG, {"model_type": "granite_speech"}) == ("audio", "audio tower")
+    assert role_of(name, BIG, {"model_type": "bart"}) == ("linear", "")
 
 
 def test_conv1d_models_store_the_transpose():

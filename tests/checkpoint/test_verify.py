@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from sample_models import block_fp8, decode_block_fp8, deepseek_v3, llama, load, write
+from sample_models import (
+    block_fp8,
+    decode_block_fp8,
+    deepseek_v3,
+    fused_block_fp8,
+    fused_mixture,
+    llama,
+    load,
+    write,
+)
 
 import lowbit
 from lowbit.checkpoint.headers import open_checkpoint
@@ -66,6 +76,31 @@ def test_any_flipped_bit(out, name, bit):
     text = problems(out)
     assert f"{name}: the data changed since it was written" in text
     assert len([p for p in text.splitlines() if "checksum" in p]) == 1
+
+
+@pytest.mark.parametrize("scheme, format", [("int8", "compressed-tensors"), ("int8", "ascend")])
+def test_damage_to_any_file_but_the_manifest(tmp_path, scheme, format):
+    """A byte changed, in headers wherever, an end cut off, a file gone or one too many."""
+    src = write(
+        tmp_path / "src", *llama(layers=1), files={"tokenizer.json": "{}", "code/modeling.py": "pass"}
+    )
+    out = tmp_path / "out"
+    lowbit.convert(src, out, scheme, format=format, max_shard_size="150KB")
+    assert lowbit.verify(out, src).ok
+    files = [f for f in sorted(out.rglob("*")) if f.is_file() and f.name != "lowbit_manifest.json"]
+    assert len(files) == {"compressed-tensors": 6, "ascend": 7}[format]
+    for file in files:
+        whole, name = file.read_bytes(), str(file.relative_to(out))
+        for at in {1, 27, 36, len(whole) // 2, len(whole) - 2} & {*range(len(whole))}:
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            assert not lowbit.verify(out).ok, (name, at)
+        file.write_bytes(whole[:-1])
+        assert not lowbit.verify(out).ok, name
+        file.unlink()
+        assert not lowbit.verify(out).ok, name
+        file.write_bytes(whole)
+    shutil.copy(out / "model-00001-of-00002.safetensors", out / "old.safetensors")
+    assert "old.safetensors: not written by this conversion" in problems(out)
 
 
 @pytest.mark.parametrize("keep", [10, 2000, -1])
@@ -217,6 +252,29 @@ def test_errors_equal_a_float64_computation(tmp_path, scheme, source):
         assert error.relative == pytest.approx(relative, rel=1e-9)
         assert error.largest == pytest.approx(largest, rel=1e-9)
         assert error.scheme == scheme
+
+
+@pytest.mark.parametrize("experts", ["apart", "fused"])
+def test_what_was_dequantized_or_cast_is_compared_too(tmp_path, experts):
+    """Weights that have the source's own dtype are copies, and are not."""
+    if experts == "fused":
+        fused, _, config = fused_mixture("qwen3.5")
+        tensors, config = fused_block_fp8(fused, config)
+    else:
+        tensors, config = block_fp8(*deepseek_v3())
+    src = write(tmp_path / "src", tensors, config)
+    lowbit.convert(src, tmp_path / "out", "bf16")
+    found = lowbit.verify(tmp_path / "out", src)
+    codes = [t for t in tensors.values() if t.dtype == torch.float8_e4m3fn]
+    # A mixture's layer is one tensor of three experts' gate and up projections, and one of their down projections.
+    assert len(found.errors) == (len(codes) if experts == "apart" else 9 * len(codes) // 2)
+    assert found.ok and all(e.sqnr_db > 50 and e.scheme == "BF16" for e in found.errors)
+    name = next(
+        n for n, t in load(tmp_path / "out").items() if "experts" in n and t.dim() == len(codes[0].shape)
+    )
+    change(tmp_path / "out", lambda t: t[name].mul_(2))
+    changed = lowbit.verify(tmp_path / "out", src).errors
+    assert changed[0].relative == pytest.approx(1.0, abs=0.01)
 
 
 def test_a_wrong_scale_shows_at_the_top(out, src):

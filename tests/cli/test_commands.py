@@ -19,6 +19,7 @@ from sample_models import block_fp8, deepseek_v3, llama, load, write
 import lowbit
 from lowbit.checkpoint.headers import PARTIAL
 from lowbit.cli import main
+from lowbit.errors import InputError
 
 LOWBIT = [sys.executable, "-c", "from lowbit.cli import main; main()"]
 
@@ -86,6 +87,16 @@ def test_a_target_chooses_the_scheme(run, src, tmp_path):
     assert "does not multiply fp8" in err and "does not multiply fp8" in json.loads(out)["warnings"][-1]
     assert run("plan", src, "-t", "a100", "-s", "bf16")[0] == 0
     assert run("plan", src, "-t", "z80")[0] == 2
+    assert "int8 as ascend" in run("plan", src, "-t", "ascend910b")[1]
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8-block"])
+def test_a_recipe_beside_a_target_has_its_own_scheme(run, src, tmp_path, scheme):
+    (tmp_path / "r.yaml").write_text(f"scheme: {scheme}")
+    for command in (["plan", src], ["convert", src, tmp_path / "o", "--dry-run"]):
+        code, out, err = run(*command, "-t", "ascend910b", "--recipe", tmp_path / "r.yaml", "--json")
+        assert code == 0, err
+        assert json.loads(out)["scheme"] == scheme
 
 
 def test_verify_exits_with_1_when_something_is_wrong(run, src, tmp_path):
@@ -177,6 +188,18 @@ def test_json_is_a_single_document(run, src, tmp_path, command):
         "verify": {"ok", "problems", "errors", "checked"},
     }[command]
     assert expected <= set(body)
+
+
+@pytest.mark.parametrize("out", [".", "../here", "../here/x/.."])
+def test_a_calibration_lies_beside_the_output_whatever_that_is_called(run, src, tmp_path, monkeypatch, out):
+    def calibrate(source, directory, *args, **kw):
+        raise InputError(f"into {directory.resolve()}")
+
+    (tmp_path / "here" / "x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("lowbit.cli.calibrate.run_recipe", calibrate)
+    code, _, err = run("convert", src, out, "--method", "best", "--data", src / "config.json")
+    assert code == 2 and f"into {tmp_path / 'here.calibration'}" in err
 
 
 def test_a_dry_run_writes_nothing(run, src, tmp_path):
@@ -298,7 +321,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         "import sys, time\nfrom lowbit.checkpoint import execute\nwrite = execute.Worker._write\n"
         "def slow(*a):\n    write(*a)\n    time.sleep(0.05)\n"
         "execute.Worker._write = slow\nfrom lowbit.cli import main\n"
-        f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1']\nmain()\n"
+        f"sys.argv = ['lowbit', 'convert', {str(src)!r}, {str(out)!r}, '--workers', '1', '--json']\nmain()\n"
     )
     running = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -310,9 +333,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    said, err = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "run the same command again to go on from here" in err and "Traceback" not in err
+    assert json.loads(said)["error"].startswith("stopped; run the same command")
     done = process("convert", src, out)
     assert done.returncode == 0 and "resumed: " in done.stdout
 

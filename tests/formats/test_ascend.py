@@ -509,7 +509,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     done = lowbit.convert(src, tmp_path / "out", "int8", format="ascend", workers=2, max_shard_size="200KB")
     assert done.resumed_jobs >= 10
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
-    assert set(done.manifest["files"]) == {DESCRIPTION}
+    assert DESCRIPTION in done.manifest["files"]
 
 
 def test_another_format_leaves_no_description_behind(tmp_path):
