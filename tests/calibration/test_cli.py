@@ -59,6 +59,15 @@ def test_eval_of_a_converted_checkpoint(source, tmp_path):
         assert all(0 < e < 0.2 for e in errors), (rotated, errors)  # also when the basis is another
 
 
+def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    lowbit("convert", source, tmp_path / "out", "--method", "gptq", *common)
+    again = ("convert", source, tmp_path / "out", "--method", "smoothquant", *common)
+    assert "found one with other method" in str(lowbit(*again, code=2).exception)
+    lowbit(*again, "--overwrite")
+    assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
+
+
 def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     done = lowbit("search", source, *common, "--budget", 9, "-o", tmp_path / "r.yaml")

@@ -71,6 +71,16 @@ def test_resume_knows_the_finished_parts_and_refuses_other_settings(tmp_path):
     assert store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True).finished == set()
 
 
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:-1])])
+def test_a_part_that_is_gone_or_damaged_is_written_again(tmp_path, damage):
+    writer = store.Writer(tmp_path, SETTINGS)
+    writer.write("model.layers.0", layer())
+    damage(writer.write("model.layers.1", {"model.layers.1.mlp.down_proj.bias": torch.ones(4)}))
+    assert store.Writer(tmp_path, SETTINGS).finished == {"model.layers.0"}
+    store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True)
+    assert not list(tmp_path.glob("*.safetensors"))  # of what was replaced nothing stays
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
