@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.run import RunOptions
 from lowbit.calibration.source import Source
+from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import calibrated, evaluate, plain
 from lowbit.scheme import get_scheme
@@ -256,6 +258,21 @@ def test_search_refuses_layers_that_share(sources, ids):
     with pytest.raises(InputError, match="keys and values of others"):
         lowbit.search(sources("gemma4"), list(ids), device="cpu")
     assert lowbit.search(sources("gemma4-moe"), list(ids), budget=12.0, device="cpu").overrides
+
+
+@pytest.mark.parametrize("static", ["mlp", "self_attn"])
+@pytest.mark.parametrize("ranges", ["percentile", "output"])
+def test_static_and_dynamic_modules_mix_in_a_layer(sources, tmp_path, ids, ranges, static):
+    """Cohere's attention and MLP read the same norm, of which only one is static."""
+    source, scheme = sources("cohere"), get_scheme("int8-static")
+    dynamic = {"*.self_attn.*": "int8"} if static == "mlp" else {"*.mlp.*": "int8"}
+    method = replace(get_method("absmax"), activation_range=ranges)
+    selection = Selection(overrides=dynamic)
+    found = calibrate(source, tmp_path / "calib", scheme, method, list(ids), selection=selection)
+    modules = {n.removesuffix(".input_scale") for n in found.tensors if n.endswith(".input_scale")}
+    assert modules and all(static in m for m in modules) and len(modules) == 2 * (3 if static == "mlp" else 4)
+    lowbit.convert(source, tmp_path / "out", scheme, overrides=dynamic, calibration=tmp_path / "calib")
+    assert lowbit.verify(tmp_path / "out", source=source).ok
 
 
 @pytest.mark.parametrize("name", ["llama4-sees", "gemma4", "jamba"])
