@@ -128,6 +128,12 @@ def calibrate(
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
+    rotation, outside = None, {}
+    hidden_size = model.model.get_input_embeddings().weight.shape[1]
+    if method.rotate != "none":
+        rotation = make_rotation(hidden_size, method.rotate, method.seed)
+        outside = rotate_outside(model, rotation, reader.float_dtype)
+    run = _start(model, method, schemes, options, rotation, windows, share)
     writer: store.Writer | None = None
 
     def start() -> set[str]:
@@ -136,14 +142,8 @@ def calibrate(
         return writer.finished
 
     done = decided(start, model.device)
-    rotation = None
-    hidden_size = model.model.get_input_embeddings().weight.shape[1]
-    if method.rotate != "none":
-        rotation = make_rotation(hidden_size, method.rotate, method.seed)
-        outside = rotate_outside(model, rotation, reader.float_dtype)
-        if writer is not None and store.MODEL_PART not in done:
-            writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
-    run = _start(model, method, schemes, options, rotation, windows, share)
+    if writer is not None and outside and store.MODEL_PART not in done:
+        writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
     run.kv_cache = kv_cache
     # What follows the last unfinished layer, nobody needs to see.
     stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)

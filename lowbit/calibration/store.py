@@ -307,7 +307,7 @@ class Writer:
             whole = bool(old.get("complete")) and intact.keys() == old["layers"].keys()
             self.manifest = old | {"layers": intact, "complete": whole}
             return
-        if not overwrite:
+        if old.get("layers") and not overwrite:
             changed = sorted(
                 k
                 for k in self.manifest.keys() - {"identity", "layers", "complete"}

@@ -254,6 +254,13 @@ def test_what_layers_share_survives_an_interruption_and_the_disk(sources, tmp_pa
         assert tensor.file.read_bytes() == other.file.read_bytes(), name
 
 
+def test_windows_longer_than_learned_positions_are_refused(sources, tmp_path):
+    with pytest.raises(InputError, match="one of 200 tokens; give a smaller length"):
+        windows = list(torch.ones(2, 200, dtype=torch.long))
+        calibrate(sources("opt"), tmp_path / "c", get_scheme("int8"), METHODS["gptq"], windows)
+    assert not (tmp_path / "c").exists()
+
+
 def test_search_refuses_layers_that_share(sources, ids):
     with pytest.raises(InputError, match="keys and values of others"):
         lowbit.search(sources("gemma4"), list(ids), device="cpu")
