@@ -304,7 +304,7 @@ def _model_class(config: Any, source: Source) -> Any:
 
 
 def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name in `model`, list) of `decoder`'s layers: its longest `layers` list. InputError where there is none."""
+    """(name, list) of `decoder`'s layers: its own, or the longest `layers` list in it. InputError for none."""
     found = [
         (n, m) for n, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] == "layers" and any(m is d for d in decoder.modules())
@@ -314,7 +314,8 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleLis
             f"expected a module list named `layers` in {type(model).__name__}, found none; "
             f"this architecture cannot run layer by layer: {INSTEAD}"
         )
-    return max(found, key=lambda item: len(item[1]))
+    own = getattr(decoder, "layers", None)  # towers inside the decoder may have more
+    return max(found, key=lambda item: (item[1] is own, len(item[1])))
 
 
 def final_norm(base: nn.Module) -> nn.Module:

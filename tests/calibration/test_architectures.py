@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, TEXT, build
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
-from transformers import Gemma3nConfig
+from transformers import Gemma3nConfig, ZayaConfig, ZayaForCausalLM
 
 import lowbit
 from lowbit.calibration import fold, layer, store
@@ -35,7 +35,7 @@ from lowbit.scheme import get_scheme
 CHOSEN = [
     "llama4", "llama4-sees", "gemma3-sees", "gemma4", "gemma4-moe", "gemma4-sees", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5_moe-sees", "qwen3_next", "gpt_oss", "glm4_moe", "minimax_m2", "nemotron_h", "jamba",
-    "bamba", "falcon_h1", "deepseek_v4", "gemma3n",
+    "bamba", "falcon_h1", "deepseek_v4", "gemma3n", "nanochat",
 ]  # fmt: skip
 EACH = pytest.mark.parametrize(
     "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
@@ -252,6 +252,14 @@ def test_what_layers_share_survives_an_interruption_and_the_disk(sources, tmp_pa
     for name, tensor in store.read(tmp_path / "whole").tensors.items():
         other = store.read(tmp_path / "again").tensors[name]
         assert tensor.file.read_bytes() == other.file.read_bytes(), name
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(tmp_path):
+    """ZAYA's routers see those of the layer before; what is lost between layers would be lost in silence."""
+    config = ZayaConfig(**TEXT, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32)
+    ZayaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found prev_router_hidden_states handed on beside them"):
+        LayerwiseModel(Source(tmp_path)).embed(torch.arange(16)[None])
 
 
 def test_windows_longer_than_learned_positions_are_refused(sources, tmp_path):
