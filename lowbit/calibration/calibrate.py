@@ -112,6 +112,11 @@ def calibrate(
     if started is not None:
         started(method, windows)
     schemes = module_schemes(model, scheme, selection)
+    if not schemes:
+        raise InputError(
+            f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
+            "`lowbit plan` says which rule kept each"
+        )
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),

@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -286,7 +287,12 @@ class Writer:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalibrationError(
+                f"expected a directory for the calibration at {self.path}, found that none can be made: {error}"
+            ) from error
         wanted = json.loads(json.dumps({"version": VERSION, **settings}))
         identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
         self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
@@ -335,6 +341,7 @@ class Writer:
         name = f"layer-{int(number):05d}.safetensors" if number.isdigit() else f"layer-{part}.safetensors"
         aside = self.path / f".{name}.part"
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside)
+        shutil.copymode(self.path / MANIFEST, aside)  # safetensors lets nobody else read its files
         aside.replace(self.path / name)
         self.manifest["layers"][part] = {"file": name, **(report or {})}
         self._save()

@@ -52,14 +52,14 @@ def _options(
 
 def main() -> None:
     """Entry point. Bad input is one line on standard error and exit code 2."""
-    from lowbit.cli.output import say_when_compiling
+    from lowbit.cli.output import first_worker, say_when_compiling
     from lowbit.errors import InputError
 
     say_when_compiling()
     try:
         app()
     except InputError as error:
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and first_worker():
             from lowbit.cli.output import print_json
 
             print_json({"error": str(error)})
@@ -68,7 +68,7 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == 130:  # typer's answer to Ctrl-C
             print("stopped; run the same command again to go on from here", file=sys.stderr)
-        if stop.code == 2 and "--json" in sys.argv:
+        if stop.code == 2 and "--json" in sys.argv and first_worker():
             from lowbit.cli.output import print_json
 
             print_json({"error": "bad usage; standard error says what was expected"})

@@ -55,10 +55,15 @@ class _StandardError(logging.Handler):
         print(record.getMessage(), file=sys.stderr)
 
 
+def first_worker() -> bool:
+    """Whether this process speaks for all those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say_when_compiling() -> None:
     """On standard error, once, when loops are not compiled yet; of several workers, by the first."""
     log = logging.getLogger("lowbit.compiling")
-    if not log.handlers and os.environ.get("RANK", "0") == "0":
+    if not log.handlers and first_worker():
         log.setLevel(logging.INFO)
         log.addHandler(_StandardError())
         log.propagate = False

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM as Auto
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lowbit import quality
 from lowbit.calibration import store
 from lowbit.calibration.data import load_tokenizer, load_windows
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
 from lowbit.errors import InputError
 from lowbit.recipe import load_recipe
@@ -136,6 +139,38 @@ def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
         raise lowbit(
             "convert", source, tmp_path / "out", "-s", "int8-static", "--method", "gptq", code=2
         ).exception
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("calibrate", ("-o", "{at}/file"), "directory for the calibration"),
+        ("calibrate", ("-o", "{at}/file/sub"), "directory for the calibration"),
+        ("calibrate", ("-o", "{at}/c", "--spill", "{at}/none"), "directory for hidden states"),
+        ("calibrate", ("-o", "{at}/c", "--ignore", "model.*"), "at least one weight"),
+        ("search", ("-o", "{at}/file/r.yaml"), "where to write a recipe"),
+        ("search", ("-o", "{at}"), "where to write a recipe"),
+        ("search", ("-o", "{at}/new/r.yaml", "--budget", 3), "at least 8.00 bits"),
+        ("search", ("-o", "{at}/new/r.yaml", "--budget", 9, "--max-kl", 1), "either a budget"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", ","), "schemes to choose from"),
+        ("search", ("-o", "{at}/new/r.yaml", "--ignore", "model.*"), "at least one weight"),
+        ("eval", ("--reference", "{at}/deeper"), "made from .* of 4 layers .* found 3 layers"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_before_the_work(
+    source, tmp_path, monkeypatch, command, arguments, message
+):
+    """Also that a recipe has no place, which was said when the search was over."""
+    (tmp_path / "file").touch()
+    shutil.copytree(source, tmp_path / "deeper")
+    config = LlamaConfig.from_pretrained(source)
+    config.num_hidden_layers = 4
+    Auto.from_config(config).save_pretrained(tmp_path / "deeper")
+    monkeypatch.setattr(LayerwiseModel, "run_with_grad", lambda *a: pytest.fail("a layer ran"))
+    arguments = [str(a).format(at=tmp_path) for a in arguments] + ["-m", "gptq"] * (command == "calibrate")
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    done = lowbit(command, source, *arguments, *common, code=2)
+    assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
 
 
 def test_data_in_its_forms(source, tmp_path):

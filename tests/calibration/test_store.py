@@ -53,6 +53,11 @@ def test_round_trip(tmp_path):
     ]
 
 
+def test_others_may_read_it_as_they_may_the_manifest(tmp_path):
+    file = store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    assert file.stat().st_mode == (tmp_path / store.MANIFEST).stat().st_mode
+
+
 @pytest.mark.parametrize(("key", "value"), [("fingerprint", "other"), ("scheme", "fp8")])
 def test_another_source_or_scheme_is_refused(tmp_path, key, value):
     writer = store.Writer(tmp_path, SETTINGS)
