@@ -44,12 +44,13 @@ KEEP_RULES = (
     Rule(
         "vision",
         _inside(
-            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder",
+            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder", "image_tower",
+            "video_tower", "image_embed", "vision_embed_tokens", "vision_adapter", "vision_projection",
             "multi_modal_projector", "mm_projector", "img_projector", "connector", "aligner",
         ),
         "vision tower",
     ),
-    Rule("audio", _inside("audio", "audio_tower", "audio_encoder", "audio_model"), "audio tower"),
+    Rule("audio", _inside("audio", "audio_tower", "audio_encoder", "audio_model", "audio_embed"), "audio tower"),
     Rule(
         "embedding",
         _last(

@@ -41,6 +41,11 @@ KEPT = {
     "model.vision_model.encoder.layers.0.mlp.fc1": ("vision", BIG),
     "multi_modal_projector.linear_1": ("vision", BIG),
     "audio_tower.layers.0.fc1": ("audio", BIG),
+    "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Phi-4
+    "model.embed_tokens_extend.audio_embed.encoder.encoders.0.self_attn.q_proj": ("audio", BIG),
+    "model.video_tower.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Video-LLaVA
+    "model.vision_projection.patch_merger.merging_layer": ("vision", BIG),  # LightOnOCR
+    "model.vision_embed_tokens": ("vision", BIG),  # Fuyu
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),
