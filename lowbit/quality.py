@@ -145,12 +145,13 @@ def search(
     of bits against KL; `recipe.save` writes it for `lowbit convert --recipe`. The rest as for `calibrate`.
     """
     from lowbit.calibration.devices import join
-    from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
+    from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
     from lowbit.checkpoint.patterns import listed
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:
         budget = 8.5
+    check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
     windows, _ = _windows(src, data, samples, length, seed)
     units = sensitivities(

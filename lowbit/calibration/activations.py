@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
+
 
 class ActivationCache:
     """A list of tensors whose items may lie in files, so that activations need not fit in memory.
@@ -23,6 +25,10 @@ class ActivationCache:
         self.bytes_in_memory = 0
         self.bytes_spilled = 0
         self._files = 0
+        if directory is not None and not Path(directory).is_dir():
+            raise InputError(
+                f"expected a directory for hidden states at {directory}, found none; make it first"
+            )
         self._parent = directory
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._items: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -111,52 +112,63 @@ def calibrate(
     if started is not None:
         started(method, windows)
     schemes = module_schemes(model, scheme, selection)
+    if not schemes:
+        raise InputError(
+            f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
+            "`lowbit plan` says which rule kept each"
+        )
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
         "method": method.to_dict(),
-        "data": dict(data or {}) | {"windows": len(windows), "tokens": sum(int(w.numel()) for w in windows)},
+        "data": dict(data or {})
+        | {
+            "windows": len(windows),
+            "tokens": sum(int(w.numel()) for w in windows),
+            "digest": _digest(windows),
+        },
+        "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
         "source": {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)},
         "tool": _version(),
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
+    rotation, outside = None, {}
+    hidden_size = model.model.get_input_embeddings().weight.shape[1]
+    if method.rotate != "none":
+        rotation = make_rotation(hidden_size, method.rotate, method.seed)
+        outside = rotate_outside(model, rotation, reader.float_dtype)
+    run = _start(model, method, schemes, options, rotation, windows, share)
     writer: store.Writer | None = None
 
     def start() -> set[str]:
         nonlocal writer
         writer = store.Writer(out, settings, overwrite=overwrite)
-        return set(writer.manifest["layers"])
+        return writer.finished
 
     done = decided(start, model.device)
-    rotation = None
-    hidden_size = model.model.get_input_embeddings().weight.shape[1]
-    if method.rotate != "none":
-        rotation = make_rotation(hidden_size, method.rotate, method.seed)
-        outside = rotate_outside(model, rotation, reader.float_dtype)
-        if writer is not None and store.MODEL_PART not in done:
-            writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
-    run = _start(model, method, schemes, options, rotation, windows, share)
+    if writer is not None and outside and store.MODEL_PART not in done:
+        writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
     run.kv_cache = kv_cache
-    for index in range(len(model)):
+    # What follows the last unfinished layer, nobody needs to see.
+    stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)
+    for index in range(stop):
         name = model.layer_name(index)
         if progress:
             progress(name, index, len(model))
-        last = index == len(model) - 1
         finished = name in done
-        shares = shares_states(run.small[index])
-        if finished and (last or not (windows or shares)):
+        if finished and not (windows or shares_states(run.small[index])):
             continue
         if finished and method.propagate:
             _replay(run, index, store.read(out))
             continue
-        tensors, report = calibrate_layer(run, index, need_output=not last)
+        tensors, report = calibrate_layer(run, index, need_output=index < stop - 1)
         if writer is not None and not finished:
             writer.write(name, tensors, report)
     run.cache.close()
     if progress:
         progress("done", len(model), len(model))
-    if writer is not None:
+    if writer is not None and not writer.manifest["complete"]:
         overrides = {"tie_word_embeddings": False} if rotation is not None and _tied(model) else {}
         exceptions = settings["module_schemes"]
         for entry in writer.manifest["layers"].values():
@@ -267,6 +279,15 @@ def _exceptions(
             elif found.name != scheme.name:
                 out[model.disk_name(ours)] = found.name
     return out
+
+
+def _digest(windows: Sequence[Tensor]) -> str:
+    """Tells other token ids apart: the text at a path may have changed since a run was killed."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(window.numel().to_bytes(8, "little"))
+        digest.update(window.cpu().to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _tied(model: LayerwiseModel) -> bool:

@@ -45,6 +45,8 @@ class Stub(nn.Module):
         """Returned in place of the hidden states."""
         self.in_tuple = False
         """The model expects its layers to return (hidden states, attention weights)."""
+        self.beside: object = None
+        """What is returned for the attention weights."""
 
     def __getattr__(self, name: str) -> Any:
         # A model's forward may read facts from its layers (attention_type, layer_type, …).
@@ -53,12 +55,12 @@ class Stub(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["layer"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, object]:
         named = inspect.signature(self.__dict__["layer"].forward).bind_partial(hidden_states, *args).arguments
         first = next(iter(named))
         self.calls.append((hidden_states, {k: v for k, v in named.items() if k != first} | kwargs))
         out = hidden_states if self.output is None else self.output
-        return (out, None) if self.in_tuple else out
+        return (out, self.beside) if self.in_tuple else out
 
 
 class Recorder:
@@ -99,13 +101,29 @@ class Recorder:
                 stub.in_tuple = in_tuple
             try:
                 self._run(ids)
-                return
+                break
             except (InputError, ValueError, TypeError, AttributeError) as error:
                 problem = problem or error
-        assert problem is not None
-        if isinstance(problem, InputError):
-            raise problem
-        raise _refusal("a model that can run", f"{type(problem).__name__}: {problem}") from problem
+        else:
+            assert problem is not None
+            if isinstance(problem, InputError):
+                raise problem
+            raise _refusal("a model that can run", f"{type(problem).__name__}: {problem}") from problem
+        if in_tuple:
+            self._refuse_more_states(ids)
+
+    def _refuse_more_states(self, ids: Tensor) -> None:
+        """A second thing that a layer returns must not be what the next one gets (ZAYA's routers do that)."""
+        mark = object()
+        for stub in self.stubs:
+            stub.beside = mark
+        try:
+            calls = self._run(ids)[1]
+        finally:
+            for stub in self.stubs:
+                stub.beside = None
+        for name in (n for call in calls for n, value in call.items() if value is mark):
+            raise _refusal("layers that hand on hidden states alone", f"{name} handed on beside them")
 
     def _run(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         with self._recording():

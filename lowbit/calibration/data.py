@@ -25,10 +25,11 @@ def load_windows(
 ) -> list[Tensor]:
     """Windows of token ids [≤ length] from a text file, a .jsonl of prompts, or a directory of either.
 
-    Running text is cut into consecutive windows of exactly `length` tokens. Prompts (lines of a .jsonl with
-    `messages`, `text` or `prompt`) stay apart: each is one window, cut at `length`; messages go
-    through the tokenizer's chat template. `samples` of them are picked at random by `seed`, in
-    the order of the text; None takes all. Raises InputError when there is nothing to take.
+    Running text is cut into consecutive windows of exactly `length` tokens, and so are token ids in a .npy
+    or .pt. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`) stay apart: each is one window,
+    cut at `length`, left out where it is not two tokens long; messages go through the tokenizer's chat
+    template. `samples` of them are picked at random by `seed`, in the order of the text; None takes all.
+    Raises InputError when there is nothing to take, and for what is not text in UTF-8 or not such a line.
     """
     path = Path(path)
     if not path.exists():
@@ -40,8 +41,7 @@ def load_windows(
         elif file.suffix in (".pt", ".npy"):
             windows += _split(_stored_ids(file), length)
         else:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            windows += _split(_encode(tokenizer, text), length)
+            windows += _split(_encode(tokenizer, _text(file)), length)
     if not windows:
         raise InputError(
             f"expected at least one window of {length} tokens in {path}, found less text; "
@@ -54,13 +54,19 @@ def load_windows(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError when there is none."""
+    """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
     from transformers import AutoTokenizer
 
+    from lowbit.checkpoint.headers import open_checkpoint
+
+    open_checkpoint(path)  # transformers would ask a hub for what is not here
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a tokenizer in {path}, found none that loads: {error}") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there"
+        ) from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -80,38 +86,68 @@ def _split(ids: Tensor, length: int) -> list[Tensor]:
     return list(ids[: ids.numel() // length * length].view(-1, length))
 
 
+def _text(file: Path) -> str:
+    """What is in a file of text. A few bytes that are not UTF-8 are let pass, another encoding is not."""
+    text = file.read_bytes().decode("utf-8-sig", errors="replace")
+    strange = text.count("\ufffd") + text.count("\0")
+    if strange > len(text) / 100:
+        raise InputError(
+            f"expected text in UTF-8 in {file}, found {strange} of {len(text)} characters that are not; "
+            "convert it, or unpack it where it is packed"
+        )
+    return text
+
+
 def _stored_ids(file: Path) -> Tensor:
-    if file.suffix == ".pt":
-        return torch.as_tensor(torch.load(file, weights_only=True), dtype=torch.long).reshape(-1)
     import numpy
 
-    return torch.as_tensor(numpy.load(file), dtype=torch.long).reshape(-1)
+    try:
+        found = torch.load(file, weights_only=True) if file.suffix == ".pt" else numpy.load(file)
+        ids = torch.as_tensor(found)
+    except Exception as error:  # what torch and numpy raise for other files is not theirs alone
+        raise InputError(f"expected one tensor of token ids in {file}, found none: {error}") from error
+    if ids.is_floating_point():
+        raise InputError(f"expected token ids in {file}, found numbers of {ids.dtype}; tokenize them first")
+    return ids.to(torch.long).reshape(-1)
 
 
 def _prompts(file: Path, tokenizer: Any) -> Iterator[Tensor]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"expected JSON in {file} line {number}, found: {error}") from error
-            if isinstance(entry, str):
-                yield _encode(tokenizer, entry)
-                continue
-            messages = entry.get("messages") or entry.get("conversations")
-            if messages:
-                if not getattr(tokenizer, "chat_template", None):
-                    raise InputError(
-                        f"expected a tokenizer with a chat template for the messages of {file}, found none; "
-                        "give lines with `text` instead"
-                    )
-                text = tokenizer.apply_chat_template(messages, tokenize=False)
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"expected JSON in {file} line {number}, found: {error}") from error
+        where, text = f"{file} line {number}", entry
+        if isinstance(entry, dict):
+            if messages := entry.get("messages") or entry.get("conversations"):
+                text = _chat(messages, tokenizer, where)
             else:
-                text = entry.get("text") or entry.get("prompt") or entry.get("content")
-            if not isinstance(text, str):
-                raise InputError(
-                    f"expected `messages`, `text` or `prompt` in {file} line {number}, found {sorted(entry)}"
+                text = next(
+                    (entry[k] for k in ("text", "prompt", "content") if entry.get(k) is not None), None
                 )
-            yield _encode(tokenizer, text)
+        if not isinstance(text, str):
+            found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise InputError(f"expected `messages`, `text` or `prompt` in {where}, found {found}")
+        yield _encode(tokenizer, text)
+
+
+def _chat(messages: Any, tokenizer: Any, where: str) -> str:
+    """Messages as one prompt, by the tokenizer's template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"expected a tokenizer with a chat template for the messages of {where}, found none; "
+            "give lines with `text` instead"
+        )
+    if not (isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages)):
+        raise InputError(
+            f"expected messages with `role` and `content` in {where}, found {str(messages)[:80]}"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # whatever the template is, or does with these messages
+        raise InputError(
+            f"expected messages that the chat template takes in {where}, found: {error}"
+        ) from error
+    return text

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit.calibration.shared_scale import share_scales
 from lowbit.dtypes import decode, encode
+from lowbit.errors import InputError
 from lowbit.granularity import PerBlock, PerGroup, block_shape
 from lowbit.quantize import Quantized, choose_scale, quantize_with, scale_as_float
 from lowbit.scheme import TensorSpec
@@ -67,7 +68,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     h = hessian.flip(0, 1).double()
     mean = float(h.diagonal().mean())
     if not math.isfinite(mean):
-        raise ValueError("expected a finite Hessian, found NaN or Inf; use dtype float32 for calibration")
+        raise InputError("expected a finite Hessian, found NaN or Inf; use dtype float32 for calibration")
     step, added = max(damping, 1e-8) * (mean if mean > 0 else 1.0), 0.0
     for _ in range(12):
         h.diagonal().add_(step - added)
@@ -78,7 +79,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             return _inverse_of_upper(lower.to(hessian.dtype).flip(0, 1))
         added = step
         step *= 10
-    raise ValueError("expected a positive semidefinite Hessian, found one that no damping repairs")
+    raise InputError("expected a positive semidefinite Hessian, found one that no damping repairs")
 
 
 def _inverse_of_upper(u: Tensor, block: int = 256) -> Tensor:

@@ -123,7 +123,10 @@ def trace(
         elif width == hidden_size and name.rpartition(".")[2] not in ("q_norm", "k_norm"):
             refusal = refusal or f"{name} normalizes what is added to the residual stream"
     linears = tuple(n for n in linears if n in inputs or ".experts." in n)
-    writers = tuple(n for n in linears if n.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj"))
+    writers = tuple(
+        n for n in linears
+        if n.rpartition(".")[2] in ("o_proj", "down_proj", "out_proj") and named[n].out_features == hidden_size
+    )  # fmt: skip
     if any(n.centered for n in found_norms):
         refusal = refusal or "LayerNorm subtracts the mean, and a rotation moves it"
     groups = _groups(linears, inputs, named)
@@ -152,9 +155,10 @@ def _parts(name: str, module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def norm_gain(norm: nn.Module, width: int) -> tuple[float, bool]:
-    """(offset, centered) of a norm, measured: RMSNorm's output over x/rms(x) is its gain."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
+    """(offset, centered) of a norm, measured: RMSNorm's output over x/rms(x) is its gain. ValueError for others."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"{type(norm).__name__} has no weight (OLMo, nanochat)")
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
     try:
         y = norm(x).double()

@@ -140,7 +140,7 @@ def smooth(
         if chosen is not None and method.smooth == "search":
             dynamic = left_dynamic(scheme, chosen.error, method)
             if dynamic is not None:
-                schemes.update(dict.fromkeys(joint.members, dynamic))
+                schemes.update({m: dynamic for m in joint.members if schemes[m] == scheme})
                 chosen = decided(partial(choose, dynamic), weights[0].device)
         if chosen is None or chosen.alpha is None:
             continue

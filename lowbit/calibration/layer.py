@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -57,12 +57,14 @@ def online_modules(layer: nn.Module, graph: LayerGraph) -> list[str]:
     ]  # fmt: skip
 
 
-def wanted_statistics(method: Method, activations: TensorSpec | None) -> Wanted:
-    static = activations is not None and not activations.dynamic
+def wanted_statistics(method: Method, schemes: Iterable[Scheme]) -> Wanted:
+    """What a layer's modules of these schemes need."""
+    activations = [s.activations for s in schemes if s.activations is not None]
+    static = any(not a.dynamic for a in activations)
     histogram = method.activation_range if static and method.activation_range != "output" else None
     return Wanted(
         hessian=method.rounding.rounding != "nearest",
-        cross=method.compensate and activations is not None and activations.dynamic,
+        cross=method.compensate and any(a.dynamic for a in activations),
         sample_rows=SAMPLE_ROWS if method.smooth == "search" or method.activation_range == "output" else 0,
         observer=histogram,
     )
@@ -158,11 +160,9 @@ def input_scales(
     """
     out: dict[str, tuple[Tensor, Tensor | None]] = {}
     schemes = dict(schemes)
-    for first, members in groups_of(graph, schemes):
-        spec = schemes[first].activations
-        if spec is None or spec.dynamic:
-            continue
-        s = statistics.get(first)
+    for first, scheme, members in _static_groups(graph, schemes):
+        spec, s = scheme.activations, statistics.get(first)
+        assert spec is not None
         if s is None or s.absmax is None:
             raise InputError(
                 f"expected data for {first}, found none that reached it; give more samples, "
@@ -170,7 +170,7 @@ def input_scales(
             )
         if method.activation_range == "output":
             chosen, error = _least_output_error(layer, s, spec, members, quantized)
-            if (dynamic := left_dynamic(schemes[first], error, method)) is not None:
+            if (dynamic := left_dynamic(scheme, error, method)) is not None:
                 schemes.update(dict.fromkeys(members, dynamic))
                 continue
         else:
@@ -179,6 +179,17 @@ def input_scales(
             chosen = scale_from_range(low.reshape(1), high.reshape(1), spec)
         out.update(dict.fromkeys(members, chosen))
     return out, schemes
+
+
+def _static_groups(
+    graph: LayerGraph, schemes: Mapping[str, Scheme]
+) -> list[tuple[str, Scheme, tuple[str, ...]]]:
+    """(first of the group, scheme, its members): of the groups, those parts that have one static scheme."""
+    found = []
+    for first, members in groups_of(graph, schemes):
+        for scheme in dict.fromkeys(schemes[m] for m in members if schemes[m].needs_calibration):
+            found.append((first, scheme, tuple(m for m in members if schemes[m] == scheme)))
+    return found
 
 
 def left_dynamic(scheme: Scheme, error: float, method: Method) -> Scheme | None:

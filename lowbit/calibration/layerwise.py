@@ -98,8 +98,28 @@ class LayerwiseModel:
         """Token ids [B, T] → hidden states [B, T, H] before the first layer, with every layer's keywords.
 
         What depends on the tokens beside the hidden states (Gemma's per-layer inputs) goes through `hold`.
+        Raises InputError for tokens or lengths that the model does not take, and embeddings that are not finite.
         """
-        return self._record(ids.to(self.device), hold)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        low, high = (int(i) for i in ids.aminmax())
+        if low < 0 or high >= known:
+            raise InputError(
+                f"expected token ids from 0 to {known - 1}, which {self.source.path} has embeddings of, found "
+                f"{low if low < 0 else high}; is the data tokenized for this model?"
+            )
+        try:
+            call = self._record(ids.to(self.device), hold)
+        except IndexError as error:  # of learned positions
+            raise InputError(
+                f"expected windows that {type(self.model).__name__} has positions for, found one of {ids.shape[1]} "
+                "tokens; give a smaller length"
+            ) from error
+        if not bool(torch.isfinite(call.hidden).all()):
+            raise InputError(
+                f"expected finite embeddings, found NaN or Inf in {self.source.path} for tokens of the data; "
+                "repair the source"
+            )
+        return call
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
@@ -210,6 +230,13 @@ class LayerwiseModel:
                 )
             parent = module.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
+            # Rows of embeddings and of the head may never be used.
+            whole = not isinstance(parent, nn.Embedding) and parent is not self.model.get_output_embeddings()
+            if whole and name in own and not bool(torch.isfinite(tensor).all()):
+                raise InputError(
+                    f"expected finite values in {self.disk_name(full)} of {self.source.path}, found NaN or Inf; "
+                    "repair the source"
+                )
             setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if name in own else tensor)
         if missing:
             raise InputError(
@@ -277,7 +304,7 @@ def _model_class(config: Any, source: Source) -> Any:
 
 
 def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name in `model`, list) of `decoder`'s layers: its longest `layers` list. InputError where there is none."""
+    """(name, list) of `decoder`'s layers: its own, or the longest `layers` list in it. InputError for none."""
     found = [
         (n, m) for n, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and n.rpartition(".")[2] == "layers" and any(m is d for d in decoder.modules())
@@ -287,7 +314,8 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleLis
             f"expected a module list named `layers` in {type(model).__name__}, found none; "
             f"this architecture cannot run layer by layer: {INSTEAD}"
         )
-    return max(found, key=lambda item: len(item[1]))
+    own = getattr(decoder, "layers", None)  # towers inside the decoder may have more
+    return max(found, key=lambda item: (item[1] is own, len(item[1])))
 
 
 def final_norm(base: nn.Module) -> nn.Module:

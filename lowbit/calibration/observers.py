@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
 
@@ -286,7 +287,7 @@ def _rows(x: Tensor, dim: int | None) -> Tensor:
 def _extremes(x: Tensor, dim: int | None) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(_rows(x, dim), dim=1)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise ValueError(
+        raise InputError(
             "expected finite activations, found NaN or Inf; check the checkpoint, or use dtype float32"
         )
     return low.float(), high.float()

@@ -22,7 +22,7 @@ from lowbit.scheme import Scheme
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How to run, none of which changes what is computed (beyond float rounding)."""
+    """How to run. Beyond float rounding, only `all_experts` and `min_tokens` change what is computed."""
 
     device: str | torch.device = "cpu"
     """By name (see `devices.choose_device`), or exactly."""

@@ -87,6 +87,11 @@ def sensitivities(
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
     model = LayerwiseModel(Source(source), device=device)
     quantizable = module_schemes(model, schemes[0], selection or Selection())
+    if not quantizable:
+        raise InputError(
+            f"expected at least one weight to quantize in the layers of {source}, found none that the rules allow; "
+            "`lowbit plan` says which rule kept each"
+        )
     total = 2 * len(model)
     batches = make_batches(my_share(windows), batch_size)
     if not batches:
@@ -267,6 +272,21 @@ def _point(units: Sequence[Unit], chosen: Sequence[str], total: int) -> Choice:
     return Choice(
         bits=bits, kl=sum(u.cost[n] for n, u in zip(chosen, units, strict=True)), schemes=tuple(chosen)
     )
+
+
+def check_wish(
+    candidates: Sequence[str], *, budget: float | None = None, max_kl: float | None = None
+) -> None:
+    """Raise InputError where no search can give that (see `pick`): to be said before one has run."""
+    if (budget is None) == (max_kl is None):
+        raise InputError("expected either a budget of bits or a largest KL, found both or neither")
+    if not candidates:
+        raise InputError("expected schemes to choose from, found none; int8,fp8 are the usual ones")
+    least = min(bits_of(name) for name in candidates)
+    if budget is not None and budget < least - 1e-9:
+        raise InputError(
+            f"expected a budget of at least {least:.2f} bits, which {', '.join(candidates)} take, found {budget}"
+        )
 
 
 def pick(points: Sequence[Choice], *, budget: float | None = None, max_kl: float | None = None) -> Choice:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer
 from lowbit.calibration.simulate import fake_quantize
+from lowbit.errors import InputError
 from lowbit.scheme import TensorSpec
 
 
@@ -76,7 +77,7 @@ class InputStatistics:
         if self.wanted.channels:
             absmax = torch.maximum(x.amax(0), -x.amin(0))
             if not bool(torch.isfinite(absmax).all()):
-                raise ValueError("expected finite activations, found NaN or Inf; use dtype float32")
+                raise InputError("expected finite activations, found NaN or Inf; use dtype float32")
             self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
             total = (x.t() @ x.new_ones(x.shape[0])).double()
             self.total = total if self.total is None else self.total + total

@@ -157,11 +157,10 @@ class LayerStep:
         graph = trace(layer, run_plain, sample.shape[-1], model.text_config)
         if run.method.smooths or run.method.rotate_heads:
             graph = decided(partial(proven, layer, graph, run_whole), model.device)
-        activations = next((s.activations for s in schemes.values()), None)
         return cls(
             run=run, index=index, prefix=prefix, layer=layer, graph=graph, schemes=schemes, experts=experts,
             online=frozenset(online_modules(layer, graph) if run.method.online_hadamard else ()),
-            wanted=wanted_statistics(run.method, activations), sample=sample, plain_sample=plain,
+            wanted=wanted_statistics(run.method, schemes.values()), sample=sample, plain_sample=plain,
         )  # fmt: skip
 
     def transform(self) -> None:

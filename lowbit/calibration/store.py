@@ -25,7 +25,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -268,35 +269,67 @@ def _check_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
             )
 
 
+def _intact(file: Path) -> bool:
+    try:
+        read_header(file)
+    except (OSError, CalibrationError):
+        return False
+    return True
+
+
 class Writer:
     """Writes a calibration part by part, and knows which parts a resumed run already has.
 
-    `settings` are the manifest's own keys (scheme, method, data, source, …). A directory that
-    holds an unfinished calibration with the same settings is resumed; with others it is
-    refused, unless `overwrite`.
+    `settings` are the manifest's own keys (scheme, method, data, source, …). A directory that holds a
+    calibration with the same settings is resumed, without the parts whose files are gone or damaged; one
+    with others is refused, or replaced with `overwrite`.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalibrationError(
+                f"expected a directory for the calibration at {self.path}, found that none can be made: {error}"
+            ) from error
         wanted = json.loads(json.dumps({"version": VERSION, **settings}))
         identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
         self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
-        if (self.path / MANIFEST).is_file() and not overwrite:
-            old = load_manifest(self.path)
-            if old.get("identity") != identity:
-                changed = sorted(k for k in wanted if old.get(k) != wanted[k])
-                raise CalibrationError(
-                    f"expected an empty directory or the same calibration in {self.path}, found one with "
-                    f"other {', '.join(changed) or 'settings'}; choose another directory, or pass overwrite"
-                )
-            self.manifest = old
+        if (self.path / MANIFEST).is_file():
+            self._take_over(overwrite)
         self._save()
+
+    def _take_over(self, overwrite: bool) -> None:
+        """Go on with the calibration that lies here, or remove it."""
+        try:
+            old = load_manifest(self.path)
+        except CalibrationError:
+            if not overwrite:
+                raise
+            old = {}
+        if old.get("identity") == self.manifest["identity"]:
+            intact = {part: e for part, e in old["layers"].items() if _intact(self.path / e["file"])}
+            whole = bool(old.get("complete")) and intact.keys() == old["layers"].keys()
+            self.manifest = old | {"layers": intact, "complete": whole}
+            return
+        if old.get("layers") and not overwrite:
+            changed = sorted(
+                k
+                for k in self.manifest.keys() - {"identity", "layers", "complete"}
+                if old.get(k) != self.manifest[k]
+            )
+            raise CalibrationError(
+                f"expected an empty directory or the same calibration in {self.path}, found one with "
+                f"other {', '.join(changed) or 'settings'}; choose another directory, or pass overwrite"
+            )
+        for file in self.path.glob("layer-*.safetensors"):
+            file.unlink()
 
     @property
     def finished(self) -> set[str]:
         """Parts that are written and intact."""
-        return {p for p, e in self.manifest["layers"].items() if (self.path / e["file"]).is_file()}
+        return set(self.manifest["layers"])
 
     def write(
         self, part: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any] | None = None
@@ -308,6 +341,7 @@ class Writer:
         name = f"layer-{int(number):05d}.safetensors" if number.isdigit() else f"layer-{part}.safetensors"
         aside = self.path / f".{name}.part"
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside)
+        shutil.copymode(self.path / MANIFEST, aside)  # safetensors lets nobody else read its files
         aside.replace(self.path / name)
         self.manifest["layers"][part] = {"file": name, **(report or {})}
         self._save()
@@ -327,6 +361,3 @@ class Writer:
             stream.flush()
             os.fsync(stream.fileno())
         aside.replace(self.path / MANIFEST)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.manifest["layers"])

@@ -44,12 +44,13 @@ KEEP_RULES = (
     Rule(
         "vision",
         _inside(
-            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder",
+            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder", "image_tower",
+            "video_tower", "vision_adapter", "vision_projection",
             "multi_modal_projector", "mm_projector", "img_projector", "connector", "aligner",
             # Molmo, Ovis, Phi-3 and 4, Gemma 3n and 4, MiniCPM-V, DeepSeek-VL2 and -OCR, Keye, BLIP-2, ERNIE
             "vision_backbone", "visual_tokenizer", "vision_embed_tokens", "image_embed",
             "embed_vision", "vpm", "resampler", "projector", "sam_model", "mlp_AR", "language_projection",
-            "resampler_model", "image_tower", "video_tower",
+            "resampler_model",
         ),
         "vision tower",
     ),

@@ -52,14 +52,14 @@ def _options(
 
 def main() -> None:
     """Entry point. Bad input is one line on standard error and exit code 2."""
-    from lowbit.cli.output import say_when_compiling
+    from lowbit.cli.output import first_worker, say_when_compiling
     from lowbit.errors import InputError
 
     say_when_compiling()
     try:
         app()
     except InputError as error:
-        if "--json" in sys.argv:
+        if "--json" in sys.argv and first_worker():
             from lowbit.cli.output import print_json
 
             print_json({"error": str(error)})
@@ -71,7 +71,7 @@ def main() -> None:
             again = "; run the same command again to go on from here"
             said[130] = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"]))
             print(said[130], file=sys.stderr)
-        if stop.code in said and "--json" in sys.argv:
+        if stop.code in said and "--json" in sys.argv and first_worker():
             from lowbit.cli.output import print_json
 
             print_json({"error": said[stop.code]})

@@ -104,7 +104,9 @@ def convert(
         from lowbit.calibration.distributed import rank
 
         _check_before_calibrating(src, wanted, format)
-        calibration = _calibrate(src, out, wanted, method, data, samples, length, device, quiet=json)
+        calibration = _calibrate(
+            src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json
+        )
         if rank() != 0:
             return
     elif data is not None:
@@ -194,6 +196,7 @@ def _calibrate(
     length: int,
     device: str,
     *,
+    overwrite: bool,
     quiet: bool,
 ) -> Path:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
@@ -209,5 +212,5 @@ def _calibrate(
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
     options = RunOptions(device=join(device))
-    run_recipe(src, directory, replace(wanted, **changes), options, quiet=quiet)  # type: ignore[arg-type]
+    run_recipe(src, directory, replace(wanted, **changes), options, overwrite=overwrite, quiet=quiet)  # type: ignore[arg-type]
     return directory

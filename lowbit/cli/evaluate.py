@@ -54,10 +54,11 @@ def evaluate(
         )  # fmt: skip
     result = report.to_dict()
     too_far = []
-    if max_kl is not None and result["kl"] > max_kl:
-        too_far.append(f"KL {result['kl']:.5f} is above {max_kl}")
-    if max_change is not None and result["perplexity_change"] * 100 > max_change:
-        too_far.append(f"perplexity rose by {result['perplexity_change']:.2%}, more than {max_change} %")
+    # Not `above`, which NaN never is.
+    if max_kl is not None and not result["kl"] <= max_kl:
+        too_far.append(f"KL {result['kl']:.5f} is not at most {max_kl}")
+    if max_change is not None and not result["perplexity_change"] * 100 <= max_change:
+        too_far.append(f"perplexity rose by {result['perplexity_change']:.2%}, not at most {max_change} %")
     if rank() != 0:
         pass  # the first worker says it
     elif json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -31,8 +32,16 @@ def say_count(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One document on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One document on standard output; NaN and Inf, which JSON has not, as null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def warn(message: str) -> None:
@@ -46,10 +55,15 @@ class _StandardError(logging.Handler):
         print(record.getMessage(), file=sys.stderr)
 
 
+def first_worker() -> bool:
+    """Whether this process speaks for all those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say_when_compiling() -> None:
     """On standard error, once, when loops are not compiled yet; of several workers, by the first."""
     log = logging.getLogger("lowbit.compiling")
-    if not log.handlers and os.environ.get("RANK", "0") == "0":
+    if not log.handlers and first_worker():
         log.setLevel(logging.INFO)
         log.addHandler(_StandardError())
         log.propagate = False

@@ -44,8 +44,15 @@ def search(
     from lowbit.calibration.distributed import rank
     from lowbit.cli.calibrate import steps_bar
     from lowbit.cli.output import print_json, table
+    from lowbit.errors import InputError
 
     where = join(device)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError("it is a directory")
+    except OSError as error:
+        raise InputError(f"expected where to write a recipe, found {out}: {error}") from error
     with steps_bar("searching", quiet=json or rank() != 0) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],

@@ -26,6 +26,7 @@ from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection, decide
+from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
 from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
@@ -181,6 +182,8 @@ def evaluate(
     `reference_states` are the reference's `final_states` on the same windows and batch size: with them it
     does not run again, and there are no layer errors. Workers share the windows, and all return the same.
     """
+    if reference is not None:
+        _check_same_shape(candidate.model, reference.model)
     batches = make_batches(my_share(windows), batch_size)
     again = reference is not None and reference_states is None
     sides = [candidate, reference] if again and reference is not None else [candidate]
@@ -205,6 +208,19 @@ def evaluate(
     for other in others:
         report.agreement.merge(other)
     return report
+
+
+def _check_same_shape(model: LayerwiseModel, reference: LayerwiseModel) -> None:
+    """Raise InputError for models that are not of one kind: layers beyond the other's would be left out."""
+    found = []
+    for m in (reference, model):
+        tokens, width = m.model.get_input_embeddings().weight.shape
+        found.append(f"{len(m)} layers of width {width} for {tokens} tokens")
+    if found[0] != found[1]:
+        raise InputError(
+            f"expected {model.source.path} made from {reference.source.path}, of {found[0]}, found {found[1]}; "
+            "give the checkpoint that it was converted from"
+        )
 
 
 @keep_freed_memory()

@@ -51,11 +51,11 @@ class Agreement:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / max(self.tokens, 1))
+        return _exp(self.nll / max(self.tokens, 1))
 
     @property
     def reference_perplexity(self) -> float:
-        return math.exp(self.reference_nll / max(self.tokens, 1))
+        return _exp(self.reference_nll / max(self.tokens, 1))
 
     @property
     def mean_kl(self) -> float:
@@ -75,6 +75,11 @@ class Agreement:
                 "top1_agreement": self.top1_agreement,
             }
         return out
+
+
+def _exp(x: float) -> float:
+    """Infinity where a float64 ends, at 709 nats."""
+    return math.exp(x) if x < 709 else x * math.inf
 
 
 def windows_of(ids: Tensor | Sequence[int], length: int) -> list[Tensor]:

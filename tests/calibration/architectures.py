@@ -118,6 +118,8 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
     "granitemoe": _of("GraniteMoeConfig", **NO_HEAD, **MOE, residual_multiplier=0.5),
     "granitemoehybrid": _of("GraniteMoeHybridConfig", **NO_HEAD, **MOE, **MAMBA, layer_types=["mamba", "attention"],
                             shared_intermediate_size=32),
+    "olmo": _of("OlmoConfig", **NO_HEAD),
+    "nanochat": _of("NanoChatConfig", **NO_HEAD),
     "olmo2": _of("Olmo2Config", **NO_HEAD),
     "olmo3": _of("Olmo3Config", **NO_HEAD | SLIDING),
     "olmoe": _of("OlmoeConfig", **NO_HEAD, **MOE),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, build
+from architectures import ARCHITECTURES, TEXT, build
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
-from transformers import Gemma3nConfig
+from transformers import Gemma3nConfig, ZayaConfig, ZayaForCausalLM
 
 import lowbit
 from lowbit.calibration import fold, layer, store
@@ -25,6 +26,7 @@ from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.run import RunOptions
 from lowbit.calibration.source import Source
+from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import calibrated, evaluate, plain
 from lowbit.scheme import get_scheme
@@ -33,7 +35,7 @@ from lowbit.scheme import get_scheme
 CHOSEN = [
     "llama4", "llama4-sees", "gemma3-sees", "gemma4", "gemma4-moe", "gemma4-sees", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5_moe-sees", "qwen3_next", "gpt_oss", "glm4_moe", "minimax_m2", "nemotron_h", "jamba",
-    "bamba", "falcon_h1", "deepseek_v4", "gemma3n",
+    "bamba", "falcon_h1", "deepseek_v4", "gemma3n", "nanochat",
 ]  # fmt: skip
 EACH = pytest.mark.parametrize(
     "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
@@ -252,10 +254,40 @@ def test_what_layers_share_survives_an_interruption_and_the_disk(sources, tmp_pa
         assert tensor.file.read_bytes() == other.file.read_bytes(), name
 
 
+def test_layers_that_hand_on_more_than_hidden_states_are_refused(tmp_path):
+    """ZAYA's routers see those of the layer before; what is lost between layers would be lost in silence."""
+    config = ZayaConfig(**TEXT, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32)
+    ZayaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found prev_router_hidden_states handed on beside them"):
+        LayerwiseModel(Source(tmp_path)).embed(torch.arange(16)[None])
+
+
+def test_windows_longer_than_learned_positions_are_refused(sources, tmp_path):
+    with pytest.raises(InputError, match="one of 200 tokens; give a smaller length"):
+        windows = list(torch.ones(2, 200, dtype=torch.long))
+        calibrate(sources("opt"), tmp_path / "c", get_scheme("int8"), METHODS["gptq"], windows)
+    assert not (tmp_path / "c").exists()
+
+
 def test_search_refuses_layers_that_share(sources, ids):
     with pytest.raises(InputError, match="keys and values of others"):
         lowbit.search(sources("gemma4"), list(ids), device="cpu")
     assert lowbit.search(sources("gemma4-moe"), list(ids), budget=12.0, device="cpu").overrides
+
+
+@pytest.mark.parametrize("static", ["mlp", "self_attn"])
+@pytest.mark.parametrize("ranges", ["percentile", "output"])
+def test_static_and_dynamic_modules_mix_in_a_layer(sources, tmp_path, ids, ranges, static):
+    """Cohere's attention and MLP read the same norm, of which only one is static."""
+    source, scheme = sources("cohere"), get_scheme("int8-static")
+    dynamic = {"*.self_attn.*": "int8"} if static == "mlp" else {"*.mlp.*": "int8"}
+    method = replace(get_method("absmax"), activation_range=ranges)
+    selection = Selection(overrides=dynamic)
+    found = calibrate(source, tmp_path / "calib", scheme, method, list(ids), selection=selection)
+    modules = {n.removesuffix(".input_scale") for n in found.tensors if n.endswith(".input_scale")}
+    assert modules and all(static in m for m in modules) and len(modules) == 2 * (3 if static == "mlp" else 4)
+    lowbit.convert(source, tmp_path / "out", scheme, overrides=dynamic, calibration=tmp_path / "calib")
+    assert lowbit.verify(tmp_path / "out", source=source).ok
 
 
 @pytest.mark.parametrize("name", ["llama4-sees", "gemma4", "jamba"])

@@ -170,6 +170,24 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
                 assert torch.allclose(tensor.float(), found[name].float(), rtol=1e-3), name
 
 
+def test_only_the_same_calibration_goes_on(checkpoints, windows, tmp_path, monkeypatch):
+    source, scheme, out = checkpoints["mixtral"], get_scheme("int8"), tmp_path / "c"
+    first = tensors_of(calibrate(source, out, scheme, METHODS["gptq"], windows))
+    with pytest.raises(InputError, match="other data"):  # of the same number and lengths
+        calibrate(source, out, scheme, METHODS["gptq"], [w.flip(0) for w in windows])
+    with pytest.raises(InputError, match="other experts"):
+        calibrate(source, out, scheme, METHODS["gptq"], windows, options=RunOptions(all_experts=False))
+    (out / "layer-00001.safetensors").unlink()
+    original, made = module.calibrate_layer, []
+    monkeypatch.setattr(module, "calibrate_layer", lambda r, i, **k: made.append(i) or original(r, i, **k))
+    monkeypatch.setattr(
+        module, "_replay", lambda r, i, c, was=module._replay: made.append(-i) or was(r, i, c)
+    )
+    again = tensors_of(calibrate(source, out, scheme, METHODS["gptq"], windows))
+    assert made == [0, 1]  # nobody needs to see what follows
+    assert again.keys() == first.keys() and all(torch.equal(first[n], again[n]) for n in first)
+
+
 def test_spilling_and_batches_do_not_change_the_result(checkpoints, windows, tmp_path):
     source, scheme = checkpoints["llama"], get_scheme("int8-static")
     a = calibrate(source, tmp_path / "a", scheme, METHODS["absmax"], windows)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM as Auto
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lowbit import quality
 from lowbit.calibration import store
 from lowbit.calibration.data import load_tokenizer, load_windows
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
 from lowbit.errors import InputError
 from lowbit.recipe import load_recipe
@@ -57,6 +65,15 @@ def test_eval_of_a_converted_checkpoint(source, tmp_path):
         rotated = scheme != "fp8"
         errors = written["layer_errors"].values()
         assert all(0 < e < 0.2 for e in errors), (rotated, errors)  # also when the basis is another
+
+
+def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    lowbit("convert", source, tmp_path / "out", "--method", "gptq", *common)
+    again = ("convert", source, tmp_path / "out", "--method", "smoothquant", *common)
+    assert "found one with other method" in str(lowbit(*again, code=2).exception)
+    lowbit(*again, "--overwrite")
+    assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
 
 
 def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
@@ -124,6 +141,38 @@ def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
         ).exception
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("calibrate", ("-o", "{at}/file"), "directory for the calibration"),
+        ("calibrate", ("-o", "{at}/file/sub"), "directory for the calibration"),
+        ("calibrate", ("-o", "{at}/c", "--spill", "{at}/none"), "directory for hidden states"),
+        ("calibrate", ("-o", "{at}/c", "--ignore", "model.*"), "at least one weight"),
+        ("search", ("-o", "{at}/file/r.yaml"), "where to write a recipe"),
+        ("search", ("-o", "{at}"), "where to write a recipe"),
+        ("search", ("-o", "{at}/new/r.yaml", "--budget", 3), "at least 8.00 bits"),
+        ("search", ("-o", "{at}/new/r.yaml", "--budget", 9, "--max-kl", 1), "either a budget"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", ","), "schemes to choose from"),
+        ("search", ("-o", "{at}/new/r.yaml", "--ignore", "model.*"), "at least one weight"),
+        ("eval", ("--reference", "{at}/deeper"), "made from .* of 4 layers .* found 3 layers"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said_before_the_work(
+    source, tmp_path, monkeypatch, command, arguments, message
+):
+    """Also that a recipe has no place, which was said when the search was over."""
+    (tmp_path / "file").touch()
+    shutil.copytree(source, tmp_path / "deeper")
+    config = LlamaConfig.from_pretrained(source)
+    config.num_hidden_layers = 4
+    Auto.from_config(config).save_pretrained(tmp_path / "deeper")
+    monkeypatch.setattr(LayerwiseModel, "run_with_grad", lambda *a: pytest.fail("a layer ran"))
+    arguments = [str(a).format(at=tmp_path) for a in arguments] + ["-m", "gptq"] * (command == "calibrate")
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    done = lowbit(command, source, *arguments, *common, code=2)
+    assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
+
+
 def test_data_in_its_forms(source, tmp_path):
     tokenizer = load_tokenizer(source)
     whole = load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16)
@@ -131,18 +180,93 @@ def test_data_in_its_forms(source, tmp_path):
     some = load_windows(source.parent / "text.txt", tokenizer, samples=5, length=16, seed=1)
     assert len(some) == 5 and [w.tolist() for w in some] != [w.tolist() for w in whole[:5]]
     (tmp_path / "p.jsonl").write_text(
-        '{"text": "the quick fox"}\n"over the dog"\n\n{"prompt": "and then some more"}\n'
+        '{"text": "the quick fox"}\r\n"over the dog"\n\n{"text": ""}\n{"prompt": "and then some more"}\n',
+        encoding="utf-8-sig",
     )
     prompts = load_windows(tmp_path, tokenizer, samples=None, length=4)
     assert len(prompts) == 3 and all(2 <= w.numel() <= 4 for w in prompts)
-    for text, message in (
-        ('{"messages": [{"role": "user", "content": "x"}]}', "chat template"),
-        ("{", "line 1"),
-    ):
-        (tmp_path / "p.jsonl").write_text(text + "\n")
-        with pytest.raises(InputError, match=message):
-            load_windows(tmp_path / "p.jsonl", tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ raise(m) if m.bad else m.content }} {% endfor %}"
+    )
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "the quick fox"}]}\n')
+    assert load_windows(tmp_path, tokenizer)[0].tolist() == tokenizer("user the quick fox ")["input_ids"]
     with pytest.raises(InputError, match="smaller --length"):
         load_windows(source.parent / "text.txt", tokenizer, length=10**6)
     with pytest.raises(InputError, match="found nothing"):
         load_windows(tmp_path / "no.txt", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b"{", "line 1"),
+        ("p.jsonl", b'"the quick fox"\n42', "line 2, found int"),
+        ("p.jsonl", b"[1, 2]", "line 1, found list"),
+        ("p.jsonl", b'{"body": "the"}', "line 1, found .'body'"),
+        ("p.jsonl", b'{"messages": "the quick fox"}', "`role` and `content`"),
+        ("p.jsonl", b'{"conversations": [{"from": "human", "value": "the"}]}', "`role` and `content`"),
+        ("p.jsonl", b'{"messages": [{"role": "user", "bad": 1}]}', "that the chat template takes"),
+        ("p.jsonl", '{"text": "café"}'.encode("latin-1"), "UTF-8"),
+        ("t.txt", "the quick fox ".encode("utf-16") * 20, "UTF-8"),
+        ("t.gz", gzip.compress(b"the quick fox " * 99), "UTF-8"),
+        ("t.npy", b"", "one tensor of token ids"),
+        ("t.pt", b"the", "one tensor of token ids"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_used_is_named(source, tmp_path, name, content, message):
+    tokenizer = load_tokenizer(source)
+    tokenizer.chat_template = "{% for m in messages %}{{ raise(m) if m.bad else m.content }}{% endfor %}"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_windows(tmp_path / name, tokenizer, length=8)
+
+
+def test_token_ids_that_are_not_the_model_s(source, tmp_path):
+    options = ("-o", tmp_path / "c", "--method", "gptq", "--length", 8, "--data", tmp_path / "ids.npy")
+    for ids, message in (
+        (np.arange(99) + 40, "from 0 to 127, .* found 13"),
+        (np.full(99, -1), "found -1"),
+        (np.ones(99), "numbers of torch.float64"),
+    ):
+        np.save(tmp_path / "ids.npy", ids)
+        done = lowbit("calibrate", source, *options, code=2)
+        assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
+        assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "eval", "search"])
+def test_a_source_that_is_not_there_is_named_before_its_tokenizer(source, tmp_path, command):
+    done = lowbit(
+        command, tmp_path / "none", "--data", source.parent / "text.txt", "-o", tmp_path / "c", code=2
+    )
+    if command == "eval":
+        done = lowbit(command, tmp_path / "none", "--data", source.parent / "text.txt", code=2)
+    assert "expected a checkpoint directory" in str(done.exception)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens"])
+def test_what_is_not_finite_is_named(source, tmp_path, name):
+    """`the` is a token of the data; a weight, and a norm, before anything is computed with them."""
+    shutil.copytree(source, tmp_path / "src")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{name}.weight"][..., 5] = float("nan")
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    for arguments in (("calibrate", "-o", tmp_path / "c", "-m", "gptq"), ("eval",), ("search",)):
+        done = lowbit(arguments[0], tmp_path / "src", *arguments[1:], *common, code=2)
+        assert isinstance(done.exception, InputError) and "found NaN or Inf" in str(done.exception)
+        assert name in str(done.exception) or "embeddings" in str(done.exception)
+
+
+def test_a_model_that_gives_nan_passes_no_gate(source, tmp_path):
+    shutil.copytree(source, tmp_path / "src")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = torch.full_like(tensors["model.embed_tokens.weight"], float("inf"))
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--reference", source)
+    for gate in ("--max-kl", "--max-change"):
+        done = lowbit("eval", tmp_path / "src", *common, gate, 1000, "--json", code=1)
+        found = json.loads(done.output, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+        assert found["passed"] is False and found["kl"] is None

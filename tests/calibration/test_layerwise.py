@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.mixtral import modeling_mixtral
@@ -14,7 +15,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from lowbit.calibration import fold, layer
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.graph import trace
-from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.layerwise import LayerwiseModel, find_layers
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotate_model import rotate_outside
 from lowbit.calibration.rotation import make_rotation
@@ -131,6 +132,32 @@ def test_the_graph_of_a_layer_is_what_the_architecture_says(checkpoints, windows
     assert readers["post_attention_layernorm"] == {"mlp.gate", *experts}
     assert set(graph.writers) == {"self_attn.o_proj", *(f"mlp.experts.{i}.down_proj" for i in range(4))}
     assert {len(g) for g in graph.groups if "self_attn.q_proj" in g} == {3}
+
+
+def test_what_has_another_width_writes_no_residual_stream():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.o_proj, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 4)  # the second of a router
+
+        def forward(self, x):
+            return x + self.o_proj(x) * self.out_proj(x).softmax(-1).amax(-1, keepdim=True)
+
+    x = torch.randn(1, 3, 8)
+    assert trace(Layer(), lambda m: m(x), 8, None).writers == ("o_proj",)
+
+
+def test_layers_of_the_decoder_itself_go_before_those_of_its_towers():
+    """Phi-4 multimodal holds its towers in its decoder."""
+
+    class Body(nn.Module):
+        def __init__(self, count: int, tower: nn.Module | None = None) -> None:
+            super().__init__()
+            self.tower, self.layers = tower, nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+
+    model = nn.Module()
+    model.model = Body(2, tower=Body(3))
+    assert find_layers(model, model.model) == ("model.layers", model.model.layers)
 
 
 def test_activation_cache_spills_and_reads_back(tmp_path):

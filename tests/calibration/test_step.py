@@ -18,7 +18,7 @@ def planned(name: str, scheme: str = "int8", **given: bool) -> Passes:
     method, target = METHODS[name], get_scheme(scheme)
     if given.pop("floats_go_on", False):
         method = replace(method, propagate=False)
-    wanted = wanted_statistics(method, target.activations)
+    wanted = wanted_statistics(method, [target])
     return plan_passes(wanted, method, static=target.needs_calibration, **{**USUAL, **given})
 
 

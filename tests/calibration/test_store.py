@@ -53,6 +53,11 @@ def test_round_trip(tmp_path):
     ]
 
 
+def test_others_may_read_it_as_they_may_the_manifest(tmp_path):
+    file = store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    assert file.stat().st_mode == (tmp_path / store.MANIFEST).stat().st_mode
+
+
 @pytest.mark.parametrize(("key", "value"), [("fingerprint", "other"), ("scheme", "fp8")])
 def test_another_source_or_scheme_is_refused(tmp_path, key, value):
     writer = store.Writer(tmp_path, SETTINGS)
@@ -69,6 +74,16 @@ def test_resume_knows_the_finished_parts_and_refuses_other_settings(tmp_path):
     with pytest.raises(store.CalibrationError, match="method"):
         store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}})
     assert store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True).finished == set()
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:-1])])
+def test_a_part_that_is_gone_or_damaged_is_written_again(tmp_path, damage):
+    writer = store.Writer(tmp_path, SETTINGS)
+    writer.write("model.layers.0", layer())
+    damage(writer.write("model.layers.1", {"model.layers.1.mlp.down_proj.bias": torch.ones(4)}))
+    assert store.Writer(tmp_path, SETTINGS).finished == {"model.layers.0"}
+    store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True)
+    assert not list(tmp_path.glob("*.safetensors"))  # of what was replaced nothing stays
 
 
 @pytest.mark.parametrize(

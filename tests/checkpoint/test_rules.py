@@ -60,6 +60,10 @@ KEPT = {
     "transformer.word_embedding": ("other", BIG),  # XLNet
     "encoder.layers.0.attn.rel_pos_emb": ("other", BIG),  # Granite speech
     "tapas.embeddings.token_type_embeddings_1": ("other", BIG),
+    "model.embed_tokens_extend.audio_embed.encoder.encoders.0.self_attn.q_proj": ("audio", BIG),
+    "model.video_tower.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Video-LLaVA
+    "model.vision_projection.patch_merger.merging_layer": ("vision", BIG),  # LightOnOCR
+    "model.vision_embed_tokens": ("vision", BIG),  # Fuyu
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),

@@ -144,6 +144,14 @@ def test_bad_input_is_one_line_and_exit_code_2(run, src, tmp_path, command, as_j
     assert not (tmp_path / "out").exists() and not (src / "out").exists()
 
 
+def test_of_several_workers_the_first_writes_the_document(run, tmp_path, monkeypatch):
+    for rank, expected in (("0", '"error"'), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        for arguments in (["inspect", tmp_path / "nowhere"], ["nonsense"]):
+            code, out, err = run(*arguments, "--json")
+            assert code == 2 and err and bool(out) == bool(expected) and expected in out
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
