@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.nn.integration import require_transformers
+
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
 
 # The names of an expert's projections → what each does.
@@ -36,6 +38,7 @@ def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
     wanted = list(names)
     if not is_transformers_model(model):
         return {name: [name] for name in wanted}
+    require_transformers()
     from transformers.core_model_loading import revert_weight_conversion
 
     found: dict[str, list[str]] = {}
