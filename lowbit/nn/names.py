@@ -53,6 +53,14 @@ def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
     return found
 
 
+def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What modules of a transformers model whose weights are in it as on disk are called there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {f"{name}.weight": torch.empty(0, device="meta") for name in names}
+    return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
+
+
 def _get(model: nn.Module, name: str) -> torch.Tensor:
     module, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(module), leaf)
