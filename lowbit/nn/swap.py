@@ -205,7 +205,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
             unfit[name] = f"a {type(module).__name__}, not a Linear"
         elif weight.dim() == 2 and "weight" not in module._parameters:
             unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
-        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
@@ -231,6 +231,11 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
             )
         )
     return found, unfit
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether it computes what a Linear does, and nobody else reads its weight: Falcon's rounds before the bias."""
+    return type(linear) is nn.Linear or type(linear).__name__ == "FalconLinear"
 
 
 def _is_fused_experts(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from nn_reference import build, inputs, logits, tiny
 from torch import nn
 from torch.nn.utils import prune
@@ -177,6 +178,30 @@ def test_weights_that_are_computed_stay():
     assert all("computed from others" in reason for reason in model.quantization_report.kept.values())
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+@pytest.mark.parametrize("kind", ["falcon", "t5"])
+def test_linears_that_a_model_treats_in_its_own_way(kind, scheme, tmp_path):
+    """Falcon has a class for them; T5 casts activations to the dtype of one, so that stays in float."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 60, (2, 9))
+    if kind == "falcon":
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+        model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
+        batch = {"input_ids": ids}
+    else:
+        sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+        batch = {"input_ids": ids, "decoder_input_ids": ids}
+    want = logits(model, batch)
+    model.save_pretrained(tmp_path / "src")
+    quantize_model(model, scheme)
+    assert len(model.quantization_report.quantized) == {"falcon": 8, "t5": 28}[kind]
+    found = logits(model, batch)
+    assert (found - want).norm() < 0.1 * want.norm()
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    assert torch.equal(logits(lowbit.load(tmp_path / "out"), batch), found)
+
+
 def test_hooks_stay():
     linear, calls = nn.Linear(64, 64), []
     handles = [
@@ -257,8 +282,6 @@ def test_experts_compile_whole():
 
 
 def test_other_layouts_are_kept_and_said():
-    import transformers
-
     config = transformers.GptOssConfig(
         vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
