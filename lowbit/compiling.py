@@ -9,9 +9,23 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from numba import njit
 from numba.core import event
 
 _log = logging.getLogger(__name__)
+
+
+def _place_for_cache() -> bool:
+    """Whether numba finds a folder to write to: beside its caller's file, in the user's cache, or NUMBA_CACHE_DIR."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
+
+
+CACHE = _place_for_cache()
+"""What loops give numba as `cache`, which fails where there is no place for one."""
 
 
 class _Compiling(event.Listener):
@@ -22,7 +36,8 @@ class _Compiling(event.Listener):
     def on_start(self, event: Any) -> None:
         if not self.said and str(event.data.get("module")).startswith("lowbit."):
             self.said = True
-            _log.info("compiling CPU kernels, once per machine …")
+            when = "once per machine" if CACHE else "at every start without a writable NUMBA_CACHE_DIR"
+            _log.info(f"compiling CPU kernels, {when} …")
 
     def on_end(self, event: Any) -> None:
         pass

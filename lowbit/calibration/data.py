@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.nn.integration import require_transformers
 
 _TEXT = (".txt", ".md", ".rst", ".html")
 
@@ -55,6 +56,7 @@ def load_windows(
 
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
+    require_transformers()
     from transformers import AutoTokenizer
 
     from lowbit.checkpoint.headers import open_checkpoint

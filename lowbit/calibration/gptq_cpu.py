@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-import lowbit.compiling  # noqa: F401  (says so when it takes long)
+from lowbit.compiling import CACHE  # which says so when compiling takes long
 
 INT, E4M3FN = 0, 1
 
 
-@njit(inline="always", cache=True)
+@njit(inline="always", cache=CACHE)
 def _code(x, kind, largest):
     """float32 → nearest code as a float32: half to even, saturating."""
     if kind == 0:
@@ -30,7 +30,7 @@ def _code(x, kind, largest):
     return np.float32(-r) if x < 0 else np.float32(r)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract"})
+@njit(parallel=True, cache=CACHE, fastmath={"contract"})
 def gptq_block(work, scale, group, upper, start, kind, largest, codes, errors):
     """Round columns [start, start + B) of every row; float32 throughout.
 
@@ -51,7 +51,7 @@ def gptq_block(work, scale, group, upper, start, kind, largest, codes, errors):
                 row[t] -= e * upper[j, t]
 
 
-@njit(parallel=True, cache=True, fastmath={"contract"})
+@njit(parallel=True, cache=CACHE, fastmath={"contract"})
 def descend_block(codes, scale, gradient, h, kind, largest, moved):
     """One visit of every column of a block: `codes`, `scale`, `gradient` (Δ·H), `moved` [N, B]; `h` [B, B].
 

@@ -22,6 +22,7 @@ from lowbit.calibration.kv_cache import KEYS
 from lowbit.calibration.names import CheckpointNames
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
+from lowbit.nn.integration import require_transformers
 
 Override = Callable[[str], Tensor | None]
 """Checkpoint name → a tensor that takes its place, or None."""
@@ -43,6 +44,7 @@ class LayerwiseModel:
         override: Override | None = None,
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
+        require_transformers()
         from transformers import AutoConfig
 
         self.source, self.device, self.dtype = source, choose_device(device), dtype

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 from numba import njit
 
-import lowbit.compiling  # noqa: F401  (says so when it takes long)
+from lowbit.compiling import CACHE  # which says so when compiling takes long
 
 # How the source is stored.
 BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED, E2M1_PACKED = range(8)
@@ -36,7 +36,7 @@ def source_bytes(kind: int, count: int) -> int:
 
 _INF_BITS = np.uint32(0x7F800000)
 _SMALLEST_SCALE = np.float32(2.0**-126)
-_loop = partial(njit, cache=True, nogil=True, error_model="numpy", boundscheck=False)
+_loop = partial(njit, cache=CACHE, nogil=True, error_model="numpy", boundscheck=False)
 
 
 @njit(inline="always")

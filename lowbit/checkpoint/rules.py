@@ -66,9 +66,9 @@ KEEP_RULES = (
     Rule(
         "embedding",
         _last(
-            "embed_tokens", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "tok_embeddings",
+            r"embed_tokens(\.\d+)?", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "tok_embeddings",
             "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
-            "relative_attention_bias", r"embed_tokens_per_layer",
+            "relative_attention_bias", "embed_tokens_per_layer",
         ),
         "embedding",
     ),
@@ -98,6 +98,7 @@ KEEP_RULES = (
         _last("wo_a", "o_a_proj"),
         "its rows multiply groups of heads each, outside of what engines quantize",
     ),
+    Rule("projection", _last(r"DenseReluDense\.wo"), "T5's code casts activations to the dtype of this weight"),
     Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
     Rule("adapter", _inside("lora_A", "lora_B"), "low-rank adapter: small, and nothing that engines quantize"),
     # Not of the role: where one is a Linear after all, engines must be told that it is in float.

@@ -22,7 +22,7 @@ def bench(
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="Sequences at once; repeatable. Default 1 and 8.", show_default=False),
+        typer.Option(min=1, help="Sequences at once; repeatable. Default 1 and 8.", show_default=False),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after it.")] = 16,

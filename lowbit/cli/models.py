@@ -90,7 +90,10 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def quiet_transformers() -> None:
-    """No progress bars or advice from transformers on standard error."""
+    """No progress bars or advice from transformers on standard error; InputError where it is missing or too old."""
+    from lowbit.nn.integration import require_transformers
+
+    require_transformers()
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -140,6 +140,11 @@ class CompressedTensors(ConfigOnly):
             assert scheme.weights is not None
             if scheme.weights.dtype is INT4 and kind == "weight":
                 raise InputError(f"{name}: expected INT4 codes as {module}.weight_packed, found {info.dtype}")
+            if kind == "weight" and info.dtype != scheme.weights.dtype.safetensors:
+                raise InputError(
+                    f"{name}: expected {scheme.weights.dtype.safetensors} codes, as config.json says, found "
+                    f"{info.dtype}; config.json and weights do not belong together"
+                )
             shape = (info.shape[0], info.shape[1] * (_per_int32(scheme) if kind == "weight_packed" else 1))
             if kind == "weight":
                 check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)

@@ -137,7 +137,7 @@ def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
     `stored`: module → its tensor on disk, of those that are bfloat16 there. Modules that share a
     weight are swapped together or not at all. `model` is a transformers model on meta.
     """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (_or_none(model.get_input_embeddings), _or_none(model.get_output_embeddings))
     config = model.config.to_dict()
     chosen = set()
     for path, tensor in stored.items():
@@ -160,6 +160,14 @@ def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
         assert weight is not None
         new.weight = nn.Parameter(weight, requires_grad=False)
         replace_module(model, path, new)
+
+
+def _or_none(asked: Callable[[], Any]) -> Any:
+    """transformers' models of sound and pictures have no embeddings, and some say so with an error."""
+    try:
+        return asked()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def settle(model: nn.Module) -> None:

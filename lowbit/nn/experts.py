@@ -164,6 +164,10 @@ class QuantExperts(QuantModule):
         for projection in self.projections if "offset" in self.suffixes else ():
             check_zeros(self.stack(projection, "offset"), f"{self.projections[projection]}.weight_offset")
 
+    def stored_modules(self, name: str) -> list[str]:
+        """The modules of a checkpoint that this one, called `name`, is: one per expert and projection."""
+        return [f"{name}.{i}.{p}" for i in range(self.num_experts) for p in self.projections.values()]
+
     def shape_of(self, projection: str) -> tuple[int, int]:
         """[N, K] of one expert's projection."""
         down = projection == "down"

@@ -11,14 +11,36 @@ what transformers loads with.
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from lowbit.errors import InputError
+
+OLDEST = (5, 21)
+"""The first transformers whose way of loading lowbit takes part in."""
 
 _METHODS = ("compressed-tensors", "fp8")
 _replaced: dict[str, Any] = {}
 
 
+def require_transformers() -> None:
+    """InputError unless transformers is installed, and new enough."""
+    oldest = ".".join(map(str, OLDEST))
+    advice = "pip install -U 'lowbit[models]'"
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise InputError(f"expected transformers {oldest} or newer, found none; {advice}") from error
+    found = transformers.__version__
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
+        raise InputError(f"expected transformers {oldest} or newer, found {found}; {advice}")
+
+
 def register_names() -> None:
     """Put the config and quantizer named `lowbit` into transformers' registry, and nothing else."""
+    require_transformers()
     from transformers.quantizers import auto
 
     from lowbit.nn.quantizer import LowbitConfig, LowbitQuantizer
@@ -29,7 +51,11 @@ def register_names() -> None:
 
 
 def register() -> None:
-    """Let `from_pretrained` run compressed-tensors and fp8 checkpoints of 8 bits on lowbit's modules."""
+    """Let `from_pretrained` run compressed-tensors and fp8 checkpoints of 8 bits on lowbit's modules.
+
+    InputError where transformers is missing or too old.
+    """
+    require_transformers()
     from transformers.quantizers import auto
 
     for method in _METHODS:

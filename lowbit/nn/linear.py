@@ -154,6 +154,10 @@ class QuantLinear(QuantModule):
             zero = torch.as_tensor(zero_point, device=device).to(torch.int8).reshape(1)
             self.set_content("input_zero_point", zero)
 
+    def stored_modules(self, name: str) -> list[str]:
+        """The modules of a checkpoint that this one, called `name`, is: itself."""
+        return [name]
+
     def content(self, content: str) -> Tensor | None:
         """The buffer that holds `codes`, `packed`, `scale`, `input_scale` or `input_zero_point`; None if absent."""
         name = self.names.get(content)

@@ -83,14 +83,11 @@ def load(
 
 def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """(model class, config) that config.json names."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError("lowbit.load needs transformers: pip install 'lowbit[models]'") from error
-
     from lowbit.nn.integration import register_names
 
     register_names()
+    import transformers
+
     if not checkpoint.config:
         raise InputError(f"{checkpoint.root}: expected a config.json that names an architecture, found none")
     names = checkpoint.config.get("architectures") or []

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.nn.integration import require_transformers
+
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
 
 # The names of an expert's projections → what each does.
@@ -36,6 +38,7 @@ def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
     wanted = list(names)
     if not is_transformers_model(model):
         return {name: [name] for name in wanted}
+    require_transformers()
     from transformers.core_model_loading import revert_weight_conversion
 
     found: dict[str, list[str]] = {}
@@ -48,6 +51,14 @@ def tensors_on_disk(model: nn.Module, names: Iterable[str]) -> dict[str, list[st
             # A conversion that needs more tensors than this one: such names stay as they are.
             found[name] = [name]
     return found
+
+
+def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What modules of a transformers model whose weights are in it as on disk are called there."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {f"{name}.weight": torch.empty(0, device="meta") for name in names}
+    return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
 
+# Where a weight is packed under another name: transformers' code initializes the weight of a Linear that is not filled.
+_FILLED: Any = SimpleNamespace(_is_hf_initialized=True)
 _EXPERT = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
 
 
@@ -137,6 +140,8 @@ class LowbitQuantizer(HfQuantizer):
             parent = find.experts(name)
             if parent is not None:
                 experts.setdefault(parent, {})[name] = module
+            elif find.becomes_float(f"{name}.weight"):
+                raise _reshaped(name)
         for path, members in experts.items():
             _swap_experts(model, path, members, tensors)
             self._experts |= {t: path for m in members.values() for t in m.names.values()}
@@ -178,6 +183,7 @@ class LowbitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
+                vars(module).pop("weight", None)
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
@@ -245,9 +251,22 @@ class _Finder:
                 return path
         return None
 
+    def becomes_float(self, tensor: str) -> bool:
+        """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
+        name = self._renamed(tensor)
+        targets = (c.rename_source_key(name) for c in self._converters)
+        return any(matched and self._placed(target.rpartition(".")[0]) for target, matched in targets)
+
     def reshapes(self, tensor: str) -> bool:
         """Whether transformers splits, joins or transposes this tensor while loading."""
         return any(c.compiled_sources.search(self._renamed(tensor)) for c in self._converters)
+
+
+def _reshaped(name: str) -> InputError:
+    return InputError(
+        f"{name}: transformers splits or joins this weight while loading, which codes do not survive; "
+        "convert the checkpoint again with --ignore for this module"
+    )
 
 
 def _parent(tensor: str) -> str:
@@ -313,10 +332,7 @@ def _swap_linear(
             "convert the checkpoint again with --ignore for this module"
         )
     if find.reshapes(stored.weight):
-        raise InputError(
-            f"{name}: transformers splits or joins this weight while loading, which codes do not survive; "
-            "convert the checkpoint again with --ignore for this module"
-        )
+        raise _reshaped(name)
     n, _k = stored.shape
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -334,6 +350,8 @@ def _swap_linear(
         float_dtype=float_dtype_of(stored, tensors),
     )  # fmt: skip
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
+    if "weight" not in new._buffers:
+        new.weight = _FILLED
     replace_module(model, path, new)
     find.modules[path] = new
 

@@ -187,8 +187,9 @@ def float_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """What `F.linear` would compute in under autocast."""
+    """What `F.linear` would compute in under autocast, which leaves float64 and what is no float alone."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    # torch has no autocast for meta, and says so with an error.
+    if x.is_meta or x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

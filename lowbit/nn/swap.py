@@ -17,7 +17,13 @@ from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import parameter, refusal, sizes
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import expert_names, is_transformers_model, module_of, tensors_on_disk
+from lowbit.nn.names import (
+    expert_names,
+    is_transformers_model,
+    module_of,
+    stored_modules_on_disk,
+    tensors_on_disk,
+)
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
 from lowbit.scheme import Scheme
 
@@ -88,11 +94,12 @@ def quantize_model(
 
     One module at a time is quantized, on its device, and its float weight is dropped, so the
     peak is one module above the model. Of a transformers model the config is updated too:
-    `save_pretrained` writes a checkpoint in `format`. (GPT-2's Conv1D is transposed on the way;
-    saved so, only lowbit loads it.)
+    `save_pretrained` writes a checkpoint in `format`. What an earlier call quantized stays as it
+    is. (GPT-2's Conv1D is transposed on the way; saved so, only lowbit loads it.)
 
     Raises InputError for schemes that need calibration, patterns that are not regular
-    expressions, and weights that are on meta or not finite.
+    expressions, and weights that are on meta or not finite; what came before such a weight stays
+    quantized, and a call that leaves the weight out goes on from there.
     """
     scheme, target = as_scheme(scheme), as_format(format)
     if scheme.needs_calibration:
@@ -106,12 +113,12 @@ def quantize_model(
             f"`lowbit convert --format {target.name}` on the saved model"
         )
     before = _nbytes(model)
+    layout = _quantized_before(model, target)
     candidates, unfit = _candidates(model)
     selection, given = _selection(candidates, listed("ignore", ignore), dict(per_module or {}))
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
-    layout: dict[str, Scheme] = {}
     ignored: list[str] = []
     names = [*decisions, *(c.name for c in candidates), *(n for c in candidates for n in c.fused.values())]
     warnings = [f"pattern {p!r} matches no module" for p in selection.unmatched(names)]
@@ -135,19 +142,40 @@ def quantize_model(
             continue
         new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
         swapped[id(candidate.module)] = new
+        _carry_hooks(candidate.module, new)
         model = replace_module(model, candidate.name, new)
         _drop_weights(candidate.module)
         quantized[candidate.name] = decision.scheme.name
         layout |= dict.fromkeys(candidate.disk, decision.scheme)
     if not quantized:
         warnings.append("no module was quantized")
-    config = getattr(model, "config", None)
-    if is_transformers_model(model) and quantized:
-        _describe(model, config, target, layout, ignored)
+    _leave_fused_paths(model)
+    if is_transformers_model(model) and layout:
+        _describe(model, getattr(model, "config", None), target, layout, ignored)
     model.quantization_report = SwapReport(  # type: ignore[assignment]
         quantized=quantized, kept=kept, warnings=tuple(warnings), bytes_before=before, bytes_after=_nbytes(model)
     )  # fmt: skip
     return model
+
+
+def _quantized_before(model: nn.Module, target: Format) -> dict[str, Scheme]:
+    """Modules on disk of what an earlier call or a checkpoint quantized: the config of all is written anew.
+
+    InputError where they are in another format than `target`, since a checkpoint has one.
+    """
+    if not is_transformers_model(model):
+        return {}
+    found: dict[str, Scheme] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantExperts | QuantLinear):
+            continue
+        if module.format.name != target.name:
+            raise InputError(
+                f"{name}: expected a model in float, or quantized in {target.name}, found {module.format.name}; give "
+                f"format={module.format.name!r}, or start from the model in float"
+            )
+        found |= dict.fromkeys(stored_modules_on_disk(model, module.stored_modules(name)), module.scheme)
+    return found
 
 
 def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
@@ -175,7 +203,9 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
         found.append(_Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
         if weight.dim() == 2 and not isinstance(module, nn.Linear) and not is_conv1d(module):
             unfit[name] = f"a {type(module).__name__}, not a Linear"
-        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+        elif weight.dim() == 2 and "weight" not in module._parameters:
+            unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
+        elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
@@ -201,6 +231,11 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
             )
         )
     return found, unfit
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether it computes what a Linear does, and nobody else reads its weight: Falcon's rounds before the bias."""
+    return type(linear) is nn.Linear or type(linear).__name__ == "FalconLinear"
 
 
 def _is_fused_experts(module: nn.Module) -> bool:
@@ -298,6 +333,29 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
     return model
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Whoever watches the module's calls watches the new one's, and may stop with the handle that they have."""
+    for name, hooks in vars(old).items():
+        if name.startswith(
+            ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        ):
+            vars(new)[name] = hooks
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """In inference torch's encoder layers give their weights to one function, past the modules that hold them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _holds_codes(module):
+            module.activation_relu_or_gelu = 0  # the function computes no activation that is neither
+        elif isinstance(module, nn.TransformerEncoder) and _holds_codes(module):
+            module.use_nested_tensor = False
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return any(isinstance(m, QuantModule) for m in module.modules())
 
 
 def _drop_weights(module: nn.Module) -> None:

@@ -63,12 +63,12 @@ _MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
 _MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
 _PANEL_UNITS = 256  # 32-bit units of a row that one task rearranges
 
-PREPARE, MATMUL = ctypes.c_int64 * len(P), ctypes.c_int64 * len(M)
-# As plain numbers: a member of an enum costs several times as much as an index.
-_P_NEXT, _P_SLOT, _P_X, _P_A = int(P.NEXT), int(P.SLOT), int(P.X), int(P.A)
-_P_SCALE, _P_SCRATCH, _P_SUMS = int(P.SCALE), int(P.SCRATCH), int(P.SUMS)
-_M_NEXT, _M_SLOT, _M_A, _M_OUT = int(M.NEXT), int(M.SLOT), int(M.A), int(M.OUT)
-_M_A_SUM, _M_A_SCALE, _M_SCRATCH = int(M.A_SUM), int(M.A_SCALE), int(M.SCRATCH)
+PREPARE, MATMUL = ctypes.c_int64 * P.COUNT, ctypes.c_int64 * M.COUNT
+# What `Call.run` writes at every call: not looked up in the classes there.
+_P_NEXT, _P_SLOT, _P_X, _P_A = P.NEXT, P.SLOT, P.X, P.A
+_P_SCALE, _P_SCRATCH, _P_SUMS = P.SCALE, P.SCRATCH, P.SUMS
+_M_NEXT, _M_SLOT, _M_A, _M_OUT = M.NEXT, M.SLOT, M.A, M.OUT
+_M_A_SUM, _M_A_SCALE, _M_SCRATCH = M.A_SUM, M.A_SCALE, M.SCRATCH
 
 _local = threading.local()
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from lowbit.errors import InputError
+
 # From best to most portable. `portable` is plain torch: exact float32 blocks.
 ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
 
@@ -178,7 +180,7 @@ def detect() -> Instructions:
     """What to use: the best that this CPU has, or the one that LOWBIT_CPU_ISA names.
 
     LOWBIT_CPU_ISA is one of `ISAS`; a pinned `avx2` leaves bfloat16 instructions out as well.
-    Raises ValueError for an unknown name, RuntimeError for one that this CPU lacks.
+    Raises InputError for an unknown name, and for one that this CPU lacks.
     """
     pinned = os.environ.get("LOWBIT_CPU_ISA", "").strip().lower()
     usable = available()
@@ -188,9 +190,9 @@ def detect() -> Instructions:
         if os.environ.get("NUMBA_CPU_NAME"):
             name = "avx2" if "avx2" in usable else "portable"
     elif pinned not in ISAS:
-        raise ValueError(f"expected LOWBIT_CPU_ISA to be one of {', '.join(ISAS)}, found {pinned!r}")
+        raise InputError(f"expected LOWBIT_CPU_ISA to be one of {', '.join(ISAS)}, found {pinned!r}")
     elif pinned not in usable:
-        raise RuntimeError(
+        raise InputError(
             f"LOWBIT_CPU_ISA asks for {pinned}, but this CPU has only {', '.join(usable)}; unset it"
         )
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit
 
+from lowbit.compiling import CACHE
 from lowbit.ops import cpu_tiles
 from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
@@ -132,7 +133,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int, byte_look
     dot_lines = cpu_tiles.requests(direct_kind, DOT_COLS)
     dot_tall = 4 if lanes == 16 else 2  # 16 registers do not hold 4 × 4 accumulators and their operands
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=CACHE)
     def matmul_tiles(parameters):  # type: ignore[no-untyped-def]
         _ = source
         p = carray(parameters, 48)

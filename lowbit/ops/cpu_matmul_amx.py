@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit
 
+from lowbit.compiling import CACHE
 from lowbit.ops.cpu_amx import ROWS, STEP, amx_begin, amx_end, amx_tile
 from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
@@ -108,7 +109,7 @@ def matmul(kind: str, storage: str, parts: int = 1) -> Any:
     w_size = 2 if plain else 1
     row_kind, lookup = A_I8_BYTES if integer else A_BF16, not (integer or plain)
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=CACHE)
     def matmul_amx(parameters):  # type: ignore[no-untyped-def]
         _ = source
         p = carray(parameters, 48)

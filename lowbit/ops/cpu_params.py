@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
+from itertools import count
 
 # Element types of activations and outputs; the codes are inputs only.
 F32, F16, BF16, I8_CODES, E4M3_CODES = range(5)
@@ -19,14 +19,10 @@ SCALE_LANES = 16
 PANEL_ROWS = 16
 
 
-class _Index(IntEnum):
-    @staticmethod
-    def _generate_next_value_(name: str, start: int, count: int, last_values: list) -> int:
-        return count
-
-
-class P(_Index):
+class P:
     """`prepare`. Strides in bytes; addresses as integers, 0 for absent."""
+
+    auto = count().__next__  # plain numbers, which every numba indexes arrays by
 
     NEXT = auto()  # atomic: next row
     SLOT = auto()  # atomic: next thread's slot of scratch
@@ -53,10 +49,13 @@ class P(_Index):
     ROWS_PER_TASK = auto()
     ROWS_PADDED = auto()  # rows of A to clear beyond ROWS
     PARTS = auto()  # bfloat16 values that add up to one of X: each has a part of a row of A
+    COUNT = auto()
 
 
-class M(_Index):
+class M:
     """`matmul`. Strides of A, W and OUT in bytes, of scales and bias in elements."""
+
+    auto = count().__next__  # plain numbers, which every numba indexes arrays by
 
     NEXT = auto()
     SLOT = auto()
@@ -94,3 +93,4 @@ class M(_Index):
     BLOCK_ROWS = auto()
     BLOCK_COLS = auto()
     DOT_ROWS = auto()  # up to so many rows are multiplied with weights as stored, without a panel
+    COUNT = auto()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit
 
+from lowbit.compiling import CACHE
 from lowbit.ops.cpu_emit import (
     bits_to_f32,
     e4m3_code,
@@ -191,7 +192,7 @@ def prepare() -> Any:
     """Compile (or load) `prepare`; a ctypes function of the parameter block's address."""
     source = stamp()
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=CACHE)
     def prepare_rows(parameters):  # type: ignore[no-untyped-def]
         _ = source
         p = carray(parameters, 32)
@@ -262,7 +263,7 @@ def panels() -> Any:
     """
     source = stamp()
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=CACHE)
     def pack_panels(parameters):  # type: ignore[no-untyped-def]
         _ = source
         p = carray(parameters, 32)
@@ -291,7 +292,7 @@ def hadamard() -> Any:
     """
     source = stamp()
 
-    @cfunc(SIGNATURE, cache=True)
+    @cfunc(SIGNATURE, cache=CACHE)
     def hadamard_rows(parameters):  # type: ignore[no-untyped-def]
         _ = source
         p = carray(parameters, 32)

@@ -26,6 +26,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -122,14 +123,22 @@ class Step:
         parts = (shuffle(builder, bits, bits, half) for half in halves)
         return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
 
+    def _declared(self, builder: Any, vectors: list, *, since: int) -> list:
+        """Vectors as LLVM declares the operands of an instruction: before version `since`, as 32-bit integers."""
+        if llvm_version_info[0] >= since:
+            return vectors
+        return [builder.bitcast(vector, vec(I32, self.lanes)) for vector in vectors]
+
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
         if self.name == "pmaddwd":
             name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
             return builder.add(acc, call(builder, name, self.acc, [a, b]))
         if self.name == "dpbusd":
-            return call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, [acc, b, a])
+            pair = self._declared(builder, [b, a], since=21)
+            return call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, [acc, *pair])
         if self.name == "dpbf16":
-            return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, a, b])
+            pair = self._declared(builder, [a, b], since=16)
+            return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, *pair])
         pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
         for x, y in pairs:
             if self.name == "fmad":

@@ -24,6 +24,11 @@ KEPT = {
     "model.embed_tokens": ("embedding", BIG),
     "transformer.wte": ("embedding", BIG),
     "model.layers.61.embed_tokens": ("embedding", BIG),
+    "text_model.embeddings.position_embedding": ("other", BIG),
+    "encoder.rel_embeddings": ("other", BIG),
+    "word_embedding": ("other", BIG),
+    "model.decoder.embed_tokens.0": ("embedding", BIG),
+    "decoder.block.0.layer.2.DenseReluDense.wo": ("projection", BIG),
     "lm_head": ("head", BIG),
     "output": ("head", BIG),
     "model.layers.61.shared_head.head": ("head", BIG),
@@ -75,6 +80,7 @@ KEPT = {
 }
 
 QUANTIZED = {
+    "decoder.block.0.layer.2.DenseReluDense.wi_0": "linear",
     "model.layers.0.self_attn.q_proj": "linear",
     "model.layers.0.self_attn.o_proj": "linear",
     "model.layers.0.self_attn.q_a_proj": "linear",

@@ -29,3 +29,13 @@ def test_compiling_is_said_once_and_only_where_it_happens(tmp_path):
     assert run() == ""
     environment["NUMBA_CACHE_DIR"] += "/worker"
     assert run(RANK="1") == ""
+
+
+def test_nowhere_to_keep_what_is_compiled_is_no_error():
+    """As in a container whose files are read only."""
+    code = (
+        "import tempfile\ndef refuse(*_, **__):\n    raise PermissionError\ntempfile.TemporaryFile = refuse\n"
+        + CODE
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "compiling CPU kernels, at every start without a writable NUMBA_CACHE_DIR …\n"

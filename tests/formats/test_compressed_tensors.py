@@ -277,6 +277,11 @@ def test_a_group_for_one_name_does_not_take_the_others():
             "expected weights in every config group",
         ),
         (
+            {"config_groups": {"g": group(["Linear"], type="float")}},
+            module("a.b"),
+            "expected F8_E4M3 codes, as config.json says, found I8",
+        ),
+        (
             {"config_groups": {"g": group(["Linear"])}},
             {"a.b.weight": Info("I8", 4, 4)},
             "expected a scale named",

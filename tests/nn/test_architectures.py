@@ -9,6 +9,7 @@ from nn_reference import FUSED, activations_quantized, build, dequantized, fused
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit.errors import InputError
 from lowbit.formats import quantization_of
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
 
@@ -178,6 +179,68 @@ def test_in_memory_equals_converted(kind, tmp_path):
     for name in mine:
         assert mine[name].dtype == theirs[name].dtype, name
         assert torch.equal(mine[name], theirs[name]), name
+
+
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 64,
+}  # fmt: skip
+SEEN = {"image_size": 16, "patch_size": 8}
+BEYOND_TEXT = {
+    # Code that initializes what is not filled asks Mamba's mixer for the weights of its Linears.
+    "mamba": lambda: (
+        transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=64)),
+        {"input_ids": torch.arange(2, 11)[None]},
+    ),
+    # It has no embeddings, and says so with an error.
+    "wav2vec2": lambda: (
+        transformers.Wav2Vec2Model(
+            transformers.Wav2Vec2Config(
+                **SMALL, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16,
+                num_conv_pos_embedding_groups=4,
+            )
+        ),
+        {"input_values": torch.linspace(-1, 1, 400)[None]},
+    ),
+    # Its embeddings of positions are called by the singular.
+    "clip": lambda: (
+        transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**SMALL, "eos_token_id": 2}, vision_config={**SMALL, **SEEN}, projection_dim=32
+            )
+        ),
+        {"input_ids": torch.arange(2, 11)[None], "pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only"])
+@pytest.mark.parametrize("kind", BEYOND_TEXT)
+def test_beyond_text_in_memory_equals_converted(kind, scheme, tmp_path):
+    torch.manual_seed(0)
+    model, batch = BEYOND_TEXT[kind]()
+    model.eval().save_pretrained(tmp_path / "src")
+    quantize_model(model, scheme)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    converted = load(tmp_path / "out")
+    names = {n for n, m in converted.named_modules() if isinstance(m, QuantLinear)}
+    assert names == set(model.quantization_report.quantized)
+    with torch.no_grad():
+        want, found = model(**batch).to_tuple(), converted(**batch).to_tuple()
+    assert torch.equal(found[0], want[0])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_weights_that_transformers_splits_are_refused(scheme, tmp_path):
+    """DINOv2 has one matrix on disk where its model has two: their codes were taken for weights."""
+    config = transformers.Dinov2Config(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True, **SEEN
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    with pytest.raises(InputError, match=r"mlp\.weights_in: transformers splits or joins .* with --ignore"):
+        load(tmp_path / "out")
+    lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme, ignore=["*.weights_in"])
+    load(tmp_path / "float")
 
 
 def test_greedy_generation_runs(tmp_path):

@@ -121,3 +121,7 @@ def test_bad_input(checkpoint, arguments, message):
     command, name, *rest = arguments
     with pytest.raises(InputError, match=message):
         run(command, checkpoint / name, *rest)
+
+
+def test_bad_usage():
+    assert CliRunner().invoke(app, ["bench", "out", "--batch", "0"]).exit_code == 2

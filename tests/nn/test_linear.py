@@ -182,6 +182,17 @@ def test_autocast(scheme):
         out = quant(x)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, quant(x.bfloat16()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quant(x.double()).dtype == torch.float64  # as torch's own
+        with pytest.raises(TypeError, match=r"found torch\.int64"):
+            quant(x.long())
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+def test_shapes_on_meta(scheme):
+    _, quant = make(96, 40, scheme)
+    out = quant.to("meta")(torch.empty(3, 5, 96, dtype=torch.bfloat16, device="meta"))
+    assert (out.device.type, out.dtype, out.shape) == ("meta", torch.bfloat16, (3, 5, 40))
 
 
 @pytest.mark.parametrize("scheme", DYNAMIC)

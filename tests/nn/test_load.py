@@ -13,8 +13,12 @@ from nn_reference import build, dequantized, inputs, logits, tiny
 from safetensors.torch import load_file, save_file
 
 import lowbit
+from lowbit.calibration.data import load_tokenizer
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.source import Source
+from lowbit.cli.models import open_model
 from lowbit.errors import InputError
-from lowbit.nn import QuantExperts, QuantLinear, float_activations, load
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
 from lowbit.nn.integration import register, unregister
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
@@ -281,6 +285,26 @@ def test_bad_input(tmp_path):
     save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="weight_scale"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("found", ["none", "5.20.2"])
+def test_transformers_missing_or_too_old(found, tmp_path, monkeypatch):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "src")
+    if found == "none":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", found)
+    for call in (
+        lambda: load(tmp_path / "src"),
+        lambda: open_model(tmp_path / "src", dtype="auto", device="cpu", threads=None),
+        lambda: load_tokenizer(tmp_path / "src"),
+        lambda: LayerwiseModel(Source(tmp_path / "src")),
+        lambda: quantize_model(model, "int8"),
+        register,
+    ):
+        with pytest.raises(InputError, match=rf"transformers 5\.21 or newer, found {found}; pip install"):
+            call()
 
 
 def test_missing_tensors_are_an_error(tmp_path):

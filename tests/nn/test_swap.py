@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from nn_reference import build, inputs, logits, tiny
 from torch import nn
+from torch.nn.utils import prune
 
 import lowbit
 from lowbit.checkpoint.headers import open_checkpoint
@@ -115,6 +117,109 @@ def test_the_same_modules_as_the_converter(kind, tmp_path):
     assert {m: s.scheme.name for m, s in read(saved.config, saved.tensors).items()} == planned
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "mixtral", "vision-language"])
+def test_in_two_calls(kind, tmp_path):
+    """The config that is saved speaks of what both calls quantized, and of what a loaded checkpoint brought along."""
+    model = build(kind)
+    first = ["re:.*mlp.*", "re:.*feed_forward.*", "re:.*block_sparse_moe.*"]
+    quantize_model(model, "fp8", ignore=first)
+    model.save_pretrained(tmp_path / "half")
+    for name, each in (("twice", model), ("loaded", lowbit.load(tmp_path / "half"))):
+        quantize_model(each, "int8")
+        each.save_pretrained(tmp_path / name)
+        saved = open_checkpoint(tmp_path / name)
+        schemes = {m: s.scheme.name for m, s in read(saved.config, saved.tensors).items()}
+        assert set(schemes.values()) == {"fp8", "int8"}
+        assert all((scheme == "fp8") == ("attn" in m) for m, scheme in schemes.items())
+        assert lowbit.verify(tmp_path / name).ok
+        batch = inputs(kind)
+        assert torch.equal(logits(lowbit.load(tmp_path / name), batch), logits(each, batch))
+    with pytest.raises(
+        InputError, match="expected a model in float, or quantized in fp8, found compressed-tensors"
+    ):
+        quantize_model(model, "fp8-block", format="fp8")
+
+
+def test_a_call_that_failed_is_gone_on_from(tmp_path):
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj, rows from 0 on, found nan"):
+        quantize_model(model, "fp8")
+    quantize_model(model, "int8", ignore=["model.layers.1.mlp.*"])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = 0.0
+    model.save_pretrained(tmp_path / "out")
+    batch = inputs("llama")
+    assert torch.equal(logits(lowbit.load(tmp_path / "out"), batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("inference", [torch.inference_mode, torch.no_grad])
+def test_torchs_encoder_layers(inference):
+    """In inference torch multiplies by their weights itself, unless it is kept from it."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 7, 64), torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 5:] = True
+    with inference():
+        want = [encoder(x), encoder(x, src_key_padding_mask=padding)]
+        assert len(quantize_model(encoder, "int8").quantization_report.quantized) == 4
+        found = [encoder(x), encoder(x, src_key_padding_mask=padding)]
+    torch.testing.assert_close(found[0], want[0], atol=0.05, rtol=0)
+    torch.testing.assert_close(found[1][~padding], want[1][~padding], atol=0.05, rtol=0)
+
+
+def test_weights_that_are_computed_stay():
+    """What a reparametrized Linear calls its weight is of the last call, or older."""
+    parts = [nn.Linear(64, 64) for _ in range(4)]
+    nn.utils.spectral_norm(parts[0])
+    prune.l1_unstructured(parts[1], "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(parts[2])
+    model = quantize_model(nn.Sequential(*parts), "int8")
+    assert list(model.quantization_report.quantized) == ["3"]
+    assert all("computed from others" in reason for reason in model.quantization_report.kept.values())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+@pytest.mark.parametrize("kind", ["falcon", "t5"])
+def test_linears_that_a_model_treats_in_its_own_way(kind, scheme, tmp_path):
+    """Falcon has a class for them; T5 casts activations to the dtype of one, so that stays in float."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 60, (2, 9))
+    if kind == "falcon":
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+        model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
+        batch = {"input_ids": ids}
+    else:
+        sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+        batch = {"input_ids": ids, "decoder_input_ids": ids}
+    want = logits(model, batch)
+    model.save_pretrained(tmp_path / "src")
+    quantize_model(model, scheme)
+    assert len(model.quantization_report.quantized) == {"falcon": 8, "t5": 28}[kind]
+    found = logits(model, batch)
+    assert (found - want).norm() < 0.1 * want.norm()
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    assert torch.equal(logits(lowbit.load(tmp_path / "out"), batch), found)
+
+
+def test_hooks_stay():
+    linear, calls = nn.Linear(64, 64), []
+    handles = [
+        linear.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append("before"), with_kwargs=True
+        ),
+        linear.register_forward_hook(lambda module, args, out: calls.append(type(module))),
+        linear.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("back")),
+    ]
+    model, x = quantize_model(nn.Sequential(linear), "int8"), torch.randn(3, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert calls == ["before", QuantLinear, "back"]
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert len(calls) == 3
+
+
 def test_experts_match_the_fused_ones():
     model = build("deepseek-v3")
     fused = model.model.layers[1].mlp.experts
@@ -177,8 +282,6 @@ def test_experts_compile_whole():
 
 
 def test_other_layouts_are_kept_and_said():
-    import transformers
-
     config = transformers.GptOssConfig(
         vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
