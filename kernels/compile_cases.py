@@ -158,6 +158,7 @@ CASES: tuple[Case, ...] = (
             ("bf16 × int8 decode", _weight_only(_BF16, torch.int8, 1, None)),
             ("bf16 × int8 prefill", _weight_only(_BF16, torch.int8, TOKENS, None)),
             ("bf16 × packed int8, group 128", _weight_only(_BF16, torch.uint8, 1, (1, 128))),
+            ("bf16 × packed int8, group 128, prefill", _weight_only(_BF16, torch.uint8, TOKENS, (1, 128))),
             ("bf16 × fp8 block decode", _weight_only(_BF16, _E4M3, 1, (128, 128))),
             ("bf16 × fp8 block prefill", _weight_only(_BF16, _E4M3, TOKENS, (128, 128))),
             ("fp32 × int8 prefill", _weight_only(_FP32, torch.int8, TOKENS, None)),

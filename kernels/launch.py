@@ -96,9 +96,13 @@ def choose_launch(
     elif n % 16 and target.backend == "cuda":
         # Results are stored one by one: addresses and masks of a larger tile would not fit the registers.
         chosen = replace(chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 64))
-    elif group_k and not group_n and kernel != "matmul_mxfp8" and (_eight_bit(a_dtype) or group_k < 64):
-        # Scales vary within the tile, and for 8-bit activations their products need as much room as the sums.
-        chosen = replace(chosen, block_n=min(chosen.block_n, 64))
+    elif group_k and not group_n and kernel != "matmul_mxfp8":
+        # A scale for each column of the tile, and for 8-bit activations for each row: room beside the sums.
+        if _eight_bit(a_dtype) or group_k < 64 or target.name in ("sm90", "sm100"):
+            chosen = replace(chosen, block_n=min(chosen.block_n, 64))
+        if not _eight_bit(a_dtype) and target.name == "sm90" and chosen.block_m <= 32:
+            long = group_k >= 128
+            chosen = replace(chosen, block_k=128 if long else 64, block_n=chosen.block_n if long else 32)
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
 
