@@ -88,8 +88,9 @@ def calibrate(
 
     Then:  lowbit convert SRC OUT --scheme SCHEME --calibration CALIB
 
-    A run that was killed goes on when the same command is given again. Workers share the data and the
-    rounding, one per device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
+    A run that was killed goes on when the same command is given again; where the method smooths, some codes may
+    then be others than of an undisturbed run. Workers share the data and the rounding, one per
+    device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
     """
     from dataclasses import replace
 
