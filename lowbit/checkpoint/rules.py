@@ -113,9 +113,20 @@ _SPEECH_MODELS = {"granite_speech", "granite_speech_plus"}
 _SPEECH_ENCODER = re.compile(r"^(model\.)?encoder\.")
 
 CASTS = "the model's own code casts activations to the dtype of this weight"
-_CASTING_WO = _last(r"(DenseReluDense|mlp|expert_\d+)\.wo")  # T5, Switch, Pix2Struct
-_CASTING_FC2 = {"nllb-moe", "seamless_m4t", "seamless_m4t_v2"}
-_DIVIDED_IN_PLACE = _last(r"attention\.output", r"feed_forward\.value")  # RWKV
+_MULTIPLIES = "the model's own code multiplies by this weight, past its module"
+_READ_BY_CODE = (
+    (_last(r"(DenseReluDense|mlp|expert_\d+)\.wo"), CASTS),  # T5, Switch, Pix2Struct
+    (_last(r"bbox_attention\.k_(linear|proj)"), _MULTIPLIES),  # DETR
+)
+_READ_BY_CODE_OF = {
+    **dict.fromkeys(("nllb-moe", "seamless_m4t", "seamless_m4t_v2"), (_last("fc2"), CASTS)),
+    "wavlm": (_last(r"attention\.(q|k|v|out)_proj"), _MULTIPLIES),
+    "mobilebert": (_last(r"predictions\.dense"), _MULTIPLIES),
+    "rwkv": (
+        _last(r"attention\.output", r"feed_forward\.value"),
+        "the model's own code divides this weight in place",
+    ),
+}
 
 # Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
@@ -196,12 +207,9 @@ def read_by_code(module: str, config: Mapping[str, Any]) -> str:
 
     Where it is `CASTS`, int8 codes are let be.
     """
-    kind = config.get("model_type")
-    if _CASTING_WO.match(module) or (kind in _CASTING_FC2 and module.endswith(".fc2")):
-        return CASTS
-    if kind == "rwkv" and _DIVIDED_IN_PLACE.match(module):
-        return "the model's own code divides this weight in place"
-    return ""
+    own = _READ_BY_CODE_OF.get(config.get("model_type", ""))
+    known = (*_READ_BY_CODE, *([own] if own else ()))
+    return next((reason for pattern, reason in known if pattern.match(module)), "")
 
 
 def fused_key(module: str) -> tuple[str, ...] | None:

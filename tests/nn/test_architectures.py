@@ -201,6 +201,16 @@ BEYOND_TEXT = {
         ),
         {"input_values": torch.linspace(-1, 1, 400)[None]},
     ),
+    # Its attention is torch's function of the weights.
+    "wavlm": lambda: (
+        transformers.WavLMModel(
+            transformers.WavLMConfig(
+                **SMALL, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16,
+                num_conv_pos_embedding_groups=4,
+            )
+        ),
+        {"input_values": torch.linspace(-1, 1, 400)[None]},
+    ),
     # Its embeddings of positions are called by the singular.
     "clip": lambda: (
         transformers.CLIPModel(
