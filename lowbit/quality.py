@@ -53,8 +53,9 @@ def calibrate(
     `kv_cache`: also scales of keys and values: fp8, int8, fp8-head, int8-head. `ignore`, `keep`, `overrides`:
     as for `lowbit.convert`. `device`: `auto`, or where layers run (see `calibration.devices`), unless
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
-    it is called again with the same arguments; workers under `torchrun` share the work. `started` is called
-    with the method and the windows, before the work. Raises InputError.
+    it is called again with the same arguments (where the method smooths, some codes may then be others
+    than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share
+    the work. `started` is called with the method and the windows, before the work. Raises InputError.
     """
     from dataclasses import replace
 

@@ -85,9 +85,12 @@ def calibrate(
     """Calibrate `source` for `scheme` with `method` on `windows` of token ids [T]; returns what was written.
 
     One decoder layer and the hidden states of the data (spilled past `options.memory_limit`) are in
-    memory. An interrupted run resumes when called again with the same arguments. `started` is called with
-    the method, which may not rotate where the model does not allow it (see `Method.else_smooth`). Raises
-    InputError for a scheme that quantizes no weights, data that is missing, and architectures
+    memory. An interrupted run resumes when called again with the same arguments. Where layers are smoothed
+    and rounded in passing (see `sequential`), what finished layers then hand on differs in the last bits from
+    what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
+    scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
+    the model does not allow it (see `Method.else_smooth`). Raises InputError for a scheme that
+    quantizes no weights, data that is missing, and architectures
     that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()

@@ -66,8 +66,8 @@ KEEP_RULES = (
     Rule(
         "embedding",
         _last(
-            r"embed_tokens(\.\d+)?", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "tok_embeddings",
-            "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
+            r"embed_tokens(\.\d+)?", "embed_positions", "embed_in", "embed", "embedding", "embeddings",
+            "tok_embeddings", "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
             "relative_attention_bias", "embed_tokens_per_layer",
         ),
         "embedding",
@@ -98,7 +98,6 @@ KEEP_RULES = (
         _last("wo_a", "o_a_proj"),
         "its rows multiply groups of heads each, outside of what engines quantize",
     ),
-    Rule("projection", _last(r"DenseReluDense\.wo"), "T5's code casts activations to the dtype of this weight"),
     Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
     Rule("adapter", _inside("lora_A", "lora_B"), "low-rank adapter: small, and nothing that engines quantize"),
     # Not of the role: where one is a Linear after all, engines must be told that it is in float.
@@ -112,6 +111,22 @@ KEEP_RULES = (
 # Their `encoder` hears; of other models it reads text, and is quantized.
 _SPEECH_MODELS = {"granite_speech", "granite_speech_plus"}
 _SPEECH_ENCODER = re.compile(r"^(model\.)?encoder\.")
+
+CASTS = "the model's own code casts activations to the dtype of this weight"
+_MULTIPLIES = "the model's own code multiplies by this weight, past its module"
+_READ_BY_CODE = (
+    (_last(r"(DenseReluDense|mlp|expert_\d+)\.wo"), CASTS),  # T5, Switch, Pix2Struct
+    (_last(r"bbox_attention\.k_(linear|proj)"), _MULTIPLIES),  # DETR
+)
+_READ_BY_CODE_OF = {
+    **dict.fromkeys(("nllb-moe", "seamless_m4t", "seamless_m4t_v2"), (_last("fc2"), CASTS)),
+    "wavlm": (_last(r"attention\.(q|k|v|out)_proj"), _MULTIPLIES),
+    "mobilebert": (_last(r"predictions\.dense"), _MULTIPLIES),
+    "rwkv": (
+        _last(r"attention\.output", r"feed_forward\.value"),
+        "the model's own code divides this weight in place",
+    ),
+}
 
 # Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
@@ -171,6 +186,8 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
     """(role, reason to keep it or "") of the module that owns a weight of that shape."""
     if config.get("model_type") in _SPEECH_MODELS and _SPEECH_ENCODER.match(module):
         return "audio", "audio tower"
+    if reason := read_by_code(module, config):
+        return "projection", reason
     for rule in KEEP_RULES:
         if rule.pattern.match(module):
             return rule.role, rule.reason
@@ -183,6 +200,16 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
     if min(shape) < SMALLEST_SIDE:
         return "linear", f"smaller than {SMALLEST_SIDE}: nothing to gain"
     return ("expert" if EXPERT.match(module) else "linear"), ""
+
+
+def read_by_code(module: str, config: Mapping[str, Any]) -> str:
+    """What transformers' code for the model does with the weight of a Linear beside multiplying by it; "" for nothing.
+
+    Where it is `CASTS`, int8 codes are let be.
+    """
+    own = _READ_BY_CODE_OF.get(config.get("model_type", ""))
+    known = (*_READ_BY_CODE, *([own] if own else ()))
+    return next((reason for pattern, reason in known if pattern.match(module)), "")
 
 
 def fused_key(module: str) -> tuple[str, ...] | None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.output import SEEDS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,7 +46,9 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Which samples, and which random rotation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples, and which random rotation.")
+    ] = 0,
     alpha: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="SmoothQuant's α, in place of the method's.")
     ] = None,
@@ -84,8 +88,9 @@ def calibrate(
 
     Then:  lowbit convert SRC OUT --scheme SCHEME --calibration CALIB
 
-    A run that was killed goes on when the same command is given again. Workers share the data and the
-    rounding, one per device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
+    A run that was killed goes on when the same command is given again; where the method smooths, some codes may
+    then be others than of an undisturbed run. Workers share the data and the rounding, one per
+    device:  torchrun --nproc-per-node 4 -m lowbit calibrate SRC -o CALIB …
     """
     from dataclasses import replace
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
+from lowbit.cli.output import SEEDS
 
 
 def evaluate(
@@ -23,7 +24,7 @@ def evaluate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 64,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 4,
     max_kl: Annotated[float | None, typer.Option(help="Exit code 1 when the mean KL is above this.")] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
+from lowbit.cli.output import SEEDS
 
 
 def generate(
@@ -17,23 +18,31 @@ def generate(
         bool, typer.Option("--chat", help="Give the prompt as a user's message in the chat template.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token every time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is above 0.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-SEEDS, max=SEEDS, help="Of the sampling, where temperature is above 0.")
+    ] = 0,
     dtype: DTypeName = "auto",
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
+    import math
+
     from lowbit.cli.models import open_model
     from lowbit.cli.output import print_json, warn
+    from lowbit.errors import InputError
 
+    if not math.isfinite(temperature):
+        raise InputError(
+            f"expected a finite --temperature, found {temperature}; 0 is the likeliest token every time"
+        )
     model, tokenizer, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
     import time
 
     import torch
     from transformers import TextStreamer
 
-    from lowbit.errors import InputError
     from lowbit.nn.speed import weight_bytes
 
     if chat:
@@ -52,7 +61,9 @@ def generate(
     if not count:
         raise InputError("expected a prompt of at least one token, found none; give --prompt some text")
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    # Logits over less than this are infinite, or their softmax is 1 for the likeliest anyway.
+    warm = temperature > 1e-6
+    sampling = {"do_sample": True, "temperature": temperature} if warm else {"do_sample": False}
     streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():

@@ -24,7 +24,7 @@ Device = Annotated[
     typer.Option(help="cpu, cuda, cuda:1, …; default: an accelerator if there is one.", show_default=False),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; default: torch's own.", show_default=False)
+    int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
@@ -62,7 +62,10 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
         found = torch.accelerator.current_accelerator(check_available=True)
         device = "cpu" if found is None else str(found)
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise InputError(
+                "--device meta: expected a device that computes, found one that holds shapes only"
+            )
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: torch cannot use it ({str(error).splitlines()[0]})") from error
     if wanted is None and device == "cpu":

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
+from lowbit.cli.output import SEEDS
 
 
 def search(
@@ -31,7 +32,7 @@ def search(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.checkpoint.fused_experts import fused_tensors
 from lowbit.nn.integration import require_transformers
 
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
+_EXPERT_MODULE = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
 
 # The names of an expert's projections → what each does.
 ROLES = {
@@ -80,3 +82,60 @@ def expert_names(disk: Iterable[str]) -> dict[str, str]:
 def module_of(tensor: str) -> str:
     """`a.b.weight` → `a.b`; a parameter of another name stands for itself, as in the converter."""
     return tensor.removesuffix(".weight")
+
+
+class Finder:
+    """Where a checkpoint's modules are in a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+
+    def _renamed(self, tensor: str) -> str:
+        from transformers.core_model_loading import apply_renamings
+
+        return apply_renamings(tensor, self._renamings)
+
+    def _placed(self, path: str) -> str | None:
+        """With or without the base model's prefix, whichever the model has."""
+        prefix = f"{self._prefix}." if self._prefix else ""
+        for candidate in (path, path.removeprefix(prefix), prefix + path):
+            if candidate in self.modules:
+                return candidate
+        return None
+
+    def module(self, tensor: str) -> str | None:
+        """The module whose weight is the checkpoint's `tensor`; None where the model has none."""
+        return self._placed(self._renamed(tensor).rpartition(".")[0])
+
+    def experts(self, module: str) -> str | None:
+        """The fused experts that hold the checkpoint's expert projection `module`."""
+        match = _EXPERT_MODULE.match(self._renamed(module + ".weight").removesuffix(".weight"))
+        if match is None or match[3] not in ROLES:
+            return None
+        path = self._placed(match[1]) or self._placed_fused(module)
+        down = None if path is None else getattr(self.modules[path], "down_proj", None)
+        return path if isinstance(down, torch.Tensor) else None
+
+    def _placed_fused(self, module: str) -> str | None:
+        """Where the fused tensor is that would hold the down projection of the same expert as `module`."""
+        for tensor in fused_tensors(module.rpartition(".")[0] + ".down_proj"):
+            if (path := self._placed(self._renamed(tensor).rpartition(".")[0])) is not None:
+                return path
+        return None
+
+    def becomes_float(self, tensor: str) -> bool:
+        """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
+        name = self._renamed(tensor)
+        targets = (c.rename_source_key(name) for c in self._converters)
+        return any(matched and self._placed(target.rpartition(".")[0]) for target, matched in targets)
+
+    def reshapes(self, tensor: str) -> bool:
+        """Whether transformers splits, joins or transposes this tensor while loading."""
+        return any(c.compiled_sources.search(self._renamed(tensor)) for c in self._converters)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.checkpoint.fused_experts import fused_tensors
 from lowbit.checkpoint.headers import TensorRef, read_header
+from lowbit.checkpoint.rules import CASTS, read_by_code
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
@@ -30,7 +30,7 @@ from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import ROLES
+from lowbit.nn.names import ROLES, Finder
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
@@ -38,7 +38,8 @@ from lowbit.scheme import Scheme
 
 # Where a weight is packed under another name: transformers' code initializes the weight of a Linear that is not filled.
 _FILLED: Any = SimpleNamespace(_is_hf_initialized=True)
-_EXPERT = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
+
+_RESHAPED = "transformers splits or joins this weight while loading, which codes do not survive"
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -111,7 +112,7 @@ class LowbitQuantizer(HfQuantizer):
             )
         original = self.quantization_config.original
         stored = read({"quantization_config": original} if original else {}, tensors)
-        find = _Finder(model)
+        find = Finder(model)
         self._swap(model, stored, tensors, find)
         if _on_cpu(kwargs.get("device_map")):
             in_bfloat16 = [n for n, ref in tensors.items() if ref.dtype == "BF16" and n.endswith(".weight")]
@@ -128,12 +129,16 @@ class LowbitQuantizer(HfQuantizer):
         model: nn.Module,
         stored: Mapping[str, StoredModule],
         tensors: Mapping[str, TensorRef],
-        find: _Finder,
+        find: Finder,
     ) -> None:
+        in_float: dict[str, str] = {}
         experts: dict[str, dict[str, StoredModule]] = {}
         for name, module in stored.items():
             check_runnable(name, module)
             path = find.module(module.weight)
+            if path is not None and (reason := _why_in_float(model, name, module, tensors, find)):
+                in_float[name] = reason
+                continue
             if path is not None:
                 _swap_linear(model, path, name, module, tensors, find)
                 continue
@@ -141,7 +146,8 @@ class LowbitQuantizer(HfQuantizer):
             if parent is not None:
                 experts.setdefault(parent, {})[name] = module
             elif find.becomes_float(f"{name}.weight"):
-                raise _reshaped(name)
+                in_float[name] = _RESHAPED
+        _refuse(in_float)
         for path, members in experts.items():
             _swap_experts(model, path, members, tensors)
             self._experts |= {t: path for m in members.values() for t in m.names.values()}
@@ -206,67 +212,32 @@ def _on_cpu(device_map: Any) -> bool:
     return all(place is None or str(place) == "cpu" for place in places)
 
 
-class _Finder:
-    """Where a checkpoint's modules are in a transformers model."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        conversions = get_model_conversion_mapping(model)
-        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self.modules: dict[str, nn.Module] = dict(model.named_modules())
-
-    def _renamed(self, tensor: str) -> str:
-        from transformers.core_model_loading import apply_renamings
-
-        return apply_renamings(tensor, self._renamings)
-
-    def _placed(self, path: str) -> str | None:
-        """With or without the base model's prefix, whichever the model has."""
-        prefix = f"{self._prefix}." if self._prefix else ""
-        for candidate in (path, path.removeprefix(prefix), prefix + path):
-            if candidate in self.modules:
-                return candidate
-        return None
-
-    def module(self, tensor: str) -> str | None:
-        """The module whose weight is the checkpoint's `tensor`; None where the model has none."""
-        return self._placed(self._renamed(tensor).rpartition(".")[0])
-
-    def experts(self, module: str) -> str | None:
-        """The fused experts that hold the checkpoint's expert projection `module`."""
-        match = _EXPERT.match(self._renamed(module + ".weight").removesuffix(".weight"))
-        if match is None or match[3] not in ROLES:
-            return None
-        path = self._placed(match[1]) or self._placed_fused(module)
-        return path if path is not None and isinstance(_down(self.modules[path]), Tensor) else None
-
-    def _placed_fused(self, module: str) -> str | None:
-        """Where the fused tensor is that would hold the down projection of the same expert as `module`."""
-        for tensor in fused_tensors(module.rpartition(".")[0] + ".down_proj"):
-            if (path := self._placed(self._renamed(tensor).rpartition(".")[0])) is not None:
-                return path
-        return None
-
-    def becomes_float(self, tensor: str) -> bool:
-        """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
-        name = self._renamed(tensor)
-        targets = (c.rename_source_key(name) for c in self._converters)
-        return any(matched and self._placed(target.rpartition(".")[0]) for target, matched in targets)
-
-    def reshapes(self, tensor: str) -> bool:
-        """Whether transformers splits, joins or transposes this tensor while loading."""
-        return any(c.compiled_sources.search(self._renamed(tensor)) for c in self._converters)
+def _why_in_float(
+    model: Any, name: str, stored: StoredModule, tensors: Mapping[str, TensorRef], find: Finder
+) -> str:
+    """What transformers' code does with the weight that codes do not survive; "" for nothing."""
+    if find.reshapes(stored.weight):
+        return _RESHAPED
+    reason = read_by_code(name, {"model_type": model.config.model_type})
+    return "" if reason == CASTS and tensors[stored.weight].dtype == "I8" else reason
 
 
-def _reshaped(name: str) -> InputError:
-    return InputError(
-        f"{name}: transformers splits or joins this weight while loading, which codes do not survive; "
-        "convert the checkpoint again with --ignore for this module"
+def _refuse(in_float: Mapping[str, str]) -> None:
+    """InputError for modules whose weights must be in float → why, where there are any."""
+    if not in_float:
+        return
+    name, reason = next(iter(in_float.items()))
+    others = f" and {len(in_float) - 1} more" if len(in_float) > 1 else ""
+    again = " ".join(dict.fromkeys(f"--ignore '{_pattern(n)}'" for n in in_float))
+    raise InputError(
+        f"{name}{others}: expected weights in float, found codes: {reason}; "
+        f"convert the checkpoint again with {again}"
     )
+
+
+def _pattern(name: str) -> str:
+    """A pattern for the module and its like in other layers and experts."""
+    return re.sub(r"(?<=_)\d+(?=\.)", "*", "*." + ".".join(name.split(".")[-2:]))
 
 
 def _parent(tensor: str) -> str:
@@ -277,10 +248,6 @@ def _parent(tensor: str) -> str:
 def _elsewhere(parent: str, path: str) -> bool:
     """Whether two names of a module differ in more than the base model's prefix."""
     return not (path == parent or path.endswith("." + parent) or parent.endswith("." + path))
-
-
-def _down(module: nn.Module) -> Any:
-    return getattr(module, "down_proj", None)
 
 
 def check_runnable(name: str, stored: StoredModule) -> None:
@@ -323,7 +290,7 @@ def _swap_linear(
     name: str,
     stored: StoredModule,
     tensors: Mapping[str, TensorRef],
-    find: _Finder,
+    find: Finder,
 ) -> None:
     module = find.modules[path]
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
@@ -331,8 +298,6 @@ def _swap_linear(
             f"{name}: expected a Linear for quantized codes, found {type(module).__name__}; "
             "convert the checkpoint again with --ignore for this module"
         )
-    if find.reshapes(stored.weight):
-        raise _reshaped(name)
     n, _k = stored.shape
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -356,7 +321,7 @@ def _swap_linear(
     find.modules[path] = new
 
 
-def _rotate_inputs(model: Any, find: _Finder) -> None:
+def _rotate_inputs(model: Any, find: Finder) -> None:
     """Where config.json says `"lowbit": {"online_hadamard": {module: block}}`, x is rotated as the weight was."""
     for name, block in (getattr(model.config, "lowbit", None) or {}).get("online_hadamard", {}).items():
         path = find.module(name + ".weight")
@@ -386,7 +351,7 @@ def _swap_experts(
         raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
     first = next(iter(members.values()))
     schemes = {runnable(m.scheme) for m in members.values()}
-    down = _down(experts)
+    down: Any = experts.down_proj
     count = down.shape[0] * (3 if getattr(experts, "has_gate", True) else 2)
     if len(schemes) > 1 or len(members) != count:
         raise InputError(

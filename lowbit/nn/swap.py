@@ -18,6 +18,7 @@ from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import parameter, refusal, sizes
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import (
+    Finder,
     expert_names,
     is_transformers_model,
     module_of,
@@ -194,6 +195,7 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
     wanted = [full_name(n, "weight") for n in weights]
     wanted += [full_name(n, p) for n, m in fused.items() for p, _ in m.named_parameters(recurse=False)]
     disk = tensors_on_disk(model, wanted)
+    find = Finder(model) if is_transformers_model(model) else None
     found: list[_Candidate] = []
     unfit: dict[str, str] = {}
     for name, module in weights.items():
@@ -207,6 +209,8 @@ def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
             unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
         elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
+        elif weight.dim() == 2 and find is not None and find.reshapes(f"{on_disk[0]}.weight"):
+            unfit[name] = "transformers saves it joined, split or transposed, which codes do not survive"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
     for name, module in fused.items():

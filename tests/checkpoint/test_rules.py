@@ -29,6 +29,8 @@ KEPT = {
     "word_embedding": ("other", BIG),
     "model.decoder.embed_tokens.0": ("embedding", BIG),
     "decoder.block.0.layer.2.DenseReluDense.wo": ("projection", BIG),
+    "encoder.block.1.layer.1.mlp.experts.expert_3.wo": ("projection", BIG),  # Switch Transformers
+    "bbox_attention.k_linear": ("projection", BIG),  # DETR
     "lm_head": ("head", BIG),
     "output": ("head", BIG),
     "model.layers.61.shared_head.head": ("head", BIG),
@@ -123,6 +125,18 @@ def test_an_encoder_that_hears_stays():
     name = "encoder.layers.0.ff1.up_proj"
     assert role_of(name, BIG, {"model_type": "granite_speech"}) == ("audio", "audio tower")
     assert role_of(name, BIG, {"model_type": "bart"}) == ("linear", "")
+
+
+def test_what_a_models_own_code_reads_stays():
+    for model_type, name in (
+        ("seamless_m4t", "speech_encoder.adapter.layers.0.ffn.fc2"),
+        ("rwkv", "blocks.0.feed_forward.value"),
+        ("rwkv", "blocks.0.attention.output"),
+        ("wavlm", "encoder.layers.0.attention.out_proj"),
+        ("mobilebert", "cls.predictions.dense"),
+    ):
+        assert role_of(name, BIG, {"model_type": model_type})[0] == "projection"
+        assert role_of(name, BIG, {"model_type": "whisper"}) == ("linear", "")
 
 
 def test_conv1d_models_store_the_transpose():

@@ -201,6 +201,16 @@ BEYOND_TEXT = {
         ),
         {"input_values": torch.linspace(-1, 1, 400)[None]},
     ),
+    # Its attention is torch's function of the weights.
+    "wavlm": lambda: (
+        transformers.WavLMModel(
+            transformers.WavLMConfig(
+                **SMALL, conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16,
+                num_conv_pos_embedding_groups=4,
+            )
+        ),
+        {"input_values": torch.linspace(-1, 1, 400)[None]},
+    ),
     # Its embeddings of positions are called by the singular.
     "clip": lambda: (
         transformers.CLIPModel(
@@ -210,10 +220,35 @@ BEYOND_TEXT = {
         ),
         {"input_ids": torch.arange(2, 11)[None], "pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16)},
     ),
+    # Its own code divides weights in place.
+    "rwkv": lambda: (
+        transformers.RwkvForCausalLM(
+            transformers.RwkvConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, rescale_every=1)
+        ),
+        {"input_ids": torch.arange(2, 11)[None]},
+    ),
+    # Their own code reads the dtype of weights.
+    "switch": lambda: (
+        transformers.SwitchTransformersForConditionalGeneration(
+            transformers.SwitchTransformersConfig(
+                vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, num_experts=4
+            )
+        ),
+        {"input_ids": torch.arange(2, 11)[None], "decoder_input_ids": torch.arange(4)[None]},
+    ),
+    "seamless": lambda: (
+        transformers.SeamlessM4TForTextToText(
+            transformers.SeamlessM4TConfig(
+                vocab_size=64, hidden_size=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=128,
+                decoder_ffn_dim=128, encoder_attention_heads=4, decoder_attention_heads=4,
+            )
+        ),
+        {"input_ids": torch.arange(2, 11)[None], "decoder_input_ids": torch.arange(4)[None]},
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
 @pytest.mark.parametrize("kind", BEYOND_TEXT)
 def test_beyond_text_in_memory_equals_converted(kind, scheme, tmp_path):
     torch.manual_seed(0)
@@ -237,10 +272,54 @@ def test_weights_that_transformers_splits_are_refused(scheme, tmp_path):
     )
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
-    with pytest.raises(InputError, match=r"mlp\.weights_in: transformers splits or joins .* with --ignore"):
+    with pytest.raises(
+        InputError, match=r"mlp\.weights_in: .* splits or joins .* --ignore '\*\.mlp\.weights_in'$"
+    ):
         load(tmp_path / "out")
     lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme, ignore=["*.weights_in"])
     load(tmp_path / "float")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_weights_that_transformers_joins_stay_in_memory(scheme, tmp_path):
+    """What was quantized in memory and joined on the way to disk could not be read again."""
+    model = transformers.Dinov2Model(
+        transformers.Dinov2Config(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True, **SEEN
+        )
+    ).eval()
+    quantize_model(model, scheme)
+    assert "joined" in model.quantization_report.kept["encoder.layer.0.mlp.gate_proj"]
+    assert len(model.quantization_report.quantized) == 5
+    model.save_pretrained(tmp_path / "saved")
+    batch = {"pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16)}
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "saved")(**batch)[0], model(**batch)[0])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_codes_of_weights_that_a_models_code_reads_are_refused(scheme, tmp_path):
+    """They failed in the first forward; where only the dtype is read, int8 codes do not."""
+    rwkv, _ = BEYOND_TEXT["rwkv"]()
+    rwkv.save_pretrained(tmp_path / "rwkv")
+    wanted = {f"rwkv.blocks.{i}.attention.output": scheme for i in (0, 1)}
+    lowbit.convert(tmp_path / "rwkv", tmp_path / "out", scheme=scheme, overrides=wanted)
+    with pytest.raises(
+        InputError, match=r"output and 1 more: .* in place; .* --ignore '\*\.attention\.output'$"
+    ):
+        load(tmp_path / "out")
+    switch, batch = BEYOND_TEXT["switch"]()
+    switch.save_pretrained(tmp_path / "switch")
+    name = "decoder.block.1.layer.2.mlp.experts.expert_2.wo"
+    lowbit.convert(
+        tmp_path / "switch", tmp_path / "out", scheme=scheme, overrides={name: scheme}, overwrite=True
+    )
+    if scheme == "int8":
+        with torch.no_grad():
+            load(tmp_path / "out")(**batch)
+        return
+    with pytest.raises(InputError, match=r"casts activations .* --ignore '\*\.expert_\*\.wo'$"):
+        load(tmp_path / "out")
 
 
 def test_greedy_generation_runs(tmp_path):

@@ -112,6 +112,8 @@ def test_bench(checkpoint):
         (("generate", "absent", "--prompt", "w1"), "found nothing there"),
         (("generate", "out", "--prompt", "w1", "--dtype", "int3"), "--dtype"),
         (("generate", "out", "--prompt", "w1", "--device", "nonsense"), "torch cannot use it"),
+        (("generate", "out", "--prompt", "w1", "--device", "meta"), "a device that computes"),
+        (("generate", "out", "--prompt", "w1", "--temperature", "inf"), "a finite --temperature"),
         (("generate", "out", "--prompt", "w1", "--chat"), "chat template"),
         (("generate", "out", "--prompt", ""), "at least one token"),
         (("bench", "absent"), "found nothing there"),
@@ -125,3 +127,15 @@ def test_bad_input(checkpoint, arguments, message):
 
 def test_bad_usage():
     assert CliRunner().invoke(app, ["bench", "out", "--batch", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("option", [("--threads", 100_000), ("--seed", 2**64), ("--temperature", "nan")])
+def test_numbers_that_torch_does_not_take(checkpoint, option):
+    said = CliRunner().invoke(app, ["generate", str(checkpoint / "out"), "-p", "w1", *map(str, option)])
+    # Which typer refuses a NaN by itself depends on its version.
+    assert said.exit_code == 2 or isinstance(said.exception, InputError)
+
+
+def test_a_temperature_of_nearly_nothing_is_the_likeliest_token(checkpoint):
+    cold = run("generate", checkpoint / "out", "-p", "w5", "--temperature", 1e-40)
+    assert cold == run("generate", checkpoint / "out", "-p", "w5")
