@@ -66,9 +66,9 @@ KEEP_RULES = (
     Rule(
         "embedding",
         _last(
-            r"embed_tokens(\.\d+)?", "embed_positions", "embed_in", "embed", "embedding", "embeddings", "tok_embeddings",
-            "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
-            "relative_attention_bias", "embed_tokens_per_layer",
+            r"embed_tokens(\.\d+)?", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed", "embedding",
+            "embeddings", "tok_embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings", "wte",
+            "wpe", "shared", "relative_attention_bias",
         ),
         "embedding",
     ),
