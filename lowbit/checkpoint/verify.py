@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.execute import (
-    BLOCK_BYTES,
-    COPY_BYTES,
-    Progress,
-    decode_slowly,
-    read_scale,
-    source_kind,
-    to_float,
-)
+from lowbit.checkpoint.decode import decode_slowly, read_scale, source_kind, to_float
+from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import (
     FLOATS,
@@ -32,8 +25,7 @@ from lowbit.checkpoint.headers import (
     read_json,
 )
 from lowbit.checkpoint.jobs import Source
-from lowbit.checkpoint.journal import file_checksum
-from lowbit.checkpoint.reading import TransposedRows, finite, read_exactly
+from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, file_checksum, finite, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
 from lowbit.formats.ascend import undescribed

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.journal import Journal, Record, file_checksum, read_journals
+from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
+from lowbit.checkpoint.reading import file_checksum
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION
 
