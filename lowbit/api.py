@@ -137,7 +137,7 @@ def run_plan(
 ) -> Conversion:
     """Execute a plan into `out`; see `convert`."""
     from lowbit.checkpoint.journal import intact
-    from lowbit.checkpoint.writer import OutputDirectory, may_pass
+    from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
@@ -159,11 +159,7 @@ def run_plan(
         directory.abandon()
         raise
     except OSError as error:
-        if may_pass(error):
-            directory.abandon()
-        else:
-            directory.discard()
-        raise directory.explain(error) from error
+        raise directory.give_up(error) from error
     except BaseException:
         directory.discard()
         raise
