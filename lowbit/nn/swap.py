@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.checkpoint.patterns import Patterns, listed
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Decision, Selection, decide
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
@@ -115,7 +115,7 @@ def quantize_model(
     before = _nbytes(model)
     layout = _quantized_before(model, target)
     candidates, unfit = _candidates(model)
-    selection, given = _selection(candidates, listed("ignore", ignore), dict(per_module or {}))
+    selection, given = _on_disk(Selection.of(ignore=ignore, overrides=per_module), candidates)
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -151,7 +151,7 @@ def quantize_model(
         warnings.append("no module was quantized")
     _leave_fused_paths(model)
     if is_transformers_model(model) and layout:
-        _describe(model, getattr(model, "config", None), target, layout, ignored)
+        _describe(model, target, layout, ignored)
     model.quantization_report = SwapReport(  # type: ignore[assignment]
         quantized=quantized, kept=kept, warnings=tuple(warnings), bytes_before=before, bytes_after=_nbytes(model)
     )  # fmt: skip
@@ -259,9 +259,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _selection(
-    candidates: Sequence[_Candidate], ignore: tuple[str, ...], per_module: dict[str, str]
-) -> tuple[Selection, dict[str, str]]:
+def _on_disk(asked: Selection, candidates: Sequence[_Candidate]) -> tuple[Selection, dict[str, str]]:
     """(the user's patterns, with the disk names of what they match in memory only; those names → pattern)."""
     given: dict[str, str] = {}
 
@@ -277,8 +275,8 @@ def _selection(
         given.update({disk: pattern for pattern, names in more.items() for disk in names})
         return {name: pattern for pattern, names in more.items() for name in (pattern, *names)}
 
-    ignored = tuple(with_disk_names(ignore))
-    overrides = {name: per_module[pattern] for name, pattern in with_disk_names(per_module).items()}
+    ignored = tuple(with_disk_names(asked.ignore))
+    overrides = {name: asked.overrides[pattern] for name, pattern in with_disk_names(asked.overrides).items()}
     return Selection(ignore=ignored, overrides=overrides), given
 
 
@@ -364,10 +362,9 @@ def _drop_weights(module: nn.Module) -> None:
         module._parameters[key] = None
 
 
-def _describe(
-    model: nn.Module, config: Any, target: Format, layout: Mapping[str, Scheme], ignored: Sequence[str]
-) -> None:
+def _describe(model: nn.Module, target: Format, layout: Mapping[str, Scheme], ignored: Sequence[str]) -> None:
     """Let `save_pretrained` write what the model has become."""
+    config: Any = getattr(model, "config", None)
     if config is not None:
         config.quantization_config = target.config(
             Layout(modules=layout, ignored=tuple(ignored), config=_config_dict(model))
