@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.parts import Part
-from lowbit.checkpoint.patterns import listed
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.planner import Replacements
 from lowbit.checkpoint.rules import Selection
@@ -79,9 +78,7 @@ def plan(
     `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
-    selection = Selection(
-        ignore=listed("ignore", ignore), keep=listed("keep", keep), overrides=dict(overrides or {})
-    )
+    selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
     replacements = _read_calibration(calibration, src, scheme) if calibration is not None else None
     return make_plan(
         source,
@@ -137,7 +134,7 @@ def run_plan(
 ) -> Conversion:
     """Execute a plan into `out`; see `convert`."""
     from lowbit.checkpoint.journal import intact
-    from lowbit.checkpoint.writer import OutputDirectory, may_pass
+    from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
@@ -159,11 +156,7 @@ def run_plan(
         directory.abandon()
         raise
     except OSError as error:
-        if may_pass(error):
-            directory.abandon()
-        else:
-            directory.discard()
-        raise directory.explain(error) from error
+        raise directory.give_up(error) from error
     except BaseException:
         directory.discard()
         raise

@@ -65,7 +65,6 @@ def calibrate(
     from lowbit.calibration.methods import Method as MethodClass
     from lowbit.calibration.methods import best_method, get_method
     from lowbit.calibration.run import RunOptions as Options
-    from lowbit.checkpoint.patterns import listed
     from lowbit.checkpoint.rules import Selection
     from lowbit.scheme import get_scheme
 
@@ -80,9 +79,7 @@ def calibrate(
     return run(
         src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
         data=described,
-        selection=Selection(
-            ignore=listed("ignore", ignore), keep=listed("keep", keep), overrides=dict(overrides or {})
-        ),
+        selection=Selection.of(ignore=ignore, keep=keep, overrides=overrides),
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
 
@@ -147,7 +144,6 @@ def search(
     """
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
-    from lowbit.checkpoint.patterns import listed
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:
@@ -156,7 +152,7 @@ def search(
     where = join(device)
     windows, _ = _windows(src, data, samples, length, seed)
     units = sensitivities(
-        src, windows, list(candidates), selection=Selection(ignore=listed("ignore", ignore)), device=where, seed=seed,
+        src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,
         progress=progress,
     )  # fmt: skip
     points = curve(units)

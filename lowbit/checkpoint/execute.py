@@ -14,28 +14,34 @@ import numpy as np
 import xxhash
 
 from lowbit.checkpoint import rows as loops
+from lowbit.checkpoint.decode import (
+    NO_SCALE,
+    check_shape,
+    overflowed,
+    read_number,
+    read_scale,
+    source_kind,
+    to_float,
+    unfit_value,
+    whole_number,
+)
 from lowbit.checkpoint.headers import TensorRef
-from lowbit.checkpoint.jobs import Job, Source
+from lowbit.checkpoint.jobs import Job
 from lowbit.checkpoint.layout import OutTensor
-from lowbit.checkpoint.reading import TransposedRows, finite, read_bytes, read_exactly
+from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, static_tensors
-from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
 # Large enough that system calls cost nothing, small enough to stay in the second-level cache
 # together with the codes.
 BLOCK_BYTES = 1 << 20
-COPY_BYTES = 4 << 20
 # Of what is copied, so much is hashed and then looked at: from the second-level cache, not from memory again.
 _LOOK_BYTES = 256 << 10
 # Ask for write-back this often, so that the final fsync finds little left to do.
 FLUSH_BYTES = 32 << 20
 
 _PLAIN_OUT = {"BF16": loops.TO_BF16, "F16": loops.TO_F16, "F32": loops.TO_F32}
-# The smallest magnitudes that round to infinity.
-_LIMITS = {"F16": 65520.0, "BF16": float(np.uint32(0x7F7F8000).view(np.float32))}
-_NO_SCALE = np.empty((0, 0), np.float32)
 
 Progress = Callable[[int], None]
 """Called with the number of source bytes just done, from any thread."""
@@ -43,89 +49,6 @@ Progress = Callable[[int], None]
 
 class Cancelled(Exception):
     """Another job failed; this one stopped early."""
-
-
-def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """uint8 bytes of BF16, F16, F32, F8_E8M0 or U8 (biased exponents), I8, or I64 (float32 bits) → float32, flat."""
-    if dtype == "F32":
-        return raw.view(np.float32)
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return raw.view(np.float16).astype(np.float32)
-    if dtype in ("F8_E8M0", "U8"):
-        exponents = raw.astype(np.uint32)
-        bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)  # 2⁻¹²⁷ is subnormal
-        return np.where(exponents == 255, np.uint32(0x7FC00000), bits).view(np.float32)
-    if dtype == "I8":
-        return raw.view(np.int8).astype(np.float32)
-    if dtype == "I64":
-        return raw.view(np.int64).astype(np.int32).view(np.float32)
-    raise InputError(f"expected scales in F32, BF16, F16 or E8M0, found {dtype}")
-
-
-def read_scale(source: Source) -> np.ndarray:
-    """The source's scales as float32 [row blocks, column blocks]; empty when it has none."""
-    if source.scale is None:
-        return _NO_SCALE
-    scale = to_float(read_bytes(source.scale), source.scale.dtype)
-    if source.divisor is not None:
-        with np.errstate(all="ignore"):  # what is not finite is refused below
-            scale = scale / read_number(source.divisor)
-    if not np.isfinite(scale).all():
-        at = int(np.flatnonzero(~np.isfinite(scale))[0])
-        raise InputError(f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {at}")
-    if source.offset is not None and to_float(read_bytes(source.offset), source.offset.dtype).any():
-        raise InputError(
-            f"{source.offset.name}: expected symmetric weights, found zero points other than 0; dequantize the "
-            "checkpoint with its own tools first"
-        )
-    columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
-    return np.ascontiguousarray(scale.reshape(-1, columns))
-
-
-def check_shape(source: Source, shape: tuple[int, ...]) -> None:
-    """InputError where a packed weight has fewer columns than its int32s have room for."""
-    if source.shape is None:
-        return
-    found = tuple(
-        read_bytes(source.shape).view({"I32": np.int32, "I64": np.int64}[source.shape.dtype]).tolist()
-    )
-    if found != shape:
-        raise InputError(
-            f"{source.shape.name}: expected {list(shape)}, what the packed codes have room for, found {list(found)}; "
-            "keep this weight in float with compressed-tensors' own tools first"
-        )
-
-
-def read_number(ref: TensorRef) -> np.float32:
-    """The one value of a tensor, such as a scale of activations; InputError where it is not one, or not finite."""
-    values = to_float(read_bytes(ref), ref.dtype)
-    if values.size != 1 or not np.isfinite(values[0]):
-        raise InputError(f"{ref.name}: expected one finite number, found {values[:4].tolist()}")
-    return values[0]
-
-
-def source_kind(source: Source) -> int:
-    """Which decoder the source needs; InputError for a dtype that has none."""
-    if source.packed:
-        return loops.INT4_PACKED if source.codes is INT4 else loops.INT8_PACKED
-    if source.codes is E2M1:
-        return loops.E2M1_PACKED
-    if source.ref.dtype not in loops.SOURCE_KINDS:
-        raise InputError(
-            f"{source.ref.name}: expected {', '.join(loops.SOURCE_KINDS)}, found {source.ref.dtype}; "
-            "use --keep to carry it as it is"
-        )
-    return loops.SOURCE_KINDS[source.ref.dtype]
-
-
-def _whole_number(ref: TensorRef) -> int:
-    """A zero point; InputError where int8 does not hold it."""
-    value = read_number(ref)
-    if value != np.rint(value) or not -128 <= value <= 127:
-        raise InputError(f"{ref.name}: expected a zero point from -128 to 127, found {value}")
-    return int(value)
 
 
 class Worker:
@@ -198,7 +121,7 @@ class Worker:
         assert job.source is not None
         source, (out,) = job.source, job.outputs.values()
         if out.dtype == "I8":
-            done = self._write_whole(out, np.array([_whole_number(source.ref)], np.int8))
+            done = self._write_whole(out, np.array([whole_number(source.ref)], np.int8))
         else:
             done = self._write_whole(out, read_scale(replace(source, scale=source.ref)).reshape(-1))
         self._progress(sum(r.nbytes for r in source.refs))
@@ -217,13 +140,13 @@ class Worker:
             part = self._read(ref, start * item, count * item)
             codes = self._buffer("codes", count * out_item)
             bad = loops.convert_rows(
-                part, kind, 1, count, _NO_SCALE, 1, 1, 0, codes, out_kind, count,
+                part, kind, 1, count, NO_SCALE, 1, 1, 0, codes, out_kind, count,
                 self._floats("scales", 1).reshape(1, 1), 1, count, False, False, self._floats("values", count),
             )  # fmt: skip
-            if bad < 0 and out.dtype in _LIMITS:
-                bad = 0 if _has_infinity(codes, out.dtype) else -1
-            if bad >= 0:
-                raise self._not_finite(job, part, kind, start, count, _NO_SCALE, 0, out.dtype)
+            if bad >= 0 or overflowed(codes, out.dtype):
+                raise unfit_value(
+                    job.source, job.shape, part, kind, first=start, count=count, out_dtype=out.dtype
+                )
             digest.update(codes.data)
             self._write(out, start * out_item, codes)
             self._progress(part.size)
@@ -263,12 +186,11 @@ class Worker:
                 part, kind, count, cols, source_scale, *source.block, row, codes, out_kind, out_cols,
                 part_scales, tile_rows, tile_cols, given, power_of_2, values,
             )  # fmt: skip
-            if bad < 0 and out.dtype in _LIMITS:
-                bad = 0 if _has_infinity(codes, out.dtype) else -1
-            if bad >= 0:
-                raise self._not_finite(
-                    job, part, kind, row * cols, count * cols, source_scale, row, out.dtype
-                )
+            if bad >= 0 or overflowed(codes, out.dtype):
+                raise unfit_value(
+                    source, job.shape, part, kind, first=row * cols, count=count * cols, scale=source_scale,
+                    out_dtype=out.dtype,
+                )  # fmt: skip
             digest.update(codes.data)
             sums.add(codes)
             self._write(out, row * out_row, codes)
@@ -287,7 +209,7 @@ class Worker:
         deq, out, bias = job.outputs["deq_scale"], job.outputs["quant_bias"], job.static.bias
         deq_scale, quant_bias = static_tensors(
             read_number(job.static.scale),
-            0 if job.static.zero_point is None else _whole_number(job.static.zero_point),
+            0 if job.static.zero_point is None else whole_number(job.static.zero_point),
             None if bias is None else to_float(read_bytes(bias), bias.dtype),
             scales.reshape(-1), sums.values, out.name,
         )  # fmt: skip
@@ -335,7 +257,15 @@ class Worker:
             )
             # Scales of the source can push a value out of float32.
             if bad >= 0 or not np.isfinite(largest):
-                raise self._not_finite(job, part, kind, row * cols, count * cols, source_scale, row, "")
+                raise unfit_value(
+                    job.source,
+                    job.shape,
+                    part,
+                    kind,
+                    first=row * cols,
+                    count=count * cols,
+                    scale=source_scale,
+                )
             peak = max(peak, np.float32(largest))
         return peak
 
@@ -385,63 +315,6 @@ class Worker:
 
     def _floats(self, name: str, count: int) -> np.ndarray:
         return self._buffer(name, count * 4).view(np.float32)
-
-    def _not_finite(
-        self,
-        job: Job,
-        part: np.ndarray,
-        kind: int,
-        first: int,
-        count: int,
-        scale: np.ndarray,
-        row: int,
-        out_dtype: str,
-    ) -> InputError:
-        """Find the value that does not fit and name it with its position. Slow, and only for errors."""
-        assert job.source is not None
-        values = decode_slowly(part, kind)
-        cols = job.shape[-1] if job.shape else 1
-        index = np.arange(first, first + count)
-        if scale.size:
-            block_rows, block_cols = job.source.block
-            with np.errstate(over="ignore"):
-                values = values * scale[(index // cols) // block_rows, (index % cols) // block_cols]
-        limit = _LIMITS.get(out_dtype, np.inf)
-        at = int(np.flatnonzero(~(np.abs(values) < limit))[0])
-        position = [int(i) for i in np.unravel_index(first + at, job.shape)] if job.shape else []
-        narrow = "float16" if out_dtype == "F16" else "bfloat16"
-        expected = f"values that {narrow} can hold" if np.isfinite(values[at]) else "finite values"
-        return InputError(
-            f"{job.source.ref.name}: expected {expected}, found {values[at]} at {position}; "
-            "repair the source, or keep this weight as it is with --keep"
-        )
-
-
-def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
-    """Elements of any source kind → float32, NaN and Inf included, with numpy alone."""
-    if kind == loops.E4M3:
-        code = np.arange(256)
-        exponent, mantissa = (code >> 3) & 15, code & 7
-        value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-        value = np.where((code & 127) == 127, np.nan, value)
-        return np.where(code & 128, -value, value).astype(np.float32)[part]
-    if kind == loops.INT8:
-        return part.view(np.int8).astype(np.float32)
-    if kind == loops.INT8_PACKED:
-        return part.astype(np.float32) - 128
-    if kind in (loops.INT4_PACKED, loops.E2M1_PACKED):
-        halves = np.stack([part & 15, part >> 4], axis=-1).reshape(-1)
-        if kind == loops.INT4_PACKED:
-            return halves.astype(np.float32) - 8
-        return np.array(E2M1_VALUES, np.float32)[halves]
-    names: Mapping[int, str] = {v: k for k, v in loops.SOURCE_KINDS.items()}
-    return to_float(part, names[kind])
-
-
-def _has_infinity(codes: np.ndarray, dtype: str) -> bool:
-    """Whether finite values were rounded out of the range of F16 or BF16."""
-    infinity = 0x7C00 if dtype == "F16" else 0x7F80
-    return bool(((codes.view(np.uint16) & 0x7FFF) >= infinity).any())
 
 
 def _out_kind(job: Job, out: OutTensor) -> int:

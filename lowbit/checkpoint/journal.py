@@ -13,11 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import xxhash
-
-from lowbit.checkpoint.execute import COPY_BYTES
 from lowbit.checkpoint.jobs import Job
-from lowbit.checkpoint.layout import OutTensor, Shard
+from lowbit.checkpoint.layout import Shard
+from lowbit.checkpoint.reading import file_checksum
 
 
 class Journal:
@@ -118,31 +116,8 @@ def intact(
     for number, job in jobs:
         checksums = done.get(number)
         if checksums and all(
-            checksums.get(o.name) == checksum_of(root / (shards[o.shard].file), o)
+            checksums.get(o.name) == file_checksum(root / shards[o.shard].file, o.offset, o.nbytes)
             for o in job.outputs.values()
         ):
             good[number] = dict(checksums)
     return good
-
-
-def checksum_of(file: Path, tensor: OutTensor) -> str:
-    """xxh3-128 of a tensor's bytes in a file, as hex; "" when the file is too short."""
-    return file_checksum(file, tensor.offset, tensor.nbytes)
-
-
-def file_checksum(file: Path, offset: int = 0, nbytes: int | None = None) -> str:
-    """xxh3-128 of a file's bytes from `offset` on, all or so many, as hex; "" where they are not there."""
-    digest = xxhash.xxh3_128()
-    try:
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            left = file.stat().st_size - offset if nbytes is None else nbytes
-            while left > 0:
-                part = stream.read(min(left, COPY_BYTES))
-                if not part:
-                    return ""
-                digest.update(part)
-                left -= len(part)
-    except FileNotFoundError:
-        return ""
-    return digest.hexdigest()

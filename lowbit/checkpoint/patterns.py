@@ -48,14 +48,6 @@ class Patterns:
                 yield place
 
 
-def listed(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    """Several patterns as a tuple. InputError for a single text, which would be taken for its letters."""
-    found = () if isinstance(patterns, str) else tuple(patterns)
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in found):
-        raise InputError(f"expected a list of patterns for {name}, found {patterns!r}")
-    return found
-
-
 def _compiled(pattern: str) -> re.Pattern[str] | None:
     """None for a plain name."""
     if not pattern.startswith("re:"):

@@ -1,4 +1,4 @@
-"""Bytes of a tensor from its file: as they lie, or the rows of a matrix that lies transposed.
+"""Bytes from files: as they lie, their checksum, or the rows of a matrix that lies transposed.
 
 Files are read into buffers that are used again and never mapped, since mapped pages count as
 resident.
@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
 from lowbit.errors import InputError
 
+# So much is copied or checked at a time.
+COPY_BYTES = 4 << 20
 # Of a transposed matrix, so much is turned at a time. All of what is stored passes for each tile, so
 # it is large: one expert of most models, a third of Llama 4's.
 TILE_BYTES = 32 << 20
@@ -53,6 +56,24 @@ def read_bytes(ref: TensorRef) -> np.ndarray:
         else:
             read_exactly(stream.fileno(), buffer, ref.offset, ref.file)
     return buffer
+
+
+def file_checksum(file: Path, offset: int = 0, nbytes: int | None = None) -> str:
+    """xxh3-128 of a file's bytes from `offset` on, all or so many, as hex; "" where they are not there."""
+    digest = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            left = file.stat().st_size - offset if nbytes is None else nbytes
+            while left > 0:
+                part = stream.read(min(left, COPY_BYTES))
+                if not part:
+                    return ""
+                digest.update(part)
+                left -= len(part)
+    except FileNotFoundError:
+        return ""
+    return digest.hexdigest()
 
 
 def finite(part: np.ndarray, dtype: str) -> bool:

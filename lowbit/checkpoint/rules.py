@@ -66,9 +66,9 @@ KEEP_RULES = (
     Rule(
         "embedding",
         _last(
-            r"embed_tokens(\.\d+)?", "embed_positions", "embed_in", "embed", "embedding", "embeddings",
-            "tok_embeddings", "wte", "wpe", "shared", "word_embeddings", "position_embeddings", "token_type_embeddings",
-            "relative_attention_bias", "embed_tokens_per_layer",
+            r"embed_tokens(\.\d+)?", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed", "embedding",
+            "embeddings", "tok_embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings", "wte",
+            "wpe", "shared", "relative_attention_bias",
         ),
         "embedding",
     ),
@@ -86,7 +86,7 @@ KEEP_RULES = (
         "router: it picks experts, and small errors there change which",
     ),
     Rule("projection", _last("eh_proj"), "multi-token prediction joins two streams here; engines keep it in float"),
-    Rule("projection", _last(r"indexer\.weights_proj", "weights_proj"), "weights of the sparse-attention indexer"),
+    Rule("projection", _last("weights_proj"), "weights of the sparse-attention indexer"),
     Rule(
         "projection",
         _last(r"compressor\.(indexer\.)?(wkv|wgate|kv_proj|gate_proj)"),
@@ -98,7 +98,7 @@ KEEP_RULES = (
         _last("wo_a", "o_a_proj"),
         "its rows multiply groups of heads each, outside of what engines quantize",
     ),
-    Rule("norm", re.compile(r".*(norm|ln_[0-9f]|layernorm)$", re.IGNORECASE), "norm"),
+    Rule("norm", re.compile(r".*(norm|ln_[0-9f])$", re.IGNORECASE), "norm"),
     Rule("adapter", _inside("lora_A", "lora_B"), "low-rank adapter: small, and nothing that engines quantize"),
     # Not of the role: where one is a Linear after all, engines must be told that it is in float.
     Rule(
@@ -164,9 +164,29 @@ class Selection:
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Pattern → scheme name, or `float`: for mixed precision. The first that matches decides."""
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        ignore: Iterable[str] = (),
+        keep: Iterable[str] = (),
+        overrides: Mapping[str, str] | None = None,
+    ) -> Selection:
+        """Of what a function was given. InputError for a single text, which would be taken for its letters."""
+        return cls(
+            ignore=_listed("ignore", ignore), keep=_listed("keep", keep), overrides=dict(overrides or {})
+        )
+
     def unmatched(self, modules: Iterable[str]) -> list[str]:
         """The patterns that match no module: most likely typing errors."""
         return Patterns((*self.ignore, *self.keep, *self.overrides)).unmatched(modules)
+
+
+def _listed(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
+    found = () if isinstance(patterns, str) else tuple(patterns)
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in found):
+        raise InputError(f"expected a list of patterns for {name}, found {patterns!r}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,28 +12,13 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.execute import (
-    BLOCK_BYTES,
-    COPY_BYTES,
-    Progress,
-    decode_slowly,
-    read_scale,
-    source_kind,
-    to_float,
-)
+from lowbit.checkpoint.decode import decode_slowly, read_scale, source_kind, to_float
+from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
-from lowbit.checkpoint.headers import (
-    FLOATS,
-    MANIFEST,
-    Checkpoint,
-    TensorRef,
-    header_bytes,
-    open_checkpoint,
-    read_json,
-)
+from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef, open_checkpoint
 from lowbit.checkpoint.jobs import Source
-from lowbit.checkpoint.journal import file_checksum
-from lowbit.checkpoint.reading import TransposedRows, finite, read_exactly
+from lowbit.checkpoint.manifest import differences, read_manifest
+from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
 from lowbit.formats.ascend import undescribed
@@ -100,7 +85,7 @@ def verify_checkpoint(
     try:
         checkpoint = open_checkpoint(path)
         stored = read(checkpoint.config, checkpoint.tensors)
-        manifest = _manifest(checkpoint)
+        manifest = read_manifest(checkpoint)
     except InputError as error:
         return Verification(
             path=str(path), tensors=0, nbytes=0, problems=(str(error),), checked=("headers and config",)
@@ -115,7 +100,7 @@ def verify_checkpoint(
     if manifest is None:
         checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
     else:
-        problems += _against(manifest, checkpoint)
+        problems += differences(manifest, checkpoint)
         checked.append("names, dtypes, shapes and checksums of all tensors and files against the manifest")
 
     bound_to = {n for m in stored.values() for c, n in m.names.items() if c in _SCALES}
@@ -140,49 +125,6 @@ def verify_checkpoint(
         path=str(checkpoint.root), tensors=len(checkpoint.tensors), nbytes=checkpoint.nbytes,
         problems=tuple(problems), checked=tuple(checked), errors=errors,
     )  # fmt: skip
-
-
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The manifest, where there is one: `tensors` by name, checksums of shards' `headers` and of other `files`."""
-    file = checkpoint.root / MANIFEST
-    if not file.is_file():
-        return None
-    manifest = {"headers": {}, "files": {}, **read_json(file)}
-    parts = [manifest.get("tensors"), manifest["headers"], manifest["files"]]
-    if not all(isinstance(part, dict) for part in parts) or not all(
-        isinstance(t, dict) and t.keys() >= {"dtype", "shape", "checksum"}
-        for t in manifest["tensors"].values()
-    ):
-        raise InputError(
-            f"{file}: expected dtype, shape and checksum of each tensor, found others; convert again"
-        )
-    return manifest
-
-
-def _against(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """Names, dtypes and shapes of tensors, headers and files that differ from what was written."""
-    written, root = manifest["tensors"], checkpoint.root
-    listed, present = set(written), set(checkpoint.tensors)
-    problems = [f"{n}: in the manifest, but in no shard" for n in sorted(listed - present)]
-    problems += [f"{n}: in a shard, but not in the manifest" for n in sorted(present - listed)]
-    for name in sorted(listed & present):
-        ref, entry = checkpoint.tensors[name], written[name]
-        if (ref.dtype, list(ref.shape)) != (entry["dtype"], entry["shape"]):
-            problems.append(
-                f"{name}: expected {entry['dtype']} {entry['shape']} as written, found {ref.dtype} {list(ref.shape)}"
-            )
-    changed = [n for n, checksum in manifest["files"].items() if file_checksum(root / n) != checksum]
-    changed += [
-        n for n, checksum in manifest["headers"].items()
-        if (root / n).is_file() and file_checksum(root / n, 0, header_bytes(root / n)) != checksum
-    ]  # fmt: skip
-    problems += [f"{n}: missing, or changed since it was written; convert again" for n in changed]
-    if manifest["headers"]:
-        extra = sorted({f.name for f in root.glob("[!.]*.safetensors")} - set(manifest["headers"]))
-        problems += [
-            f"{n}: not written by this conversion, and engines may load it; remove it" for n in extra
-        ]
-    return problems
 
 
 def _check_tensor(ref: TensorRef, checksum: str | None, is_scale: bool, progress: Progress) -> list[str]:

@@ -10,19 +10,19 @@ one that finds the files of all others finished does that.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.files import create, lock, may_pass, sync_directory, write_json
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.journal import Journal, Record, file_checksum, read_journals
-from lowbit.checkpoint.layout import Shard
+from lowbit.checkpoint.journal import Journal, Record, read_journals
+from lowbit.checkpoint.manifest import make_manifest
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
+from lowbit.checkpoint.reading import file_checksum
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION
 
@@ -112,10 +112,10 @@ class OutputDirectory:
         tidy = self._stale or (self.partial / FINISHING).exists()
         try:
             self._make_directories()
-            self._lock = _lock(self.out, shared=not self.part.whole and not tidy)
+            self._lock = lock(self.out, shared=not self.part.whole and not tidy)
         except OSError as error:
             self._remove_made()  # no more: what else is there may be another's
-            raise self.explain(error) from error
+            raise self._explain(error) from error
         try:
             self._check_space()
             if self._stale:
@@ -124,10 +124,10 @@ class OutputDirectory:
             self._move_back()
             self.journal = Journal(self.partial / self.part.journal, self.digest)
             if tidy and not self.part.whole:
-                self._lock = _lock(self.out, shared=True, held=self._lock)
+                self._lock = lock(self.out, shared=True, held=self._lock)
             for number in sorted(self.shards):
                 shard = self.plan.shards[number]
-                self._descriptors[number] = _create(self.partial / shard.file, shard)
+                self._descriptors[number] = create(self.partial / shard.file, shard)
         except (OSError, InputError) as error:
             # What an earlier run wrote is still good when there is space again.
             if self.record.begun:
@@ -136,7 +136,7 @@ class OutputDirectory:
                 self.discard()
             if isinstance(error, InputError):
                 raise
-            raise self.explain(error) from error
+            raise self._explain(error) from error
         return self._descriptors
 
     def _make_directories(self) -> None:
@@ -157,7 +157,7 @@ class OutputDirectory:
                 "free some, or choose another disk"
             )
 
-    def explain(self, error: OSError) -> InputError:
+    def _explain(self, error: OSError) -> InputError:
         """An operating system's error → what to do about it."""
         left = "stays" if self._kept else "has been removed"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -193,26 +193,25 @@ class OutputDirectory:
         if not self.part.whole and not self._last(record):
             return {}
         beside = self._write_beside()
-        manifest = self._manifest(
-            {n: sum_ for sums in record.done.values() for n, sum_ in sums.items()}, beside
-        )
-        _write_json(self.partial / MANIFEST, manifest)
+        checksums = {n: sum_ for sums in record.done.values() for n, sum_ in sums.items()}
+        manifest = make_manifest(self.plan, self.digest, checksums=checksums, files=beside)
+        write_json(self.partial / MANIFEST, manifest)
         (self.partial / FINISHING).touch()
-        _sync_directory(self.partial)
+        sync_directory(self.partial)
         if self._overwrite:
             self._remove_old()
         others = {str(file) for file in self.plan.source.others}
         for name in (*(shard.file for shard in self.plan.shards), *beside, MANIFEST):
             if name != CONFIG:
                 self._show(OTHERS / name if name in others else Path(name), Path(name))
-        _sync_directory(self.out)
+        sync_directory(self.out)
         if CONFIG in beside:
             self._show(Path(CONFIG), Path(CONFIG))
         self._shown = []
         # First, since beside it a result without a journal would be taken for one that any run may go on with.
         (self.partial / FINISHING).unlink()
         shutil.rmtree(self.partial)
-        _sync_directory(self.out)
+        sync_directory(self.out)
         self._release()
         return manifest
 
@@ -220,11 +219,11 @@ class OutputDirectory:
         """All files but the shards and the manifest, into PARTIAL; name → checksum."""
         contents = dict(self.plan.files)
         if len(self.plan.shards) > 1:
-            contents[INDEX] = self._index()
+            contents[INDEX] = _index(self.plan)
         if self.plan.config:
             contents[CONFIG] = self.plan.config
         for name, content in contents.items():
-            _write_json(self.partial / name, content)
+            write_json(self.partial / name, content)
         checksums = {name: file_checksum(self.partial / name) for name in contents}
         for file in self.plan.source.others:
             copy = self.partial / OTHERS / file
@@ -245,7 +244,7 @@ class OutputDirectory:
         if self.missing:
             return False
         try:
-            self._lock = _lock(self.out)
+            self._lock = lock(self.out)
         except InputError:
             return False
         if not self.partial.exists():
@@ -274,34 +273,6 @@ class OutputDirectory:
             (self.out / name).unlink(missing_ok=True)
         for file in self.out.glob("*.safetensors"):
             file.unlink()
-
-    def _index(self) -> dict[str, Any]:
-        weight_map = {name: shard.file for shard in self.plan.shards for name in shard.names}
-        total = sum(shard.nbytes - len(shard.header) for shard in self.plan.shards)
-        return {"metadata": {"total_size": total}, "weight_map": weight_map}
-
-    def _manifest(self, checksums: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, Any]:
-        """`checksums`: of tensors, by name; `beside`: of files, by name."""
-        import xxhash
-
-        from lowbit import __version__
-
-        return {
-            "lowbit_version": __version__,
-            "plan": self.digest,
-            "source": {"path": str(self.plan.source.root), "fingerprint": self.plan.source.fingerprint()},
-            "scheme": self.plan.scheme.name,
-            "format": self.plan.format.name if self.plan.format else None,
-            "calibration": self.plan.calibration or None,
-            "checksum": "xxh3-128",
-            "tensors": {
-                t.name: {"dtype": t.dtype, "shape": list(t.shape), "checksum": checksums[t.name]}
-                for job in self.plan.jobs
-                for t in job.outputs.values()
-            },
-            "headers": {s.file: xxhash.xxh3_128_hexdigest(s.header) for s in self.plan.shards},
-            "files": dict(beside),
-        }
 
     def discard(self) -> None:
         """Remove what this run wrote, and the directories that it made."""
@@ -334,6 +305,14 @@ class OutputDirectory:
             with suppress(OSError):  # not empty
                 path.rmdir()
 
+    def give_up(self, error: OSError) -> InputError:
+        """Stop after an error of the operating system, and keep what a later run can use; → what to do about it."""
+        if may_pass(error):
+            self.abandon()
+        else:
+            self.discard()
+        return self._explain(error)
+
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""
         self._kept = True
@@ -353,74 +332,7 @@ class OutputDirectory:
             self.journal.close()
 
 
-# What a network's file system says while its server is away, or a disk of one bad read.
-_MAY_PASS = ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
-             "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN")  # fmt: skip
-
-
-def may_pass(error: OSError) -> bool:
-    """Whether the same run may succeed later: what it has written, hours of work maybe, is worth keeping."""
-    return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
-
-
-def _lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
-    """Keep other conversions out of a directory until the returned descriptor is closed.
-
-    `shared`: but not those that share it too. `held`: a descriptor whose lock is changed. Raises
-    InputError when one is at work there. −1 where the file system knows no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return -1
-    fd = held if held >= 0 else os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise InputError(
-            f"{directory}: another conversion is writing here; wait for it, or choose another place"
-        ) from None
-    except OSError:
-        os.close(fd)
-        return -1
-    return fd
-
-
-def _create(file: Path, shard: Shard) -> int:
-    """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(fd, 0, shard.nbytes)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-        os.ftruncate(fd, shard.nbytes)
-        written = 0
-        while written < len(shard.header):
-            written += os.pwrite(fd, shard.header[written:], written)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _write_json(file: Path, value: Any) -> None:
-    """Write aside, sync, rename: the file is whole or absent."""
-    aside = file.with_name(f".{file.name}.part")
-    with aside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _index(plan: Plan) -> dict[str, Any]:
+    weight_map = {name: shard.file for shard in plan.shards for name in shard.names}
+    total = sum(shard.nbytes - len(shard.header) for shard in plan.shards)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}

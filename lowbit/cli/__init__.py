@@ -52,27 +52,30 @@ def _options(
 
 def main() -> None:
     """Entry point. Bad input is one line on standard error and exit code 2."""
-    from lowbit.cli.output import first_worker, say_when_compiling
+    from lowbit.cli.output import say_when_compiling
     from lowbit.errors import InputError
 
     say_when_compiling()
     try:
         app()
     except InputError as error:
-        if "--json" in sys.argv and first_worker():
-            from lowbit.cli.output import print_json
-
-            print_json({"error": str(error)})
+        _say_as_json(str(error))
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
-        said = {2: "bad usage; standard error says what was expected"}
+        if stop.code == 2:
+            _say_as_json("bad usage; standard error says what was expected")
         if stop.code == 130:  # typer's answer to Ctrl-C
             again = "; run the same command again to go on from here"
-            said[130] = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"]))
-            print(said[130], file=sys.stderr)
-        if stop.code in said and "--json" in sys.argv and first_worker():
-            from lowbit.cli.output import print_json
-
-            print_json({"error": said[stop.code]})
+            said = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"]))
+            print(said, file=sys.stderr)
+            _say_as_json(said)
         raise
+
+
+def _say_as_json(error: str) -> None:
+    """Where --json is given, and by one worker."""
+    from lowbit.cli.output import first_worker, print_json
+
+    if "--json" in sys.argv and first_worker():
+        print_json({"error": error})

@@ -93,12 +93,8 @@ def plan(
     """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
     from lowbit import api
     from lowbit.cli.output import print_json, say_bytes, table
-    from lowbit.targets import get_accelerator
 
-    chip = None if target is None else get_accelerator(target)
-    wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
-    if chip is not None and scheme is None and recipe is None:
-        format = format or chip.format
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
@@ -202,29 +198,38 @@ def verify(
         raise typer.Exit(1)
 
 
-def wanted_recipe(
+def what_is_asked(
     recipe: Path | None,
     scheme: str | None,
+    format: str | None,
+    target: str | None,
     ignore: list[str] | None,
     keep: list[str] | None,
-    chip: Accelerator | None = None,
-) -> Recipe:
-    """The recipe of a file, or the one that the options spell out. Both for the same thing is an error."""
+) -> tuple[Recipe, str | None, Accelerator | None]:
+    """(the recipe of a file, or the one that the options spell out; the format; the chip).
+
+    A chip chooses scheme and format where neither recipe nor scheme is given. InputError for a recipe beside the
+    options that spell one out.
+    """
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import get_scheme
+    from lowbit.targets import get_accelerator
 
+    chip = None if target is None else get_accelerator(target)
     if recipe is not None:
         if scheme or ignore or keep:
             raise InputError(
                 "expected --recipe alone, found --scheme, --ignore or --keep beside it; put them into the recipe"
             )
-        return load_recipe(recipe)
+        return load_recipe(recipe), format, chip
     try:
         name = get_scheme(scheme or (chip.scheme if chip else "int8")).name
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Recipe(scheme=name, ignore=tuple(ignore or ()), keep=tuple(keep or ()))
+    if chip is not None and scheme is None:
+        format = format or chip.format
+    return Recipe(scheme=name, ignore=tuple(ignore or ()), keep=tuple(keep or ())), format, chip
 
 
 def advice_on(decided: Plan, chip: Accelerator) -> tuple[str, list[str]]:

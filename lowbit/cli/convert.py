@@ -26,7 +26,7 @@ from lowbit.cli.checkpoint import (
     headline,
     print_warnings,
     summary,
-    wanted_recipe,
+    what_is_asked,
 )
 
 if TYPE_CHECKING:
@@ -80,13 +80,9 @@ def convert(
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import bytes_bar, print_json, say_bytes, warn
     from lowbit.errors import InputError
-    from lowbit.targets import get_accelerator
 
-    chip = None if target is None else get_accelerator(target)
     share = Part() if part is None else Part.parse(part)
-    wanted = wanted_recipe(recipe, scheme, ignore, keep, chip)
-    if chip is not None and scheme is None and recipe is None:
-        format = format or chip.format
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
     if method or (wanted.method and calibration is None):
         if not share.whole:
             raise InputError(

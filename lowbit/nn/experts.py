@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.formats import Format
 from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
-from lowbit.nn.linear import SCALES, as_stored_scale
+from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
-from lowbit.nn.stored import TORCH_DTYPES, QuantModule, as_format, as_scheme, autocast_input, pack, unpack
+from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
 from lowbit.scheme import Scheme
@@ -23,7 +22,7 @@ PROJECTIONS = ("gate", "up", "down")
 """What each does: out = down(act(gate(x)) · up(x)). Without a gate: down(act(up(x)))."""
 
 
-class QuantExperts(QuantModule):
+class QuantExperts(StackedModule):
     """Drop-in for transformers' fused experts, called as `experts(hidden, top_k_index, top_k_weights)`.
 
     hidden [T, H] in a float dtype, indices [T, k], weights [T, k] → [T, H]. An index of
@@ -69,7 +68,7 @@ class QuantExperts(QuantModule):
         self.act_fn = act_fn
         self.apply_gate: Callable[..., Tensor] | None = None
         self.projections = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
-        self.suffixes: dict[str, str] = {}
+        self.suffixes = {}
         frozen = []
         for projection, name in self.projections.items():
             for stored in self.format.tensors(self.scheme, self.shape_of(projection), float_dtype):
@@ -82,7 +81,6 @@ class QuantExperts(QuantModule):
                 self.register_buffer(f"{name}_{suffix}", buffer)
                 frozen.append(f"{name}_{suffix}")
         self.frozen = tuple(frozen)
-        self._on_meta: dict[tuple[str, int], Tensor] = {}
         self._static = {p: StaticOperands() for p in self.projections if "quant_bias" in self.suffixes}
 
     @classmethod
@@ -163,27 +161,6 @@ class QuantExperts(QuantModule):
         """InputError for zero points of the weights other than 0, which no product here applies."""
         for projection in self.projections if "offset" in self.suffixes else ():
             check_zeros(self.stack(projection, "offset"), f"{self.projections[projection]}.weight_offset")
-
-    def stored_modules(self, name: str) -> list[str]:
-        """The modules of a checkpoint that this one, called `name`, is: one per expert and projection."""
-        return [f"{name}.{i}.{p}" for i in range(self.num_experts) for p in self.projections.values()]
-
-    def shape_of(self, projection: str) -> tuple[int, int]:
-        """[N, K] of one expert's projection."""
-        down = projection == "down"
-        sizes = (self.hidden_size, self.intermediate_size)
-        return sizes if down else sizes[::-1]
-
-    def shape_tensor(self, name: str) -> Tensor:
-        """int64 [2]: what a packed layout stores beside the codes of the projection called `name` on disk."""
-        projection = next(p for p, n in self.projections.items() if n == name)
-        return torch.tensor(self.shape_of(projection), dtype=torch.int64)
-
-    def stack(self, projection: str, content: str) -> Tensor:
-        """The buffer of a projection's `codes`, `packed`, `scale`, `input_scale`, …: [E, …]."""
-        buffer = self._buffers[f"{self.projections[projection]}_{self.suffixes[content]}"]
-        assert buffer is not None
-        return buffer
 
     def stored_codes(self, projection: str) -> Tensor:
         """Codes as stored: int8 or float8_e4m3fn [E, N, K], or packed int32 [E, N, ⌈K/4⌉]."""
@@ -292,117 +269,8 @@ class QuantExperts(QuantModule):
             input_scale=self.stack(projection, "input_scale")[expert], input_zero_point=operands.zero_point,
         )  # fmt: skip
 
-    # What follows presents the stacks as the checkpoint's tensors.
-
-    def disk_tensors(self) -> Iterator[tuple[str, str, int, Tensor]]:
-        """(name on disk below this module, buffer, expert, view into the stack)."""
-        for i in range(self.num_experts):
-            for name in self.projections.values():
-                for content, suffix in self.suffixes.items():
-                    buffer = f"{name}_{suffix}"
-                    if content != "shape":
-                        stack = self._buffers[buffer]
-                        assert stack is not None
-                        yield f"{i}.{name}.{suffix}", buffer, i, stack[i]
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, _, _, view in self.disk_tensors():
-            destination[prefix + name] = view
-        if "shape" in self.suffixes:
-            for i in range(self.num_experts):
-                for name in self.projections.values():
-                    destination[f"{prefix}{i}.{name}.{self.suffixes['shape']}"] = self.shape_tensor(name)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        known = set()
-        scales = tuple("_" + self.suffixes[c] for c in SCALES if c in self.suffixes)
-        for name, buffer, expert, view in list(self.disk_tensors()):
-            known.add(name)
-            value = state_dict.get(prefix + name)
-            if value is None:
-                missing_keys.append(prefix + name)
-                continue
-            value = as_stored_scale(value, view) if buffer.endswith(scales) else value
-            if value.shape != view.shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}{name}: expected {list(view.shape)}, found {list(value.shape)}"
-                )
-                continue
-            self.put(buffer, expert, value)
-        if strict:
-            for key in state_dict:
-                name = key[len(prefix) :]
-                shape_of = "shape" in self.suffixes and name.endswith("." + self.suffixes["shape"])
-                if key.startswith(prefix) and name not in known and not shape_of:
-                    unexpected_keys.append(key)
-
-    @torch.no_grad()
-    def put(self, buffer: str, expert: int, value: Tensor) -> None:
-        """Copy one expert's tensor into its stack; a stack on meta becomes real on the value's device."""
-        stack = self._buffers[buffer]
-        assert stack is not None
-        if stack.is_meta and not value.is_meta:
-            stack = torch.empty_like(stack, device=value.device)
-            self._buffers[buffer] = stack
-        fill(stack, expert, value)
-
-    def view_of(self, buffer: str, expert: int) -> Tensor:
-        """One expert's tensor in its stack: always the same object for a stack on meta, by which transformers tells
-        tensors that are offloaded from those that are tied."""
-        stack = self._buffers[buffer]
-        assert stack is not None
-        return self._on_meta.setdefault((buffer, expert), stack[expert]) if stack.is_meta else stack[expert]
-
-    def __getattr__(self, name: str) -> Any:
-        # `experts.3.gate_proj.weight`, as loaders walk to a tensor of the checkpoint.
-        if name.isdigit() and int(name) < self.num_experts:
-            return _Expert(self, int(name))
-        return super().__getattr__(name)
-
     def extra_repr(self) -> str:
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, scheme={self.scheme.name}"
         )
-
-
-def fill(stack: Tensor, expert: int, value: Tensor) -> None:
-    """Copy a checkpoint's tensor of one expert into its place: codes bit for bit, scales by value."""
-    stack[expert].copy_(value.view(stack.dtype) if value.element_size() == stack.element_size() else value)
-
-
-class _Expert(nn.Module):
-    """One expert of the stacks, for loaders that set tensors by their dotted name."""
-
-    def __init__(self, experts: QuantExperts, index: int) -> None:
-        super().__init__()
-        for name in experts.projections.values():
-            self._modules[name] = _Projection(experts, index, name)
-
-
-class _Projection(nn.Module):
-    """One expert's projection; a tensor assigned to it is copied into the stack."""
-
-    def __init__(self, experts: QuantExperts, index: int, name: str) -> None:
-        super().__init__()
-        self.__dict__["_experts"], self.__dict__["_index"], self.__dict__["_name"] = experts, index, name
-        for content, suffix in experts.suffixes.items():
-            self._buffers[suffix] = (
-                experts.shape_tensor(name)
-                if content == "shape"
-                else experts.view_of(f"{name}_{suffix}", index)
-            )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        experts = self.__dict__.get("_experts")
-        if experts is None or name not in self._buffers:
-            super().__setattr__(name, value)
-            return
-        buffer = f"{self.__dict__['_name']}_{name}"
-        if buffer in experts._buffers:
-            experts.put(buffer, self.__dict__["_index"], value.data)
-            # transformers' mark of what needs no initialization.
-            experts._buffers[buffer]._is_hf_initialized = True

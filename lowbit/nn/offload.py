@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn.experts import QuantExperts, fill
+from lowbit.nn.experts import QuantExperts
+from lowbit.nn.stacked import fill
 
 
 class StackedWeights(Mapping[str, Tensor]):

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.checkpoint.patterns import Patterns, listed
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Decision, Selection, decide
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
+from lowbit.nn.candidates import Candidate, candidates_of, is_fused_experts
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import parameter, refusal, sizes
+from lowbit.nn.fused_experts import sizes
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import (
-    Finder,
-    expert_names,
-    is_transformers_model,
-    module_of,
-    stored_modules_on_disk,
-    tensors_on_disk,
-)
+from lowbit.nn.names import is_transformers_model, stored_modules_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
 from lowbit.scheme import Scheme
 
@@ -54,29 +47,6 @@ class SwapReport:
         return "\n".join([*lines, *(f"  warning: {w}" for w in self.warnings)])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    """A module that could be swapped."""
-
-    name: str
-    module: nn.Module
-    disk: tuple[str, ...]
-    """The modules that it is on disk: itself, or each expert's projections."""
-    shape: tuple[int, ...]
-    projections: Mapping[str, str] | None = None
-    """Fused experts: gate, up, down → their names on disk."""
-    fused: Mapping[str, str] = field(default_factory=dict)
-    """Of fused experts that are so on disk too: module of one expert → that of the 3-D tensor that holds it there."""
-
-    @property
-    def in_engines(self) -> tuple[str, ...]:
-        """Its modules as engines build them: one for experts that are fused on disk."""
-        if not _is_fused_experts(self.module) or (self.projections and not self.fused):
-            return self.disk
-        together = self.fused.values() or self.disk
-        return tuple(dict.fromkeys(experts_of(m, self.shape) for m in together))
-
-
 def quantize_model(
     model: nn.Module,
     scheme: Scheme | str,
@@ -103,20 +73,11 @@ def quantize_model(
     quantized, and a call that leaves the weight out goes on from there.
     """
     scheme, target = as_scheme(scheme), as_format(format)
-    if scheme.needs_calibration:
-        raise InputError(
-            f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
-            "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
-        )
-    if target.quant_method == METHOD_OF_DESCRIPTION:
-        raise InputError(
-            f"expected a format that config.json describes, found {target.name}, which has a file of its own; use "
-            f"`lowbit convert --format {target.name}` on the saved model"
-        )
+    _check(scheme, target)
     before = _nbytes(model)
     layout = _quantized_before(model, target)
-    candidates, unfit = _candidates(model)
-    selection, given = _selection(candidates, listed("ignore", ignore), dict(per_module or {}))
+    candidates, unfit = candidates_of(model)
+    selection, given = _on_disk(Selection.of(ignore=ignore, overrides=per_module), candidates)
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
@@ -129,14 +90,9 @@ def quantize_model(
     while order:
         candidate = order.pop(0)
         decision = decisions[candidate.disk[0]]
-        why_not = unfit.get(candidate.name, "")
-        reason = decision.reason if decision.scheme is None else why_not
-        if decision.role == "experts-3d" and not decision.reason.startswith("--"):
-            reason = f"experts fused into one 3-D tensor: {why_not}"
-        if (pattern := given.get(reason.removeprefix("--ignore "))) is not None:
-            reason = f"--ignore {pattern}"
+        reason = _why_kept(decision, unfit.get(candidate.name, ""), given)
         if decision.scheme is None or reason:
-            if len(candidate.shape) == 2 or _is_fused_experts(candidate.module):
+            if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
                 kept[candidate.name] = reason
                 if decision.role not in ("embedding", "norm", "conv"):
                     ignored += candidate.in_engines
@@ -152,11 +108,34 @@ def quantize_model(
         warnings.append("no module was quantized")
     _leave_fused_paths(model)
     if is_transformers_model(model) and layout:
-        _describe(model, getattr(model, "config", None), target, layout, ignored)
+        _describe(model, target, layout, ignored)
     model.quantization_report = SwapReport(  # type: ignore[assignment]
         quantized=quantized, kept=kept, warnings=tuple(warnings), bytes_before=before, bytes_after=_nbytes(model)
     )  # fmt: skip
     return model
+
+
+def _check(scheme: Scheme, target: Format) -> None:
+    """InputError for what a model in memory cannot be quantized to."""
+    if scheme.needs_calibration:
+        raise InputError(
+            f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
+            "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
+        )
+    if target.quant_method == METHOD_OF_DESCRIPTION:
+        raise InputError(
+            f"expected a format that config.json describes, found {target.name}, which has a file of its own; use "
+            f"`lowbit convert --format {target.name}` on the saved model"
+        )
+
+
+def _why_kept(decision: Decision, unfit: str, given: Mapping[str, str]) -> str:
+    """Why a module stays in float, in the user's own patterns (`given`: disk name → pattern); "" where it does not."""
+    reason = decision.reason if decision.scheme is None else unfit
+    if decision.role == "experts-3d" and not decision.reason.startswith("--"):
+        reason = f"experts fused into one 3-D tensor: {unfit}"
+    pattern = given.get(reason.removeprefix("--ignore "))
+    return reason if pattern is None else f"--ignore {pattern}"
 
 
 def _quantized_before(model: nn.Module, target: Format) -> dict[str, Scheme]:
@@ -179,93 +158,7 @@ def _quantized_before(model: nn.Module, target: Format) -> dict[str, Scheme]:
     return found
 
 
-def _candidates(model: nn.Module) -> tuple[list[_Candidate], dict[str, str]]:
-    """(modules with a weight, those that cannot be swapped whatever the rules say → why)."""
-    tied = _tied(model)
-    modules = list(model.named_modules(remove_duplicate=False))
-    fused = {n: m for n, m in modules if _is_fused_experts(m)}
-    weights = {
-        n: m for n, m in modules
-        if isinstance(getattr(m, "weight", None), Tensor) and not isinstance(m, QuantModule) and n not in fused
-    }  # fmt: skip
-
-    def full_name(name: str, leaf: str) -> str:
-        return f"{name}.{leaf}" if name else leaf
-
-    wanted = [full_name(n, "weight") for n in weights]
-    wanted += [full_name(n, p) for n, m in fused.items() for p, _ in m.named_parameters(recurse=False)]
-    disk = tensors_on_disk(model, wanted)
-    find = Finder(model) if is_transformers_model(model) else None
-    found: list[_Candidate] = []
-    unfit: dict[str, str] = {}
-    for name, module in weights.items():
-        on_disk = (module_of(disk[full_name(name, "weight")][0]),)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        found.append(_Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
-        if weight.dim() == 2 and not isinstance(module, nn.Linear) and not is_conv1d(module):
-            unfit[name] = f"a {type(module).__name__}, not a Linear"
-        elif weight.dim() == 2 and "weight" not in module._parameters:
-            unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
-        elif isinstance(module, nn.Linear) and not _is_plain(module):
-            unfit[name] = f"a {type(module).__name__}, whose weight others may read"
-        elif weight.dim() == 2 and find is not None and find.reshapes(f"{on_disk[0]}.weight"):
-            unfit[name] = "transformers saves it joined, split or transposed, which codes do not survive"
-        elif name in tied and weight.dim() == 2:
-            unfit[name] = f"its weight is tied to {tied[name]}"
-    for name, module in fused.items():
-        tensors = [d for p, _ in module.named_parameters(recurse=False) for d in disk[full_name(name, p)]]
-        problem = refusal(module)
-        shape = tuple(parameter(module, "down_proj").shape)
-        whole = {} if problem else {p: module_of(t) for t in tensors for p in part_names(t, shape[0])}
-        tensors = [f"{p}.weight" for p in whole] or tensors
-        projections = expert_names(tensors)
-        if problem:
-            unfit[name] = problem
-        elif not projections:
-            unfit[name] = "on disk under names whose layout is not known here"
-        found.append(
-            _Candidate(
-                name=name,
-                module=module,
-                disk=tuple(module_of(t) for t in tensors),
-                shape=shape,
-                projections=projections or None,
-                fused=whole,
-            )
-        )
-    return found, unfit
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether it computes what a Linear does, and nobody else reads its weight: Falcon's rounds before the bias."""
-    return type(linear) is nn.Linear or type(linear).__name__ == "FalconLinear"
-
-
-def _is_fused_experts(module: nn.Module) -> bool:
-    down = module._parameters.get("down_proj")
-    return down is not None and down.dim() == 3
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Module → another module that shares its weight."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append((name, module))
-    found = {}
-    for shared in owners.values():
-        for name, _ in shared:
-            others = [other for other, _ in shared if other != name]
-            if others:
-                found[name] = others[0]
-    return found
-
-
-def _selection(
-    candidates: Sequence[_Candidate], ignore: tuple[str, ...], per_module: dict[str, str]
-) -> tuple[Selection, dict[str, str]]:
+def _on_disk(asked: Selection, candidates: Sequence[Candidate]) -> tuple[Selection, dict[str, str]]:
     """(the user's patterns, with the disk names of what they match in memory only; those names → pattern)."""
     given: dict[str, str] = {}
 
@@ -281,13 +174,13 @@ def _selection(
         given.update({disk: pattern for pattern, names in more.items() for disk in names})
         return {name: pattern for pattern, names in more.items() for name in (pattern, *names)}
 
-    ignored = tuple(with_disk_names(ignore))
-    overrides = {name: per_module[pattern] for name, pattern in with_disk_names(per_module).items()}
+    ignored = tuple(with_disk_names(asked.ignore))
+    overrides = {name: asked.overrides[pattern] for name, pattern in with_disk_names(asked.overrides).items()}
     return Selection(ignore=ignored, overrides=overrides), given
 
 
 def _decide(
-    model: nn.Module, candidates: Sequence[_Candidate], scheme: Scheme, target: Format, selection: Selection
+    model: nn.Module, candidates: Sequence[Candidate], scheme: Scheme, target: Format, selection: Selection
 ) -> dict[str, Decision]:
     shapes: dict[str, tuple[int, ...]] = {}
     for c in candidates:
@@ -315,7 +208,7 @@ def _config_dict(model: nn.Module) -> dict[str, Any]:
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
-def _quantized(candidate: _Candidate, scheme: Scheme, target: Format) -> QuantModule:
+def _quantized(candidate: Candidate, scheme: Scheme, target: Format) -> QuantModule:
     module, name = candidate.module, candidate.name
     first = next(iter(module.parameters()))
     if first.is_meta:
@@ -368,10 +261,9 @@ def _drop_weights(module: nn.Module) -> None:
         module._parameters[key] = None
 
 
-def _describe(
-    model: nn.Module, config: Any, target: Format, layout: Mapping[str, Scheme], ignored: Sequence[str]
-) -> None:
+def _describe(model: nn.Module, target: Format, layout: Mapping[str, Scheme], ignored: Sequence[str]) -> None:
     """Let `save_pretrained` write what the model has become."""
+    config: Any = getattr(model, "config", None)
     if config is not None:
         config.quantization_config = target.config(
             Layout(modules=layout, ignored=tuple(ignored), config=_config_dict(model))

@@ -193,9 +193,9 @@ def test_parts_share_the_lock_and_a_whole_conversion_does_not(src, tmp_path):
         writer.OutputDirectory(out, plan).prepare()
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0"])
+@pytest.mark.parametrize("text", ["2", "a/b", "-1/2", "0/2", "3/2", "1/0"])
 def test_bad_parts(src, tmp_path, text):
-    with pytest.raises(InputError, match="expected --part I/N"):
+    with pytest.raises(InputError, match=r"expected (--part I/N|part I of N) such as"):
         convert(src, tmp_path / "out", text)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.execute import decode_slowly, to_float
+from lowbit.checkpoint.decode import decode_slowly, to_float
 from lowbit.dtypes import E4M3FN, INT8
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, block_shape, expand_scale, scale_shape
 from lowbit.quantize import choose_scale, quantize_with

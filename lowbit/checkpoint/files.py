@@ -1,0 +1,84 @@
+"""What a conversion asks of a file system: a directory for itself, files of a known size, others whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint.layout import Shard
+from lowbit.errors import InputError
+
+# What a network's file system says while its server is away, or a disk of one bad read.
+_MAY_PASS = ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
+             "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN")  # fmt: skip
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same run may succeed later: what it has written, hours of work maybe, is worth keeping."""
+    return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
+
+
+def lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
+    """Keep other conversions out of a directory until the returned descriptor is closed.
+
+    `shared`: but not those that share it too. `held`: a descriptor whose lock is changed. Raises
+    InputError when one is at work there. −1 where the file system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return -1
+    fd = held if held >= 0 else os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise InputError(
+            f"{directory}: another conversion is writing here; wait for it, or choose another place"
+        ) from None
+    except OSError:
+        os.close(fd)
+        return -1
+    return fd
+
+
+def create(file: Path, shard: Shard) -> int:
+    """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(fd, 0, shard.nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        os.ftruncate(fd, shard.nbytes)
+        written = 0
+        while written < len(shard.header):
+            written += os.pwrite(fd, shard.header[written:], written)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write aside, sync, rename: the file is whole or absent."""
+    aside = file.with_name(f".{file.name}.part")
+    with aside.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
