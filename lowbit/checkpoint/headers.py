@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.others import entries, others_below
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, quantization_of
 
@@ -33,10 +34,6 @@ FLOATS = ("BF16", "F16", "F32")
 MANIFEST = "lowbit_manifest.json"
 # Where a conversion works until it is done.
 PARTIAL = ".lowbit-partial"
-# Other copies of the weights (and pickles): not carried along.
-WEIGHT_SUFFIXES = {
-    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -292,6 +289,27 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def _no_weights(root: Path) -> InputError:
+    """What a directory without safetensors holds instead."""
+    pickles = sorted(p.name for p in entries(root) if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return InputError(
+            f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
+            "opened: save the model as safetensors first"
+        )
+    if snapshots := sorted(root.glob("snapshots/*")):
+        return InputError(
+            f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
+            f"{snapshots[0]}"
+        )
+    if (root / PARTIAL).is_dir():
+        return InputError(
+            f"{root}: expected *.safetensors files, found an unfinished conversion; run `lowbit convert` again "
+            "as it was to finish it"
+        )
+    return InputError(f"{root}: expected *.safetensors files, found none; check the path")
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers of a checkpoint directory.
 
@@ -321,23 +339,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         shards = _shards_without_index(root, found, notes)
         tensors = _read_shards(shards)
     else:
-        pickles = sorted(p.name for p in _entries(root) if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise InputError(
-                f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
-                "opened: save the model as safetensors first"
-            )
-        if snapshots := sorted(root.glob("snapshots/*")):
-            raise InputError(
-                f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
-                f"{snapshots[0]}"
-            )
-        if (root / PARTIAL).is_dir():
-            raise InputError(
-                f"{root}: expected *.safetensors files, found an unfinished conversion; run `lowbit convert` again "
-                "as it was to finish it"
-            )
-        raise InputError(f"{root}: expected *.safetensors files, found none; check the path")
+        raise _no_weights(root)
     if not tensors:
         raise InputError(f"{root}: expected tensors, found {len(shards)} empty files")
 
@@ -352,44 +354,5 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         else:
             config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
     skip = {*found, *indexes, config_file, root / MANIFEST, description}
-    others, modules = [], _sentence_modules(root)
-    for file in _files_below(root, notes):
-        weights = Path(file.name.removesuffix(".index.json")).suffix in WEIGHT_SUFFIXES
-        if weights and file not in skip and modules.isdisjoint(map(str, file.relative_to(root).parents)):
-            notes.append(f"other weights are left out: {file.relative_to(root)}")
-        elif file not in skip:
-            others.append(file.relative_to(root))
-    return Checkpoint(root, tensors, tuple(shards), config, tuple(others), tuple(notes))
-
-
-def _sentence_modules(root: Path) -> set[str]:
-    """Folders with modules of a sentence-transformers model: their weights are no copies of those in `root`."""
-    try:
-        modules = json.loads((root / "modules.json").read_text("utf-8"))
-        return {m["path"] for m in modules} - {"", "."}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return set()
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except OSError as error:
-        raise InputError(
-            f"{directory}: cannot be read ({error.strerror}); check the path and permissions"
-        ) from error
-
-
-def _files_below(root: Path, notes: list[str]) -> Iterable[Path]:
-    """Files below `root`. Hidden directories (.git, .cache) and linked ones are not entered;
-    linked files are followed, since a hub's cache is made of them."""
-    for entry in _entries(root):
-        if entry.name.startswith(".") and entry.is_dir():
-            continue
-        if entry.is_file():
-            yield entry
-        elif entry.is_symlink():
-            what = "a directory" if entry.is_dir() else "what is not there"
-            notes.append(f"a link to {what} is left out: {entry}")
-        elif entry.is_dir():
-            yield from _files_below(entry, notes)
+    others = others_below(root, skip, notes)
+    return Checkpoint(root, tensors, tuple(shards), config, others, tuple(notes))
