@@ -208,7 +208,7 @@ def test_data_in_its_forms(source, tmp_path):
         ("p.jsonl", b'{"messages": [{"role": "user", "bad": 1}]}', "that the chat template takes"),
         ("p.jsonl", '{"text": "café"}'.encode("latin-1"), "UTF-8"),
         ("t.txt", "the quick fox ".encode("utf-16") * 20, "UTF-8"),
-        ("t.gz", gzip.compress(b"the quick fox " * 99), "UTF-8"),
+        ("t.gz", gzip.compress(b"the quick fox " * 99, mtime=0), "UTF-8"),
         ("t.npy", b"", "one tensor of token ids"),
         ("t.pt", b"the", "one tensor of token ids"),
     ],
