@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from lowbit.checkpoint.headers import TensorRef
@@ -114,3 +115,41 @@ class Job:
 def shard_of(job: Job) -> int:
     """The output file that a job writes to: what belongs to one module is in one."""
     return next(iter(job.outputs.values())).shard
+
+
+def jobs_as_they_are(
+    source: Source, outputs: Mapping[Content, OutTensor], static: StaticInput | None
+) -> list[Job]:
+    """Codes and scales that exist already; what is derived from both is made while the codes pass."""
+    scale = source.scale
+    assert scale is not None
+    codes: dict[Content, OutTensor] = {c: o for c, o in outputs.items() if c != "scale"}
+    weight = Job(
+        kind="pack" if "packed" in outputs and not source.packed else "copy",
+        shape=source.ref.shape, source=source if static else Source(ref=source.ref), outputs=codes, static=static,
+    )  # fmt: skip
+    if "scale" not in outputs:
+        return [weight]
+    out: dict[Content, OutTensor] = {"scale": outputs["scale"]}
+    if scale.dtype in ("F32", "U8") and source.divisor is None and source.offset is None:
+        return [weight, job_of("copy", scale, out)]
+    there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
+    return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]
+
+
+def job_of(
+    kind: Literal["copy", "cast", "scale"], ref: TensorRef, outputs: Mapping[Content, OutTensor]
+) -> Job:
+    """From one tensor alone, all of it."""
+    return Job(kind=kind, shape=ref.shape, source=Source(ref=ref), outputs=outputs)
+
+
+@cache
+def zeros(count: int) -> bytes:
+    """One object for all constants of a size: there are as many as modules."""
+    return bytes(count)
+
+
+def constant_job(content: Content, out: OutTensor, data: bytes) -> Job:
+    """Bytes that are known while planning."""
+    return Job(kind="constant", shape=out.shape, source=None, outputs={content: out}, data=data)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
-from lowbit.checkpoint.jobs import Job, Source, StaticInput
+from lowbit.checkpoint.jobs import Job, Source, StaticInput, constant_job, job_of, jobs_as_they_are, zeros
 from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision
 from lowbit.dtypes import E2M1, E4M3FN
@@ -144,7 +143,7 @@ class Planner:
         jobs = [self._input_constant(module, c, outputs.pop(c), given[c]) for c in given if c in outputs]
         if "shape" in outputs:
             data = rows.to_bytes(8, "little") + cols.to_bytes(8, "little")
-            jobs.append(_constant("shape", outputs.pop("shape"), data))
+            jobs.append(constant_job("shape", outputs.pop("shape"), data))
         static = self._static_input(module, given) if "quant_bias" in outputs else None
         codes = self.replaced.pop(f"{module}.weight", None)
         scale = self.replaced.pop(f"{module}.weight_scale", None)
@@ -154,17 +153,17 @@ class Planner:
                 return [*found, *jobs]
         if "offset" in outputs:
             out = outputs.pop("offset")
-            jobs.append(_constant("offset", out, _zeros(out.nbytes)))
+            jobs.append(constant_job("offset", out, zeros(out.nbytes)))
         if codes is not None and codes.dtype not in FLOATS:
             assert scale is not None  # the store checks that codes have a scale
             self._check_replacement(module, codes, scale, scheme, shape)
             source = Source(ref=codes, scale=scale)
-            return [*_as_they_are(source, outputs, static), *jobs]
+            return [*jobs_as_they_are(source, outputs, static), *jobs]
         source = self._weight(module)
         there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
         if there and ("packed" in outputs) == source.packed:
             # Already what is asked for: bit for bit, only names change.
-            return [*_as_they_are(source, outputs, static), *jobs]
+            return [*jobs_as_they_are(source, outputs, static), *jobs]
         spec = scheme.weights
         if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
             # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
@@ -215,7 +214,7 @@ class Planner:
             return []
         if static is not None and static.scale.name != stored.names["input_scale"]:
             return []
-        return [_job("copy", refs[c], {c: outputs[c]}) for c in outputs]
+        return [job_of("copy", refs[c], {c: outputs[c]}) for c in outputs]
 
     def _given(self, module: str, content: Content, found: str | None) -> TensorRef | None:
         """A scale or zero point of activations from the calibration, else what the source has under `found`."""
@@ -248,10 +247,10 @@ class Planner:
 
     def _input_constant(self, module: str, content: Content, out: OutTensor, ref: TensorRef | None) -> Job:
         if ref is not None:
-            return _job("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
+            return job_of("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
         if content == _INPUT_SCALE:
             self._uncalibrated.append(module)
-        return _constant(content, out, _zeros(out.nbytes))
+        return constant_job(content, out, zeros(out.nbytes))
 
     def require_input_scales(self) -> None:
         if self._uncalibrated:
@@ -337,7 +336,7 @@ class Planner:
         )
 
     def _copy(self, ref: TensorRef, name: str | None = None) -> Job:
-        return _job("copy", ref, {"codes": OutTensor(name or ref.name, ref.dtype, ref.shape)})
+        return job_of("copy", ref, {"codes": OutTensor(name or ref.name, ref.dtype, ref.shape)})
 
     def add_rest(self) -> None:
         """Everything that is no module's weight, and what only the calibration has."""
@@ -369,37 +368,3 @@ class Planner:
     def _ordered(self) -> list[tuple[str, list[Job]]]:
         place = {name: i for i, name in enumerate(self.source.tensors)}
         return sorted(self._jobs, key=lambda item: place.get(item[0], len(place)))
-
-
-def _as_they_are(
-    source: Source, outputs: Mapping[Content, OutTensor], static: StaticInput | None
-) -> list[Job]:
-    """Codes and scales that exist already; what is derived from both is made while the codes pass."""
-    scale = source.scale
-    assert scale is not None
-    codes: dict[Content, OutTensor] = {c: o for c, o in outputs.items() if c != "scale"}
-    weight = Job(
-        kind="pack" if "packed" in outputs and not source.packed else "copy",
-        shape=source.ref.shape, source=source if static else Source(ref=source.ref), outputs=codes, static=static,
-    )  # fmt: skip
-    if "scale" not in outputs:
-        return [weight]
-    out: dict[Content, OutTensor] = {"scale": outputs["scale"]}
-    if scale.dtype in ("F32", "U8") and source.divisor is None and source.offset is None:
-        return [weight, _job("copy", scale, out)]
-    there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
-    return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]
-
-
-def _job(kind: Literal["copy", "cast", "scale"], ref: TensorRef, outputs: Mapping[Content, OutTensor]) -> Job:
-    return Job(kind=kind, shape=ref.shape, source=Source(ref=ref), outputs=outputs)
-
-
-@cache
-def _zeros(count: int) -> bytes:
-    """One object for all constants of a size: there are as many as modules."""
-    return bytes(count)
-
-
-def _constant(content: Content, out: OutTensor, data: bytes) -> Job:
-    return Job(kind="constant", shape=out.shape, source=None, outputs={content: out}, data=data)
