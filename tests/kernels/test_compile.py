@@ -59,7 +59,8 @@ def test_every_kernel_compiles_without_spills_and_the_page_says_so(name):
     for row in rows:
         if (row.instruction or "").startswith("mma.m16n8k32") and row.kernel.endswith("prefill"):
             matrix_instructions, all_instructions = map(int, (row.loop or "").split(" of "))
-            limit = 6 if "block" in row.kernel else 3.5
+            # A scale for each row and column takes a product for each sum, beside the addition.
+            limit = 8 if "groups" in row.kernel else 6 if "block" in row.kernel else 3.5
             assert all_instructions <= limit * matrix_instructions or "mxfp8" in row.kernel, row
     page, table = (ROOT / "docs" / "kernels.md").read_text(), matrix.markdown(rows)
     overview = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
