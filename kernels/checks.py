@@ -104,6 +104,7 @@ def rows_aligned(*tensors: Tensor) -> bool:
 def row_scale(name: str, scale: Tensor, rows: int) -> tuple[Tensor, int]:
     """A float32 scale [rows, 1], [rows], [1] or [] → (contiguous, scale mode of tile.py)."""
     check_dtype(name, scale, (torch.float32,))
+    # [1, 1] of one row is that row's: read as the others are, it needs no compilation of its own.
     if scale.numel() == 1 and tuple(scale.shape) != (rows, 1):
         return scale, 1
     if tuple(scale.shape) not in ((rows, 1), (rows,)):

@@ -142,6 +142,7 @@ class WeightScale:
     outer: int
     """W_SCALE of `finish_tile`: 0 none, 1 per tensor, 2 per channel."""
     group_n: int = 0
+    """Channels and elements of K per scale inside the sum, as `choose_launch` takes them: 0 where one has its own."""
     group_k: int = 0
 
 
@@ -172,7 +173,7 @@ def weight_scale_modes(scale: Tensor, n: int, k: int, block_shape: tuple[int, in
             f"expected w_scale of shape {list(expected)} for a weight [{n}, {k}] in blocks of "
             f"{rows}×{cols}, found {list(scale.shape)}"
         )
-    return WeightScale(groups=2 if rows == 1 else 1, outer=0, group_n=rows, group_k=cols)
+    return WeightScale(groups=2 if rows == 1 else 1, outer=0, group_n=rows if rows > 1 else 0, group_k=cols)
 
 
 def weight_bytes(w: Tensor, target: Target) -> tuple[Tensor, int]:

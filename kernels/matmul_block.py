@@ -65,7 +65,7 @@ def matmul_block(
     if launch is None:
         launch = choose_launch(
             "matmul_block", m=m, n=n, k=k, a_dtype=dtype_name(a.dtype), w_dtype=dtype_name(w.dtype),
-            target=target, group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
+            target=target, group_n=modes.group_n, group_k=modes.group_k,
             aligned=rows_aligned(a, w),
         )  # fmt: skip
     return launch_inner(

@@ -121,7 +121,7 @@ def matmul_mxfp8(
     if not target.scaled_dot:
         a, decode = weight_bytes(a, target)
         w, _ = weight_bytes(w, target)
-        modes = WeightScale(groups=2, outer=0, group_n=1, group_k=GROUP)
+        modes = WeightScale(groups=2, outer=0, group_k=GROUP)
         return launch_inner(
             a, w, a_scale, w_scale, bias, out, modes,
             a_decode=decode, w_decode=decode, convert=0, launch=launch, target=target,

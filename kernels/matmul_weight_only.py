@@ -70,7 +70,7 @@ def matmul_weight_only(
     if launch is None:
         launch = choose_launch(
             "matmul_weight_only", m=m, n=n, k=k, a_dtype=dtype_name(x.dtype), w_dtype=dtype_name(w.dtype),
-            target=target, group_n=modes.group_n if modes.groups == 1 else 0, group_k=modes.group_k,
+            target=target, group_n=modes.group_n, group_k=modes.group_k,
             aligned=rows_aligned(x, w),
         )  # fmt: skip
     codes, decode, convert = conversion(w, x.dtype, target)

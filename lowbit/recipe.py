@@ -15,11 +15,13 @@ and methods are errors that name the nearest right one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.headers import no_duplicates
 from lowbit.errors import InputError
 from lowbit.scheme import Scheme, get_scheme, nearest
 
@@ -140,14 +142,8 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         raise InputError(f"{where}: {str(error).removeprefix('recipe: ')}") from error
 
 
-def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """What parsers make of a mapping, where they let the last of equal keys win: the others would be lost."""
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice")
-        found[key] = value
-    return found
+def _parse_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=partial(no_duplicates, what="key"))
 
 
 def _parse_yaml(text: str) -> Any:
@@ -155,7 +151,8 @@ def _parse_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            _once((key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
+            keys = ((key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
+            no_duplicates(keys, "key")
             return super().construct_mapping(node, deep)
 
     try:
@@ -176,7 +173,11 @@ def load_recipe(path: str | Path) -> Recipe:
             f"expected UTF-8 in {path}, found something else: {error}; save it as UTF-8"
         ) from error
     try:
-        data = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _parse_yaml(text)
+        data = (
+            json.loads(text, object_pairs_hook=partial(no_duplicates, what="key"))
+            if path.suffix == ".json"
+            else _parse_yaml(text)
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"expected YAML or JSON in {path}, found: {error}") from error
     return recipe_from(data, str(path))

@@ -274,12 +274,16 @@ def _point(units: Sequence[Unit], chosen: Sequence[str], total: int) -> Choice:
     )
 
 
+def _require_one_goal(budget: float | None, max_kl: float | None) -> None:
+    if (budget is None) == (max_kl is None):
+        raise InputError("expected either a budget of bits or a largest KL, found both or neither")
+
+
 def check_wish(
     candidates: Sequence[str], *, budget: float | None = None, max_kl: float | None = None
 ) -> None:
     """Raise InputError where no search can give that (see `pick`): to be said before one has run."""
-    if (budget is None) == (max_kl is None):
-        raise InputError("expected either a budget of bits or a largest KL, found both or neither")
+    _require_one_goal(budget, max_kl)
     if not candidates:
         raise InputError("expected schemes to choose from, found none; int8,fp8 are the usual ones")
     least = min(bits_of(name) for name in candidates)
@@ -294,8 +298,7 @@ def pick(points: Sequence[Choice], *, budget: float | None = None, max_kl: float
 
     Raises InputError naming what is possible.
     """
-    if (budget is None) == (max_kl is None):
-        raise InputError("expected either a budget of bits or a largest KL, found both or neither")
+    _require_one_goal(budget, max_kl)
     if budget is not None:
         within = [p for p in points if p.bits <= budget + 1e-9]
         if not within:

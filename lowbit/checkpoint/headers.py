@@ -96,11 +96,12 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def no_duplicates(pairs: Iterable[tuple[Any, Any]], what: str = "name") -> dict[Any, Any]:
+    """What parsers make of a mapping, where they let the last of equal keys win: the others would be lost."""
+    found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise InputError(f"the name {key!r} stands twice")
+            raise InputError(f"the {what} {key!r} stands twice")
         found[key] = value
     return found
 
@@ -144,7 +145,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
         ) from error
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
     except InputError as error:
         raise refuse(f"expected every name once, but {error}") from None
     except (ValueError, RecursionError) as error:
