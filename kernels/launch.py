@@ -56,6 +56,13 @@ def block_refusal(rows: int, cols: int) -> str | None:
     return None
 
 
+def group_refusal(size: int) -> str | None:
+    """Why no kernel quantizes activations in groups of `size` along K; None where they do."""
+    if not 16 <= size <= 2048 or size & (size - 1):
+        return f"expected a group size that is a power of two from 16 to 2048, found {size}"
+    return None
+
+
 def choose_launch(
     kernel: str,
     *,

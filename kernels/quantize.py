@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import CODES, FLOATS, check_device, check_dtype, contiguous_rows, dtype_name, require
+from .launch import group_refusal
 from .targets import Target, core_count, device_target, on_device
 from .tile import decode_e8m0
 
@@ -192,10 +193,10 @@ def quantize_rows_kernel(
             tl.store(codes_row + ks, codes, mask=ks < K)
 
 
-def refusal(dtype: torch.dtype, target: Target) -> str | None:
-    """Why `target` cannot convert to codes of `dtype`; None where it can."""
+def refusal(dtype: torch.dtype, target: Target, group_size: int = 0) -> str | None:
+    """Why `target` cannot convert to codes of `dtype`, a scale per `group_size` (0: per row); None where it can."""
     if dtype == torch.int8 or dtype_name(dtype) == target.fp8:
-        return None
+        return group_refusal(group_size) if group_size else None
     own = f" or {target.fp8}" if target.fp8 else ""
     return f"expected codes that {target.name} converts to (int8{own}), found {dtype_name(dtype)}"
 
@@ -310,10 +311,9 @@ def quantize_static(
 
 
 def check_group(group_size: int) -> None:
-    require(
-        16 <= group_size <= 2048 and group_size & (group_size - 1) == 0,
-        f"expected a group size that is a power of two from 16 to 2048, found {group_size}",
-    )
+    reason = group_refusal(group_size)
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def check_static(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lowbit.ops.problem import Weights, inner_block
+from lowbit.ops.problem import Weights, inner_block, within
 from lowbit.ops.settings import Implementation, settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Problem:
     @property
     def weight_group(self) -> int:
         """Elements along K per weight scale; 0: one scale for all of K."""
-        return self.block[1] if self.block[1] < self.k else 0
+        return within(self.block[1], self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,15 +165,18 @@ def kernel_of(problem: Problem) -> str:
         return "matmul_weight_only"
     if problem.activations == "group_pow2" and problem.block == (1, 32) and problem.weight_dtype == "e4m3fn":
         return "matmul_mxfp8"
-    if problem.activations in ("group", "group_pow2"):
-        return "matmul_block"
-    return "matmul"
+    return "matmul_block" if inner_block(problem.block, problem.k) else "matmul"
 
 
 @lru_cache(maxsize=4096)
 def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     try:
-        from lowbit.kernels.launch import block_refusal, choose_launch, refusal  # type: ignore[import-not-found]
+        from lowbit.kernels.launch import (  # type: ignore[import-not-found]
+            block_refusal,
+            choose_launch,
+            group_refusal,
+            refusal,
+        )
         from lowbit.kernels.targets import get_target  # type: ignore[import-not-found]
     except ImportError as error:
         return Refusal(reason=f"triton cannot be imported ({error}); install it to use {name}")
@@ -193,8 +196,8 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     inner_rows, group = inner_block(problem.block, problem.k) or (0, 0)
     if group and not why_not:
         why_not = block_refusal(inner_rows, group)
-        if quantizes and a_dtype == weight and group & (group - 1):
-            why_not = f"expected activations in groups of a power of two, found {group}"
+        if quantizes and a_dtype == weight and problem.weight_group:
+            why_not = why_not or group_refusal(group)
     if why_not:
         return Refusal(reason=why_not)
     rows = -(-problem.m // problem.experts) if problem.experts else problem.m

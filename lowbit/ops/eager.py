@@ -92,7 +92,7 @@ def _keep(
     if not kept:
         return None
     weights = Weights(tensor=weight, scale=weight_scale, block=block, k=k)
-    how = quantized_as(activations, block, input_scale, None)
+    how = quantized_as(activations, block, weights.k, input_scale)
     flat = x if x.dim() == 2 else x.view(-1, k)
     problem = dispatch.problem_of(flat, weights, activations, bias=bias is not None)
     if not isinstance(dispatch.choose(problem, "cpu"), dispatch.Decision):

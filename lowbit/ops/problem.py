@@ -40,7 +40,7 @@ class Weights:
     @property
     def group(self) -> int:
         """Elements along K per scale; 0: one scale for all of K."""
-        return self.block[1] if self.block[1] < self.k else 0
+        return within(self.block[1], self.k)
 
     @property
     def inner_block(self) -> tuple[int, int] | None:
@@ -93,12 +93,16 @@ class Activations:
         return self.scale.to(torch.float32).reshape(1)
 
 
+def within(group: int, k: int) -> int:
+    """Elements per scale along K; 0 where one scale spans all of it: a row's, which any length may have."""
+    return group if group < k else 0
+
+
 def quantized_as(
-    kind: str, block: Sequence[int], scale: Tensor | None = None, zero: Tensor | None = None
+    kind: str, block: Sequence[int], k: int, scale: Tensor | None = None, zero: Tensor | None = None
 ) -> Activations:
-    """The `activations` argument of an operation, taken apart."""
+    """The `activations` argument of an operation on [M, K], taken apart."""
     power_of_2 = kind == "group_pow2"
     plain: ActivationKind = "group" if power_of_2 else kind  # type: ignore[assignment]
-    return Activations(
-        kind=plain, group=block[1] if plain == "group" else 0, scale=scale, zero=zero, power_of_2=power_of_2
-    )
+    group = within(block[1], k) if plain == "group" else 0
+    return Activations(kind=plain, group=group, scale=scale, zero=zero, power_of_2=power_of_2)

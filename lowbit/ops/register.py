@@ -141,7 +141,7 @@ def _linear(
     check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
     k = x.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
-    how = quantized_as(activations, block, input_scale, input_zero_point)
+    how = quantized_as(activations, block, weights.k, input_scale, input_zero_point)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weights.n)
@@ -214,7 +214,7 @@ def _linear_grouped(
 ) -> Tensor:  # fmt: skip
     _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=x.shape[-1])
-    how = quantized_as(activations, block, input_scale)
+    how = quantized_as(activations, block, weights.k, input_scale)
     return _run(
         "linear_grouped", activations, x, weights, how, bias, x.dtype, offsets=offsets, routed=row_weight
     )
@@ -319,8 +319,8 @@ def _matmul(
     k = a.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     flat = a if a.dim() == 2 else a.reshape(-1, k)
-    scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], -1)
-    how = quantized_as(kind, block, scale, a_zero_point)
+    scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], a_scale.shape[-1])
+    how = quantized_as(kind, block, k, scale, a_zero_point)
     out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
     return out if a.dim() == 2 else out.view(*a.shape[:-1], weights.n)
 

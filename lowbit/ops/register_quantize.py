@@ -7,13 +7,13 @@ from torch import Tensor
 
 from lowbit.ops import cpu, reference
 from lowbit.ops.checks import FLOATS, check_quantize, require
-from lowbit.ops.problem import Activations
+from lowbit.ops.problem import Activations, within
 from lowbit.ops.register import _define, _library
 from lowbit.ops.settings import fall_back, settings
 
 
-def _implementation(operation: str, device: torch.device, what: torch.dtype | int) -> str:
-    """`triton`, `cpu` or `reference`, for codes of a dtype, or for a Hadamard transform of so many elements."""
+def _implementation(operation: str, device: torch.device, what: torch.dtype | int, group: int = 0) -> str:
+    """`triton`, `cpu` or `reference`, for codes of a dtype (in groups), or a Hadamard transform of so many elements."""
     forced = settings.implementation
     if forced == "cpu" or forced == "reference":
         return forced
@@ -23,8 +23,9 @@ def _implementation(operation: str, device: torch.device, what: torch.dtype | in
         from lowbit.kernels import hadamard, quantize  # type: ignore[import-not-found]
         from lowbit.kernels.targets import device_target  # type: ignore[import-not-found]
 
-        kernel = hadamard if isinstance(what, int) else quantize
-        reason = kernel.refusal(what, device_target(device))
+        target = device_target(device)
+        transform = isinstance(what, int)
+        reason = hadamard.refusal(what, target) if transform else quantize.refusal(what, target, group)
     except (ImportError, ValueError) as error:
         reason = str(error)
     if reason is None:
@@ -37,13 +38,13 @@ def _groups(k: int, group: int) -> int:
     return -(-k // group) if group else 1
 
 
-def _dynamic(group: int, power_of_2: bool) -> Activations:
+def _dynamic(group: int, power_of_2: bool = False) -> Activations:
     return Activations(kind="group" if group else "token", group=group, power_of_2=power_of_2)
 
 
 def _quantize_flat(operation: str, x: Tensor, dtype: torch.dtype, how: Activations) -> tuple[Tensor, Tensor]:
     """x [M, K] → (codes, scale [M, groups])."""
-    name = _implementation(operation, x.device, dtype)
+    name = _implementation(operation, x.device, dtype, how.group)
     if name == "triton":
         from lowbit.ops import triton
 
@@ -54,7 +55,8 @@ def _quantize_flat(operation: str, x: Tensor, dtype: torch.dtype, how: Activatio
 def _quantize(x: Tensor, dtype: torch.dtype, group: int, power_of_2: bool) -> tuple[Tensor, Tensor]:
     check_quantize(x, dtype, group)
     flat = x.reshape(-1, x.shape[-1])
-    codes, scale = _quantize_flat("quantize", flat, dtype, _dynamic(group, power_of_2))
+    how = _dynamic(within(group, x.shape[-1]), power_of_2)
+    codes, scale = _quantize_flat("quantize", flat, dtype, how)
     return codes.view(x.shape), scale.view(*x.shape[:-1], -1) if scale.numel() else _no_scale(x, group)
 
 
@@ -113,15 +115,15 @@ def _rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_norm(x, weight, residual, dtype, group)
     k = x.shape[-1]
-    flat = x.reshape(-1, k)
+    flat, group = x.reshape(-1, k), within(group, k)
     other = None if residual is None else residual.reshape(-1, k)
-    if _implementation("rms_norm_quantize", x.device, dtype) == "triton":
+    if _implementation("rms_norm_quantize", x.device, dtype, group) == "triton":
         from lowbit.ops import triton
 
         codes, scale, total = triton.rms_norm_quantize(flat, weight, eps, other, dtype, group)
     else:
         values, total = reference.rms_norm(flat, weight, eps, other)
-        codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group, False))
+        codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group))
         total = total.clone() if residual is None else total
     return codes.view(x.shape), scale.view([*x.shape[:-1], _groups(k, group)]), total.view(x.shape)
 
@@ -159,15 +161,13 @@ _define(
 def _silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
     _check_silu(x, dtype, group)
     shape = [*x.shape[:-1], x.shape[-1] // 2]
-    flat = x.reshape(-1, x.shape[-1])
-    if _implementation("silu_mul_quantize", x.device, dtype) == "triton":
+    flat, group = x.reshape(-1, x.shape[-1]), within(group, shape[-1])
+    if _implementation("silu_mul_quantize", x.device, dtype, group) == "triton":
         from lowbit.ops import triton
 
         codes, scale = triton.silu_mul_quantize(flat, dtype, group)
     else:
-        codes, scale = _quantize_flat(
-            "silu_mul_quantize", reference.silu_mul(flat), dtype, _dynamic(group, False)
-        )
+        codes, scale = _quantize_flat("silu_mul_quantize", reference.silu_mul(flat), dtype, _dynamic(group))
     return codes.view(shape), scale.view([*shape[:-1], _groups(shape[-1], group)])
 
 

@@ -133,6 +133,39 @@ def test_codes(target, name):
     assert agrees(out, expected, name in EXACT)
 
 
+@pytest.mark.parametrize(("k", "group"), [(100, 100), (16, 16), (48, 512), (1, 128)])
+def test_a_group_that_spans_the_row(target, k, group):
+    """Its scale is the row's, whose length may be any: no kernel's limits on groups apply."""
+    call = {
+        "x": torch.randn(5, k), "weight": torch.randint(-127, 128, (40, k), dtype=torch.int8),
+        "weight_scale": torch.rand(40, 1), "activations": "group", "block": (1, group),
+    }  # fmt: skip
+    out = ops.linear(**call)
+    codes, scale = ops.quantize(call["x"], torch.int8, group=group)
+    with ops.use_implementation("reference"):
+        assert agrees(out, ops.linear(**call), exact=True)
+        expected = ops.quantize(call["x"], torch.int8)
+    assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
+
+
+def test_groups_that_no_kernel_quantizes_are_computed_by_torch(target):
+    x, weight, scale = torch.randn(3, 300), torch.ones(8, 300, dtype=torch.int8), torch.rand(8, 4)
+    calls = {
+        "linear": lambda: ops.linear(x, weight, scale, activations="group", block=(1, 96)),
+        "quantize": lambda: ops.quantize(x, torch.int8, group=96)[0],
+        "norm": lambda: ops.rms_norm_quantize(x, torch.ones(300), 1e-6, dtype=torch.int8, group=96)[0],
+        "silu": lambda: ops.silu_mul_quantize(x, dtype=torch.int8, group=96)[0],
+    }
+    for call in calls.values():
+        with pytest.raises(ops.NoKernelError, match="power of two from 16 to 2048, found 96"):
+            call()
+        ops.allow_fallback(True)
+        found = call()
+        with ops.use_implementation("reference"):
+            assert agrees(found.float(), call().float(), exact=False)
+        ops.allow_fallback(False)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantizing(target, dtype):
     own = dtype == torch.int8 or get_target(target).fp8 == "e4m3fn"

@@ -230,6 +230,8 @@ def test_empty_inputs(path):
     )
     none = ops.linear(torch.empty(3, 0), w[:, :0], scale, bias, activations="token", block=(1, 0))
     assert torch.equal(none, bias.expand(3, 5))
+    codes, ones = torch.empty(0, 8, dtype=torch.int8), torch.empty(0, 1)
+    assert ops.matmul(codes, ones, w, scale, block=(1, 0), out_dtype=torch.float32).shape == (0, 5)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int8-block", "fp8-block"])
