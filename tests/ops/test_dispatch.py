@@ -78,7 +78,7 @@ def test_every_scheme_has_an_answer_on_every_accelerator():
         ({"block": (128, 128)}, "a scale per 128 along K need activations per group"),
         ({"activations": "group"}, "how long a group is"),
         ({"activations": "none", "block": (1, 48)}, "g and c multiples of 32"),
-        ({"activations": "group", "block": (1, 96)}, "in groups of a power of two, found 96"),
+        ({"activations": "group", "block": (1, 96)}, "power of two from 16 to 2048, found 96"),
     ],
 )
 def test_refusals_say_why(changes, reason):
