@@ -37,7 +37,8 @@ All trace under `torch.compile(fullgraph=True)` with any number of rows. Gradien
 Nothing falls back to dequantize-and-multiply unseen: it is logged once per reason, and raises
 `NoKernelError` under `allow_fallback(False)` or LOWBIT_NO_FALLBACK=1. `LOWBIT_CPU_ISA` pins the
 instruction set of the CPU path (see `cpu_isa.ISAS`). Floats are summed in float32 there; `use_float64_sums(True)`
-or LOWBIT_FLOAT64_SUMS=1 makes fp8 as exact as int8, the same bits on every CPU.
+or LOWBIT_FLOAT64_SUMS=1 makes fp8 as exact as int8, the same bits on every CPU. `use_fast_accumulation(True)` or
+LOWBIT_FAST_ACCUMULATION=1 lets Hopper sum fp8 in its matrix unit, as `torch._scaled_mm`'s `use_fast_accum` does.
 """
 
 from __future__ import annotations
@@ -52,13 +53,19 @@ from lowbit.ops import (  # noqa: F401  (importing them registers the operations
     register_bfloat16,
     register_quantize,
 )
-from lowbit.ops.settings import NoKernelError, allow_fallback, use_float64_sums, use_implementation
+from lowbit.ops.settings import (
+    NoKernelError,
+    allow_fallback,
+    use_fast_accumulation,
+    use_float64_sums,
+    use_implementation,
+)
 from lowbit.scheme import Scheme
 
 __all__ = [
     "NoKernelError", "activations_of", "allow_fallback", "block_of", "dequantize", "hadamard", "linear",
     "linear_bfloat16", "linear_grouped", "matmul", "quantize", "quantize_static", "rms_norm_quantize",
-    "silu_mul_quantize", "use_float64_sums", "use_implementation",
+    "silu_mul_quantize", "use_fast_accumulation", "use_float64_sums", "use_implementation",
 ]  # fmt: skip
 
 _ops = torch.ops.lowbit

@@ -103,7 +103,7 @@ def choose(problem: Problem, target: str) -> Decision | Refusal:
         return Refusal(reason=reason)
     if target == "cpu":
         return choose_cpu(problem, settings.float64_sums)
-    return _choose_triton(problem, target)
+    return _choose_triton(problem, target, settings.fast_accumulation)
 
 
 def _invalid(problem: Problem) -> str | None:
@@ -169,7 +169,7 @@ def kernel_of(problem: Problem) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
+def _choose_triton(problem: Problem, name: str, fast_accumulation: bool) -> Decision | Refusal:
     try:
         from lowbit.kernels.launch import (  # type: ignore[import-not-found]
             block_refusal,
@@ -204,6 +204,7 @@ def _choose_triton(problem: Problem, name: str) -> Decision | Refusal:
     blocks = {"group_n": inner_rows if inner_rows > 1 else 0, "group_k": group}
     launch = choose_launch(
         kernel,
+        fast_accum=fast_accumulation,
         m=max(rows, 1),
         n=max(problem.n, 1),
         k=max(problem.k, 1),

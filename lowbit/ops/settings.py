@@ -24,6 +24,7 @@ class NoKernelError(RuntimeError):
 class _Settings:
     fallback: bool
     float64_sums: bool
+    fast_accumulation: bool
     implementation: Implementation | None
 
 
@@ -31,6 +32,7 @@ def _from_environment() -> _Settings:
     return _Settings(
         fallback=not _switched_on("LOWBIT_NO_FALLBACK"),
         float64_sums=_switched_on("LOWBIT_FLOAT64_SUMS"),
+        fast_accumulation=_switched_on("LOWBIT_FAST_ACCUMULATION"),
         implementation=None,
     )
 
@@ -60,6 +62,16 @@ def use_float64_sums(wanted: bool) -> None:
     about twice the time, and up to four times where the CPU has bfloat16 instructions (benchmarks/cpu.md).
     """
     settings.float64_sums = wanted
+
+
+def use_fast_accumulation(wanted: bool) -> None:
+    """Whether sums of fp8 products may stay in Hopper's matrix unit (H100, H20), which keeps about 14 bits of them.
+
+    False (the default unless LOWBIT_FAST_ACCUMULATION=1 is set): they move to a float32 accumulator after every
+    128 of K, as DeepSeek-V3 does. True: they stay, which leaves room for wider tiles; it is
+    `torch._scaled_mm`'s `use_fast_accum`. int8, weights in blocks and other chips do not differ.
+    """
+    settings.fast_accumulation = wanted
 
 
 @contextmanager

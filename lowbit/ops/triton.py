@@ -14,6 +14,7 @@ from lowbit.kernels.matmul_grouped import matmul_grouped  # type: ignore[import-
 from lowbit.kernels.matmul_mxfp8 import matmul_mxfp8  # type: ignore[import-not-found]
 from lowbit.kernels.matmul_weight_only import matmul_weight_only  # type: ignore[import-not-found]
 from lowbit.ops.problem import Activations, Weights
+from lowbit.ops.settings import settings
 
 
 def linear(
@@ -54,6 +55,7 @@ def linear(
             a, tensor, offsets.to(torch.int32), a_scale, _expert_scale(weights),
             block_shape=weights.inner_block, bias=bias,
             routed_weight=None if routed is None else routed.to(torch.float32).reshape(-1), out_dtype=out_dtype,
+            fast_accum=settings.fast_accumulation,
         )  # fmt: skip
     assert a_scale is not None
     if kernel == "matmul_block":
@@ -70,7 +72,7 @@ def linear(
         weight_sum = tensor.sum(1, dtype=torch.int32)
     return matmul(
         a, tensor, a_scale, weights.float_scale(), bias=bias, a_zero_point=activations.zero,
-        w_sum=weight_sum, out_dtype=out_dtype,
+        w_sum=weight_sum, out_dtype=out_dtype, fast_accum=settings.fast_accumulation,
     )  # fmt: skip
 
 

@@ -221,18 +221,42 @@ class Launched(Exception):
     """Raised in place of launching."""
 
 
-@pytest.mark.parametrize("name", [*NAMES, "int8 groups"])
-def test_what_is_explained_is_what_is_launched(target, name, monkeypatch):
-    """`kernels explain` and the kernels ask `choose_launch` each in their own words."""
-    launched = []
+@pytest.fixture
+def launched(monkeypatch):
+    """Launch parameters, noted in place of launching."""
+    noted = []
 
     def note(*args, **kwargs):
-        launched.append(choose_launch(*args, **kwargs))
+        noted.append(choose_launch(*args, **kwargs))
         raise Launched
 
     for module in (matmul, matmul_block, matmul_grouped, matmul_mxfp8, matmul_weight_only):
         monkeypatch.setattr(module, "choose_launch", note)
     monkeypatch.setattr(triton, "quantize", quantize_at_once)
+    return noted
+
+
+def test_fast_accumulation_reaches_the_kernels(launched):
+    call = arguments("fp8", 512, 256, 512, torch.bfloat16)
+    experts = call | {
+        "weight": call["weight"][None], "weight_scale": call["weight_scale"][None], "bias": None,
+        "offsets": torch.tensor([0, 512]),
+    }  # fmt: skip
+    for wanted in (False, True):
+        ops.use_fast_accumulation(wanted)
+        try:
+            with pretending(get_target("sm90")), ops.use_implementation("triton"):
+                for operation, given in ((ops.linear, call), (ops.linear_grouped, experts)):
+                    with pytest.raises(Launched):
+                        operation(**given)
+                    assert launched.pop().promote_k == (0 if wanted else 128)
+        finally:
+            ops.use_fast_accumulation(False)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "int8 groups"])
+def test_what_is_explained_is_what_is_launched(target, name, launched):
+    """`kernels explain` and the kernels ask `choose_launch` each in their own words."""
     for m in (1, 48, 4000):
         call = arguments("int8" if name == "int8 groups" else name, m, 256, 512, torch.bfloat16)
         if name == "int8 groups":

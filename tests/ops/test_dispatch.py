@@ -157,10 +157,27 @@ def test_float64_sums_are_a_choice_of_their_own():
     assert choose(problem("fp8", m=64), "cpu") == before
 
 
+def test_fast_accumulation_is_for_fp8_on_hopper():
+    def promoted(**how) -> int:
+        return choose(problem("fp8", m=4096, **how), "sm90").launch.promote_k
+
+    others = [problem("fp8-block", m=4096), problem("int8", m=4096), problem("mxfp8", m=4096)]
+    before = [choose(other, "sm90") for other in others]
+    assert promoted() == promoted(experts=2) == 128
+    ops.use_fast_accumulation(True)
+    try:
+        assert promoted() == promoted(experts=2) == 0
+        assert [choose(other, "sm90") for other in others] == before
+    finally:
+        ops.use_fast_accumulation(False)
+    assert promoted() == 128
+
+
 @pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False)])
-def test_float64_sums_by_environment(monkeypatch, value, wanted):
-    monkeypatch.setenv("LOWBIT_FLOAT64_SUMS", value)
-    assert settings._from_environment().float64_sums is wanted
+@pytest.mark.parametrize("name", ["float64_sums", "fast_accumulation"])
+def test_settings_by_environment(monkeypatch, name, value, wanted):
+    monkeypatch.setenv(f"LOWBIT_{name.upper()}", value)
+    assert getattr(settings._from_environment(), name) is wanted
 
 
 def test_decisions_are_made_per_bucket():
