@@ -36,6 +36,8 @@ class Problem:
     """How activations are quantized (see `lowbit.ops`)."""
     block: tuple[int, int]
     """Rows and columns of the weight that share a scale; 0 stands for all of them."""
+    weight_scale: Literal["float32", "e8m0"] = "float32"
+    """Format of the weight's scales; E8M0 holds powers of two."""
     zero_point: bool = False
     bias: bool = False
     out_dtype: str = "bfloat16"
@@ -88,7 +90,8 @@ def problem_of(
     return Problem(
         m=x.shape[0], n=weights.n, k=weights.k, activation_dtype=_NAMES[x.dtype],
         weight_dtype=_NAMES[weights.tensor.dtype], activations=activations,  # type: ignore[arg-type]
-        block=weights.block, zero_point=zero_point, bias=bias, out_dtype=_NAMES[out_dtype or x.dtype],
+        block=weights.block, weight_scale="e8m0" if weights.exponents else "float32", zero_point=zero_point,
+        bias=bias, out_dtype=_NAMES[out_dtype or x.dtype],
         experts=weights.tensor.shape[0] if weights.tensor.dim() == 3 else 0,
     )  # fmt: skip
 
@@ -163,7 +166,8 @@ def kernel_of(problem: Problem) -> str:
         return "matmul_grouped"
     if problem.activations == "none":
         return "matmul_weight_only"
-    if problem.activations == "group_pow2" and problem.block == (1, 32) and problem.weight_dtype == "e4m3fn":
+    exponents = problem.activations == "group_pow2" and problem.weight_scale == "e8m0"
+    if exponents and problem.block == (1, 32) and problem.weight_dtype == "e4m3fn":
         return "matmul_mxfp8"
     return "matmul_block" if inner_block(problem.block, problem.k) else "matmul"
 

@@ -24,6 +24,7 @@ def problem_of(
         m=m, n=n, k=k, activation_dtype=activation_dtype, weight_dtype=scheme.weights.dtype.name,
         activations=activations,  # type: ignore[arg-type]
         block=block_of(scheme.weights.granularity), bias=bias, out_dtype=activation_dtype, experts=experts,
+        weight_scale="e8m0" if scheme.weights.scale == "e8m0" else "float32",
         zero_point=scheme.activations is not None and not scheme.activations.symmetric,
     )  # fmt: skip
 

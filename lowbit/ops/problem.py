@@ -47,6 +47,11 @@ class Weights:
         """`inner_block` of this weight."""
         return inner_block(self.block, self.k)
 
+    @property
+    def exponents(self) -> bool:
+        """Whether scales are E8M0: exponents of two."""
+        return self.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+
     def float_scale(self) -> Tensor:
         """float32, contiguous."""
         scale = self.scale

@@ -42,7 +42,7 @@ def linear(
     floats = not codes and activations.kind == "none"
     if kernel == "matmul_mxfp8":
         a, exponents = quantize(x, tensor.dtype, activations, "e8m0")
-        return matmul_mxfp8(a, tensor, exponents, _e8m0(weights.scale), bias=bias, out_dtype=out_dtype)
+        return matmul_mxfp8(a, tensor, exponents, weights.scale, bias=bias, out_dtype=out_dtype)
     if floats:
         a, a_scale = x, None
     elif codes:
@@ -78,7 +78,7 @@ def linear(
 
 def _inside_or_float(weights: Weights) -> Tensor:
     """Scales that lie inside the sum as stored, where a kernel reads that (E8M0 too); else as float32."""
-    inside = weights.inner_block and weights.scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    inside = weights.inner_block and weights.exponents
     return weights.scale.view(torch.uint8) if inside else weights.float_scale()
 
 
@@ -87,13 +87,6 @@ def _expert_scale(weights: Weights) -> Tensor:
     if not weights.block[0]:  # per tensor: [E, 1] → one value per channel
         scale = scale.unsqueeze(-1).expand(-1, weights.n, 1).contiguous()
     return scale
-
-
-def _e8m0(scale: Tensor) -> Tensor:
-    """E8M0 bytes as uint8; float32 powers of two give their exponent bits."""
-    if scale.dtype != torch.float32:
-        return scale.view(torch.uint8)
-    return ((scale.contiguous().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
 
 
 def quantize(

@@ -148,6 +148,17 @@ def test_a_group_that_spans_the_row(target, k, group):
     assert torch.equal(codes, expected[0]) and torch.equal(scale, expected[1])
 
 
+def test_groups_of_32_whose_scales_are_no_powers_of_two(target):
+    """They look like MX but for that; its kernel takes exponents alone."""
+    call = arguments("mxfp8", 19, 48, 256, torch.float32)
+    call["weight_scale"] = torch.rand(48, 8)
+    out = ops.linear(**call)
+    if keeps_floats("mxfp8", target):
+        call["activations"] = "none"
+    with ops.use_implementation("reference"):
+        assert agrees(out, ops.linear(**call), exact=False)
+
+
 def test_groups_that_no_kernel_quantizes_are_computed_by_torch(target):
     x, weight, scale = torch.randn(3, 300), torch.ones(8, 300, dtype=torch.int8), torch.rand(8, 4)
     calls = {
