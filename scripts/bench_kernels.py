@@ -245,11 +245,12 @@ def _grouped_bf16(rows: int, k: int, w: Any, offsets: Any) -> Callable[[], Any]:
 
 
 def _block_scaled(a: Any, w: Any, a_scale: Any, w_scale: Any) -> Callable[[], Any]:
-    """torch's own fp8 product with 1×128 and 128×128 scales (sm90, CUDA 12.9 or later)."""
+    """torch's own fp8 product with 1×128 and 128×128 scales (newer torch, sm90, CUDA 12.9 or later)."""
     import torch
-    from torch.nn.functional import ScalingType
 
     def call() -> Any:
+        from torch.nn.functional import ScalingType
+
         return torch.nn.functional.scaled_mm(
             a, w.t(), a_scale, ScalingType.BlockWise1x128, w_scale.t(), ScalingType.BlockWise128x128,
             output_dtype=torch.bfloat16,

@@ -254,6 +254,16 @@ def test_a_candidate_that_gives_nan_is_none(rehearsal, monkeypatch):
     assert tune.tune(problem, target) == (base, 2.0, 2.0)
 
 
+def test_nothing_compiles_ahead_where_one_failure_would_end_it(monkeypatch):
+    class AsyncCompileMode:  # of Triton 3.5
+        def __init__(self, executor):
+            raise AssertionError("entered")
+
+    monkeypatch.setattr("lowbit.kernels.targets.interpreting", lambda: False)
+    monkeypatch.setattr("triton.AsyncCompileMode", AsyncCompileMode)
+    tune.compile_ahead([lambda: None], jobs=1)
+
+
 def test_rehearsal_of_tuning(rehearsal, monkeypatch, tmp_path):
     tiles, refinements = tune.tiles, tune.refinements
     # The interpreter is slow: two tiles, and two refinements of the better one.
