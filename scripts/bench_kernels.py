@@ -3,7 +3,8 @@
     python scripts/bench_kernels.py [--models deepseek-v3 …] [--kinds fp8 int8 …] [--m 1 16 …]
         [--json out.json] [--write benchmarks/kernels.md] [--dry-run]
 
-Times are CUDA events around each launch, medians, with the L2 cache overwritten before each.
+Times are CUDA events around each launch, medians, with the L2 cache overwritten before each; the host's
+share of a launch is not in them, as it is not in a CUDA graph.
 A problem whose result is wrong is not timed, one whose kernel fails is left behind: both make the exit
 code 1. `--dry-run` lists the problems and needs no GPU.
 """
@@ -37,6 +38,8 @@ KINDS = (
 GROUPED_KINDS = ("int8", "fp8", "fp8-fast-accum", "int8-block", "fp8-block")
 TOLERANCE = 4e-3
 """Relative rms error that is no fault: bfloat16 output alone makes 1.7e-3."""
+WAIT = 2_000_000
+"""Clock cycles, about a millisecond; launching took a host here 0.15 to 0.2 ms, split or with descriptors."""
 M = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
 # Dense peaks: TFLOP/s of bf16, int8, fp8 and GB/s, from the vendors' data sheets.
@@ -266,7 +269,11 @@ def error_of(call: Callable[[], Any], oracle: Callable[[], Any]) -> float:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of one call, L2 overwritten before each."""
+    """Median seconds of one call on the GPU, L2 overwritten before each.
+
+    The GPU waits before it starts its clock, so that what the call launches is queued by then: a launch takes
+    Python longer than some products take the GPU.
+    """
     import torch
 
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
@@ -275,6 +282,7 @@ def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(WAIT)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

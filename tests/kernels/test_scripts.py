@@ -204,6 +204,33 @@ def test_rehearsal_of_the_benchmark(rehearsal, kind, tmp_path, capsys):
     assert re.match(r"## NVIDIA H100 80GB HBM3, driver .*, torch 2.*, triton ", printed)
 
 
+def test_the_clock_starts_when_the_launch_is_queued(monkeypatch):
+    queued = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queued.append("record")
+
+        def synchronize(self):
+            queued.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Flush:
+        def zero_(self):
+            queued.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queued.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Flush())
+    assert bench.seconds_of(lambda: queued.append("call"), repeats=2) == 2e-3
+    assert queued == [*["call"] * 3, *["flush", "wait", "record", "call", "record", "synchronize"] * 2]
+
+
 def test_a_wrong_kernel_is_not_timed(rehearsal, monkeypatch, capsys):
     import lowbit.kernels.matmul
 
