@@ -16,7 +16,8 @@ from torch import Tensor
 from .checks import FLOATS, check_dtype, contiguous_rows, require
 from .targets import Target, device_target, on_device
 
-_ELEMENTS, _MAX_BLOCK = 2048, 4096
+# Of a tile; 256 rows are what checks.MAX_ROW_STRIDE allows for.
+_ELEMENTS, _MAX_ROWS, _MAX_BLOCK = 2048, 256, 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,7 +86,7 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     reason = refusal(block_size, device_target(x.device))
     if reason is not None:
         raise ValueError(reason)
-    rows = max(1, _ELEMENTS // block_size)
+    rows = max(1, min(_MAX_ROWS, _ELEMENTS // block_size))
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)
     with on_device(x.device):

@@ -17,14 +17,15 @@ def operands(a: Tensor, w: Tensor, launch: LaunchParameters, target: Target) -> 
 
     a: [M, K]. w: [N, K], or [E, N, K], whose descriptor has E · N rows. Descriptors load tiles
     [block_m, block_k] and [block_n, block_k] and give zeros beyond the edges. They need rows that
-    start at multiples of 16 bytes and do not overlap, and experts one after the other: where that
-    is not so, or the launch does not ask for TMA, the tensors themselves are returned.
+    start at multiples of 16 bytes and do not overlap, whose elements lie side by side (where K is 1, a
+    column may have any stride), and experts one after the other: where that is not so, or the launch
+    does not ask for TMA, the tensors themselves are returned.
     """
     stacked = w.dim() == 3
     adjacent = not stacked or w.stride(0) == w.shape[1] * w.stride(1)
     if launch.tma and adjacent:
         rows = w.flatten(0, 1) if stacked else w
-        if rows_aligned(a, rows) and all(t.stride(0) >= t.shape[1] for t in (a, rows)):
+        if rows_aligned(a, rows) and all(t.stride(0) >= t.shape[1] and t.stride(1) == 1 for t in (a, rows)):
             from triton.tools.tensor_descriptor import TensorDescriptor  # Ascend's Triton has none
 
             return (

@@ -3,9 +3,10 @@
     python scripts/bench_kernels.py [--models deepseek-v3 …] [--kinds fp8 int8 …] [--m 1 16 …]
         [--json out.json] [--write benchmarks/kernels.md] [--dry-run]
 
-Times are CUDA events around each launch, medians, with the L2 cache overwritten before each.
-A problem whose result is wrong is not timed and makes the exit code 1. `--dry-run` lists the
-problems and needs no GPU.
+Times are CUDA events around each launch, medians, with the L2 cache overwritten before each; the host's
+share of a launch is not in them, as it is not in a CUDA graph.
+A problem whose result is wrong is not timed, one whose kernel fails is left behind: both make the exit
+code 1. `--dry-run` lists the problems and needs no GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ KINDS = (
 GROUPED_KINDS = ("int8", "fp8", "fp8-fast-accum", "int8-block", "fp8-block")
 TOLERANCE = 4e-3
 """Relative rms error that is no fault: bfloat16 output alone makes 1.7e-3."""
+WAIT = 2_000_000
+"""Clock cycles, about a millisecond; launching took a host here 0.15 to 0.2 ms, split or with descriptors."""
 M = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
 # Dense peaks: TFLOP/s of bf16, int8, fp8 and GB/s, from the vendors' data sheets.
@@ -245,11 +248,12 @@ def _grouped_bf16(rows: int, k: int, w: Any, offsets: Any) -> Callable[[], Any]:
 
 
 def _block_scaled(a: Any, w: Any, a_scale: Any, w_scale: Any) -> Callable[[], Any]:
-    """torch's own fp8 product with 1×128 and 128×128 scales (sm90, CUDA 12.9 or later)."""
+    """torch's own fp8 product with 1×128 and 128×128 scales (newer torch, sm90, CUDA 12.9 or later)."""
     import torch
-    from torch.nn.functional import ScalingType
 
     def call() -> Any:
+        from torch.nn.functional import ScalingType
+
         return torch.nn.functional.scaled_mm(
             a, w.t(), a_scale, ScalingType.BlockWise1x128, w_scale.t(), ScalingType.BlockWise128x128,
             output_dtype=torch.bfloat16,
@@ -265,7 +269,11 @@ def error_of(call: Callable[[], Any], oracle: Callable[[], Any]) -> float:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of one call, L2 overwritten before each."""
+    """Median seconds of one call on the GPU, L2 overwritten before each.
+
+    The GPU waits before it starts its clock, so that what the call launches is queued by then: a launch takes
+    Python longer than some products take the GPU.
+    """
     import torch
 
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
@@ -274,6 +282,7 @@ def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
         flush.zero_()
+        torch.cuda._sleep(WAIT)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -281,6 +290,35 @@ def seconds_of(call: Callable[[], Any], repeats: int = 20) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line: a table has no room for more."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def measure(problem: Problem) -> tuple[float, float, dict[str, float]] | str:
+    """(seconds, relative error, seconds of peers that ran), or why nothing was timed.
+
+    Its tensors end with it: those of two problems need not fit the GPU together.
+    """
+    try:
+        call, oracle, peers = build(problem)
+        error = error_of(call, oracle)
+        if not error < TOLERANCE:
+            return f"WRONG: {error:.1e}"
+        seconds = seconds_of(call)
+    except ValueError as refusal:
+        return f"refused: {refusal}"
+    except Exception as failure:  # too little memory, or a kernel that does not compile: the others go on
+        return f"FAILED: {type(failure).__name__}: {first_line(failure)}"
+    others = {}
+    for name, peer in peers.items():
+        try:
+            others[name] = seconds_of(peer)
+        except Exception as unsupported:  # a peer may raise anything: vLLM asserts
+            print(f"{name} cannot run {problem}: {first_line(unsupported)}", file=sys.stderr)
+    return seconds, error, others
 
 
 def driver() -> str:
@@ -318,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: expected a GPU, found none; --dry-run lists what would be timed", file=sys.stderr)
         return 2
+    for path in (arguments.json, arguments.write):  # found out before hours of measuring
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name()
     peaks = roof(device)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -330,25 +371,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     say(f"## {device}, {versions}\n\n| {' | '.join(COLUMNS)} |")
     say(f"|{'---|' * len(COLUMNS)}")
-    measured, wrong = [], 0
+    measured, faults = [], 0
     for problem in chosen:
-        label = f"| {problem.model} | {problem.kind} | {problem.m} | {problem.n} | {problem.k} |"
-        try:
-            call, oracle, peers = build(problem)
-            error = error_of(call, oracle)
-        except ValueError as refusal:
-            say(f"{label} refused: {refusal} |")
+        found = measure(problem)
+        if isinstance(found, str):
+            faults += not found.startswith("refused")
+            say(f"| {problem.model} | {problem.kind} | {problem.m} | {problem.n} | {problem.k} | {found} |")
             continue
-        if not error < TOLERANCE:
-            wrong += 1
-            say(f"{label} WRONG: {error:.1e} |")
-            continue
-        seconds, others = seconds_of(call), {}
-        for name, peer in peers.items():
-            try:
-                others[name] = seconds_of(peer)
-            except (RuntimeError, ValueError) as unsupported:
-                print(f"{name} cannot run {problem}: {str(unsupported).splitlines()[0]}", file=sys.stderr)
+        seconds, error, others = found
         say(f"| {' | '.join(row(problem, seconds, others, peaks))} |")
         measured.append(asdict(problem) | {"seconds": seconds, "error": error, "peers": others})
     if arguments.json:
@@ -356,10 +386,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             json.dumps({"device": device, "versions": versions, "rows": measured}, indent=1)
         )
     if arguments.write:
-        arguments.write.parent.mkdir(parents=True, exist_ok=True)
         with arguments.write.open("a", encoding="utf-8") as stream:
             stream.write("\n" + "\n".join(lines) + "\n")
-    return 1 if wrong else 0
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

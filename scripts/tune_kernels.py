@@ -3,7 +3,8 @@
     python scripts/tune_kernels.py [--models …] [--kinds int8 fp8 …] [--m 16 …] [--dry-run]
 
 Every candidate must give the right result before it is timed. An entry is written only where
-the best candidate beats the heuristic by 2 %; entries of other problems stay as they are.
+the best candidate beats the heuristic by 2 %; entries of other problems stay as they are. Products that
+the target has not are left out; a problem that fails is left behind and makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -23,8 +25,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bench_kernels import KINDS, MODELS, TOLERANCE, Problem, build, error_of, problems, seconds_of
-from lowbit.kernels.launch import choose_launch
+from bench_kernels import (
+    KINDS,
+    MODELS,
+    TOLERANCE,
+    Problem,
+    build,
+    error_of,
+    first_line,
+    problems,
+    seconds_of,
+)
+from lowbit.kernels.launch import choose_launch, refusal
 from lowbit.kernels.targets import Target, get_target
 from lowbit.kernels.tuned_tables import (
     FOLDER,
@@ -57,6 +69,20 @@ def heuristic(problem: Problem, target: Target) -> LaunchParameters:
         key["kernel"], m=m, n=problem.n, k=problem.k, a_dtype=key["a_dtype"], w_dtype=key["w_dtype"],
         target=target, group_n=block, group_k=block, fast_accum=problem.fast_accum,
     )  # fmt: skip
+
+
+def multiplied(chosen: Sequence[Problem], target: Target) -> list[Problem]:
+    """Those that the target has a product for; why it has none of others is said once for each kind."""
+    kept: list[Problem] = []
+    refused: set[str] = set()
+    for problem in chosen:
+        reason = refusal(k=problem.k, target=target, **names(problem, target))
+        if reason is None:
+            kept.append(problem)
+        elif problem.kind not in refused:
+            refused.add(problem.kind)
+            print(f"{problem.kind} is left out: {reason}", file=sys.stderr)
+    return kept
 
 
 def is_legal(launch: LaunchParameters, problem: Problem, target: Target) -> bool:
@@ -110,12 +136,13 @@ def _distinct(found: list[LaunchParameters], problem: Problem, target: Target) -
 def compile_ahead(calls: Sequence[Callable[[], Any]], jobs: int) -> None:
     """Compile what these calls would launch, `jobs` at a time, and launch nothing.
 
-    What does not compile is left to the call itself, which will say so.
+    What does not compile is left to the call itself, which will say so. Triton 3.5 would end with it, so there
+    every call compiles its own.
     """
     import triton
     from lowbit.kernels.targets import interpreting
 
-    if interpreting():
+    if interpreting() or "ignore_errors" not in inspect.signature(triton.AsyncCompileMode).parameters:
         return
     run = triton.JITFunction.run
     triton.JITFunction.run = lambda *args, warmup, **kwargs: run(*args, warmup=True, **kwargs)
@@ -141,7 +168,7 @@ def tune(problem: Problem, target: Target, jobs: int = 1) -> tuple[LaunchParamet
         for launch in launches:
             run = functools.partial(call, launch=launch)
             try:
-                if error_of(run, lambda: expected) > TOLERANCE:
+                if not error_of(run, lambda: expected) < TOLERANCE:  # NaN is no small error
                     continue
                 seconds = seconds_of(run, repeats=7)
             except Exception as error:  # a candidate may exceed some resource: it is no candidate then
@@ -197,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        for problem in chosen:
+        for problem in multiplied(chosen, target):
             first = tiles(problem, target)
             second = refinements(first[0], problem, target)
             print(f"{problem}: {len(first)} tiles, then {len(second)} candidates of the best")
@@ -210,10 +237,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("error: expected a GPU, found none; --dry-run counts what would be tried", file=sys.stderr)
         return 2
-    target = device_target(torch.device("cuda", torch.cuda.current_device()))
+    try:
+        target = device_target(torch.device("cuda", torch.cuda.current_device()))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     path = FOLDER / f"{target.name}.json"
-    for problem in chosen:
-        launch, seconds, before = tune(problem, target, arguments.jobs)
+    failed = 0
+    for problem in multiplied(chosen, target):
+        try:
+            launch, seconds, before = tune(problem, target, arguments.jobs)
+        except Exception as failure:  # too little memory, say: the other problems go on
+            failed += 1
+            print(f"{problem}: FAILED: {type(failure).__name__}: {first_line(failure)}", flush=True)
+            continue
         print(f"{problem}: {before * 1e6:.1f} → {seconds * 1e6:.1f} µs {launch}", flush=True)
         if seconds > 0.98 * before:
             continue
@@ -227,8 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         table = json.loads(path.read_text()) if path.exists() else None
         merged = merge(table, target.name, torch.cuda.get_device_name(), triton.__version__, [entry])
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(merged, indent=1) + "\n")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

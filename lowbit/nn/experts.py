@@ -267,6 +267,7 @@ class QuantExperts(StackedModule):
             x, self.stored_codes(projection)[expert], operands.scale, operands.bias,
             activations=self._activations, block=self._block,
             input_scale=self.stack(projection, "input_scale")[expert], input_zero_point=operands.zero_point,
+            weight_sum=operands.weight_sum,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

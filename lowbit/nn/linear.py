@@ -239,14 +239,15 @@ class QuantLinear(QuantModule):
             weight = self.dequantize(x.dtype)
             bias = bias if self._static is None else self._static.of(self.content).bias
             return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        zero_point = self.content("input_zero_point")
+        zero_point, weight_sum = self.content("input_zero_point"), None
         if self._static is not None:
             operands = self._static.of(self.content)
-            bias, zero_point = operands.bias, operands.zero_point
+            bias, zero_point, weight_sum = operands.bias, operands.zero_point, operands.weight_sum
         return ops.linear(
             x, self.codes_buffer, self.stored_scale, bias,
             activations=self._activations, block=self._block,
             input_scale=self.content("input_scale"), input_zero_point=zero_point,
+            weight_sum=weight_sum,
         )  # fmt: skip
 
     def check_symmetric(self) -> None:

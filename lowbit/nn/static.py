@@ -30,11 +30,15 @@ class Operands:
     """float32 [N]."""
     zero_point: Tensor
     """int8 [1]."""
+    weight_sum: Tensor | None = None
+    """int32 [N], the sums of the weight's rows, which a GPU kernel would else compute at every call."""
 
     def of_expert(self, index: int) -> Operands:
         """Those of one expert, where all three have a dimension of experts before the others."""
-        bias = None if self.bias is None else self.bias[index]
-        return Operands(scale=self.scale[index], bias=bias, zero_point=self.zero_point[index])
+        bias, weight_sum = (None if t is None else t[index] for t in (self.bias, self.weight_sum))
+        return Operands(
+            scale=self.scale[index], bias=bias, zero_point=self.zero_point[index], weight_sum=weight_sum
+        )
 
 
 class StaticOperands:
@@ -79,6 +83,7 @@ def operands(
         scale=(deq / input_scale.to(torch.float32)).unsqueeze(-1),
         bias=(steps.to(torch.float64) * deq.to(torch.float64)).to(torch.float32),
         zero_point=zero_point,
+        weight_sum=sums.to(torch.int32),
     )
 
 

@@ -43,13 +43,13 @@ def _dynamic(group: int, power_of_2: bool = False) -> Activations:
 
 
 def _quantize_flat(operation: str, x: Tensor, dtype: torch.dtype, how: Activations) -> tuple[Tensor, Tensor]:
-    """x [M, K] → (codes, scale [M, groups])."""
+    """x [M, K] in any strides → (codes, scale [M, groups]), contiguous as the fake implementations are."""
     name = _implementation(operation, x.device, dtype, how.group)
     if name == "triton":
         from lowbit.ops import triton
 
         return triton.quantize(x, dtype, how)
-    return cpu.quantize(x, dtype, how) if name == "cpu" else reference.quantize(x, dtype, how)
+    return cpu.quantize(x, dtype, how) if name == "cpu" else reference.quantize(x.contiguous(), dtype, how)
 
 
 def _quantize(x: Tensor, dtype: torch.dtype, group: int, power_of_2: bool) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,8 @@ def _rms_norm_quantize(
     else:
         values, total = reference.rms_norm(flat, weight, eps, other)
         codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group))
-        total = total.clone() if residual is None else total
+        # A copy where nothing was added; `clone` alone would keep the order of x's strides.
+        total = total.clone(memory_format=torch.contiguous_format) if residual is None else total.contiguous()
     return codes.view(x.shape), scale.view([*x.shape[:-1], _groups(k, group)]), total.view(x.shape)
 
 

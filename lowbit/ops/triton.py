@@ -112,7 +112,7 @@ def rms_norm_quantize(
     codes, scale, total = fused.rms_norm_quantize(
         x, weight, eps, dtype, residual=residual, group_size=group or None
     )
-    return codes, scale, x.clone() if total is None else total
+    return codes, scale, _copy(x) if total is None else total
 
 
 def silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
@@ -123,4 +123,9 @@ def silu_mul_quantize(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor
 
 def hadamard(x: Tensor, block: int) -> Tensor:
     """x [M, K] transformed in blocks along K."""
-    return x.clone() if block == 1 else hadamard_kernel.hadamard(x, block)
+    return _copy(x) if block == 1 else hadamard_kernel.hadamard(x, block)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A contiguous one, as the fake implementations say; `clone` alone keeps the order of strides."""
+    return x.clone(memory_format=torch.contiguous_format)

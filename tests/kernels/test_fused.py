@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowbit.kernels.checks import MAX_ROW_STRIDE
 from lowbit.kernels.fused import rms_norm_quantize, silu_mul_quantize
 from lowbit.kernels.hadamard import hadamard
 from lowbit.kernels.quantize import quantize_per_group, quantize_per_token, quantize_static
@@ -148,6 +149,18 @@ def test_hadamard_is_its_own_inverse_and_keeps_the_norm():
     torch.testing.assert_close(once.norm(dim=1), x.norm(dim=1), rtol=1e-6, atol=0)
     torch.testing.assert_close(hadamard(once, 64), x, rtol=0, atol=1e-6)
     assert hadamard(torch.randn(0, 64), 64).shape == (0, 64)
+
+
+def test_hadamard_reads_no_row_beyond_int32(monkeypatch):
+    tile = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: tile.update(constants)
+
+    monkeypatch.setattr("lowbit.kernels.hadamard.hadamard_kernel", Kernel())
+    hadamard(torch.randn(2000, 2), 2)
+    assert (tile["ROWS"] - 1) * MAX_ROW_STRIDE + tile["SIZE"] < 2**31
 
 
 def test_hadamard_is_refused_on_ascend():

@@ -26,6 +26,7 @@ def int8(*shape: int) -> torch.Tensor:
         (int8(20, 100), int8(40, 100), False),  # rows not at multiples of 16 bytes
         (int8(20, 112)[:, 8:104], int8(40, 96), False),
         (int8(1, 96).expand(20, 96), int8(40, 96), False),
+        (int8(20, 32)[:, ::5][:, :1], int8(40, 16)[:, :1], False),  # one column, of a stride
     ],
 )
 def test_descriptors_where_the_layout_allows_them(a, w, described):

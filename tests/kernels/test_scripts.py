@@ -36,6 +36,10 @@ def test_dry_runs_list_the_problems(capsys):
     assert tune.main(["--dry-run", "--models", "square", "--kinds", "int8", "--m", "16"]) == 0
     assert "candidates" in capsys.readouterr().out
     assert tune.main(["--dry-run", "--target", "h100"]) == 2
+    assert tune.main(["--dry-run", "--target", "sm80", "--models", "square", "--m", "16"]) == 0
+    printed = capsys.readouterr()
+    assert "kind='int8-block'" in printed.out and "fp8" not in printed.out
+    assert printed.err.count("fp8-block is left out: sm80 multiplies no fp8") == 1
     models = {p.model for p in bench.problems(list(bench.MODELS), bench.KINDS, bench.M)}
     assert models == {"deepseek-v3", "llama-70b", "qwen3-moe", "square"}
     assert any(p.experts == 256 for p in bench.problems(["deepseek-v3"], ["fp8-block"], [4096]))
@@ -200,6 +204,33 @@ def test_rehearsal_of_the_benchmark(rehearsal, kind, tmp_path, capsys):
     assert re.match(r"## NVIDIA H100 80GB HBM3, driver .*, torch 2.*, triton ", printed)
 
 
+def test_the_clock_starts_when_the_launch_is_queued(monkeypatch):
+    queued = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queued.append("record")
+
+        def synchronize(self):
+            queued.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Flush:
+        def zero_(self):
+            queued.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queued.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Flush())
+    assert bench.seconds_of(lambda: queued.append("call"), repeats=2) == 2e-3
+    assert queued == [*["call"] * 3, *["flush", "wait", "record", "call", "record", "synchronize"] * 2]
+
+
 def test_a_wrong_kernel_is_not_timed(rehearsal, monkeypatch, capsys):
     import lowbit.kernels.matmul
 
@@ -207,6 +238,57 @@ def test_a_wrong_kernel_is_not_timed(rehearsal, monkeypatch, capsys):
     monkeypatch.setattr(lowbit.kernels.matmul, "matmul", lambda *a, **kw: 1.01 * right(*a, **kw))
     assert bench.main(["--models", "square", "--kinds", "int8", "--m", "3"]) == 1
     assert "WRONG" in capsys.readouterr().out and not rehearsal
+
+
+def test_what_fails_does_not_stop_the_rest(rehearsal, monkeypatch, capsys, tmp_path):
+    import lowbit.kernels.matmul_block
+
+    def fails(*_: object, **__: object):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(lowbit.kernels.matmul_block, "matmul_block", fails)
+    monkeypatch.setattr(torch, "_int_mm", lambda *_: [][0])
+    out = tmp_path / "new" / "out.json"
+    arguments = ["--models", "square", "--kinds", "int8-block", "int8", "--m", "20", "--json", str(out)]
+    assert bench.main(arguments) == 1
+    assert "| FAILED: OutOfMemoryError: CUDA out of memory. |" in capsys.readouterr().out
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["kind"] == "int8" and list(row["peers"]) == ["bf16"]
+
+    def tuned(problem, target, jobs):
+        return fails() if problem.kind == "int8-block" else (tune.heuristic(problem, target), 1.0, 2.0)
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    monkeypatch.setattr(tune, "FOLDER", tmp_path / "tuned")
+    assert tune.main(["--models", "square", "--kinds", "int8-block", "int8", "--m", "16"]) == 1
+    assert "FAILED: OutOfMemoryError: CUDA out of memory." in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "tuned" / "sm90.json").read_text())["entries"]
+    assert entry["kernel"] == "matmul"
+
+
+def test_a_candidate_that_gives_nan_is_none(rehearsal, monkeypatch):
+    problem = bench.Problem(model="square", kind="int8", m=16, n=80, k=256)
+    target = get_target("sm90")
+    base = tune.heuristic(problem, target)
+    right, wrong = torch.ones(2, 2), torch.full((2, 2), torch.nan)
+
+    def build(problem):
+        return (lambda launch: right if launch == base else wrong), lambda: right, {}
+
+    monkeypatch.setattr(tune, "build", build)
+    clock = iter([2.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(tune, "seconds_of", lambda call, repeats: next(clock))
+    assert tune.tune(problem, target) == (base, 2.0, 2.0)
+
+
+def test_nothing_compiles_ahead_where_one_failure_would_end_it(monkeypatch):
+    class AsyncCompileMode:  # of Triton 3.5
+        def __init__(self, executor):
+            raise AssertionError("entered")
+
+    monkeypatch.setattr("lowbit.kernels.targets.interpreting", lambda: False)
+    monkeypatch.setattr("triton.AsyncCompileMode", AsyncCompileMode)
+    tune.compile_ahead([lambda: None], jobs=1)
 
 
 def test_rehearsal_of_tuning(rehearsal, monkeypatch, tmp_path):

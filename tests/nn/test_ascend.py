@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowbit
+from lowbit import ops
 from lowbit.calibration import store
 from lowbit.errors import InputError
 from lowbit.nn import QuantExperts, QuantLinear
@@ -119,12 +120,17 @@ def test_static_layers_compute_what_the_engine_does(tmp_path, offset, dtype):
         assert (mine - others).norm() < 0.2 * (others - want).norm()
 
 
-def test_static_layers_move_copy_and_dequantize(tmp_path):
+def test_static_layers_move_copy_and_dequantize(tmp_path, monkeypatch):
     _, out = static(tmp_path, -77, torch.bfloat16)
     model = lowbit.load(out, dtype=torch.float32)
     layer = model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, 64)
     before = layer(x)
+    given = []
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "linear", lambda *_, weight_sum, **__: given.append(weight_sum))
+        layer(x)
+    assert torch.equal(given[0], layer.codes.sum(1, dtype=torch.int32))
     assert torch.equal(copy.deepcopy(layer)(x), before)
     layer.to(torch.bfloat16)
     assert layer.deq_scale.dtype == torch.float32 and torch.equal(layer(x), before)

@@ -76,6 +76,20 @@ def test_opcheck(name):
     )
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("name", [*CALLS, "rms_norm_quantize residual"])
+def test_results_are_contiguous_wherever_x_comes_from(name, implementation):
+    """As the fake implementations say: compiled models look at the strides of what an operation returns."""
+    o = operands()
+    o["x"] = o["x"].t().contiguous().t()
+    operation, arguments = CALLS[name.partition(" residual")[0]](o)
+    if "residual" in name:
+        arguments = (*arguments[:3], o["x"] + 1, *arguments[4:])
+    with ops.use_implementation(implementation):
+        found = operation(*arguments)
+    assert all(t.is_contiguous() for t in (found if isinstance(found, tuple) else (found,)))
+
+
 @pytest.mark.parametrize("name", ["linear", "hadamard"])
 def test_opcheck_with_gradients(name):
     o = operands()
