@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_dtype, dtype_name
 from .launch import block_refusal
-from .operands import operands
+from .operands import flattens, operands
 from .split import add_splits
 from .targets import Target, core_count, on_device
 from .tile import CAST, CUT, finish_tile, multiply_tile, tile_position
@@ -86,18 +86,22 @@ def _one_tile(
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr,
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     A_DECODE: tl.constexpr, W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
-    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD: tl.constexpr,
+    W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     split = tile // tiles
     block_m, block_n = tile_position(tile % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    k_start = split * k_per_split
+    if FLATTEN:  # bounds that no tile changes are what lets the loops be one
+        k_start, k_end = 0, K
+    else:
+        k_start = split * k_per_split
+        k_end = tl.minimum(K, k_start + k_per_split)
     if SPLIT_K > 1:
         out_ptr += split.to(tl.int64) * M * N
     n0 = block_n * BLOCK_N
     scaled_tile(
         a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, None,
-        block_m * BLOCK_M, M, n0, n0, N, k_start, tl.minimum(K, k_start + k_per_split),
+        block_m * BLOCK_M, M, n0, n0, N, k_start, k_end,
         stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, 0, A_GROUPS, W_GROUPS, GROUP_N, GROUP_K,
         A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, 0, W_SCALE, HAS_BIAS, False, SPLIT_K > 1, LOAD,
@@ -113,23 +117,35 @@ def inner_kernel(
     A_GROUPS: tl.constexpr, W_GROUPS: tl.constexpr, GROUP_N: tl.constexpr, GROUP_K: tl.constexpr,
     A_DECODE: tl.constexpr, W_DECODE: tl.constexpr, CONVERT: tl.constexpr, SPLIT_FP32: tl.constexpr,
     W_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, LOAD: tl.constexpr, PERSISTENT: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile and split of K, or, where PERSISTENT, one per core."""
-    if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT_K
+    """One program per tile and split of K, or, where PERSISTENT, one per core.
+
+    FLATTEN makes the loops over tiles and over K one: the next tile is loaded while results are stored.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT_K
+    if FLATTEN:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _one_tile(
+                tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
+                stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
+                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, EVEN_K, INTEGER, A_GROUPS, W_GROUPS,
+                GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD, FLATTEN,
+            )  # fmt: skip
+    elif PERSISTENT:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _one_tile(
                 tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
                 stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, EVEN_K, INTEGER, A_GROUPS, W_GROUPS,
-                GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD,
+                GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD, FLATTEN,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, M, N, K, k_per_split,
             stride_am, stride_wn, stride_om, stride_asm, stride_ask, stride_wsn, stride_wsk,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, EVEN_K, INTEGER, A_GROUPS, W_GROUPS,
-            GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD,
+            GROUP_N, GROUP_K, A_DECODE, W_DECODE, CONVERT, SPLIT_FP32, W_SCALE, HAS_BIAS, LOAD, FLATTEN,
         )  # fmt: skip
 
 
@@ -243,7 +259,7 @@ def launch_inner(
             GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
             A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
             W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
-            **launch.options(target),
+            FLATTEN=flattens(launch, raw, target), **launch.options(target),
         )  # fmt: skip
     if split > 1:
         outer = {"A_SCALE": 0, "W_SCALE": modes.outer, "A_ZERO": 0, "HAS_BIAS": bias is not None}

@@ -21,24 +21,33 @@ def inner_loop(assembly: str) -> tuple[int, int] | None:
     """(matrix instructions, all instructions) of the shortest loop that multiplies matrices, or None.
 
     assembly: what nvdisasm prints, or AMD's .amdgcn. A loop reaches from a label to a jump back to it.
+    What a jump ahead within the loop leaves out is not counted: where the loops over tiles and over K are
+    one, a tile's beginning and end.
     """
-    instructions: list[tuple[str, str]] = []
+    multiplies: list[bool] = []  # for each instruction
     labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
     shortest: tuple[int, int] | None = None
     for line in assembly.splitlines():
         if label := _LABEL.match(line):
-            labels[label.group(1)] = len(instructions)
+            labels[label.group(1)] = len(multiplies)
             continue
         instruction = _SASS.match(line) or _AMDGCN.match(line)
         if instruction is None:
             continue
         name, rest = instruction.groups()
-        instructions.append((name, rest))
+        multiplies.append(_MATRIX.match(name) is not None)
         target = re.search(r"\.L\w+", rest) if _JUMP.match(name) else None
-        if target is None or target.group() not in labels:
+        if target is None:
             continue
-        body = instructions[labels[target.group()] :]
-        matrix = sum(_MATRIX.match(n) is not None for n, _ in body)
+        start = labels.get(target.group())
+        if start is None:
+            jumps.append((len(multiplies), target.group()))
+            continue
+        skipped = (range(first, labels.get(label, 0)) for first, label in jumps if first > start)
+        left_out = {i for gap in skipped if not any(multiplies[i] for i in gap) for i in gap}
+        body = [i for i in range(start, len(multiplies)) if i not in left_out]
+        matrix = sum(multiplies[i] for i in body)
         if matrix and (shortest is None or len(body) < shortest[1]):
             shortest = matrix, len(body)
     return shortest

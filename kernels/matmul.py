@@ -25,7 +25,7 @@ from .checks import (
     rows_aligned,
 )
 from .launch import choose_launch
-from .operands import operands
+from .operands import flattens, operands
 from .split import add_splits
 from .targets import core_count, device_target, on_device
 from .tile import finish_tile, multiply_tile, tile_position
@@ -39,7 +39,7 @@ def _one_tile(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr, PROMOTE_K: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, A_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LOAD: tl.constexpr,
+    LOAD: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     split = tile // tiles
@@ -47,9 +47,13 @@ def _one_tile(
     m0, n0 = block_m * BLOCK_M, block_n * BLOCK_N
     row_mask = tl.arange(0, BLOCK_M) < M - m0
     col_mask = tl.arange(0, BLOCK_N) < N - n0
-    k_start = split * k_per_split
+    if FLATTEN:  # bounds that no tile changes are what lets the loops be one
+        k_start, k_end = 0, K
+    else:
+        k_start = split * k_per_split
+        k_end = tl.minimum(K, k_start + k_per_split)
     acc = multiply_tile(
-        a_ptr, w_ptr, None, None, m0, n0, row_mask, col_mask, k_start, tl.minimum(K, k_start + k_per_split),
+        a_ptr, w_ptr, None, None, m0, n0, row_mask, col_mask, k_start, k_end,
         stride_am, stride_wn, 0, 0, 0, 0, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, INTEGER, PROMOTE_K,
         False, 0, 1, 0, 0, False, False, LOAD,
     )  # fmt: skip
@@ -79,22 +83,32 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr, INTEGER: tl.constexpr, PROMOTE_K: tl.constexpr,
     A_SCALE: tl.constexpr, W_SCALE: tl.constexpr, A_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LOAD: tl.constexpr, PERSISTENT: tl.constexpr,
+    LOAD: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile and split of K, or, where PERSISTENT, one per core."""
-    if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT_K
+    """One program per tile and split of K, or, where PERSISTENT, one per core.
+
+    FLATTEN makes the loops over tiles and over K one: the next tile is loaded while results are stored.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT_K
+    if FLATTEN:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _one_tile(
+                tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
+                M, N, K, k_per_split, stride_am, stride_wn, stride_om, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD, FLATTEN,
+            )  # fmt: skip
+    elif PERSISTENT:
         for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
             _one_tile(
                 tile, a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
                 M, N, K, k_per_split, stride_am, stride_wn, stride_om, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD,
+                SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD, FLATTEN,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), a_ptr, w_ptr, out_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, a_zero_ptr, w_sum_ptr,
             M, N, K, k_per_split, stride_am, stride_wn, stride_om, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD,
+            SPLIT_K, EVEN_K, INTEGER, PROMOTE_K, A_SCALE, W_SCALE, A_ZERO, HAS_BIAS, LOAD, FLATTEN,
         )  # fmt: skip
 
 
@@ -188,7 +202,8 @@ def matmul(
             m, n, k, k_per_split, a.stride(0), w.stride(0), n,
             BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
             SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
-            LOAD=load, PERSISTENT=launch.persistent, **modes, **launch.options(target),
+            LOAD=load, PERSISTENT=launch.persistent, FLATTEN=flattens(launch, raw, target), **modes,
+            **launch.options(target),
         )  # fmt: skip
     if split > 1:
         add_splits(raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, target, modes)

@@ -34,3 +34,11 @@ def operands(a: Tensor, w: Tensor, launch: LaunchParameters, target: Target) -> 
                 TMA.value,
             )
     return a, w, TURNED.value if target.loads_turned else AS_STORED.value
+
+
+def flattens(launch: LaunchParameters, raw: Tensor, target: Target) -> bool:
+    """Whether a persistent kernel's loops over tiles and over K are one (FLATTEN).
+
+    Results of four bytes are stored by way of so much on-chip memory that the next tile's loads would find none.
+    """
+    return launch.persistent and launch.split_k == 1 and raw.element_size() == 2 and target.backend == "cuda"

@@ -42,6 +42,27 @@ def test_the_shortest_loop_with_a_matrix_instruction_counts():
     assert inner_loop(AMDGCN) == (2, 4)
 
 
+# The loops over tiles and over K made one: a tile's beginning and end are jumped over in between.
+FLAT = """
+.L_x_0:
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   IMAD R2, R2, R3, RZ ;
+        /*0030*/                   IMAD R3, R2, R3, RZ ;
+.L_x_1:
+        /*0040*/              @!P1 BRA `(.L_x_2) ;
+        /*0050*/                   IMMA.16832.S8.S8.SAT R8, R4.ROW, R6.COL, R8 ;
+.L_x_2:
+        /*0060*/              @!P2 BRA `(.L_x_3) ;
+        /*0070*/                   STG.E R8, R4 ;
+.L_x_3:
+        /*0080*/               @P3 BRA `(.L_x_0) ;
+"""
+
+
+def test_what_a_loop_seldom_does_does_not_count():
+    assert inner_loop(FLAT) == (1, 5)
+
+
 def test_without_one_there_is_none():
     assert inner_loop(SASS.replace("IMMA", "IMAD")) is None
     assert inner_loop(AMDGCN.replace("scc1 .LBB0_1", "scc1 .LBB0_2")) is None

@@ -78,6 +78,7 @@ def test_block_with_random_operands(kind, variant):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     again = matmul_block(a, w, a_scale.contiguous(), w_scale, out_dtype=torch.float32, launch=launch)
     assert torch.equal(found, again)
+    assert torch.equal(found.bfloat16(), matmul_block(a, w, a_scale, w_scale, launch=launch))
 
 
 @pytest.mark.parametrize("name", ["sm80", "gfx950", "ascend910b"])

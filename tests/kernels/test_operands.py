@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowbit.kernels.operands import operands
+from lowbit.kernels.operands import flattens, operands
 from lowbit.kernels.targets import TARGETS, get_target
 from lowbit.kernels.tile import AS_STORED, TMA, TURNED
 from lowbit.kernels.tuned_tables import LaunchParameters
@@ -45,3 +45,13 @@ def test_a_launch_without_tma_has_tensors_and_the_target_says_how_a_tile_is_load
     for name, target in TARGETS.items():
         turned = name in ("gfx950", "ascend910b")
         assert operands(a, w, plain, target) == (a, w, TURNED.value if turned else AS_STORED.value)
+
+
+def test_loops_are_one_where_a_persistent_kernel_has_room_for_it():
+    def one(*, dtype=torch.bfloat16, target="sm90", **changes) -> bool:
+        launch = LaunchParameters(block_m=128, block_n=256, block_k=128, **{"persistent": True, **changes})
+        return flattens(launch, torch.empty(4, 4, dtype=dtype), get_target(target))
+
+    assert one() and one(dtype=torch.float16) and one(target="sm120")
+    assert not one(persistent=False) and not one(split_k=2) and not one(dtype=torch.float32)
+    assert not one(target="ascend910b")  # whose Triton has no such loops
