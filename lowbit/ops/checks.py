@@ -18,6 +18,16 @@ def require(condition: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """What tracing computes would stand for the product where a weight is on meta: memory that nobody wrote."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"expected weights, scales and bias on {x.device}, as x is, found {other.device}; "
+                + ("load the weights first" if other.is_meta else "move the one to the other")
+            )
+
+
 def check_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
     input_zero_point: Tensor | None, activations: str, block: list[int], experts: bool = False,
@@ -32,6 +42,7 @@ def check_linear(
         activations in ACTIVATIONS,
         lambda: f"expected activations to be one of {', '.join(ACTIVATIONS)}, found {activations!r}",
     )
+    check_devices(x, weight, weight_scale, bias, input_scale, input_zero_point)
     check_weight(x.shape[-1], weight, weight_scale, block, experts)
     static = activations == "tensor"
     require(

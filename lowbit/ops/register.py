@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, dispatch, eager, reference
-from lowbit.ops.checks import CODES, check_linear, check_weight, require
+from lowbit.ops.checks import CODES, check_devices, check_linear, check_weight, require
 from lowbit.ops.problem import Activations, Weights, quantized_as
 from lowbit.ops.settings import fall_back, settings
 
@@ -126,6 +126,11 @@ def _bounds(offsets: Tensor, rows: int) -> list[int]:
     return bounds
 
 
+def _shaped(out: Tensor, *shape: int) -> Tensor:
+    """`out` in another shape, and no view of it: nobody may change a view made within an operation in place."""
+    return torch.ops.aten._unsafe_view.default(out, shape)
+
+
 # ------------------------------------------------------------------------------------ linear
 
 
@@ -144,7 +149,7 @@ def _linear(
     how = quantized_as(activations, block, input_scale, input_zero_point)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weights.n)
+    return out if x.dim() == 2 else _shaped(out, *x.shape[:-1], weights.n)
 
 
 def _linear_fake(
@@ -322,7 +327,7 @@ def _matmul(
     scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], -1)
     how = quantized_as(kind, block, scale, a_zero_point)
     out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
-    return out if a.dim() == 2 else out.view(*a.shape[:-1], weights.n)
+    return out if a.dim() == 2 else _shaped(out, *a.shape[:-1], weights.n)
 
 
 def _check_matmul(
@@ -334,6 +339,7 @@ def _check_matmul(
         a.dtype in CODES and a.dtype == weight.dtype,
         lambda: f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
     )
+    check_devices(a, a_scale, weight, weight_scale, bias, a_zero_point)
     check_weight(k, weight, weight_scale, block, experts=False)
     groups = -(-k // block[1]) if block[1] else 1
     leading = list(a.shape[:-1])

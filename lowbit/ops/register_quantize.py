@@ -8,7 +8,7 @@ from torch import Tensor
 from lowbit.ops import cpu, reference
 from lowbit.ops.checks import FLOATS, check_quantize, require
 from lowbit.ops.problem import Activations
-from lowbit.ops.register import _define, _library
+from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
 
 
@@ -202,8 +202,8 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     if name == "triton":
         from lowbit.ops import triton
 
-        return triton.hadamard(flat, block).view(x.shape)
-    return (cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block).view(x.shape)
+        return _shaped(triton.hadamard(flat, block), *x.shape)
+    return _shaped((cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block), *x.shape)
 
 
 def _check_hadamard(x: Tensor, block: int) -> None:

@@ -348,6 +348,11 @@ def test_bfloat16_instructions_are_tested_where_they_exist():
 
 BAD = [
     ({"weight": torch.ones(8, 5, dtype=torch.int8)}, r"expected a weight with 4 columns .* found \[8, 5\]"),
+    (
+        {"weight": torch.ones(8, 4, dtype=torch.int8, device="meta")},
+        "on cpu, as x is, found meta; load the weights first",
+    ),
+    ({"x": torch.ones(2, 4, device="meta")}, "on meta, as x is, found cpu; move"),
     ({"weight": torch.ones(8, 4)}, "expected a weight of int8, float8_e4m3fn or packed int32"),
     ({"weight_scale": torch.ones(8)}, r"expected weight_scale of shape \[8, 1\]"),
     ({"block": (0, 128)}, "expected block="),

@@ -64,6 +64,16 @@ def test_static_quantization_is_the_oracles(x_dtype, zero):
     assert torch.equal(codes, quantize_with(x, scale, spec, point))
 
 
+@pytest.mark.parametrize("k", [9, 16, 100])
+@pytest.mark.parametrize("scale", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_static_scales_that_are_no_scale(dtype, scale, k):
+    """0 is what calibration leaves to an expert that saw no token: no loop may stop at the division."""
+    x, given = hard_rows(torch.float32, k), torch.tensor([scale])
+    codes = ops.quantize_static(x, given, dtype=dtype)
+    assert same(codes, quantize_with(x, given, TensorSpec(dtype=DTYPES[dtype], granularity=PerTensor())))
+
+
 def test_quantized_rows_then_matmul_is_linear():
     x, w, scale = (
         torch.randn(2, 5, 256),
