@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, reference
-from lowbit.ops.checks import FLOATS, check_devices, require
+from lowbit.ops.checks import check_devices, check_floats, require
 from lowbit.ops.problem import Activations, Weights
 from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
@@ -19,10 +19,7 @@ _ONE = torch.ones(1)
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_devices(x, weight, bias)
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
-    )
+    check_floats(x)
     require(
         weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.shape[1] == x.shape[-1],
         lambda: (
