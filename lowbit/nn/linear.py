@@ -149,10 +149,18 @@ class QuantLinear(QuantModule):
         if "input_zero_point" in self.names and zero_point is None:
             raise ValueError(f"{name}: scheme {self.scheme.name} is asymmetric: give input_zero_point too")
         device = self.codes_buffer.device
-        self.set_content("input_scale", torch.as_tensor(scale, dtype=torch.float32, device=device).reshape(1))
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
+        if scale.numel() != 1 or not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(f"{name}: expected one finite, positive input_scale, found {scale.tolist()}")
+        self.set_content("input_scale", scale.reshape(1))
         if "input_zero_point" in self.names:
-            zero = torch.as_tensor(zero_point, device=device).to(torch.int8).reshape(1)
-            self.set_content("input_zero_point", zero)
+            zero = torch.as_tensor(zero_point, device=device)
+            if zero.numel() != 1 or not ((zero >= -128) & (zero <= 127) & (zero == zero.round())).all():
+                raise ValueError(
+                    f"{name}: expected one input_zero_point, an integer from -128 to 127, found {zero.tolist()}; "
+                    "take 128 off one of unsigned codes"
+                )
+            self.set_content("input_zero_point", zero.to(torch.int8).reshape(1))
 
     def stored_modules(self, name: str) -> list[str]:
         """The modules of a checkpoint that this one, called `name`, is: itself."""

@@ -18,20 +18,45 @@ def require(condition: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
+def check_floats(x: Tensor) -> None:
+    require(
+        x.dim() >= 1 and x.dtype in FLOATS,
+        lambda: f"expected x […, K] of dtype float16, bfloat16 or float32, found {x.dtype} {list(x.shape)}",
+    )
+
+
+def check_zero_point(zero_point: Tensor, codes: torch.dtype, static: bool, name: str) -> None:
+    require(
+        static and codes == torch.int8 and zero_point.numel() == 1 and zero_point.dtype == torch.int8,
+        lambda: (
+            f"expected {name} int8 [1], only with int8 codes under one static scale, found {zero_point.dtype} "
+            f"{list(zero_point.shape)} with {codes}{'' if static else ' under scales of their own'}"
+        ),
+    )
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """What tracing computes would stand for the product where a weight is on meta: memory that nobody wrote."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"expected weights, scales and bias on {x.device}, as x is, found {other.device}; "
+                + ("load the weights first" if other.is_meta else "move the one to the other")
+            )
+
+
 def check_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
     input_zero_point: Tensor | None, activations: str, block: list[int], experts: bool = False,
 ) -> None:  # fmt: skip
     """Raise ValueError saying what was expected, what was found and what to do."""
     name = "linear_grouped" if experts else "linear"
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
-    )
+    check_floats(x)
     require(
         activations in ACTIVATIONS,
         lambda: f"expected activations to be one of {', '.join(ACTIVATIONS)}, found {activations!r}",
     )
+    check_devices(x, weight, weight_scale, bias, input_scale, input_zero_point)
     check_weight(x.shape[-1], weight, weight_scale, block, experts)
     static = activations == "tensor"
     require(
@@ -50,13 +75,7 @@ def check_linear(
             ),
         )
     if input_zero_point is not None:
-        require(
-            static and weight.dtype == torch.int8 and input_zero_point.numel() == 1,
-            lambda: (
-                "expected input_zero_point [1] only with static activations and int8 weights, "
-                f"found {list(input_zero_point.shape)} with activations={activations!r} and {weight.dtype}"
-            ),
-        )
+        check_zero_point(input_zero_point, weight.dtype, static, "input_zero_point")
     if bias is not None:
         shape = [weight.shape[0], weight.shape[-2]] if experts else [weight.shape[-2]]
         require(
@@ -108,9 +127,6 @@ def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int],
 
 
 def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
-    )
+    check_floats(x)
     require(dtype in CODES, lambda: f"expected dtype int8 or float8_e4m3fn, found {dtype}")
     require(group >= 0, lambda: f"expected a group of at least 0 elements (0: the whole row), found {group}")

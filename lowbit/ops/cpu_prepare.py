@@ -85,7 +85,11 @@ def load_values(dtype, source, values, n):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit
+# As IEEE divides: numba's own check for a divisor of 0 would end a loop halfway, and nobody would hear of it.
+_divides = njit(error_model="numpy")
+
+
+@_divides
 def dynamic_scale(top, largest, power_of_2):  # type: ignore[no-untyped-def]
     """absmax / largest; 1 where that is below the smallest normal; NaN where a value is NaN."""
     scale = bits_to_f32(top) / largest
@@ -101,7 +105,7 @@ def dynamic_scale(top, largest, power_of_2):  # type: ignore[no-untyped-def]
     return scale
 
 
-@njit
+@_divides
 def write_codes(kind, bounded, values, scale, zero, shift_by, lowest, target, whole):  # type: ignore[no-untyped-def]
     """The first `whole` (a multiple of 16) values, quantized; returns the sum of int8 codes.
 
@@ -135,7 +139,7 @@ def write_codes(kind, bounded, values, scale, zero, shift_by, lowest, target, wh
     return quantize_values(A_E4M3_BYTES, False, at, lift, inverse, divisor, shift, 0, 0, target, whole)
 
 
-@njit
+@_divides
 def write_operand(kind, mode, values, scale, zero, shift_by, lowest, target, n, padded, parts, part):  # type: ignore[no-untyped-def]
     """One scale group of one row → the operand at `target`, zeros from n up to `padded`.
 

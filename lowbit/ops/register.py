@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, dispatch, eager, reference
-from lowbit.ops.checks import CODES, check_linear, check_weight, require
+from lowbit.ops.checks import (
+    CODES,
+    FLOATS,
+    check_devices,
+    check_linear,
+    check_weight,
+    check_zero_point,
+    require,
+)
 from lowbit.ops.problem import Activations, Weights, quantized_as
 from lowbit.ops.settings import fall_back, settings
 
@@ -126,6 +134,11 @@ def _bounds(offsets: Tensor, rows: int) -> list[int]:
     return bounds
 
 
+def _shaped(out: Tensor, *shape: int) -> Tensor:
+    """`out` in another shape, and no view of it: nobody may change a view made within an operation in place."""
+    return torch.ops.aten._unsafe_view.default(out, shape)
+
+
 # ------------------------------------------------------------------------------------ linear
 
 
@@ -144,7 +157,7 @@ def _linear(
     how = quantized_as(activations, block, weights.k, input_scale, input_zero_point)
     flat = x if x.dim() == 2 else x.reshape(-1, k)
     out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weights.n)
+    return out if x.dim() == 2 else _shaped(out, *x.shape[:-1], weights.n)
 
 
 def _linear_fake(
@@ -315,29 +328,37 @@ def _matmul(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kind = _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block)
+    kind = _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block, out_dtype)
     k = a.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     flat = a if a.dim() == 2 else a.reshape(-1, k)
-    scale = a_scale if kind == "tensor" else a_scale.reshape(flat.shape[0], a_scale.shape[-1])
+    scale = a_scale.to(torch.float32)
+    scale = scale if kind == "tensor" else scale.reshape(flat.shape[0], a_scale.shape[-1])
     how = quantized_as(kind, block, k, scale, a_zero_point)
     out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
-    return out if a.dim() == 2 else out.view(*a.shape[:-1], weights.n)
+    return out if a.dim() == 2 else _shaped(out, *a.shape[:-1], weights.n)
 
 
 def _check_matmul(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    a_zero_point: Tensor | None, block: list[int],
+    a_zero_point: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> str:  # fmt: skip
     k = a.shape[-1]
     require(
         a.dtype in CODES and a.dtype == weight.dtype,
         lambda: f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
     )
+    require(
+        a_scale.dtype in FLOATS and out_dtype in FLOATS,
+        lambda: (
+            f"expected a_scale and out_dtype of float32, float16 or bfloat16, found {a_scale.dtype} and {out_dtype}"
+        ),
+    )
+    check_devices(a, a_scale, weight, weight_scale, bias, a_zero_point)
     check_weight(k, weight, weight_scale, block, experts=False)
     groups = -(-k // block[1]) if block[1] else 1
     leading = list(a.shape[:-1])
-    if list(a_scale.shape) == [1] and leading != [] and leading != [1]:
+    if list(a_scale.shape) == [1] and (leading != [] or a_zero_point is not None):
         kind = "tensor"
     elif list(a_scale.shape) == [*leading, 1] and groups == 1:
         kind = "token"
@@ -351,13 +372,7 @@ def _check_matmul(
             f"found {list(a_scale.shape)}"
         )
     if a_zero_point is not None:
-        require(
-            a_zero_point.numel() == 1 and a.dtype == torch.int8 and kind == "tensor",
-            lambda: (
-                "expected a_zero_point [1] with int8 codes and one scale, "
-                f"found {list(a_zero_point.shape)} for {a.dtype}"
-            ),
-        )
+        check_zero_point(a_zero_point, a.dtype, kind == "tensor", "a_zero_point")
     if bias is not None:
         require(
             list(bias.shape) == [weight.shape[0]],
@@ -370,7 +385,7 @@ def _matmul_fake(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block)
+    _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block, out_dtype)
     return a.new_empty([*a.shape[:-1], weight.shape[0]], dtype=out_dtype)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, reference
-from lowbit.ops.checks import FLOATS, require
+from lowbit.ops.checks import check_devices, check_floats, require
 from lowbit.ops.problem import Activations, Weights
-from lowbit.ops.register import _define, _library
+from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
 
 _PLAIN = Activations(kind="none")
@@ -18,10 +18,8 @@ _ONE = torch.ones(1)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
-    )
+    check_devices(x, weight, bias)
+    check_floats(x)
     require(
         weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.shape[1] == x.shape[-1],
         lambda: (
@@ -45,7 +43,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     weights = Weights(tensor=weight, scale=_ONE.to(x.device), block=(0, 0), k=x.shape[-1])
     run = reference.linear if settings.implementation == "reference" else cpu.linear
-    return run(flat, weights, _PLAIN, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return _shaped(run(flat, weights, _PLAIN, bias, x.dtype), *x.shape[:-1], weight.shape[0])
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

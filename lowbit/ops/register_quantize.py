@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, reference
-from lowbit.ops.checks import FLOATS, check_quantize, require
+from lowbit.ops.checks import check_floats, check_quantize, check_zero_point, require
 from lowbit.ops.problem import Activations, within
-from lowbit.ops.register import _define, _library
+from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
 
 
@@ -87,12 +87,7 @@ def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: to
     check_quantize(x, dtype, 0)
     require(scale.numel() == 1, lambda: f"expected a scale of shape [1], found {list(scale.shape)}")
     if zero_point is not None:
-        require(
-            dtype == torch.int8 and zero_point.numel() == 1,
-            lambda: (
-                f"expected zero_point [1] only with int8 codes, found {list(zero_point.shape)} with {dtype}"
-            ),
-        )
+        check_zero_point(zero_point, dtype, True, "zero_point")
 
 
 def _quantize_static_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -203,15 +198,12 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     if name == "triton":
         from lowbit.ops import triton
 
-        return triton.hadamard(flat, block).view(x.shape)
-    return (cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block).view(x.shape)
+        return _shaped(triton.hadamard(flat, block), *x.shape)
+    return _shaped((cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block), *x.shape)
 
 
 def _check_hadamard(x: Tensor, block: int) -> None:
-    require(
-        x.dim() >= 1 and x.dtype in FLOATS,
-        lambda: f"expected x of dtype float16, bfloat16 or float32, found {x.dtype}",
-    )
+    check_floats(x)
     require(
         block >= 1 and block & (block - 1) == 0,
         lambda: f"expected a power of two for the block, found {block}",

@@ -96,7 +96,8 @@ def test_every_variant_gives_the_same_bits(variant):
         rounded = extra | {"out_dtype": torch.bfloat16}  # where a persistent kernel's loops are one
         if launch.promote_k == 0:
             assert torch.equal(
-                matmul(a, w, *scales, **rounded, launch=launch), matmul(a, w, *scales, **rounded, launch=SMALL)
+                matmul(a, w, *scales, **rounded, launch=launch),
+                matmul(a, w, *scales, **rounded, launch=SMALL),
             )
             found = matmul(a, w, *scales, **extra, launch=launch)
             assert torch.equal(found, matmul(a, w, *scales, **extra, launch=SMALL))

@@ -258,6 +258,12 @@ def test_static_activations():
     torch.testing.assert_close(asymmetric(x).double(), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="input_scale"):
         make(64, 32, "int8-static")
+    for scale in (0.0, float("nan"), torch.rand(2)):
+        with pytest.raises(ValueError, match="one finite, positive input_scale"):
+            make(64, 32, "fp8-static", input_scale=scale)
+    for zero in (200, 2.5, torch.zeros(2)):
+        with pytest.raises(ValueError, match="an integer from -128 to 127"):
+            make(64, 32, "int8-static-asym", input_scale=0.03, input_zero_point=zero)
 
 
 def test_not_finite_weights_are_named():

@@ -60,6 +60,11 @@ def test_zero_point_is_exact(isa, m, zero):
         a_zero_point=torch.tensor([zero], dtype=torch.int8),
     )  # fmt: skip
     assert torch.equal(out, product(a, w, zero))
+    alone = ops.matmul(
+        a[0], torch.ones(1), w, torch.ones(50, 1), block=(1, 0), out_dtype=torch.float32,
+        a_zero_point=torch.tensor([zero], dtype=torch.int8),
+    )  # fmt: skip
+    assert torch.equal(alone, out[0])
 
 
 def test_distance_to_the_zero_point_reaches_255(isa):

@@ -228,6 +228,9 @@ def test_empty_inputs(path):
         0,
         5,
     )
+    codes, a_scale = ops.quantize(torch.empty(2, 0, 8), torch.int8)
+    out = ops.matmul(codes, a_scale, w, scale, bias, block=(1, 0), out_dtype=torch.float32)
+    assert out.shape == (2, 0, 5)
     none = ops.linear(torch.empty(3, 0), w[:, :0], scale, bias, activations="token", block=(1, 0))
     assert torch.equal(none, bias.expand(3, 5))
     codes, ones = torch.empty(0, 8, dtype=torch.int8), torch.empty(0, 1)
@@ -350,6 +353,11 @@ def test_bfloat16_instructions_are_tested_where_they_exist():
 
 BAD = [
     ({"weight": torch.ones(8, 5, dtype=torch.int8)}, r"expected a weight with 4 columns .* found \[8, 5\]"),
+    (
+        {"weight": torch.ones(8, 4, dtype=torch.int8, device="meta")},
+        "on cpu, as x is, found meta; load the weights first",
+    ),
+    ({"x": torch.ones(2, 4, device="meta")}, "on meta, as x is, found cpu; move"),
     ({"weight": torch.ones(8, 4)}, "expected a weight of int8, float8_e4m3fn or packed int32"),
     ({"weight_scale": torch.ones(8)}, r"expected weight_scale of shape \[8, 1\]"),
     ({"block": (0, 128)}, "expected block="),
@@ -357,8 +365,16 @@ BAD = [
     ({"activations": "tensor"}, "expected input_scale with activations='tensor'"),
     ({"input_scale": torch.ones(1)}, "expected input_scale with activations='tensor' and only then"),
     ({"bias": torch.ones(4)}, r"expected bias of shape \[8\], found \[4\]"),
-    ({"x": torch.ones(2, 4, dtype=torch.float64)}, "expected x of dtype float16, bfloat16 or float32"),
+    (
+        {"x": torch.ones(2, 4, dtype=torch.float64)},
+        "of dtype float16, bfloat16 or float32, found torch.float64",
+    ),
+    ({"x": torch.ones(())}, r"expected x \[…, K\] .* found torch.float32 \[\]"),
     ({"input_zero_point": torch.zeros(1, dtype=torch.int8)}, "expected input_zero_point"),
+    (
+        {"activations": "tensor", "input_scale": torch.ones(1), "input_zero_point": torch.tensor([300])},
+        r"expected input_zero_point int8 \[1\], .* found torch.int64 \[1\]",
+    ),
 ]
 
 

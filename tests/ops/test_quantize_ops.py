@@ -64,6 +64,16 @@ def test_static_quantization_is_the_oracles(x_dtype, zero):
     assert torch.equal(codes, quantize_with(x, scale, spec, point))
 
 
+@pytest.mark.parametrize("k", [9, 16, 100])
+@pytest.mark.parametrize("scale", [0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_static_scales_that_are_no_scale(dtype, scale, k):
+    """0 is what calibration leaves to an expert that saw no token: no loop may stop at the division."""
+    x, given = hard_rows(torch.float32, k), torch.tensor([scale])
+    codes = ops.quantize_static(x, given, dtype=dtype)
+    assert same(codes, quantize_with(x, given, TensorSpec(dtype=DTYPES[dtype], granularity=PerTensor())))
+
+
 def test_quantized_rows_then_matmul_is_linear():
     x, w, scale = (
         torch.randn(2, 5, 256),
@@ -74,6 +84,14 @@ def test_quantized_rows_then_matmul_is_linear():
     assert a_scale.shape == (2, 5, 2)
     out = ops.matmul(codes, a_scale, w, scale[:1], block=(128, 128), out_dtype=torch.float32)
     assert torch.equal(out, ops.linear(x, w, scale[:1], activations="group", block=(128, 128)))
+    rounded = a_scale.to(torch.bfloat16)
+    out = ops.matmul(codes, rounded, w, scale[:1], block=(128, 128), out_dtype=torch.float32)
+    exact = ops.matmul(codes, rounded.float(), w, scale[:1], block=(128, 128), out_dtype=torch.float32)
+    assert torch.equal(out, exact)
+    for wrong in ({"out_dtype": torch.int32}, {"a_scale": a_scale.to(torch.uint8)}):
+        given = {"a_scale": a_scale, "out_dtype": torch.float32} | wrong
+        with pytest.raises(ValueError, match="expected a_scale and out_dtype of float32"):
+            ops.matmul(codes, weight=w, weight_scale=scale[:1], block=(128, 128), **given)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -153,3 +153,22 @@ def test_gradient_of_hadamard_is_hadamard():
     x, grad = torch.randn(3, 32, requires_grad=True), torch.randn(3, 32)
     ops.hadamard(x, 16).backward(grad)
     assert torch.equal(x.grad, ops.hadamard(grad, 16))
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 5, 64)])
+def test_what_comes_out_may_be_changed_in_place(shape):
+    """As Falcon adds to it, and ReLU(inplace=True): autograd forbids that on a view made within an operation."""
+    o, zero = operands(), torch.tensor([3], dtype=INT8)
+    x = torch.randn(shape, requires_grad=True)
+    made = [
+        ops.linear(x, o["int8"], o["channel"], activations="token", block=(1, 0)),
+        ops.linear(
+            x, o["int8"], o["channel"], activations="tensor", block=(1, 0), input_scale=torch.tensor([0.02]),
+            input_zero_point=zero,
+        ),
+        ops.linear_bfloat16(x, o["int8"].to(torch.bfloat16)),
+        ops.hadamard(x, 16),
+    ]  # fmt: skip
+    for out in made:
+        out += 1
+        out.sum().backward()
