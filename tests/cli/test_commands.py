@@ -315,6 +315,18 @@ def test_pipes_are_quiet_and_terminals_have_a_bar(src, tmp_path):
     assert b"converting" in text and b"B/s" in text
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_output_in_any_encoding(tmp_path, encoding):
+    src = write(tmp_path / "src", *llama(), files={"\u2603 \udcff.txt": "x"})
+    for command in ("plan", "inspect"):
+        for options in ([], ["--json"]):
+            environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+            done = process(command, src, *options, env=environment)
+            assert done.returncode == 0, done.stderr
+            if options:
+                json.loads(done.stdout)
+
+
 def test_version_and_help_of_every_command(run):
     assert run("--version")[:2] == (0, f"lowbit {lowbit.__version__}\n")
     for command in ("convert", "plan", "inspect", "verify"):
