@@ -386,6 +386,16 @@ def test_an_override_that_needs_data_is_not_filled_with_zeros(tmp_path):
         lowbit.convert(src, tmp_path / "out", "int8", overrides={"*.o_proj": "int8-static"})
 
 
+@pytest.mark.parametrize("scheme", ["bf16", "fp16"])
+def test_a_float_scheme_has_no_overrides_that_quantize(tmp_path, scheme):
+    src = write(tmp_path / "src", *llama())
+    with pytest.raises(
+        InputError, match=r"override '\*\.o_proj': expected float .* found int8; make int8 the"
+    ):
+        lowbit.plan(src, scheme, overrides={"*.o_proj": "int8"})
+    assert lowbit.plan(src, scheme, overrides={"*.o_proj": "float", "*.up_proj": "bf16"}).format is None
+
+
 def test_an_override_to_a_float_scheme_keeps_the_weight(tmp_path):
     tensors, config = llama()
     src = write(tmp_path / "src", tensors, config)
