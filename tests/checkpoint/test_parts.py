@@ -19,7 +19,7 @@ from sample_models import deepseek_v3, write
 import lowbit
 from lowbit.checkpoint import writer
 from lowbit.checkpoint.headers import PARTIAL
-from lowbit.checkpoint.journal import read_journals
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.errors import InputError
@@ -97,14 +97,18 @@ def test_parts_that_end_together_without_common_locks(src, tmp_path, alone, monk
     monkeypatch.setattr(
         writer, "lock", lambda *a, **kw: -1 if locks == "none" else os.open(a[0], os.O_RDONLY)
     )
-    out, together, last = tmp_path / "out", threading.Barrier(3), writer.OutputDirectory._last
+    out, together = tmp_path / "out", threading.Barrier(3)
+    synced, last = Journal.synced, writer.OutputDirectory._last
+
+    def synced_together(self, shards):
+        synced(self, shards)
+        together.wait(60)
 
     def last_together(self, record):
         together.wait(60)
-        record = read_journals(self.partial)
-        together.wait(60)
         return last(self, record)
 
+    monkeypatch.setattr(Journal, "synced", synced_together)
     monkeypatch.setattr(writer.OutputDirectory, "_last", last_together)
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda which: convert(src, out, which), ["1/3", "2/3", "3/3"]))
