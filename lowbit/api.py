@@ -14,6 +14,7 @@ from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan, make_plan
 from lowbit.checkpoint.planner import Replacements
 from lowbit.checkpoint.rules import Selection
+from lowbit.errors import InputError
 from lowbit.scheme import Scheme
 
 if TYPE_CHECKING:  # it loads the compiled loops, which planning does not need
@@ -152,13 +153,13 @@ def run_plan(
             not_finite=directory.journal.not_finite, finished=directory.journal.record,
         )  # fmt: skip
         manifest = directory.finish()
-    except KeyboardInterrupt:
-        directory.abandon()
-        raise
     except OSError as error:
         raise directory.give_up(error) from error
-    except BaseException:
+    except InputError:
         directory.discard()
+        raise
+    except BaseException:  # Ctrl-C, too little memory, a defect of ours: not for ever
+        directory.abandon()
         raise
     return Conversion(
         out=str(out),

@@ -151,7 +151,7 @@ def fingerprint(source: str | Path) -> str:
         digest.update(config.read_bytes())
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
+        digest.update(f"{file.name}\0{size}\0".encode(errors="surrogateescape"))
         with file.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             if header > min(size, _MAX_HEADER):

@@ -27,9 +27,11 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "F16":
         return raw.view(np.float16).astype(np.float32)
     if dtype in ("F8_E8M0", "U8"):
-        exponents = raw.astype(np.uint32)
-        bits = np.where(exponents == 0, np.uint32(1 << 22), exponents << 23)  # 2⁻¹²⁷ is subnormal
-        return np.where(exponents == 255, np.uint32(0x7FC00000), bits).view(np.float32)
+        bits = raw.astype(np.uint32)  # and no second array: of a large weight these are hundreds of megabytes
+        bits <<= 23
+        bits[raw == 0] = 1 << 22  # 2⁻¹²⁷ is subnormal
+        bits[raw == 255] = 0x7FC00000
+        return bits.view(np.float32)
     if dtype == "I8":
         return raw.view(np.int8).astype(np.float32)
     if dtype == "I64":

@@ -276,7 +276,9 @@ class Worker:
     def _write_scales(self, out: OutTensor, scales: np.ndarray) -> dict[str, str]:
         raw = scales.reshape(-1)
         if out.dtype == "U8":
-            raw = (raw.view(np.uint32) >> 23).astype(np.uint8)
+            exponents = np.empty(raw.size, np.uint8)
+            np.right_shift(raw.view(np.uint32), 23, out=exponents, casting="unsafe")
+            raw = exponents
         return self._write_whole(out, raw)
 
     def _write_whole(self, out: OutTensor, values: np.ndarray) -> dict[str, str]:

@@ -66,9 +66,12 @@ def create(file: Path, shard: Shard) -> int:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write aside, sync, rename: the file is whole or absent."""
+    """Write aside, sync, rename: the file is whole or absent.
+
+    Half a surrogate pair, as in a file's name that is not UTF-8, becomes JSON's escape of it.
+    """
     aside = file.with_name(f".{file.name}.part")
-    with aside.open("w", encoding="utf-8") as stream:
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()

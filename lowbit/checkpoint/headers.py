@@ -87,12 +87,16 @@ class Checkpoint:
         import xxhash
 
         digest = xxhash.xxh3_128()
+
+        def say(text: str) -> None:
+            digest.update(text.encode(errors="surrogateescape"))  # names of files need not be UTF-8
+
         for shard in self.shards:
             stat = shard.stat()
-            digest.update(f"{shard.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            say(f"{shard.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n")
         for t in self.tensors.values():
-            digest.update(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.file.name}\0{t.offset}\n".encode())
-        digest.update(json.dumps(self.config, sort_keys=True).encode())
+            say(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.file.name}\0{t.offset}\n")
+        say(json.dumps(self.config, sort_keys=True))
         return digest.hexdigest()
 
 

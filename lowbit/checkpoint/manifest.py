@@ -67,10 +67,17 @@ def differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str
             problems.append(
                 f"{name}: expected {entry['dtype']} {entry['shape']} as written, found {ref.dtype} {list(ref.shape)}"
             )
-    changed = [n for n, checksum in manifest["files"].items() if file_checksum(root / n) != checksum]
+
+    def same(name: str, checksum: str, *, header: bool = False) -> bool:
+        try:
+            return file_checksum(root / name, 0, header_bytes(root / name) if header else None) == checksum
+        except OSError:  # such as a directory of that name, or a bad sector
+            return False
+
+    changed = [n for n, checksum in manifest["files"].items() if not same(n, checksum)]
     changed += [
         n for n, checksum in manifest["headers"].items()
-        if (root / n).is_file() and file_checksum(root / n, 0, header_bytes(root / n)) != checksum
+        if (root / n).is_file() and not same(n, checksum, header=True)
     ]  # fmt: skip
     problems += [f"{n}: missing, or changed since it was written; convert again" for n in changed]
     if manifest["headers"]:

@@ -198,6 +198,12 @@ def _decisions(
         if (module := module_of(ref, stored)) is not None:
             shapes[module] = tuple(stored[module].shape) if module in stored else ref.shape
     if target is None:
+        for pattern, name in selection.overrides.items():
+            if name != "float" and get_scheme(name).weights is not None:
+                raise InputError(
+                    f"override {pattern!r}: expected float beside the scheme {scheme.name}, which writes plain float "
+                    f"tensors, found {name}; make {name} the scheme, and `float` the override of what is to stay"
+                )
         return decide(shapes, scheme, selection, config=source.config, fused=fused)
     if replacements and replacements.module_schemes:
         own = {m: s or "float" for m, s in replacements.module_schemes.items()}

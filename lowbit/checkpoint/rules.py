@@ -85,8 +85,15 @@ KEEP_RULES = (
         _inside("gate", "router", "shared_expert_gate", "gate_linear"),
         "router: it picks experts, and small errors there change which",
     ),
-    Rule("projection", _last("eh_proj"), "multi-token prediction joins two streams here; engines keep it in float"),
+    Rule(
+        "projection",
+        # DeepSeek and most others, Qwen3-Next and 3.5, ERNIE, MiMo
+        _last("eh_proj", r"mtp\.fc", r"mtp_linear_proj(\.\d+)?", r"mtp_layers\.\d+\.input_proj"),
+        "multi-token prediction joins two streams here; engines keep it in float",
+    ),
     Rule("projection", _last("weights_proj"), "weights of the sparse-attention indexer"),
+    # They copy what is in INT8 without its scales.
+    Rule("projection", _last(r"indexer\.wk"), "engines join it with the indexer's weights_proj, in float"),
     Rule(
         "projection",
         _last(r"compressor\.(indexer\.)?(wkv|wgate|kv_proj|gate_proj)"),
@@ -141,14 +148,14 @@ FUSED = (
     ("query", "key", "value"),
     ("wq", "wk", "wv"),
     ("wq_a", "wkv"),
-    ("in_proj_qkvz", "in_proj_ba"),
     ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
 # The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
-# One matrix on disk of which engines divide the parts, that of time steps as narrow as there are heads.
-_JOINED_ON_DISK = re.compile(r"^(.*\.)?(mamba|mixer)\.in_proj$")
+# One matrix on disk of which engines divide the parts, that of time steps or gates as narrow as there are heads.
+_JOINED_ON_DISK = re.compile(r"^(.*\.)?((mamba|mixer)\.in_proj|in_proj_(qkvz|ba))$")
 
 SMALLEST_SIDE = 16
 

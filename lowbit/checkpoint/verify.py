@@ -107,7 +107,10 @@ def verify_checkpoint(
     sums = {name: entry["checksum"] for name, entry in manifest["tensors"].items()} if manifest else {}
 
     def look(ref: TensorRef) -> list[str]:
-        return _check_tensor(ref, sums.get(ref.name), ref.name in bound_to, progress)
+        try:
+            return _check_tensor(ref, sums.get(ref.name), ref.name in bound_to, progress)
+        except (InputError, OSError) as error:  # such as a bad sector, or scales in float64
+            return [f"{ref.name}: cannot be checked ({error})"]
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for found in pool.map(look, checkpoint.tensors.values()):
@@ -186,6 +189,8 @@ def _errors(
             return _error(*pair, progress=progress)
         except InputError as error:  # such as a scale that is not finite
             return str(error)
+        except OSError as error:
+            return f"{pair[0]}.weight: cannot be compared ({error})"
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for found in pool.map(compare, pairs):

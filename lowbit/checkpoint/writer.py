@@ -26,7 +26,7 @@ from lowbit.checkpoint.reading import file_checksum
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION
 
-# Stands in PARTIAL while finished files are moved out of it.
+# Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -236,7 +236,8 @@ class OutputDirectory:
         """Whether every part is done by what the journals say, and it falls to this one to show the result.
 
         The lock that parts share is given back before they are read: of those that end together, the
-        last to do so gets it for itself.
+        last to do so gets it for itself. Where the file system keeps locks to each machine, or has none, several do:
+        the first to make FINISHING goes on.
         """
         if self.partial.exists():  # else shown by another meanwhile
             shards = enumerate(self.plan.shards)
@@ -245,9 +246,8 @@ class OutputDirectory:
             return False
         try:
             self._lock = lock(self.out)
-        except InputError:
-            return False
-        if not self.partial.exists():
+            (self.partial / FINISHING).touch(exist_ok=False)
+        except (InputError, FileExistsError, FileNotFoundError):  # another does, or has done so
             self._release()
             return False
         return True

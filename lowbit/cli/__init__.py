@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -56,6 +57,9 @@ def main() -> None:
     from lowbit.errors import InputError
 
     say_when_compiling()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Neither `→` nor a file's name that is no text can end a command, whatever the encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:

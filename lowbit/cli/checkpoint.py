@@ -172,9 +172,9 @@ def verify(
     from lowbit import api
     from lowbit.cli.output import bytes_bar, print_json, say_bytes, table
 
-    total = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    if source:  # both are decoded and compared
-        total += sum(f.stat().st_size for f in source.glob("*.safetensors"))
+    both = [out, source] if source else [out]  # both are decoded and compared
+    shards = (f for path in both for f in path.glob("*.safetensors") if f.is_file())
+    total = sum(f.stat().st_size for f in shards)
     with bytes_bar("verifying", total, quiet=json) as progress:
         found = api.verify(out, source, workers=workers, progress=progress)
     if json:

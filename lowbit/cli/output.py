@@ -35,8 +35,8 @@ def say_count(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One document on standard output; NaN and Inf, which JSON has not, as null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    """One document on standard output, in any encoding; NaN and Inf, which JSON has not, as null."""
+    print(json.dumps(_finite(value), indent=2))
 
 
 def _finite(value: Any) -> Any:

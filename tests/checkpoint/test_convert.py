@@ -229,6 +229,21 @@ def test_every_other_file_is_carried_byte_for_byte(tmp_path):
     } == expected
 
 
+def test_names_of_files_that_are_not_utf_8(tmp_path):
+    tensors, config = llama()
+    src = write(
+        tmp_path / "sr\udcffc", tensors, {**config, "token": "\ud83d"}, files={"Gr\udcfc\udcdfe.txt": "x"}
+    )
+    (src / "model.safetensors").rename(src / "mod\udce8le.safetensors")
+    out = tmp_path / "o\udcff"
+    lowbit.convert(src, out, "int8")
+    assert (out / "Gr\udcfc\udcdfe.txt").read_text() == "x"
+    assert json.loads((out / "config.json").read_text())["token"] == "\ud83d"
+    assert lowbit.verify(out, src).ok
+    (out / "Gr\udcfc\udcdfe.txt").write_text("y")
+    assert not lowbit.verify(out).ok
+
+
 def test_config_keeps_all_but_its_quantization(tmp_path):
     tensors, config = block_fp8(*deepseek_v3())
     src = write(tmp_path / "src", tensors, config)
@@ -369,6 +384,16 @@ def test_an_override_that_needs_data_is_not_filled_with_zeros(tmp_path):
     src = write(tmp_path / "src", *llama())
     with pytest.raises(InputError, match="expected a calibrated input scale"):
         lowbit.convert(src, tmp_path / "out", "int8", overrides={"*.o_proj": "int8-static"})
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp16"])
+def test_a_float_scheme_has_no_overrides_that_quantize(tmp_path, scheme):
+    src = write(tmp_path / "src", *llama())
+    with pytest.raises(
+        InputError, match=r"override '\*\.o_proj': expected float .* found int8; make int8 the"
+    ):
+        lowbit.plan(src, scheme, overrides={"*.o_proj": "int8"})
+    assert lowbit.plan(src, scheme, overrides={"*.o_proj": "float", "*.up_proj": "bf16"}).format is None
 
 
 def test_an_override_to_a_float_scheme_keeps_the_weight(tmp_path):

@@ -448,6 +448,22 @@ def test_a_network_that_fails_for_a_while_costs_nothing(src, tmp_path, monkeypat
     assert done.resumed_jobs > 5 and lowbit.verify(out, src).ok
 
 
+def test_what_is_no_fault_of_the_input_costs_nothing(src, tmp_path, monkeypatch):
+    write_json = writer.write_json
+
+    def fails(file, value):
+        if file.name == "lowbit_manifest.json":
+            raise MemoryError
+        write_json(file, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_json", fails)
+        with pytest.raises(MemoryError):
+            lowbit.convert(src, tmp_path / "out", "int8")
+    done = lowbit.convert(src, tmp_path / "out", "int8")
+    assert done.resumed_jobs == len(done.plan.jobs) and lowbit.verify(tmp_path / "out").ok
+
+
 def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):
     def nothing(fd, buffers, offset):
         return 0

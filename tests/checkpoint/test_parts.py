@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from sample_models import deepseek_v3, write
 import lowbit
 from lowbit.checkpoint import writer
 from lowbit.checkpoint.headers import PARTIAL
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.layout import Shard
 from lowbit.checkpoint.parts import Part
 from lowbit.errors import InputError
@@ -85,6 +89,31 @@ def test_parts_at_once(src, tmp_path, alone):
     assert [p.returncode for p in running] == [0] * 4, texts
     assert everything(out) == alone
     assert sorted(json.loads(t[0])["part"] for t in texts) == ["1/4", "2/4", "3/4", "4/4"]
+
+
+@pytest.mark.parametrize("locks", ["of each machine", "none"])
+def test_parts_that_end_together_without_common_locks(src, tmp_path, alone, monkeypatch, locks):
+    """NFS keeps the locks of directories to each machine: here each part is one, and has them all for itself."""
+    monkeypatch.setattr(
+        writer, "lock", lambda *a, **kw: -1 if locks == "none" else os.open(a[0], os.O_RDONLY)
+    )
+    out, together = tmp_path / "out", threading.Barrier(3)
+    synced, last = Journal.synced, writer.OutputDirectory._last
+
+    def synced_together(self, shards):
+        synced(self, shards)
+        together.wait(60)
+
+    def last_together(self, record):
+        together.wait(60)
+        return last(self, record)
+
+    monkeypatch.setattr(Journal, "synced", synced_together)
+    monkeypatch.setattr(writer.OutputDirectory, "_last", last_together)
+    with ThreadPoolExecutor(3) as pool:
+        done = list(pool.map(lambda which: convert(src, out, which), ["1/3", "2/3", "3/3"]))
+    assert sorted(bool(d.manifest) for d in done) == [False, False, True]
+    assert all(d.missing == () for d in done) and everything(out) == alone
 
 
 def test_a_part_that_is_given_again_goes_on(src, tmp_path, alone):

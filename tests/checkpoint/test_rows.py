@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -288,3 +290,12 @@ def test_slow_decoding_for_messages_says_the_same():
     np.testing.assert_array_equal(decode_slowly(codes, loops.E4M3), theirs)
     e8m0 = torch.from_numpy(codes).view(torch.float8_e8m0fnu).float().numpy()
     np.testing.assert_array_equal(to_float(codes, "F8_E8M0"), e8m0)
+
+
+def test_scales_of_a_large_weight_are_decoded_in_place():
+    codes = np.full(1 << 20, 127, np.uint8)
+    tracemalloc.start()
+    to_float(codes, "U8")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * codes.size

@@ -41,7 +41,11 @@ KEPT = {
     "model.layers.3.mlp.shared_expert_gate": ("router", (1, 256)),
     "model.layers.3.feed_forward.router": ("router", BIG),
     "model.layers.61.eh_proj": ("projection", BIG),
+    "mtp.fc": ("projection", BIG),  # Qwen3-Next
+    "model.mtp_linear_proj.0": ("projection", BIG),  # ERNIE 4.5
+    "model.mtp_layers.0.input_proj": ("projection", BIG),  # MiMo
     "model.layers.3.self_attn.indexer.weights_proj": ("projection", BIG),
+    "model.layers.3.self_attn.indexer.wk": ("projection", BIG),  # DeepSeek-V3.2
     "visual.blocks.0.attn.qkv": ("vision", BIG),
     "model.visual.blocks.0.mlp.fc1": ("vision", BIG),
     "vision_tower.encoder.layers.0.self_attn.q_proj": ("vision", BIG),
@@ -200,6 +204,8 @@ def test_the_users_word_goes_before_the_rules():
         ("a.gate_proj", "a.up_proj"),
         ("a.w1", "a.w3"),
         ("a.q_a_proj", "a.kv_a_proj_with_mqa"),
+        ("a.in_proj_qkv", "a.in_proj_z"),
+        ("a.in_proj_b", "a.in_proj_a"),
         ("m.experts.0.gate_proj", "m.experts.7.down_proj", "m.experts.1.up_proj"),
     ],
 )
@@ -215,6 +221,7 @@ def test_fused_members_follow_one_that_stays(members):
 def test_modules_of_different_parents_are_not_fused():
     assert fused_key("a.q_proj") != fused_key("b.k_proj")
     assert fused_key("a.o_proj") is None and fused_key("a.down_proj") is None
+    assert fused_key("a.in_proj_qkvz") is None and fused_key("a.in_proj_ba") is None
     assert fused_key("m.shared_experts.gate_proj") != fused_key("m.experts.0.gate_proj")
 
 
@@ -239,16 +246,20 @@ def test_a_mamba_in_proj_has_parts_that_engines_divide():
     """vLLM refuses blocks of Granite 4's, whose last part has as many rows as there are heads."""
     fits = get_format("compressed-tensors").refuse
     block, channel = get_scheme("fp8-block"), get_scheme("fp8")
-    for parent in ("model.layers.0.mamba", "backbone.layers.0.mixer"):
-        found = decide({f"{parent}.in_proj": (2 * 512 + 256 + 48, 256)}, block, fits=fits)
-        assert found[f"{parent}.in_proj"].scheme == channel and "joined" in found[f"{parent}.in_proj"].reason
-        assert (
-            decide({f"{parent}.in_proj": (1280, 256)}, block, fits=fits)[f"{parent}.in_proj"].scheme is block
-        )
+    for name in ("model.layers.0.mamba.in_proj", "backbone.layers.0.mixer.in_proj", "a.in_proj_ba"):
+        found = decide({name: (2 * 512 + 256 + 48, 256)}, block, fits=fits)
+        assert found[name].scheme == channel and "joined" in found[name].reason
+        assert decide({name: (1280, 256)}, block, fits=fits)[name].scheme is block
     assert (
         decide({"layers.0.conv.in_proj": (1328, 256)}, block, fits=fits)["layers.0.conv.in_proj"].scheme
         is block
     )
+
+
+def test_qwen3_next_in_fp8_keeps_its_gates_in_float_and_no_more():
+    shapes = {"linear_attn.in_proj_qkvz": (512, 256), "linear_attn.in_proj_ba": (64, 256)}
+    left = {"linear_attn.in_proj_ba": "the source left it unquantized"}
+    assert {d.scheme for d in decide(shapes, INT8, left_in_float=left).values()} == {INT8, None}
 
 
 def test_ragged_blocks_that_the_source_has_already_stay():

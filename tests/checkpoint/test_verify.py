@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from sample_models import (
 )
 
 import lowbit
+from lowbit.checkpoint import verify
 from lowbit.checkpoint.headers import open_checkpoint
 from lowbit.errors import InputError
 
@@ -101,6 +104,30 @@ def test_damage_to_any_file_but_the_manifest(tmp_path, scheme, format):
         file.write_bytes(whole)
     shutil.copy(out / "model-00001-of-00002.safetensors", out / "old.safetensors")
     assert "old.safetensors: not written by this conversion" in problems(out)
+
+
+def test_what_cannot_be_read_is_a_problem(src, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (src / "tokenizer.json").write_text("{}")
+    lowbit.convert(src, out, "int8")
+    (out / "tokenizer.json").unlink()
+    (out / "tokenizer.json").mkdir()
+    read = verify.read_exactly
+
+    def bad_sector(fd, buffer, offset, file):
+        if offset == open_checkpoint(out).tensors[DOWN + ".weight"].offset and file.parent == out:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        read(fd, buffer, offset, file)
+
+    monkeypatch.setattr(verify, "read_exactly", bad_sector)
+    text = problems(out, src)
+    assert "tokenizer.json: missing, or changed" in text
+    assert f"{DOWN}.weight: cannot be checked" in text and f"{DOWN}.weight: cannot be compared" in text
+
+
+def test_scales_of_another_dtype_are_a_problem(out):
+    change(out, lambda t: t.update({DOWN + ".weight_scale": t[DOWN + ".weight_scale"].double()}))
+    assert f"{DOWN}.weight_scale: cannot be checked" in problems(out)
 
 
 @pytest.mark.parametrize("keep", [10, 2000, -1])

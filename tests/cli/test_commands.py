@@ -99,6 +99,19 @@ def test_a_recipe_beside_a_target_has_its_own_scheme(run, src, tmp_path, scheme)
         assert json.loads(out)["scheme"] == scheme
 
 
+def test_verify_of_links_that_lead_nowhere(run, src, tmp_path):
+    """As in a hub's cache of which a part was removed."""
+    out = tmp_path / "out"
+    run("convert", src, out)
+    (out / "more.safetensors").symlink_to("nowhere")
+    code, said, _ = run("verify", out)
+    assert code == 1 and "more.safetensors: not written by this conversion" in said
+    (src / "model.safetensors").unlink()
+    (src / "model.safetensors").symlink_to("nowhere")
+    code, _, err = run("verify", out, "--source", src)
+    assert code == 2 and "model.safetensors: cannot be read" in err
+
+
 def test_verify_exits_with_1_when_something_is_wrong(run, src, tmp_path):
     run("convert", src, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
@@ -313,6 +326,18 @@ def test_pipes_are_quiet_and_terminals_have_a_bar(src, tmp_path):
     os.close(leader)
     assert shown.wait(60) == 0
     assert b"converting" in text and b"B/s" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_output_in_any_encoding(tmp_path, encoding):
+    src = write(tmp_path / "src", *llama(), files={"\u2603 \udcff.txt": "x"})
+    for command in ("plan", "inspect"):
+        for options in ([], ["--json"]):
+            environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+            done = process(command, src, *options, env=environment)
+            assert done.returncode == 0, done.stderr
+            if options:
+                json.loads(done.stdout)
 
 
 def test_version_and_help_of_every_command(run):
