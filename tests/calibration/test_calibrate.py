@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import TEXT
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +58,20 @@ def test_methods_beat_rounding(checkpoints, windows, tmp_path, name, method):
         known = set(stream.keys()) | {"lm_head.weight"}
     suffixes = ("weight_scale", "input_scale")
     assert {n for n in found.tensors if not n.endswith(suffixes)} <= known  # the checkpoint's own names
+
+
+@pytest.mark.parametrize("method", ["rotate-gptq", "rotate-gptq-online", "smoothquant-gptq"])
+def test_layers_that_add_nothing_are_not_changed(windows, tmp_path, method):
+    """As they deepen a model before it is trained on, or are left by pruning."""
+    model = LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": 3}))
+    with torch.no_grad():
+        for index in (0, 2):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                model.model.layers[index].get_submodule(name).weight.zero_()
+    model.save_pretrained(tmp_path / "src")
+    wanted = replace(METHODS[method], else_smooth=True)
+    found = calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), wanted, windows)
+    assert found.complete and found.method["rotate"] == METHODS[method].rotate
 
 
 @pytest.mark.parametrize(
