@@ -14,11 +14,12 @@ from lowbit.errors import InputError
 from lowbit.nn.integration import require_transformers
 
 _TEXT = (".txt", ".md", ".rst", ".html")
+_IDS = (".pt", ".npy")
 
 
 def load_windows(
     path: str | Path,
-    tokenizer: Any,
+    tokenizer: Any | None,
     *,
     samples: int | None = 128,
     length: int = 2048,
@@ -27,10 +28,10 @@ def load_windows(
     """Windows of token ids [≤ length] from a text file, a .jsonl of prompts, or a directory of either.
 
     Running text is cut into consecutive windows of exactly `length` tokens, and so are token ids in a .npy
-    or .pt. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`) stay apart: each is one window,
-    cut at `length`, left out where it is not two tokens long; messages go through the tokenizer's chat
-    template, which alone says what comes before and after them. `samples` of them are picked at random by
-    `seed`, in the order of the text; None takes all.
+    or .pt, which alone need no tokenizer. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`)
+    stay apart: each is one window, cut at `length`, left out where it is not two tokens long; messages go
+    through the tokenizer's chat template, which alone says what comes before and after them. `samples` of
+    them are picked at random by `seed`, in the order of the text; None takes all.
     Raises InputError when there is nothing to take, and for what is not text in UTF-8 or not such a line.
     """
     path = Path(path)
@@ -43,7 +44,7 @@ def load_windows(
             windows += [ids[:length] for ids in _prompts(file, tokenizer) if ids.numel() > 1]
         elif suffix == ".json":
             raise InputError(f"expected text, or prompts a line each, found {file}; make it a .jsonl")
-        elif suffix in (".pt", ".npy"):
+        elif suffix in _IDS:
             windows += _split(_stored_ids(file), length)
         else:
             windows += _split(_encode(tokenizer, _text(file)), length)
@@ -58,6 +59,11 @@ def load_windows(
     return [windows[i] for i in sorted(order[:samples].tolist())]
 
 
+def is_tokenized(path: str | Path) -> bool:
+    """Whether a file holds token ids, for `load_windows` to take as they are."""
+    return Path(path).suffix.lower() in _IDS
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
     require_transformers()
@@ -67,11 +73,12 @@ def load_tokenizer(path: str | Path) -> Any:
 
     open_checkpoint(path)  # transformers would ask a hub for what is not here
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there"
+            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there, or give the data "
+            "as token ids in a .npy"
         ) from error
 
 

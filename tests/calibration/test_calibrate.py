@@ -318,6 +318,22 @@ def test_methods_survive_json():
     assert custom.rounding == RoundingOptions(rounding="gptq", act_order=False) and custom.smooth == 0.3
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 3), ("smooth", True), ("smooth", 1.5), ("smooth", [0.5]), ("smooth_joints", "norm"),
+        ("smooth_joints", ["norms"]), ("percentile", 3), ("percentile", "most"), ("dynamic_below", "30 dB"),
+        ("propagate", "no"), ("rounding", None), ("rounding", {"damping": -1}), ("rounding", {"damping": "some"}),
+        ("rounding", {"block_size": 0}), ("rounding", {"sweeps": 1.5}), ("rounding", {"act_order": "yes"}),
+        ("rounding", {"scale": "max"}), ("activation_range", "mean"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_method_that_make_no_sense_are_named(key, value):
+    of = next(iter(value)) if isinstance(value, dict) else key
+    with pytest.raises(InputError, match=rf"expected .*\b{of}\b|{of}: expected|expected a name, found 3"):
+        Method.from_dict({"name": "gptq", key: value})
+
+
 def test_modules_that_no_static_scale_fits_are_left_dynamic(checkpoints, windows, tmp_path, monkeypatch):
     method = replace(METHODS["rotate-gptq-static"], dynamic_below=36.0)
     source, scheme = checkpoints["qwen3"], get_scheme("int8-static")

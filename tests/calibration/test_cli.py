@@ -255,6 +255,38 @@ def test_a_source_that_is_not_there_is_named_before_its_tokenizer(source, tmp_pa
     assert "expected a checkpoint directory" in str(done.exception)
 
 
+def test_token_ids_need_no_tokenizer(source, tmp_path):
+    """Kimi's is code of its own, which is not run."""
+    shutil.copytree(source, tmp_path / "src", ignore=shutil.ignore_patterns("token*"))
+    np.save(tmp_path / "ids.npy", np.arange(999) % 100)
+    assert json.loads(
+        lowbit("eval", tmp_path / "src", "--data", tmp_path / "ids.npy", "--length", 32, "--json").output
+    )["perplexity"]
+    done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", code=2)
+    assert isinstance(done.exception, InputError) and "token ids in a .npy" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mystery"},
+        {"model_type": None},
+        {"model_type": "mystery", "auto_map": {"AutoConfig": "configuration_mystery.MysteryConfig"}},
+    ],
+)
+def test_a_model_that_transformers_has_not_is_named(source, tmp_path, change):
+    """Whoever starts it in the night is asked for nothing, and no code of the checkpoint's is run."""
+    shutil.copytree(source, tmp_path / "src")
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "src" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
+    (tmp_path / "src" / "configuration_mystery.py").write_text("raise AssertionError")
+    done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", "--length", 32, code=2)
+    assert isinstance(done.exception, InputError), done.exception
+    assert f"found {change['model_type']!r}" in str(done.exception) and "[y/N]" not in done.output
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens"])
 def test_what_is_not_finite_is_named(source, tmp_path, name):
     """`the` is a token of the data; a weight, and a norm, before anything is computed with them."""
