@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -58,6 +59,16 @@ def test_methods_beat_rounding(checkpoints, windows, tmp_path, name, method):
         known = set(stream.keys()) | {"lm_head.weight"}
     suffixes = ("weight_scale", "input_scale")
     assert {n for n in found.tensors if not n.endswith(suffixes)} <= known  # the checkpoint's own names
+
+
+def test_floats_stay_what_the_checkpoint_s_are(checkpoints, tmp_path):
+    """Of models in float32 that no longer say so: transformers has written `dtype` only for some years."""
+    shutil.copytree(checkpoints["llama"], tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    found = calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), METHODS["rotate"], [])
+    assert {found.tensors[n].dtype for n in found.floats()} == {"F32"}
 
 
 @pytest.mark.parametrize("method", ["rotate-gptq", "rotate-gptq-online", "smoothquant-gptq"])
