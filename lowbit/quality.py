@@ -49,7 +49,8 @@ def calibrate(
     Then: `lowbit.convert(src, …, scheme, calibration=out)`. `method`: `best` (the recommended combination
     for the scheme), a name in `lowbit.calibration.methods.METHODS`, a mapping of settings, or a Method;
     `alpha` replaces its SmoothQuant exponent. `data`: a text file, a .jsonl of prompts or a directory of
-    them, of which `samples` windows of `length` tokens are drawn with `seed`; or windows of token ids [T].
+    them, or a .npy of token ids, of which `samples` windows of `length` tokens are drawn with `seed`; or windows of
+    token ids [T].
     `kv_cache`: also scales of keys and values: fp8, int8, fp8-head, int8-head. `ignore`, `keep`, `overrides`:
     as for `lowbit.convert`. `device`: `auto`, or where layers run (see `calibration.devices`), unless
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
@@ -163,7 +164,7 @@ def _windows(
     src: str | Path, data: str | Path | Sequence[Tensor] | None, samples: int, length: int, seed: int
 ) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """(windows of token ids, what is said of them in a calibration)."""
-    from lowbit.calibration.data import load_tokenizer, load_windows
+    from lowbit.calibration.data import is_tokenized, load_tokenizer, load_windows
 
     if data is None:
         return [], {}
@@ -173,5 +174,6 @@ def _windows(
                 "expected data as windows of token ids [T], found other tensors; tokenize it first"
             )
         return data, {}
-    windows = load_windows(data, load_tokenizer(src), samples=samples, length=length, seed=seed)
+    tokenizer = None if is_tokenized(data) else load_tokenizer(src)
+    windows = load_windows(data, tokenizer, samples=samples, length=length, seed=seed)
     return windows, {"path": str(data), "samples": samples, "length": length, "seed": seed}

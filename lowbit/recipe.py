@@ -126,7 +126,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         )
     for key, value in mappings["data"].items():
         kind = _DATA_KEYS.get(key, object)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{where}: data: expected {kind.__name__} as {key}, found {value!r}")
         if key in ("samples", "length") and isinstance(value, int) and value < 1:
             raise InputError(f"{where}: data: expected at least 1 as {key}, found {value}")
@@ -173,11 +173,7 @@ def load_recipe(path: str | Path) -> Recipe:
             f"expected UTF-8 in {path}, found something else: {error}; save it as UTF-8"
         ) from error
     try:
-        data = (
-            json.loads(text, object_pairs_hook=partial(no_duplicates, what="key"))
-            if path.suffix == ".json"
-            else _parse_yaml(text)
-        )
+        data = _parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"expected YAML or JSON in {path}, found: {error}") from error
     return recipe_from(data, str(path))

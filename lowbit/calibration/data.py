@@ -14,11 +14,12 @@ from lowbit.errors import InputError
 from lowbit.nn.integration import require_transformers
 
 _TEXT = (".txt", ".md", ".rst", ".html")
+_IDS = (".pt", ".npy")
 
 
 def load_windows(
     path: str | Path,
-    tokenizer: Any,
+    tokenizer: Any | None,
     *,
     samples: int | None = 128,
     length: int = 2048,
@@ -27,9 +28,10 @@ def load_windows(
     """Windows of token ids [≤ length] from a text file, a .jsonl of prompts, or a directory of either.
 
     Running text is cut into consecutive windows of exactly `length` tokens, and so are token ids in a .npy
-    or .pt. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`) stay apart: each is one window,
-    cut at `length`, left out where it is not two tokens long; messages go through the tokenizer's chat
-    template. `samples` of them are picked at random by `seed`, in the order of the text; None takes all.
+    or .pt, which alone need no tokenizer. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`)
+    stay apart: each is one window, cut at `length`, left out where it is not two tokens long; messages go
+    through the tokenizer's chat template, which alone says what comes before and after them. `samples` of
+    them are picked at random by `seed`, in the order of the text; None takes all.
     Raises InputError when there is nothing to take, and for what is not text in UTF-8 or not such a line.
     """
     path = Path(path)
@@ -37,9 +39,12 @@ def load_windows(
         raise InputError(f"expected a text file, a .jsonl or a directory of them, found nothing at {path}")
     windows: list[Tensor] = []
     for file in _files(path):
-        if file.suffix == ".jsonl":
+        suffix = file.suffix.lower()
+        if suffix == ".jsonl":
             windows += [ids[:length] for ids in _prompts(file, tokenizer) if ids.numel() > 1]
-        elif file.suffix in (".pt", ".npy"):
+        elif suffix == ".json":
+            raise InputError(f"expected text, or prompts a line each, found {file}; make it a .jsonl")
+        elif suffix in _IDS:
             windows += _split(_stored_ids(file), length)
         else:
             windows += _split(_encode(tokenizer, _text(file)), length)
@@ -54,6 +59,11 @@ def load_windows(
     return [windows[i] for i in sorted(order[:samples].tolist())]
 
 
+def is_tokenized(path: str | Path) -> bool:
+    """Whether a file holds token ids, for `load_windows` to take as they are."""
+    return Path(path).suffix.lower() in _IDS
+
+
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
     require_transformers()
@@ -63,25 +73,29 @@ def load_tokenizer(path: str | Path) -> Any:
 
     open_checkpoint(path)  # transformers would ask a hub for what is not here
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there"
+            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there, or give the data "
+            "as token ids in a .npy"
         ) from error
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(f for f in path.rglob("*") if f.suffix in (*_TEXT, ".jsonl") and f.is_file())
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (*_TEXT, ".jsonl") and f.is_file())
     if not files:
         raise InputError(f"expected files ending in {', '.join((*_TEXT, '.jsonl'))} in {path}, found none")
     return files
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    return torch.as_tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long).reshape(-1)
+def _encode(tokenizer: Any, text: str, **options: bool) -> Tensor:
+    text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+    return torch.as_tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long).reshape(
+        -1
+    )
 
 
 def _split(ids: Tensor, length: int) -> list[Tensor]:
@@ -104,7 +118,7 @@ def _stored_ids(file: Path) -> Tensor:
     import numpy
 
     try:
-        found = torch.load(file, weights_only=True) if file.suffix == ".pt" else numpy.load(file)
+        found = torch.load(file, weights_only=True) if file.suffix.lower() == ".pt" else numpy.load(file)
         ids = torch.as_tensor(found)
     except Exception as error:  # what torch and numpy raise for other files is not theirs alone
         raise InputError(f"expected one tensor of token ids in {file}, found none: {error}") from error
@@ -124,11 +138,10 @@ def _prompts(file: Path, tokenizer: Any) -> Iterator[Tensor]:
         where, text = f"{file} line {number}", entry
         if isinstance(entry, dict):
             if messages := entry.get("messages") or entry.get("conversations"):
-                text = _chat(messages, tokenizer, where)
-            else:
-                text = next(
-                    (entry[k] for k in ("text", "prompt", "content") if entry.get(k) is not None), None
-                )
+                # The template writes the tokens that begin a text itself.
+                yield _encode(tokenizer, _chat(messages, tokenizer, where), add_special_tokens=False)
+                continue
+            text = next((entry[k] for k in ("text", "prompt", "content") if entry.get(k) is not None), None)
         if not isinstance(text, str):
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
             raise InputError(f"expected `messages`, `text` or `prompt` in {where}, found {found}")

@@ -131,6 +131,12 @@ def rotate_input(layer: nn.Module, names: Iterable[str]) -> None:
         weight.copy_(apply_online_hadamard(weight))
 
 
-def relative_change(before: Tensor, after: Tensor) -> float:
-    """‖after − before‖ / ‖before‖."""
-    return float((after.double() - before.double()).norm() / before.double().norm().clamp(min=1e-30))
+def relative_change(before: Tensor, after: Tensor, added_to: Tensor | None = None) -> float:
+    """‖after − before‖ / ‖before‖; of what a layer adds to its input, against a thousandth of that at least.
+
+    Layers that add nothing deepen a model or are what pruning leaves of one: there is only float rounding.
+    """
+    size = before.double().norm().clamp(min=1e-30)
+    if added_to is not None:
+        size = torch.maximum(size, added_to.double().norm() / 1000)
+    return float((after.double() - before.double()).norm() / size)

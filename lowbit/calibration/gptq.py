@@ -46,6 +46,25 @@ class RoundingOptions:
     sweeps: int = 2
     """Passes of coordinate descent."""
 
+    def __post_init__(self) -> None:
+        def is_count(x: object) -> bool:
+            return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+        for key, right, what in (
+            ("rounding", self.rounding in ROUNDINGS, f"one of {', '.join(ROUNDINGS)}"),
+            ("scale", self.scale in ("absmax", "mse"), "absmax or mse"),
+            ("act_order", isinstance(self.act_order, bool), "true or false"),
+            (
+                "damping",
+                isinstance(self.damping, int | float) and 0.0 < self.damping < math.inf,
+                "a number above 0",
+            ),
+            ("block_size", is_count(self.block_size), "a number of columns"),
+            ("sweeps", is_count(self.sweeps), "a number of passes"),
+        ):
+            if not right:
+                raise InputError(f"rounding: expected {what} as {key}, found {getattr(self, key)!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rounded:
@@ -342,7 +361,8 @@ def compensate(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float) -
     rounding of activations (and of everything before this layer) did into the weight's target.
     """
     h = hessian.double()
-    ridge = damping * h.diagonal().mean()
+    mean = float(h.diagonal().mean())
+    ridge = damping * (mean if mean > 0 else 1.0)  # inputs that are all zero ask for nothing
     h = h + torch.eye(h.shape[0], dtype=h.dtype, device=h.device) * ridge
     right = weight.double() @ (cross.double() - hessian.double())
     return (weight.double() + torch.linalg.solve(h, right.t()).t()).to(weight.dtype)

@@ -108,7 +108,8 @@ KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Attention modules whose cache holds the keys and values that their `KEYS` make."""
     for name, module in layer.named_modules():
-        if any(isinstance(getattr(module, keys, None), nn.Module) for keys in KEYS):
+        # Linear attention (MiniMax's) keeps a state, and has no config to choose an attention function by.
+        if hasattr(module, "config") and any(isinstance(getattr(module, k, None), nn.Module) for k in KEYS):
             yield name, module
 
 

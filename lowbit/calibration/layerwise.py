@@ -49,7 +49,15 @@ class LayerwiseModel:
 
         self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
-        config = AutoConfig.from_pretrained(source.path)
+        try:
+            # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+        except (ValueError, OSError) as error:
+            found = source.config.get("model_type")
+            raise InputError(
+                f"{source.path}: expected a config.json of an architecture that transformers has, found {found!r}, "
+                f"which it does not take ({str(error).partition('. ')[0]}); update transformers, or {INSTEAD}"
+            ) from error
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         for key, value in (config_overrides or {}).items():

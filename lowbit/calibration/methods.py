@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from lowbit.calibration.gptq import ROUNDINGS, RoundingOptions
+from lowbit.calibration.gptq import RoundingOptions
 from lowbit.calibration.observers import RANGE_METHODS
 from lowbit.errors import InputError
 from lowbit.scheme import Scheme, nearest
+
+JOINTS = ("norm", "v-o", "up-down")
+_SWITCHES = (
+    "else_smooth", "rotate_heads", "online_hadamard", "compensate", "bias_correction", "propagate",
+)  # fmt: skip
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +40,7 @@ class Method:
     """Rotate the input of down_proj while running. lowbit's modules do (config.json names them); engines do not."""
     smooth: float | Literal["none", "search"] = "none"
     """SmoothQuant's α, or searched per joint."""
-    smooth_joints: tuple[str, ...] = ("norm", "v-o", "up-down")
+    smooth_joints: tuple[str, ...] = JOINTS
     """Where scales may move: norm → readers, v → o, up → down."""
     rounding: RoundingOptions = field(default_factory=lambda: RoundingOptions(rounding="nearest"))
     compensate: bool = False
@@ -48,22 +59,32 @@ class Method:
     """Of the random rotation."""
 
     def __post_init__(self) -> None:
-        checks = (
-            ("rotate", self.rotate, ("none", "hadamard", "orthogonal")),
-            ("rounding", self.rounding.rounding, ROUNDINGS),
-            ("activation_range", self.activation_range, (*RANGE_METHODS, "output")),
+        for key, allowed in (
+            ("rotate", ("none", "hadamard", "orthogonal")),
+            ("activation_range", (*RANGE_METHODS, "output")),
+        ):
+            self._expect(getattr(self, key) in allowed, key, f"one of {', '.join(allowed)}")
+        for key in _SWITCHES:
+            self._expect(isinstance(getattr(self, key), bool), key, "true or false")
+        joints, smooth, below = self.smooth_joints, self.smooth, self.dynamic_below
+        self._expect(
+            isinstance(joints, tuple) and all(j in JOINTS for j in joints),
+            "smooth_joints", f"a list of {', '.join(JOINTS)}",
+        )  # fmt: skip
+        self._expect(
+            smooth in ("none", "search") or (_is_number(smooth) and 0.0 <= smooth <= 1.0),  # type: ignore[operator]
+            "smooth", "none, search or 0 ≤ α ≤ 1",
+        )  # fmt: skip
+        self._expect(
+            _is_number(self.percentile) and 50.0 < self.percentile <= 100.0,
+            "percentile",
+            "a number in (50, 100]",
         )
-        for key, value, allowed in checks:
-            if value not in allowed:
-                raise InputError(
-                    f"method {self.name}: expected {key} one of {', '.join(allowed)}, found {value!r}"
-                )
-        if not (self.smooth in ("none", "search") or isinstance(self.smooth, int | float)):
-            raise InputError(
-                f"method {self.name}: expected smooth none, search or a number, found {self.smooth!r}"
-            )
-        if isinstance(self.smooth, int | float) and not 0.0 <= self.smooth <= 1.0:
-            raise InputError(f"method {self.name}: expected 0 ≤ α ≤ 1, found {self.smooth}")
+        self._expect(below is None or _is_number(below), "dynamic_below", "a number of dB or null")
+
+    def _expect(self, right: bool, key: str, what: str) -> None:
+        if not right:
+            raise InputError(f"method {self.name}: expected {what} as {key}, found {getattr(self, key)!r}")
 
     @property
     def smooths(self) -> bool:
@@ -104,7 +125,7 @@ class Method:
         """What comes nearest for a model whose residual stream cannot be rotated, for `reason`."""
         return replace(
             self, name=self.name.replace("rotate", "smoothquant"), rotate="none", rotate_heads=False,
-            smooth_joints=("norm", "v-o", "up-down"), else_smooth=False, not_rotated=reason,
+            smooth_joints=JOINTS, else_smooth=False, not_rotated=reason,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,9 +148,13 @@ class Method:
             raise InputError(f"method: unknown keys {unknown}; expected some of {sorted(known)}")
         changes = dict(data)
         name = changes.pop("name", "custom")
+        if not isinstance(name, str):
+            raise InputError(f"method: expected a name, found {name!r}")
         base = METHODS.get(name, cls(name=name))
         if "rounding" in changes:
             rounding = changes["rounding"]
+            if not isinstance(rounding, str | Mapping):
+                raise InputError(f"method.rounding: expected a name or a mapping, found {rounding!r}")
             rounding = {"rounding": rounding} if isinstance(rounding, str) else dict(rounding)
             allowed = {f.name for f in fields(RoundingOptions)}
             if unknown := sorted(set(rounding) - allowed):
@@ -137,8 +162,8 @@ class Method:
                     f"method.rounding: unknown keys {unknown}; expected some of {sorted(allowed)}"
                 )
             changes["rounding"] = replace(base.rounding, **rounding)
-        if "smooth_joints" in changes:
-            changes["smooth_joints"] = tuple(changes["smooth_joints"])
+        if isinstance(joints := changes.get("smooth_joints"), list):
+            changes["smooth_joints"] = tuple(joints)
         return replace(base, **changes)
 
 

@@ -77,7 +77,7 @@ def _try_layers(model: LayerwiseModel, method: Method) -> None:
             )
         fold.rotate_residual(layer, graph, rotation)
         hidden = rotation.apply(call.hidden)
-        if not fold.relative_change(expected, run(hidden) - hidden) < 5e-3:
+        if not fold.relative_change(expected, run(hidden) - hidden, hidden) < 5e-3:
             raise InputError(
                 f"expected a layer that can be rotated, found {model.layer_name(index)} changed by it; "
                 "use a method without rotation"

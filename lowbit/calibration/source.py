@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
+from lowbit.checkpoint.plan import main_float
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
@@ -45,7 +46,8 @@ class Source:
                 f"{path}: expected a config.json that says what model this is, found none; add it"
             )
         self.config: dict[str, Any] = checkpoint.config
-        self._refs = split(checkpoint).checkpoint.tensors
+        self._checkpoint = split(checkpoint).checkpoint
+        self._refs = self._checkpoint.tensors
         self._stored = read(self.config, self._refs)
         self.fused = fused_names(checkpoint, self._refs)
         """Modules of experts that lie in a 3-D tensor → that tensor; here each is a tensor of its own."""
@@ -112,9 +114,8 @@ class Source:
 
     @cached_property
     def float_dtype(self) -> torch.dtype:
-        """What the checkpoint's unquantized tensors are stored in."""
-        name = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        return getattr(torch, str(name).removeprefix("torch."), torch.bfloat16)
+        """What the checkpoint's unquantized tensors are stored in, or most of them, and a conversion's will be."""
+        return _TORCH_DTYPES[main_float(self._checkpoint, self._stored)]
 
     @cached_property
     def block(self) -> tuple[int, int]:

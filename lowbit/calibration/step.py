@@ -327,7 +327,8 @@ class LayerStep:
             return
 
         def change() -> float:
-            return fold.relative_change(expected - self.sample, self._on_sample(online=True) - self.sample)
+            found = self._on_sample(online=True)
+            return fold.relative_change(expected - self.sample, found - self.sample, self.sample)
 
         lost = decided(change, self.run.model.device)
         limit = 1e-9 if expected.dtype == torch.float64 else 5e-3

@@ -282,7 +282,7 @@ class Writer:
 
     `settings` are the manifest's own keys (scheme, method, data, source, …). A directory that holds a
     calibration with the same settings is resumed, without the parts whose files are gone or damaged; one
-    with others is refused, or replaced with `overwrite`.
+    with others is refused, or replaced with `overwrite`; one that holds something else is refused.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -298,6 +298,11 @@ class Writer:
         self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
         if (self.path / MANIFEST).is_file():
             self._take_over(overwrite)
+        elif found := sorted(f.name for f in self.path.iterdir() if not f.name.startswith(".")):
+            raise CalibrationError(
+                f"expected an empty directory or a calibration in {self.path}, found {', '.join(found[:3])} and no "
+                f"{MANIFEST}; choose another directory"
+            )
         self._save()
 
     def _take_over(self, overwrite: bool) -> None:

@@ -100,7 +100,7 @@ def make_plan(
     on_disk, experts = source, split(source)
     source = experts.checkpoint
     stored = read(source.config, source.tensors)
-    main_dtype = _main_float(source, stored)
+    main_dtype = main_float(source, stored)
     fused = fused_names(on_disk, source.tensors)
     decisions = _decisions(source, stored, scheme, target, selection, replacements, fused)
     decisions |= {
@@ -170,7 +170,7 @@ def _format(scheme: Scheme, name: str | None) -> Format | None:
     return target
 
 
-def _main_float(source: Checkpoint, stored: Mapping[str, StoredModule]) -> str:
+def main_float(source: Checkpoint, stored: Mapping[str, StoredModule]) -> str:
     """The float dtype of the model: what most float elements are, BF16 for a source that is all codes."""
     taken = {n for m in stored.values() for n in m.names.values()}
     count = dict.fromkeys(FLOATS, 0)

@@ -267,7 +267,8 @@ def _basis(model: LayerwiseModel, reference: LayerwiseModel) -> Tensor | None:
     b = reference.model.get_input_embeddings().weight
     if a.shape != b.shape or torch.equal(a, b):
         return None
-    u, _, v = torch.linalg.svd(a.double().t() @ b.double())
+    used = torch.isfinite(a).all(1) & torch.isfinite(b).all(1)  # others belong to no token of the data
+    u, _, v = torch.linalg.svd(a[used].double().t() @ b[used].double())
     return u @ v
 
 

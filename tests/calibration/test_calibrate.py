@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from architectures import TEXT
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +59,30 @@ def test_methods_beat_rounding(checkpoints, windows, tmp_path, name, method):
         known = set(stream.keys()) | {"lm_head.weight"}
     suffixes = ("weight_scale", "input_scale")
     assert {n for n in found.tensors if not n.endswith(suffixes)} <= known  # the checkpoint's own names
+
+
+def test_floats_stay_what_the_checkpoint_s_are(checkpoints, tmp_path):
+    """Of models in float32 that no longer say so: transformers has written `dtype` only for some years."""
+    shutil.copytree(checkpoints["llama"], tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    found = calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), METHODS["rotate"], [])
+    assert {found.tensors[n].dtype for n in found.floats()} == {"F32"}
+
+
+@pytest.mark.parametrize("method", ["rotate-gptq", "rotate-gptq-online", "smoothquant-gptq"])
+def test_layers_that_add_nothing_are_not_changed(windows, tmp_path, method):
+    """As they deepen a model before it is trained on, or are left by pruning."""
+    model = LlamaForCausalLM(LlamaConfig(**TEXT | {"num_hidden_layers": 3}))
+    with torch.no_grad():
+        for index in (0, 2):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                model.model.layers[index].get_submodule(name).weight.zero_()
+    model.save_pretrained(tmp_path / "src")
+    wanted = replace(METHODS[method], else_smooth=True)
+    found = calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), wanted, windows)
+    assert found.complete and found.method["rotate"] == METHODS[method].rotate
 
 
 @pytest.mark.parametrize(
@@ -301,6 +327,22 @@ def test_methods_survive_json():
         assert replace(again, summary="") == replace(method, summary="")
     custom = Method.from_dict({"name": "gptq", "rounding": {"act_order": False}, "smooth": 0.3})
     assert custom.rounding == RoundingOptions(rounding="gptq", act_order=False) and custom.smooth == 0.3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 3), ("smooth", True), ("smooth", 1.5), ("smooth", [0.5]), ("smooth_joints", "norm"),
+        ("smooth_joints", ["norms"]), ("percentile", 3), ("percentile", "most"), ("dynamic_below", "30 dB"),
+        ("propagate", "no"), ("rounding", None), ("rounding", {"damping": -1}), ("rounding", {"damping": "some"}),
+        ("rounding", {"block_size": 0}), ("rounding", {"sweeps": 1.5}), ("rounding", {"act_order": "yes"}),
+        ("rounding", {"scale": "max"}), ("activation_range", "mean"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_method_that_make_no_sense_are_named(key, value):
+    of = next(iter(value)) if isinstance(value, dict) else key
+    with pytest.raises(InputError, match=rf"expected .*\b{of}\b|{of}: expected|expected a name, found 3"):
+        Method.from_dict({"name": "gptq", key: value})
 
 
 def test_modules_that_no_static_scale_fits_are_left_dynamic(checkpoints, windows, tmp_path, monkeypatch):

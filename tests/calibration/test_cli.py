@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -189,7 +190,15 @@ def test_data_in_its_forms(source, tmp_path):
         "{% for m in messages %}{{ m.role }} {{ raise(m) if m.bad else m.content }} {% endfor %}"
     )
     (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "the quick fox"}]}\n')
-    assert load_windows(tmp_path, tokenizer)[0].tolist() == tokenizer("user the quick fox ")["input_ids"]
+    chat = load_windows(tmp_path, tokenizer)[0].tolist()
+    assert chat == tokenizer("user the quick fox ")["input_ids"]
+    # Llama 3 and Gemma begin every text with a token that their templates write too.
+    begun = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begun
+    assert tokenizer("user the quick fox ")["input_ids"] == [0, *chat]
+    assert load_windows(tmp_path, tokenizer)[0].tolist() == chat
+    (tmp_path / "p.jsonl").write_text('{"text": "the quick \\ud83d fox"}\n')  # half of an emoji
+    assert load_windows(tmp_path, tokenizer)[0].tolist() == tokenizer("the quick ? fox")["input_ids"]
     with pytest.raises(InputError, match="smaller --length"):
         load_windows(source.parent / "text.txt", tokenizer, length=10**6)
     with pytest.raises(InputError, match="found nothing"):
@@ -209,6 +218,8 @@ def test_data_in_its_forms(source, tmp_path):
         ("p.jsonl", '{"text": "café"}'.encode("latin-1"), "UTF-8"),
         ("t.txt", "the quick fox ".encode("utf-16") * 20, "UTF-8"),
         ("t.gz", gzip.compress(b"the quick fox " * 99, mtime=0), "UTF-8"),
+        ("p.JSONL", b"{", "line 1"),
+        ("p.json", b'[{"text": "the quick fox"}]', "make it a .jsonl"),
         ("t.npy", b"", "one tensor of token ids"),
         ("t.pt", b"the", "one tensor of token ids"),
     ],
@@ -244,6 +255,38 @@ def test_a_source_that_is_not_there_is_named_before_its_tokenizer(source, tmp_pa
     assert "expected a checkpoint directory" in str(done.exception)
 
 
+def test_token_ids_need_no_tokenizer(source, tmp_path):
+    """Kimi's is code of its own, which is not run."""
+    shutil.copytree(source, tmp_path / "src", ignore=shutil.ignore_patterns("token*"))
+    np.save(tmp_path / "ids.npy", np.arange(999) % 100)
+    assert json.loads(
+        lowbit("eval", tmp_path / "src", "--data", tmp_path / "ids.npy", "--length", 32, "--json").output
+    )["perplexity"]
+    done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", code=2)
+    assert isinstance(done.exception, InputError) and "token ids in a .npy" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mystery"},
+        {"model_type": None},
+        {"model_type": "mystery", "auto_map": {"AutoConfig": "configuration_mystery.MysteryConfig"}},
+    ],
+)
+def test_a_model_that_transformers_has_not_is_named(source, tmp_path, change):
+    """Whoever starts it in the night is asked for nothing, and no code of the checkpoint's is run."""
+    shutil.copytree(source, tmp_path / "src")
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "src" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
+    (tmp_path / "src" / "configuration_mystery.py").write_text("raise AssertionError")
+    done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", "--length", 32, code=2)
+    assert isinstance(done.exception, InputError), done.exception
+    assert f"found {change['model_type']!r}" in str(done.exception) and "[y/N]" not in done.output
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens"])
 def test_what_is_not_finite_is_named(source, tmp_path, name):
     """`the` is a token of the data; a weight, and a norm, before anything is computed with them."""
@@ -256,6 +299,18 @@ def test_what_is_not_finite_is_named(source, tmp_path, name):
         done = lowbit(arguments[0], tmp_path / "src", *arguments[1:], *common, code=2)
         assert isinstance(done.exception, InputError) and "found NaN or Inf" in str(done.exception)
         assert name in str(done.exception) or "embeddings" in str(done.exception)
+
+
+def test_nan_in_the_embedding_of_a_token_that_is_not_used(source, tmp_path):
+    """As rows that only fill up a vocabulary may be: a rotated model is compared by the others."""
+    shutil.copytree(source, tmp_path / "src")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][127] = float("nan")
+    save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
+    quality.calibrate(tmp_path / "src", tmp_path / "c", method="rotate", device="cpu")
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--json")
+    found = json.loads(lowbit("eval", tmp_path / "src", "--calibration", tmp_path / "c", *common).output)
+    assert all(0 < error < 0.1 for error in found["layer_errors"].values())
 
 
 def test_a_model_that_gives_nan_passes_no_gate(source, tmp_path):

@@ -14,6 +14,8 @@ from transformers import (
     DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -81,6 +83,13 @@ def test_attention_whose_projections_are_one_has_scales_too(tmp_path):
             # The second layer's came through the first one's INT8 weights.
             torch.testing.assert_close(found, expected[None], rtol=(1e-5, 0.01)[i], atol=0)
     assert config["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_linear_attention_has_no_cache(tmp_path):
+    """MiniMax's keeps a state, and makes its keys by a qkv_proj too."""
+    config = MiniMaxConfig(**TEXT, layer_types=["linear_attention", "full_attention"], block_size=16)
+    tensors, _, _ = converted(MiniMaxForCausalLM(config), tmp_path, "fp8")
+    assert [n for n in tensors if n.endswith(".k_scale")] == ["model.layers.1.self_attn.k_scale"]
 
 
 def test_latent_attention_has_no_keys_to_calibrate(tmp_path):

@@ -87,6 +87,7 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
         ({"scheme": "int8", "data": {"pth": 1}}, "pth"),
         ({"scheme": "int8", "data": {"samples": "many"}}, "expected int as samples, found 'many'"),
         ({"scheme": "int8", "data": {"length": 0}}, "at least 1 as length, found 0"),
+        ({"scheme": "int8", "data": {"seed": None}}, "expected int as seed, found None"),
         ({"scheme": "int8", "version": 2}, "version 1"),
         ([1], "mapping"),
     ]

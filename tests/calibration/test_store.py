@@ -76,6 +76,15 @@ def test_resume_knows_the_finished_parts_and_refuses_other_settings(tmp_path):
     assert store.Writer(tmp_path, {**SETTINGS, "method": {"name": "mse"}}, overwrite=True).finished == set()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_holds_something_else_is_left_alone(tmp_path, overwrite):
+    """The source, say, given for the output."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(store.CalibrationError, match=r"found config\.json and no calibration\.json"):
+        store.Writer(tmp_path, SETTINGS, overwrite=overwrite)
+    assert [f.name for f in tmp_path.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:-1])])
 def test_a_part_that_is_gone_or_damaged_is_written_again(tmp_path, damage):
     writer = store.Writer(tmp_path, SETTINGS)
