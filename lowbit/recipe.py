@@ -23,7 +23,7 @@ from typing import Any
 
 from lowbit.checkpoint.headers import no_duplicates
 from lowbit.errors import InputError
-from lowbit.scheme import Scheme, get_scheme, nearest
+from lowbit.scheme import get_scheme, nearest
 
 KEYS = ("version", "scheme", "ignore", "keep", "overrides", "method", "data", "notes")
 _DATA_KEYS: Mapping[str, type] = {"path": str, "samples": int, "length": int, "seed": int}
@@ -58,15 +58,6 @@ class Recipe:
                     raise InputError(f"recipe: override {pattern!r}: {error}") from error
         if unknown := sorted(set(self.data) - set(_DATA_KEYS)):
             raise InputError(f"recipe: data: unknown keys {unknown}; expected some of {list(_DATA_KEYS)}")
-
-    def get_scheme(self) -> Scheme:
-        return get_scheme(self.scheme)
-
-    def selection(self) -> Any:
-        """The `checkpoint.rules.Selection` of this recipe."""
-        from lowbit.checkpoint.rules import Selection
-
-        return Selection(ignore=self.ignore, keep=self.keep, overrides=dict(self.overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content; empty parts are left out."""
@@ -173,11 +164,7 @@ def load_recipe(path: str | Path) -> Recipe:
             f"expected UTF-8 in {path}, found something else: {error}; save it as UTF-8"
         ) from error
     try:
-        data = (
-            json.loads(text, object_pairs_hook=partial(no_duplicates, what="key"))
-            if path.suffix == ".json"
-            else _parse_yaml(text)
-        )
+        data = _parse_json(text) if path.suffix == ".json" else _parse_yaml(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"expected YAML or JSON in {path}, found: {error}") from error
     return recipe_from(data, str(path))

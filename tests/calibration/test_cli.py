@@ -96,6 +96,8 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
 def test_methods_are_listed():
     listed = json.loads(lowbit("calibrate", "x", "--list-methods", "--json").output)
     assert {"absmax", "percentile", "mse", "entropy", "smoothquant", "gptq", "rotate-gptq"} <= listed.keys()
+    assert listed["best"] == "for --scheme int8: rotate-gptq"
+    assert "--scheme fp8: gptq" in lowbit("calibrate", "--list-methods", "--scheme", "fp8").output
 
 
 @pytest.mark.parametrize(
