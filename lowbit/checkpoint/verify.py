@@ -91,7 +91,8 @@ def verify_checkpoint(
             path=str(path), tensors=0, nbytes=0, problems=(str(error),), checked=("headers and config",)
         )
     problems: list[str] = []
-    checked = [f"headers of {len(checkpoint.shards)} shards", f"shapes of {len(stored)} quantized modules"]
+    count = len(checkpoint.shards)
+    checked = [f"headers of {count} shard{'s' * (count != 1)}", f"shapes of {len(stored)} quantized modules"]
 
     if quantization_of(checkpoint.config).get("quant_method") == METHOD_OF_DESCRIPTION:
         extra = undescribed(quantization_of(checkpoint.config), checkpoint.tensors)

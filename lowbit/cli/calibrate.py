@@ -96,14 +96,19 @@ def calibrate(
 
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.calibration.methods import METHODS
+    from lowbit.calibration.methods import METHODS, best_method
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
+    from lowbit.scheme import get_scheme
 
     if list_methods:
-        rows = {m.name: m.describe() for m in METHODS.values()}
+        best = best_method(get_scheme(scheme))
+        rows = {
+            "best": f"for --scheme {scheme}: {best.name}",
+            **{m.name: m.describe() for m in METHODS.values()},
+        }
         print_json(rows) if json else print("\n".join(f"{n:20} {d}" for n, d in rows.items()))
         return
     if src is None:

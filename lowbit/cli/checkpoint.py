@@ -21,8 +21,8 @@ SchemeName = Annotated[
     str | None,
     typer.Option(
         "--scheme", "-s",
-        help="int8, int8-block, int8-weight-only, fp8, fp8-block, mxfp8; int8-static, fp8-static (with "
-        "--calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too. Default: int8.",
+        help="int8, int8-block, int8-weight-only, fp8, fp8-block, mxfp8; int8-static, int8-static-asym, fp8-static "
+        "(with --calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too. Default: int8.",
         show_default=False,
     ),
 ]  # fmt: skip

@@ -64,7 +64,8 @@ def generate(
     # Logits over less than this are infinite, or their softmax is 1 for the likeliest anyway.
     warm = temperature > 1e-6
     sampling = {"do_sample": True, "temperature": temperature} if warm else {"do_sample": False}
-    streamer = None if json else TextStreamer(tokenizer, skip_special_tokens=True)
+    # A prompt is shown as what the text goes on from; a chat template's own words are not for reading.
+    streamer = None if json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     start = time.perf_counter()
     with torch.inference_mode():
         made = model.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)

@@ -18,7 +18,10 @@ def search(
         Path, typer.Option("--out", "-o", metavar="RECIPE", help="Recipe to write, .yaml or .json.")
     ] = Path("recipe.yaml"),
     budget: Annotated[
-        float | None, typer.Option(min=1.0, max=16.0, help="Mean bits per weight of the quantizable modules.")
+        float | None,
+        typer.Option(
+            min=1.0, max=16.0, help="Mean bits per weight of the quantizable modules; 8.5 without --max-kl."
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,

@@ -26,7 +26,7 @@ _replaced: dict[str, Any] = {}
 def require_transformers() -> None:
     """InputError unless transformers is installed, and new enough."""
     oldest = ".".join(map(str, OLDEST))
-    advice = "pip install -U 'lowbit[models]'"
+    advice = f"pip install -U 'transformers>={oldest}' accelerate"
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -50,6 +50,8 @@ def load(
         raise InputError(
             "expected device_map='auto' with max_memory, found a place for every module, or none"
         )
+    if max_memory is not None:
+        _check_devices(max_memory)
     checkpoint = open_checkpoint(path)
     model_class, config = _architecture(checkpoint, trust_remote_code)
     # An error in the headers is best found before a model is built.
@@ -79,6 +81,18 @@ def load(
             f"another shape (first: {absent[0]}); the checkpoint is incomplete: fetch or convert it again"
         )
     return model
+
+
+def _check_devices(max_memory: Mapping[int | str, int | str]) -> None:
+    """InputError for accelerators that are not there; transformers' own error says nothing of max_memory."""
+    import torch
+
+    count = torch.accelerator.device_count()
+    if absent := [place for place in max_memory if isinstance(place, int) and place >= count]:
+        raise InputError(
+            f"expected max_memory of cpu and of the {count} accelerators that torch finds, found it for {absent}; "
+            "leave those out"
+        )
 
 
 def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:

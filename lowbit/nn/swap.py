@@ -52,13 +52,13 @@ def quantize_model(
     scheme: Scheme | str,
     *,
     ignore: Sequence[str] = (),
-    per_module: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str] | None = None,
     format: Format | str = "compressed-tensors",
 ) -> nn.Module:
     """Swap Linears, Conv1Ds and experts for quantized ones, in place; returns the model.
 
     The same rules choose as in `lowbit.convert`, so embeddings, output heads, routers, norms and
-    vision towers stay, and members of a fused group agree. `ignore` and the keys of `per_module`
+    vision towers stay, and members of a fused group agree. `ignore` and the keys of `overrides`
     (→ a scheme's name, or `float`) are patterns as there: a module's name or its parent's, a
     glob, or `re:` and a regex, on names as on disk or in memory. `model.quantization_report`
     (a `SwapReport`) says what was swapped, what was not, and why.
@@ -77,7 +77,7 @@ def quantize_model(
     before = _nbytes(model)
     layout = _quantized_before(model, target)
     candidates, unfit = candidates_of(model)
-    selection, given = _on_disk(Selection.of(ignore=ignore, overrides=per_module), candidates)
+    selection, given = _on_disk(Selection.of(ignore=ignore, overrides=overrides), candidates)
     decisions = _decide(model, candidates, scheme, target, selection)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}

@@ -303,7 +303,7 @@ def product(
     routed: Tensor | None = None,
 ) -> Call:
     """The call for x [M, K] (last stride 1); the other arguments as in `cpu.linear`. M and N are not 0."""
-    from lowbit.ops.cpu_tiles import lanes, operand_step
+    from lowbit.ops.cpu_step import lanes, operand_step
 
     (rows, k), n = x.shape, weights.n
     tensor = weights.tensor if weights.tensor.is_contiguous() else weights.tensor.contiguous()

@@ -20,7 +20,7 @@ ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A register tile: the instruction (see `cpu_tiles`), and rows × vectors of accumulators."""
+    """A register tile: the instruction (see `cpu_step.Step`), and rows × vectors of accumulators."""
 
     kind: str
     rows: int

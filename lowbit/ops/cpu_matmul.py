@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, cfunc, njit
 
 from lowbit.compiling import CACHE
-from lowbit.ops import cpu_tiles
+from lowbit.ops import cpu_step
 from lowbit.ops.cpu_decode import decode
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
@@ -108,7 +108,7 @@ def packed_rows(kind, tall, vectors, ldb, a, a_row, b, ahead, share, c, c_row, r
 
 @cache
 def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int, byte_lookup: bool = False) -> Any:
-    """Compile (or load) `matmul` for an instruction (see `cpu_tiles.Step`) and weight storage.
+    """Compile (or load) `matmul` for an instruction (see `cpu_step.Step`) and weight storage.
 
     `storage` is `i8`, `e4m3`, `u8` (int8 plus 128) or `bf16` (values, not codes). The integer
     instructions take `i8` only, and `bf16` goes with `fma`. `byte_lookup`: the CPU has AVX-512 VBMI.
@@ -116,7 +116,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int, byte_look
     source = stamp()
     unsigned = kind.startswith("dpbusd")
     integer = unsigned or kind.startswith("pmaddwd")
-    step, lanes = cpu_tiles.operand_step(kind), cpu_tiles.lanes(kind)
+    step, lanes = cpu_step.operand_step(kind), cpu_step.lanes(kind)
     operand = A_F32 if kind.startswith("fma") else A_I16 if kind.startswith("pmaddwd") else A_BF16
     element = {A_I16: 2, A_F32: 4, A_BF16: 2}[operand] if not unsigned else 1
     # Weights as the tiles read them before packing: integers as stored, floats decoded.
@@ -130,7 +130,7 @@ def matmul(kind: str, storage: str, tile_rows: int, tile_vectors: int, byte_look
     direct_kind = f"{kind}:{storage}" if direct and not integer else kind
     tile_cols = tile_vectors * lanes
     panel_row = 4 * tile_cols
-    dot_lines = cpu_tiles.requests(direct_kind, DOT_COLS)
+    dot_lines = cpu_step.requests(direct_kind, DOT_COLS)
     dot_tall = 4 if lanes == 16 else 2  # 16 registers do not hold 4 × 4 accumulators and their operands
 
     @cfunc(SIGNATURE, cache=CACHE)

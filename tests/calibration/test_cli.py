@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,9 +95,23 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
         assert found.scheme_of(module) == (None if name == "float" else name)
 
 
+def test_the_guide_s_page_of_python_runs(source, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    (tmp_path / "SRC").symlink_to(source)
+    (tmp_path / "text.txt").symlink_to(source.parent / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    made: dict = {"torch_model": torch.nn.Linear(64, 64)}
+    exec(code, made)
+    assert made["found"].ok and made["report"]["kl"] < 1
+    assert made["other"].scheme.name == "int8" and made["layer"].scheme.name == "fp8"
+
+
 def test_methods_are_listed():
     listed = json.loads(lowbit("calibrate", "x", "--list-methods", "--json").output)
     assert {"absmax", "percentile", "mse", "entropy", "smoothquant", "gptq", "rotate-gptq"} <= listed.keys()
+    assert listed["best"] == "for --scheme int8: rotate-gptq"
+    assert "--scheme fp8: gptq" in lowbit("calibrate", "--list-methods", "--scheme", "fp8").output
 
 
 @pytest.mark.parametrize(

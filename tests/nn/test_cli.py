@@ -74,6 +74,9 @@ def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
     (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(of))
     said = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "w5 w6"])
     assert said.exit_code == 0 and "warning: the model ended at once; --chat" in said.stderr
+    assert "w5" in said.stdout
+    said = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "w5 w6", "--chat"])
+    assert said.exit_code == 0 and not said.stdout.strip()
     said = CliRunner().invoke(app, ["generate", str(checkpoint / "out"), "--prompt", "w5 w6"])
     assert said.exit_code == 0 and "warning" not in said.stderr
 

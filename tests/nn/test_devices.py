@@ -108,6 +108,8 @@ def test_max_memory(tmp_path):
     )
     with pytest.raises(InputError, match="device_map='auto' with max_memory"):
         load(tmp_path / "out", max_memory=room)
+    with pytest.raises(InputError, match=r"found it for \[64\]; leave"):
+        load(tmp_path / "out", device_map="auto", max_memory={64: "1GiB", "cpu": "1GiB"})
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "llama4"])

@@ -71,7 +71,7 @@ def test_patterns():
         build("llama"),
         "int8",
         ignore=["model.layers.0.mlp", "re:.*o_proj"],
-        per_module={"*.self_attn.*": "fp8", "nothing": "int8"},
+        overrides={"*.self_attn.*": "fp8", "nothing": "int8"},
     )
     kinds = {n: m.scheme.name for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert len(kinds) == 3 + 6
@@ -80,7 +80,7 @@ def test_patterns():
     assert model.quantization_report.kept["model.layers.0.mlp.up_proj"] == "--ignore model.layers.0.mlp"
     assert model.quantization_report.warnings == ("pattern 'nothing' matches no module",)
     with pytest.raises(InputError, match="fuse"):
-        quantize_model(build("llama"), "int8", per_module={"*.q_proj": "fp8"})
+        quantize_model(build("llama"), "int8", overrides={"*.q_proj": "fp8"})
     with pytest.raises(InputError, match="regular expression"):
         quantize_model(build("llama"), "int8", ignore=["re:("])
 
