@@ -107,9 +107,15 @@ def choose_launch(
         # A scale for each column of the tile, and for 8-bit activations for each row: room beside the sums.
         if _eight_bit(a_dtype) or group_k < 64 or target.name in ("sm90", "sm100"):
             chosen = replace(chosen, block_n=min(chosen.block_n, 64))
-        if not _eight_bit(a_dtype) and target.name == "sm90" and chosen.block_m <= 32:
+        if a_dtype in ("float16", "bfloat16") and target.name == "sm90" and chosen.block_m <= 32:
             long = group_k >= 128
             chosen = replace(chosen, block_k=128 if long else 64, block_n=chosen.block_n if long else 32)
+    crowded = not aligned or (group_k and not group_n)
+    if a_dtype == "float32" and crowded and target.name in ("sm90", "sm100"):
+        # Beside three summands of each activation, addresses and masks or scales of columns find no room.
+        # Twice the warps halve what a thread holds; on sm90 they make more products of it, and shorter steps fewer.
+        more = {"num_warps": 8} if target.name == "sm100" and chosen.block_m == 64 else {"block_k": 32}
+        chosen = replace(chosen, **more)
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
 

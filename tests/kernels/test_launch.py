@@ -83,6 +83,20 @@ def test_sums_that_may_stay_in_the_matrix_unit_have_wider_tiles():
     )
 
 
+@pytest.mark.parametrize(("name", "room"), [("sm90", (32, 4)), ("sm100", (64, 8))])
+def test_float32_activations_have_room_where_more_stands_in_registers(name, room):
+    def chosen(m: int, **change) -> tuple[int, int]:
+        problem = {"m": m, "n": 2112, "k": 7168, "a_dtype": "float32", "w_dtype": "uint8"} | change
+        launch = choose_launch("matmul_weight_only", target=get_target(name), **problem)
+        return launch.block_k, launch.num_warps
+
+    block = {"group_n": 128, "group_k": 128}
+    assert chosen(64) == chosen(64, **block) == (64, 4)
+    assert chosen(17, group_k=128) == (32, 4)  # 256 bytes would spill on sm90
+    assert chosen(64, group_k=128) == chosen(4096, group_k=128) == room  # 40 on sm90, 8 on sm100
+    assert chosen(64, aligned=False) == chosen(64, **block, aligned=False) == room  # 48 and 64 on sm90
+
+
 def test_refusals_say_why():
     def reason(kernel: str, a: str, w: str, target: str, k: int = 2048) -> str:
         return refusal(kernel, k=k, a_dtype=a, w_dtype=w, target=get_target(target)) or ""
