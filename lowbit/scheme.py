@@ -134,6 +134,8 @@ def get_scheme(name: str) -> Scheme:
     One pair differs in case alone: `fp8` is ours, dynamic, and `FP8` the library's name for
     `fp8-static`. Raises InputError (a ValueError) naming the nearest presets.
     """
+    if not isinstance(name, str):
+        raise InputError(f"expected the name of a scheme, found {name!r}; one of {', '.join(SCHEMES)}")
     for preset in _PRESETS:
         if name.strip() == preset.alias:
             return preset

@@ -179,7 +179,11 @@ class Selection:
         keep: Iterable[str] = (),
         overrides: Mapping[str, str] | None = None,
     ) -> Selection:
-        """Of what a function was given. InputError for a single text, which would be taken for its letters."""
+        """Of what a function was given. InputError for a single text, taken for its letters, and its like."""
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise InputError(
+                f"expected patterns with a scheme's name for each ({{pattern: name}}), found {overrides!r}"
+            )
         return cls(
             ignore=_listed("ignore", ignore), keep=_listed("keep", keep), overrides=dict(overrides or {})
         )
@@ -190,8 +194,9 @@ class Selection:
 
 
 def _listed(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    found = () if isinstance(patterns, str) else tuple(patterns)
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in found):
+    listed = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+    found = tuple(patterns) if listed else ()
+    if not listed or not all(isinstance(p, str) for p in found):
         raise InputError(f"expected a list of patterns for {name}, found {patterns!r}")
     return found
 

@@ -278,12 +278,27 @@ class QuantLinear(QuantModule):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        buffer = self.codes_buffer
+        key = prefix + self.names["codes" if "codes" in self.names else "packed"]
+        if key in state_dict and (problem := wrong_codes(key, state_dict[key], buffer)):
+            args[-1].append(problem)
+            return
         # Published checkpoints store scales as BF16 or as a scalar; here they are float32 and have their shape.
         for content in SCALES:
             key = prefix + self.names.get(content, "\0")
             if key in state_dict:
                 state_dict[key] = as_stored_scale(state_dict[key], self.content(content))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def wrong_codes(key: str, value: Tensor, like: Tensor) -> str:
+    """Why a tensor cannot be the codes that `like` holds, or ""; copied there, floats would be cut to integers."""
+    if value.dtype == like.dtype:
+        return ""
+    return (
+        f"{key}: expected codes in {like.dtype}, found {value.dtype}: of another scheme, or a weight that is not "
+        "quantized; load it into the model before quantize_model, or quantize it alike"
+    )
 
 
 def as_stored_scale(scale: Tensor, like: Tensor | None) -> Tensor:

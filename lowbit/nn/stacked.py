@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.nn.linear import SCALES, as_stored_scale
+from lowbit.nn.linear import SCALES, as_stored_scale, wrong_codes
 from lowbit.nn.stored import QuantModule
 
 
@@ -77,11 +77,15 @@ class StackedModule(QuantModule):
     ) -> None:  # fmt: skip
         known = set()
         scales = tuple("_" + self.suffixes[c] for c in SCALES if c in self.suffixes)
+        codes = "_" + self.suffixes["codes" if "codes" in self.suffixes else "packed"]
         for name, buffer, expert, view in list(self.disk_tensors()):
             known.add(name)
             value = state_dict.get(prefix + name)
             if value is None:
                 missing_keys.append(prefix + name)
+                continue
+            if buffer.endswith(codes) and (problem := wrong_codes(prefix + name, value, view)):
+                error_msgs.append(problem)
                 continue
             value = as_stored_scale(value, view) if buffer.endswith(scales) else value
             if value.shape != view.shape:

@@ -150,7 +150,7 @@ def float_activations(model: nn.Module) -> Iterator[None]:
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
     """A scheme that quantizes weights; ValueError for one that does not (`bf16`)."""
-    scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
     if scheme.weights is None:
         raise ValueError(
             f"expected a scheme that quantizes weights, found {scheme.name}; use .to(dtype) for that"

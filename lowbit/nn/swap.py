@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowbit.checkpoint.patterns import Patterns
@@ -73,12 +74,15 @@ def quantize_model(
     quantized, and a call that leaves the weight out goes on from there.
     """
     scheme, target = as_scheme(scheme), as_format(format)
-    _check(scheme, target)
+    _check(model, scheme, target)
     before = _nbytes(model)
     layout = _quantized_before(model, target)
     candidates, unfit = candidates_of(model)
     selection, given = _on_disk(Selection.of(ignore=ignore, overrides=overrides), candidates)
     decisions = _decide(model, candidates, scheme, target, selection)
+    for decision in decisions.values():
+        if decision.scheme is not None:
+            _check_dynamic(decision.scheme)
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
     ignored: list[str] = []
@@ -115,17 +119,26 @@ def quantize_model(
     return model
 
 
-def _check(scheme: Scheme, target: Format) -> None:
-    """InputError for what a model in memory cannot be quantized to."""
-    if scheme.needs_calibration:
+def _check(model: object, scheme: Scheme, target: Format) -> None:
+    """InputError for what is no model, and what a model in memory cannot be quantized to."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise InputError(
-            f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
-            "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
+            f"expected a torch.nn.Module as it was before any script or trace, found {type(model).__name__}; "
+            "`lowbit convert` quantizes checkpoints"
         )
+    _check_dynamic(scheme)
     if target.quant_method == METHOD_OF_DESCRIPTION:
         raise InputError(
             f"expected a format that config.json describes, found {target.name}, which has a file of its own; use "
             f"`lowbit convert --format {target.name}` on the saved model"
+        )
+
+
+def _check_dynamic(scheme: Scheme) -> None:
+    if scheme.needs_calibration:
+        raise InputError(
+            f"expected a scheme with dynamic activations, found {scheme.name}, whose scales are measured on data; "
+            "use `lowbit calibrate` and `lowbit convert --calibration`, then lowbit.load"
         )
 
 

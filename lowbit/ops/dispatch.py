@@ -115,6 +115,8 @@ def _invalid(problem: Problem) -> str | None:
         return "packed int8 weights (pack-quantized) are weight-only, found quantized activations"
     if problem.zero_point and (problem.weight_dtype != "int8" or problem.activations != "tensor"):
         return "a zero point belongs to static int8 activations, one scale per tensor"
+    if problem.zero_point and problem.experts:
+        return "grouped products have no zero points: each expert's product is one of its own"
     if problem.activations in ("group", "group_pow2") and not problem.block[1]:
         return "activations per group need a weight block that says how long a group is"
     if inner_block(problem.block, problem.k) and problem.activations in ("token", "tensor"):
@@ -125,14 +127,21 @@ def _invalid(problem: Problem) -> str | None:
     return None
 
 
+# Times 128 · 128, and 255 · 128 less a zero point, these stay below 2³¹.
+_MAX_K, _MAX_K_ZERO_POINT = 131_071, 65_793
+
+
 @lru_cache(maxsize=4096)
-def choose_cpu(problem: Problem, float64_sums: bool) -> Decision:
+def choose_cpu(problem: Problem, float64_sums: bool) -> Decision | Refusal:
     """The same for the CPU that this runs on."""
     from lowbit.ops.cpu_call import PARTS, instructions, typical_rows
     from lowbit.ops.cpu_isa import float_tile, integer_tile
 
     have, rows = instructions(), typical_rows(problem.m, problem.experts)
     quantizes = problem.activations != "none"
+    summed, most = problem.weight_group or problem.k, _MAX_K_ZERO_POINT if problem.zero_point else _MAX_K
+    if quantizes and problem.weight_dtype == "int8" and summed > most:
+        return Refusal(reason=f"an int32 sum of int8 products may overflow for K = {summed} > {most}")
     if have.name == "portable":
         floats = "float64 × float64" if float64_sums else "float32 × float32"
         both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else floats

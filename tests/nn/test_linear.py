@@ -133,6 +133,17 @@ def test_wrong_shapes_are_refused():
         quant(torch.ones(2, 64, dtype=torch.int8))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_float_weight_is_not_loaded_as_codes(scheme, assign):
+    linear, quant = make(64, 32, scheme)
+    before = quant.codes.clone()
+    name = "weight_packed" if scheme == "int8-weight-only" else "weight"
+    with pytest.raises(RuntimeError, match=rf"{name}: expected codes in .* found torch.float32"):
+        quant.load_state_dict({name: linear.weight.detach()}, strict=False, assign=assign)
+    assert torch.equal(quant.codes.view(torch.uint8), before.view(torch.uint8))
+
+
 def test_scales_of_published_checkpoints():
     """BF16 scales and per-tensor scales of shape [] become float32 of the right shape."""
     _, quant = make(64, 32, "int8")

@@ -103,6 +103,26 @@ def test_refusals():
         model = nn.Sequential(nn.Linear(64, 64))
     with pytest.raises(InputError, match="meta"):
         quantize_model(model, "int8")
+    with pytest.raises(InputError, match=r"expected a torch.nn.Module .* found str"):
+        quantize_model("SmolLM2", "int8")
+    with pytest.raises(InputError, match="name of a scheme, found None"):
+        quantize_model(build("llama"), None)
+    with pytest.raises(InputError, match="expected patterns with a scheme's name"):
+        quantize_model(build("llama"), "int8", per_module=["*.mlp.*"])
+
+
+def test_a_scheme_that_needs_data_is_refused_before_anything_is_quantized():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with pytest.raises(InputError, match="measured on data"):
+        quantize_model(model, "int8", per_module={"1": "int8-static"})
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_that_are_no_floats_stay(dtype):
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0].weight = nn.Parameter(torch.ones(64, 64).to(dtype), requires_grad=False)
+    assert str(dtype) in quantize_model(model, "int8").quantization_report.kept["0"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "mixtral", "deepseek-v3", "bert", "vision-language"])
@@ -271,6 +291,11 @@ def test_experts_gradient_and_state():
     del before["3.up_proj.weight"]
     with pytest.raises(RuntimeError, match=r"Missing key.*3\.up_proj\.weight"):
         fresh.load_state_dict(before)
+    before["2.up_proj.weight"] = before["2.up_proj.weight"].view(torch.int8)
+    with pytest.raises(
+        RuntimeError, match=r"2\.up_proj\.weight: expected codes in torch.float8_e4m3fn, found"
+    ):
+        fresh.load_state_dict(before, strict=False)
 
 
 def test_experts_compile_whole():

@@ -76,6 +76,17 @@ def test_distance_to_the_zero_point_reaches_255(isa):
     assert torch.equal(out, product(a, w, 127))
 
 
+@pytest.mark.parametrize(("k", "zero"), [(140_000, None), (70_000, -128)])
+def test_sums_that_int32_cannot_hold_fall_back(k, zero):
+    x, w = torch.ones(2, k), torch.full((3, k), -127, dtype=torch.int8)
+    how = {"activations": "token"}
+    if zero is not None:
+        point = torch.tensor([zero], dtype=torch.int8)
+        how = {"activations": "tensor", "input_scale": torch.tensor([1 / 255]), "input_zero_point": point}
+    out = ops.linear(x, w, torch.ones(3, 1), block=(1, 0), **how)
+    torch.testing.assert_close(out, torch.full((2, 3), -127.0 * k), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 100, 100), (17, 971, 496), (130, 16, 3884)])
 def test_dynamic_linear_equals_its_definition(isa, m, n, k, dtype):

@@ -75,6 +75,7 @@ def test_every_scheme_has_an_answer_on_every_accelerator():
         ({"k": 200_000}, "int32 sum"),
         ({"weight_dtype": "uint8"}, "packed int8 weights"),
         ({"zero_point": True}, "a zero point belongs to static int8"),
+        ({"zero_point": True, "activations": "tensor", "experts": 4}, "grouped products have no zero points"),
         ({"block": (128, 128)}, "a scale per 128 along K need activations per group"),
         ({"activations": "group"}, "how long a group is"),
         ({"activations": "none", "block": (1, 48)}, "g and c multiples of 32"),
