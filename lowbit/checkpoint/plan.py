@@ -162,7 +162,7 @@ def _format(scheme: Scheme, name: str | None) -> Format | None:
                 f"expected no --format with --scheme {scheme.name}, which writes plain float tensors, found {name!r}"
             )
         return None
-    target = get_format(name or None)
+    target = get_format(name)
     if not target.holds(scheme):
         able = ", ".join(f.name for f in FORMATS.values() if f.holds(scheme))
         advice = target.instead(scheme) or f"expected one of: {able} (or another scheme)"

@@ -62,9 +62,14 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
-    except InputError as error:
-        _say_as_json(str(error))
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        said = str(error)
+        if (
+            isinstance(error, OSError) and error.filename is not None
+        ):  # such as a path that may not be looked at
+            said = f"{error.filename}: {error.strerror}; check the path and permissions"
+        _say_as_json(said)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 2:

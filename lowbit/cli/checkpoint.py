@@ -218,17 +218,18 @@ def what_is_asked(
 
     chip = None if target is None else get_accelerator(target)
     if recipe is not None:
-        if scheme or ignore or keep:
+        if scheme is not None or ignore or keep:
             raise InputError(
                 "expected --recipe alone, found --scheme, --ignore or --keep beside it; put them into the recipe"
             )
         return load_recipe(recipe), format, chip
     try:
-        name = get_scheme(scheme or (chip.scheme if chip else "int8")).name
+        usual = chip.scheme if chip else "int8"
+        name = get_scheme(usual if scheme is None else scheme).name
     except ValueError as error:
         raise InputError(str(error)) from None
-    if chip is not None and scheme is None:
-        format = format or chip.format
+    if chip is not None and scheme is None and format is None:
+        format = chip.format
     return Recipe(scheme=name, ignore=tuple(ignore or ()), keep=tuple(keep or ())), format, chip
 
 

@@ -174,7 +174,7 @@ def _check_before_calibrating(src: Path, wanted: Recipe, format: str | None) -> 
         api.plan(
             src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides
         )  # fmt: skip
-    scheme, target = get_scheme(wanted.scheme), get_format(format or None)
+    scheme, target = get_scheme(wanted.scheme), get_format(format)
     if scheme.weights is not None and (why := target.refuse(scheme, (1024, 1024), "")):
         raise InputError(
             f"expected a format that holds {scheme.name} as a calibration makes it, found {target.name}: {why}; "

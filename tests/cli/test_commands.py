@@ -131,6 +131,10 @@ BAD = {
     "no source": ["convert", "{none}", "{out}"],
     "unknown scheme": ["convert", "{src}", "{out}", "--scheme", "int5"],
     "unknown format": ["convert", "{src}", "{out}", "--format", "gguf"],
+    "empty scheme": ["convert", "{src}", "{out}", "--scheme", ""],  # a variable that is not set
+    "empty format": ["convert", "{src}", "{out}", "--format", ""],
+    "out too long": ["convert", "{src}", "{out}" + 300 * "x"],
+    "source too long": ["plan", "{none}" + 300 * "x"],
     "format cannot hold it": ["convert", "{src}", "{out}", "--format", "fp8"],
     "inside the source": ["convert", "{src}", "{src}/out"],
     "no size": ["convert", "{src}", "{out}", "--max-shard-size", "many"],
