@@ -81,7 +81,7 @@ def sensitivities(
 
     Workers share the windows (see `distributed`), and all return the same.
     """
-    schemes = [get_scheme(c) for c in candidates]
+    schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
@@ -170,12 +170,15 @@ def _layer_gradient(
     names: Sequence[str],
 ) -> tuple[Tensor, dict[str, list[tuple[Tensor, Tensor, Tensor]]]]:
     """(gradient at the layer's input, name → [(input, output without bias, gradient at the output)])."""
-    kept: list[tuple[str, Tensor, Tensor]] = []
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, out: Tensor) -> None:
-            out.retain_grad()
-            kept.append((name, args[0].detach(), out))
+            if not out.requires_grad:
+                return  # what only selects tokens (DeepSeek-V3.2's indexer) costs nothing that a gradient tells
+            # As they are now: a layer may add to an output in place (Llama 4 to its shared expert's).
+            plain = out.detach() - module.bias if isinstance(module.bias, Tensor) else out.detach().clone()
+            out.register_hook(lambda gradient: seen[name].append((args[0].detach(), plain, gradient)))
 
         return hook
 
@@ -187,12 +190,6 @@ def _layer_gradient(
     finally:
         for handle in handles:
             handle.remove()
-    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
-    for name, x, y in kept:
-        if y.grad is not None:
-            bias = layer.get_submodule(name).bias
-            plain = y.detach() if not isinstance(bias, Tensor) else y.detach() - bias
-            seen[name].append((x, plain, y.grad))
     assert h.grad is not None
     return h.grad, seen
 

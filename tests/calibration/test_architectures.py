@@ -25,6 +25,7 @@ from lowbit.calibration.proof import proven
 from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.run import RunOptions
+from lowbit.calibration.search import sensitivities
 from lowbit.calibration.source import Source
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
@@ -273,6 +274,19 @@ def test_search_refuses_layers_that_share(sources, ids):
     with pytest.raises(InputError, match="keys and values of others"):
         lowbit.search(sources("gemma4"), list(ids), device="cpu")
     assert lowbit.search(sources("gemma4-moe"), list(ids), budget=12.0, device="cpu").overrides
+
+
+def test_search_counts_what_a_module_itself_puts_out(sources, ids):
+    """Llama 4 adds the experts' outputs to its shared expert's in place."""
+    units = sensitivities(sources("llama4"), list(ids), ["int8"])
+    cost = {u.modules[0].rpartition("layers.1.feed_forward.")[2]: u.cost["int8"] for u in units}
+    assert cost["shared_expert.down_proj"] < 3 * cost["shared_expert.gate_proj"]
+
+
+def test_search_runs_where_some_modules_only_select(sources, ids):
+    """No gradient passes DeepSeek-V3.2's indexer."""
+    units = sensitivities(sources("deepseek_v32"), list(ids), ["int8"])
+    assert {u.cost["int8"] > 0 for u in units if "indexer" not in u.modules[0]} == {True}
 
 
 @pytest.mark.parametrize("static", ["mlp", "self_attn"])

@@ -38,6 +38,14 @@ def test_sensitivities_of_experts(checkpoints, windows):
     assert all(u.cost["int8"] > 0 for u in units)
 
 
+def test_a_candidate_given_twice_counts_once(checkpoints, windows):
+    once, twice = (
+        sensitivities(checkpoints["llama"], windows[:2], of)
+        for of in (["int8", "fp8"], ["int8", "W8A8", "fp8"])
+    )
+    assert once == twice
+
+
 def test_the_curve_is_optimal_at_its_points():
     g = torch.Generator().manual_seed(0)
     units = []
