@@ -154,8 +154,8 @@ def test_the_config_names_what_stays(tmp_path):
 
 
 def test_a_tower_is_named_as_a_whole():
-    """SGLang has other names for what is in GLM-4.1V's, and compares each part of a name."""
-    text, tower = "model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.attn.qkv"
+    """SGLang has other names for what is in GLM-4.1V's, and compares each part of a name; vLLM has joined ones."""
+    text, tower = "model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.mlp.up_proj"
     layout = Layout(modules={text: get_scheme("fp8-block")}, ignored=("lm_head", tower))
     named = FORMAT.config(layout)["modules_to_not_convert"]
-    assert named == ["lm_head", tower, tower + "_proj", "visual"]
+    assert named == ["lm_head", tower, "model.visual.blocks.0.mlp.gate_up_proj", "visual"]
