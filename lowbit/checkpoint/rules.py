@@ -50,7 +50,7 @@ KEEP_RULES = (
             # Molmo, Ovis, Phi-3 and 4, Gemma 3n and 4, MiniCPM-V, DeepSeek-VL2 and -OCR, Keye, BLIP-2, ERNIE
             "vision_backbone", "visual_tokenizer", "vision_embed_tokens", "image_embed",
             "embed_vision", "vpm", "resampler", "projector", "sam_model", "mlp_AR", "language_projection",
-            "resampler_model",
+            "resampler_model", "qformer",
         ),
         "vision tower",
     ),
@@ -92,8 +92,7 @@ KEEP_RULES = (
         "multi-token prediction joins two streams here; engines keep it in float",
     ),
     Rule("projection", _last("weights_proj"), "weights of the sparse-attention indexer"),
-    # They copy what is in INT8 without its scales.
-    Rule("projection", _last(r"indexer\.wk"), "engines join it with the indexer's weights_proj, in float"),
+    Rule("projection", _last(r"indexer\.wk"), "engines join it with weights_proj, and take INT8 codes for weights"),
     Rule(
         "projection",
         _last(r"compressor\.(indexer\.)?(wkv|wgate|kv_proj|gate_proj)"),
@@ -116,8 +115,17 @@ KEEP_RULES = (
 )  # fmt: skip
 
 # Their `encoder` hears; of other models it reads text, and is quantized.
-_SPEECH_MODELS = {"granite_speech", "granite_speech_plus"}
-_SPEECH_ENCODER = re.compile(r"^(model\.)?encoder\.")
+_HEARS = Rule("audio", re.compile(r"^(model\.)?encoder\."), "audio tower")
+KEEP_RULES_OF = {
+    "granite_speech": _HEARS,
+    "granite_speech_plus": _HEARS,
+    "jamba": Rule(
+        "projection",
+        _last(r"mamba\.(in|x|dt|out)_proj"),
+        "vLLM builds Jamba's Mamba layers without quantization",
+    ),
+}
+"""model_type → the rule that goes before `KEEP_RULES`."""
 
 CASTS = "the model's own code casts activations to the dtype of this weight"
 _MULTIPLIES = "the model's own code multiplies by this weight, past its module"
@@ -216,11 +224,10 @@ class Decision:
 
 def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
     """(role, reason to keep it or "") of the module that owns a weight of that shape."""
-    if config.get("model_type") in _SPEECH_MODELS and _SPEECH_ENCODER.match(module):
-        return "audio", "audio tower"
     if reason := read_by_code(module, config):
         return "projection", reason
-    for rule in KEEP_RULES:
+    own = KEEP_RULES_OF.get(config.get("model_type", ""))
+    for rule in (*([own] if own else ()), *KEEP_RULES):
         if rule.pattern.match(module):
             return rule.role, rule.reason
     if reason := why_fused(module, shape):

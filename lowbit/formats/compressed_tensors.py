@@ -7,8 +7,9 @@ minimum is written: newer keys break older engines.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lowbit.dtypes import E4M3FN, INT4, INT8
@@ -26,7 +27,8 @@ from lowbit.formats.format import (
     quantization_of,
 )
 from lowbit.formats.hf_fp8 import block_problem
-from lowbit.formats.joined import with_joined
+from lowbit.formats.joined import first_experts, with_joined
+from lowbit.formats.name_patterns import name_patterns, towers, wherever
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
@@ -76,6 +78,9 @@ class CompressedTensors(ConfigOnly):
         return tuple(found)
 
     def config(self, layout: Layout) -> dict[str, Any]:
+        named = partial(with_joined, config=layout.config)
+        ignored, quantized = named(layout.ignored), named(layout.modules)
+        renamed = bool(towers(ignored, quantized))
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in layout.modules.items():
             groups.setdefault(scheme, []).append(module)
@@ -88,7 +93,7 @@ class CompressedTensors(ConfigOnly):
                 targets = ["Linear"]
             else:
                 outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
-                targets = name_patterns(with_joined(groups[scheme]), with_joined(outside))
+                targets = name_patterns(named(groups[scheme]), named(outside), renamed=renamed)
             body[f"group_{i}"] = {
                 "targets": targets,
                 "format": format_of(scheme),
@@ -102,7 +107,7 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": with_joined(layout.ignored),
+            "ignore": [*ignored, *first_experts(layout.ignored), *wherever(ignored, quantized)],
             "config_groups": body,
         }
 
@@ -280,39 +285,3 @@ def _group_for(module: str, groups: list[tuple[list[str], Scheme]]) -> Scheme:
         if any(t[:1].isupper() for t in targets):
             return scheme
     raise InputError(f"{module}: expected a config group that targets it, found none in quantization_config")
-
-
-def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
-    """Names → a short list of names and `re:` patterns that matches them and none of `outside`.
-
-    Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
-    every target for every module, so 46,000 names would take minutes to load. What comes before the
-    layers is left open: engines have `language_model.model.layers` for `model.language_model.layers`, and translate
-    names, but not patterns; SGLang has `layers` for Mixtral's `model.layers`.
-    """
-    left, others = list(members), list(outside)
-    targets: list[str] = []
-    for any_layer in (True, False):
-        by_pattern: dict[tuple[str, ...], list[str]] = {}
-        for name in left:
-            by_pattern.setdefault(_generalized(name, any_layer), []).append(name)
-        left = []
-        for patterns, matched in by_pattern.items():
-            fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
-            if len(matched) > 1 and fitting:
-                targets.append("re:" + fitting[0])
-            else:
-                left.extend(matched)
-    return list(dict.fromkeys(targets + left))
-
-
-def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
-    """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
-    number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
-    pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
-    layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
-    if layers is None:
-        return (pattern,)
-    before, after = pattern[: layers.start()], pattern[layers.start() :]
-    wrapped = (rf".*language_model\.(.*\.)?{after}",) if "language_model" in before else ()
-    return (rf".*\b{after}", *wrapped, pattern)

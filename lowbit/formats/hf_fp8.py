@@ -23,7 +23,8 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
-from lowbit.formats.joined import as_asked
+from lowbit.formats.joined import with_joined
+from lowbit.formats.name_patterns import towers
 from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
@@ -54,12 +55,13 @@ class HfFp8(ConfigOnly):
         return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
+        ignored = with_joined(layout.ignored, layout.config)
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": as_asked(layout.ignored),
+            "modules_to_not_convert": [*ignored, *towers(ignored, layout.modules)],
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

@@ -8,7 +8,8 @@ experts that are called w1, w2 and w3, it takes what the class names say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 # Latent attention's by vLLM, then by SGLang.
 _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
@@ -21,32 +22,85 @@ _JOINED = {
 }  # fmt: skip
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 """The start of a name of one expert's; the group is the module of all."""
+# From the layers on, since engines have other names before them.
+_EXPERTS = re.compile(r"(?:.*\.(?=layers\.))?(.*\bexperts)$")
 # Engines ask for experts by the names of their members, and SGLang always by these.
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 # Gemma 4 has experts beside its MLP; engines put them below a module of their own.
 _BESIDE = re.compile(r"(layers\.\d+)\.(experts\.\d+\.)")
 
 
-# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4, Falcon-H1, Jamba and Zamba 2; and
-# in MiniMax-M2.
-_ASKED = {".mamba.": ".mixer.", ".block_sparse_moe.": ".mlp."}
+# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in MiniMax-M2; in the
+# towers of GLM-4.1V and 4.5V (SGLang in all towers).
+_ASKED = (
+    (re.compile(r"\.mamba\."), ".mixer."),
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"\.attn\.qkv$"), ".attn.qkv_proj"),
+)
+_LAYER = re.compile(r"(model\.)layers\.(\d+)\.(.+)")
 
 
-def as_asked(modules: Iterable[str]) -> list[str]:
-    """Module names, each followed by the other one by which vLLM asks for its scheme, where there is one."""
+# These two have one number for each attention and each Mamba layer: those of the Mambas follow on the others.
+def _in_falcon_h1(found: re.Match[str], config: Mapping[str, Any]) -> str:
+    before, layer, rest = found.groups()
+    if not rest.startswith("mamba."):
+        return found[0].replace(".self_attn.", ".")
+    number = config.get("num_hidden_layers", 0) + int(layer)
+    return f"{before}{number}." + rest.replace("mamba.", "mixer.")
+
+
+def _in_zamba2(found: re.Match[str], config: Mapping[str, Any]) -> str:
+    before, layer, rest = found.groups()
+    if rest.startswith("shared_transformer."):
+        rest = rest.removeprefix("shared_transformer.").removeprefix("self_attn.")
+        return before + re.sub(r"(_adapter_list\.\d+)\.([01])$", lambda m: f"{m[1]}.{'AB'[int(m[2])]}", rest)
+    number = len(config.get("hybrid_layer_ids", ())) + int(layer)
+    return f"{number}." + rest.removeprefix("mamba_decoder.").replace("mamba.", "mixer.")
+
+
+def _in_phimoe(found: re.Match[str], config: Mapping[str, Any]) -> str:
+    # As transformers 5 saves it, by its classes' names; vLLM has the published one's own.
+    return found[0].replace(".block_sparse_moe.gate", ".mlp.router").replace(".block_sparse_moe.", ".mlp.")
+
+
+_ASKED_OF: dict[str, Callable[[re.Match[str], Mapping[str, Any]], str]] = {
+    "falcon_h1": _in_falcon_h1,
+    "zamba2": _in_zamba2,
+    "phimoe": _in_phimoe,
+}
+
+
+def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """Module names, each followed by the other one by which vLLM asks for its scheme, where there is one.
+
+    `config`: the model's config.json.
+    """
     found: dict[str, None] = {}
+    own = _ASKED_OF.get(config.get("model_type", ""))
     for module in modules:
         other = module
-        for ours, theirs in _ASKED.items():
-            other = other.replace(ours, theirs)
+        if own is None:
+            for ours, theirs in _ASKED:
+                other = ours.sub(theirs, other)
+        elif match := _LAYER.fullmatch(module):
+            other = own(match, config)
         found |= {module: None, other: None}
     return list(found)
 
 
-def with_joined(modules: Iterable[str]) -> list[str]:
+def first_experts(modules: Iterable[str]) -> list[str]:
+    """A pattern for each module of experts that are one tensor on disk: engines ask for the projections of the first.
+
+    vLLM translates names as it does those of the tensors, and so makes something else of gpt-oss's; not so patterns.
+    """
+    found = (_EXPERTS.match(module) for module in modules)
+    return [rf"re:.*\b{re.escape(match[1])}\.0\.(gate|up|down)_proj$" for match in found if match]
+
+
+def with_joined(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Module names, then those that engines have for them or for the modules they join them into, each once; all
     `as_asked`."""
-    names = dict.fromkeys(as_asked(modules))
+    names = dict.fromkeys(as_asked(modules, config))
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if EXPERT.match(module) else _JOINED

@@ -69,7 +69,7 @@ class SglangInt8(ConfigOnly):
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
             # The engine asks for the names of the modules that it builds, and compares them as a whole.
-            "ignored_layers": with_joined(layout.ignored),
+            "ignored_layers": with_joined(layout.ignored, layout.config),
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

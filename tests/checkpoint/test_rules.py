@@ -75,6 +75,8 @@ KEPT = {
     "model.video_tower.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Video-LLaVA
     "model.vision_projection.patch_merger.merging_layer": ("vision", BIG),  # LightOnOCR
     "model.vision_embed_tokens": ("vision", BIG),  # Fuyu
+    "model.layers.0.self_attn.indexer.wk": ("projection", BIG),  # DeepSeek-V3.2, GLM-5
+    "qformer.encoder.layer.0.attention.attention.key": ("vision", BIG),  # BLIP-2
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),
@@ -129,6 +131,13 @@ def test_an_encoder_that_hears_stays():
     name = "encoder.layers.0.ff1.up_proj"
     assert role_of(name, BIG, {"model_type": "granite_speech"}) == ("audio", "audio tower")
     assert role_of(name, BIG, {"model_type": "bart"}) == ("linear", "")
+
+
+def test_mamba_layers_that_vllm_does_not_quantize_stay():
+    for part in ("in", "x", "dt", "out"):
+        assert role_of(f"model.layers.0.mamba.{part}_proj", BIG, {"model_type": "jamba"})[0] == "projection"
+        assert role_of(f"model.layers.0.mamba.{part}_proj", BIG, {"model_type": "bamba"}) == ("linear", "")
+    assert role_of("model.layers.0.feed_forward.up_proj", BIG, {"model_type": "jamba"}) == ("linear", "")
 
 
 def test_what_a_models_own_code_reads_stays():
@@ -221,6 +230,7 @@ def test_fused_members_follow_one_that_stays(members):
 def test_modules_of_different_parents_are_not_fused():
     assert fused_key("a.q_proj") != fused_key("b.k_proj")
     assert fused_key("a.o_proj") is None and fused_key("a.down_proj") is None
+    # Qwen3-Next: in_proj_ba has few rows, no blocks, and is in float in the model's own FP8.
     assert fused_key("a.in_proj_qkvz") is None and fused_key("a.in_proj_ba") is None
     assert fused_key("m.shared_experts.gate_proj") != fused_key("m.experts.0.gate_proj")
 

@@ -25,9 +25,9 @@ from torch import nn
 import lowbit
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, get_format, quantization_of, read
-from lowbit.formats.compressed_tensors import name_patterns
 from lowbit.formats.format import Layout
 from lowbit.formats.joined import with_joined
+from lowbit.formats.name_patterns import name_patterns, towers, wherever
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES, get_scheme
 
@@ -385,9 +385,41 @@ def test_patterns_of_wrapped_models_leave_a_tower_with_the_same_layers_alone():
     assert not any(re.match(target[3:], t) for t in tower)
 
 
+def test_what_stays_in_a_wrapped_model_is_ignored_by_other_names_too():
+    """SGLang has visual for model.visual, its layers below model alone, and out_proj of towers as proj."""
+    text = [f"model.language_model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("gate", "up", "down")]
+    tower = [
+        "model.visual.blocks.0.attn.qkv", "model.visual.merger.proj", "vision_tower.layers.0.mlp.down_proj",
+    ]  # fmt: skip
+    assert towers(["lm_head", text[-1], *tower], text[:-1]) == ["visual", "vision_tower"]
+    assert towers(["model.encoder.layers.0.fc1"], ["model.decoder.layers.0.encoder.fc1"]) == []
+    patterns = wherever(["lm_head", text[-1], *tower], text[:-1])
+    assert len(patterns) == 3
+
+    def ignored(name: str) -> bool:
+        return any(re.match(p[3:], name) for p in patterns)
+
+    assert all(
+        map(ignored, ("visual.blocks.0.attn.qkv_proj", "model.vision_tower.layers.1.attn.proj", *tower))
+    )
+    assert ignored("language_model.model.layers.1.mlp.down_proj")
+    assert not any(
+        map(ignored, (*text[:-1], "language_model.model.layers.0.mlp.down_proj", "visually.x", "lm_head"))
+    )
+    # Such a model's groups have patterns for single modules too: SGLang loaded INT8 codes as another group's FP8.
+    layout = Layout(
+        modules={"model.layers.0.up_proj": get_scheme("int8"), "model.layers.0.o_proj": get_scheme("fp8")},
+        ignored=("visual.merger.proj",),
+    )
+    groups = FORMAT.config(layout)["config_groups"]
+    assert groups["group_1"]["targets"] == [r"re:.*\blayers\.\d+\.o_proj$"]
+    # Names of models with nothing around them are engines' own.
+    assert wherever(["lm_head", "model.layers.0.mlp.down_proj"], ["model.layers.1.mlp.down_proj"]) == []
+
+
 @pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
 def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, part, asked):
-    """Granite 4, Falcon-H1, Jamba and Zamba 2; MiniMax-M2: in a group's targets, and in what is ignored."""
+    """Granite 4 and Bamba; MiniMax-M2: in a group's targets, and in what is ignored."""
     parts = [f"model.layers.{i}.{part}.{p}_proj" for i in range(3) for p in ("in", "out")]
     names = parts + [f"model.layers.{i}.ffn.{p}_proj" for i in range(3) for p in ("up", "down")]
     tensors = {f"{n}.weight": torch.randn(128, 128) for n in names}
@@ -405,6 +437,47 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
     for name in names:
         for called in (name, name.replace(part, asked)):
             assert any(re.match(t[3:], called) for t in targets) == name.endswith("in_proj")
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "asked"),
+    [
+        ({"model_type": "falcon_h1", "num_hidden_layers": 8}, "layers.3.mamba.in_proj", "model.11.mixer.in_proj"),
+        ({"model_type": "falcon_h1"}, "layers.3.self_attn.q_proj", "model.layers.3.qkv_proj"),
+        ({"model_type": "zamba2", "hybrid_layer_ids": [1, 3]}, "layers.2.mamba.in_proj", "4.mixer.in_proj"),
+        ({"model_type": "zamba2", "hybrid_layer_ids": [1, 3]}, "layers.3.linear", "5.linear"),
+        (
+            {"model_type": "zamba2", "hybrid_layer_ids": [1, 3]},
+            "layers.3.mamba_decoder.mamba.out_proj",
+            "5.mixer.out_proj",
+        ),
+        ({"model_type": "zamba2"}, "layers.3.shared_transformer.self_attn.q_proj", "model.qkv_proj"),
+        ({"model_type": "zamba2"}, "layers.3.shared_transformer.feed_forward.up_proj", "model.feed_forward.up_proj"),
+        ({"model_type": "phimoe"}, "layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
+        ({"model_type": "glm4v"}, "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv_proj"),
+    ],
+)  # fmt: skip
+def test_modules_that_vllm_names_otherwise(config, module, asked):
+    """Falcon-H1's in_proj in blocks has a scale per channel, which vLLM 0.32 took for one of blocks; it took GLM-4.1V's
+    tower and PhiMoE's routers in BF16 for codes."""
+    assert with_joined([f"model.{module}"], config)[0] == f"model.{module}"
+    assert asked in with_joined([f"model.{module}"], config)
+
+
+def test_experts_in_one_tensor_are_ignored_as_engines_ask_for_them(tmp_path):
+    """gpt-oss: vLLM and SGLang ask for those of the first expert, and took BF16 weights for codes without a scale."""
+    tensors = {
+        "model.layers.1.self_attn.o_proj.weight": torch.randn(128, 128),
+        "model.layers.1.mlp.experts.gate_up_proj": torch.randn(2, 128, 128),
+        "model.layers.1.mlp.experts.down_proj": torch.randn(2, 128, 64),
+    }
+    source = write(tmp_path / "src", tensors, {"model_type": "gpt_oss"})
+    name, pattern = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+    assert name == "model.layers.1.mlp.experts"
+    for before in ("model.", "language_model.model.", ""):
+        for part in ("gate", "up", "down"):
+            assert re.match(pattern[3:], f"{before}layers.1.mlp.experts.0.{part}_proj")
+        assert not re.match(pattern[3:], f"{before}layers.11.mlp.experts.0.up_proj")
 
 
 NAMES = st.lists(
@@ -449,13 +522,13 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     assert found("model.layers.0.mlp.gate_up_proj") == found("model.layers.0.mlp.gate_proj") == "float"
     assert found("model.layers.1.mlp.gate_up_proj") == "int"
     # vLLM and SGLang call latent attention's differently.
-    assert with_joined(["a.q_a_proj", "a.kv_a_proj_with_mqa"])[2:] == [
+    assert with_joined(["a.q_a_proj", "a.kv_a_proj_with_mqa"], {})[2:] == [
         "a.fused_qkv_a_proj", "a.fused_qkv_a_proj_with_mqa",
     ]  # fmt: skip
     # Experts are asked for by the names of their members.
-    assert with_joined(["mlp.experts.0.up_proj"]) == ["mlp.experts.0.up_proj"]
-    assert with_joined(["layers.0.experts.3.up_proj"])[1:] == ["layers.0.moe.experts.3.up_proj"]
-    assert with_joined(["mlp.experts.3.w1"]) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
+    assert with_joined(["mlp.experts.0.up_proj"], {}) == ["mlp.experts.0.up_proj"]
+    assert with_joined(["layers.0.experts.3.up_proj"], {})[1:] == ["layers.0.moe.experts.3.up_proj"]
+    assert with_joined(["mlp.experts.3.w1"], {}) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
 
 
 JOINED_MEMBERS = (

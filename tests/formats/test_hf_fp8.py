@@ -11,6 +11,7 @@ from sample_models import block_fp8, deepseek_v3, llama, load, same_bits, write
 import lowbit
 from lowbit.errors import InputError
 from lowbit.formats import get_format
+from lowbit.formats.format import Layout
 from lowbit.granularity import PerTensor
 from lowbit.scheme import SCHEMES, get_scheme
 
@@ -150,3 +151,11 @@ def test_the_config_names_what_stays(tmp_path):
     assert not any("_a_proj" in m for m in left)
     written = load(tmp_path / "out")
     assert not any(m + ".weight_scale_inv" in written for m in left)
+
+
+def test_a_tower_is_named_as_a_whole():
+    """SGLang has other names for what is in GLM-4.1V's, and compares each part of a name; vLLM has joined ones."""
+    text, tower = "model.language_model.layers.0.mlp.up_proj", "model.visual.blocks.0.mlp.up_proj"
+    layout = Layout(modules={text: get_scheme("fp8-block")}, ignored=("lm_head", tower))
+    named = FORMAT.config(layout)["modules_to_not_convert"]
+    assert named == ["lm_head", tower, "model.visual.blocks.0.mlp.gate_up_proj", "visual"]

@@ -1,0 +1,72 @@
+"""Patterns by which a config names modules: few, and true also where an engine calls what is around them otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+_LAYERS = re.compile(r"(.*\.)?layers\.\d")
+
+
+def name_patterns(members: Iterable[str], outside: Iterable[str], *, renamed: bool = False) -> list[str]:
+    """Names → a short list of names and `re:` patterns that matches them and none of `outside`.
+
+    `renamed`: a pattern for a single name too, since engines call what is in this model otherwise.
+
+    Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
+    every target for every module, so 46,000 names would take minutes to load. What comes before the
+    layers is left open: engines have `language_model.model.layers` for `model.language_model.layers`, and translate
+    names, but not patterns; SGLang has `layers` for Mixtral's `model.layers`.
+    """
+    left, others = list(members), list(outside)
+    targets: list[str] = []
+    for any_layer in (True, False):
+        by_pattern: dict[tuple[str, ...], list[str]] = {}
+        for name in left:
+            by_pattern.setdefault(_generalized(name, any_layer), []).append(name)
+        left = []
+        for patterns, matched in by_pattern.items():
+            fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
+            if fitting and (renamed or len(matched) > 1):
+                targets.append("re:" + fitting[0])
+            else:
+                left.extend(matched)
+    return list(dict.fromkeys(targets + left))
+
+
+def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
+    """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
+    number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
+    pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
+    layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
+    if layers is None:
+        return (pattern,)
+    before, after = pattern[: layers.start()], pattern[layers.start() :]
+    wrapped = (rf".*language_model\.(.*\.)?{after}",) if "language_model" in before else ()
+    return (rf".*\b{after}", *wrapped, pattern)
+
+
+def towers(ignored: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Parts of names that only modules in float have, the outermost: `visual` of `model.visual.blocks.0.attn.qkv`."""
+    parts = {part for name in quantized for part in name.split(".")}
+    found: dict[str, None] = {}
+    for name in ignored:
+        # Not a module's own name, and nothing in a numbered layer: names tell those apart.
+        above = itertools.takewhile(lambda part: not part.isdigit(), name.split(".")[:-1])
+        if tower := next((part for part in above if part not in parts), ""):
+            found[tower] = None
+    return list(found)
+
+
+def wherever(ignored: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Patterns for modules in float whose names engines change before they compare them with those that are ignored.
+
+    All of a tower, since engines join and rename what is in it, and SGLang has `visual` for `model.visual`. And layers
+    of a model with towers: SGLang translates names that it then asks for as they were.
+    """
+    names, outside = list(ignored), list(quantized)
+    whole = [rf"(.*\.)?{re.escape(tower)}\..*" for tower in towers(names, outside)]
+    layers = [n for n in names if whole and _LAYERS.match(n) and not any(re.match(t, n) for t in whole)]
+    patterns = name_patterns(layers, outside, renamed=True)
+    return [*(f"re:{t}" for t in whole), *(p for p in patterns if p.startswith("re:"))]
