@@ -8,7 +8,6 @@ an integer format has no NaN, so NaN becomes code 0 there (`quantize` refuses it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # planning and streaming conversion import this module and never need torch
@@ -108,14 +107,6 @@ def decode(codes: Tensor) -> Tensor:
     return codes.to(torch.float32)
 
 
-@cache
-def decode_table(dtype: DType) -> Tensor:
-    """float32 [256]: the value of every byte of an 8-bit format. Not to be written to."""
-    import torch
-
-    return torch.arange(256, dtype=torch.uint8).view(dtype.torch_dtype).to(torch.float32)
-
-
 def encode_e8m0(x: Tensor, rounding: Literal["floor", "ceil", "nearest"]) -> Tensor:
     """Positive float32 → the biased exponent of a power of two, uint8, same shape.
 
@@ -149,22 +140,3 @@ def decode_e8m0(codes: Tensor) -> Tensor:
     import torch
 
     return codes.view(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
-
-
-def e4m3fn_to_fnuz(codes: Tensor) -> Tensor:
-    """Reinterpret float8_e4m3fn as float8_e4m3fnuz of half the value (double the scale): exact.
-
-    The fnuz exponent bias is one higher, so the same bits mean half. 0x80 is −0 in e4m3fn
-    and NaN in fnuz: it becomes 0x00. Raises ValueError for NaN codes (0x7F, 0xFF), which
-    would turn into numbers.
-    """
-    import torch
-
-    raw = codes.view(torch.uint8)
-    nan = (raw & 0x7F) == 0x7F
-    if bool(nan.any()):
-        raise ValueError(
-            f"expected finite e4m3fn codes, found {int(nan.sum())} NaN (0x7F or 0xFF); "
-            "such a weight cannot be represented in e4m3fnuz bit for bit: repair the source"
-        )
-    return torch.where(raw == 0x80, torch.zeros_like(raw), raw).view(torch.float8_e4m3fnuz)

@@ -46,16 +46,6 @@ class Accelerator:
         known = {"int8": self.int8, "e4m3fn": self.fp8}.get(weight_dtype)
         return known if known is not None else self.bf16
 
-    def compute_bound_from(self, weight_dtype: str) -> int | None:
-        """The M from which a product with 8-bit weights is bound by arithmetic, not by memory.
-
-        2·M·N·K operations against N·K bytes: M = peak / (2 · bandwidth).
-        """
-        peak = self.peak(weight_dtype)
-        if peak is None or not self.bandwidth:
-            return None
-        return round(peak * 1000 / (2 * self.bandwidth))
-
 
 def _card(name: str, title: str, arch: str, memory: int, bandwidth: int, bf16: int, int8: int | None,
           fp8: int | None, scheme: str, format: str = "compressed-tensors") -> Accelerator:  # fmt: skip

@@ -13,8 +13,6 @@ TensorRT's, Migacz 2017).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ from lowbit.errors import InputError
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
 
-RangeMethod = Literal["absmax", "moving-average", "percentile", "mse", "entropy"]
 RANGE_METHODS: tuple[str, ...] = ("absmax", "moving-average", "percentile", "mse", "entropy")
 
 

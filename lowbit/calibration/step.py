@@ -135,6 +135,7 @@ class LayerStep:
 
     @classmethod
     def load(cls, run: Run, index: int) -> LayerStep:
+        """The layer as the checkpoint has it, on this worker's device, with its graph proven where one is needed."""
         model, prefix = run.model, run.model.layer_name(index)
         layer = model.load(index)
         inside = prefix + "."

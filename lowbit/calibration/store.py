@@ -91,10 +91,6 @@ class Calibration:
     def has(self, name: str) -> bool:
         return name in self.tensors
 
-    def scheme_of(self, module: str) -> str | None:
-        """Scheme name of a module; None when it is to stay in float."""
-        return self.module_schemes.get(module, self.scheme)
-
     def modules(self) -> list[str]:
         """Quantized modules: those with codes or an activation or weight scale, sorted."""
         found = set()

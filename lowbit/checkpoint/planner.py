@@ -85,6 +85,7 @@ class Planner:
         return self.source.tensors[self._anchor(module)].shape
 
     def add_module(self, module: str, decision: Decision) -> None:
+        """Add the jobs that write what a module becomes; its tensors are not carried with the rest any more."""
         stored = self.stored.get(module)
         if stored is not None:
             self._taken.update(stored.names.values())
@@ -253,6 +254,7 @@ class Planner:
         return constant_job(content, out, zeros(out.nbytes))
 
     def require_input_scales(self) -> None:
+        """NotCalibratedError where static activations have no scale in the source or the calibration."""
         if self._uncalibrated:
             first = self._uncalibrated[0]
             there = self.stored[first].scheme if first in self.stored else None

@@ -30,7 +30,10 @@ from lowbit.cli.checkpoint import (
 )
 
 if TYPE_CHECKING:
+    from lowbit.api import Conversion
+    from lowbit.checkpoint.parts import Part
     from lowbit.recipe import Recipe
+    from lowbit.targets import Accelerator
 
 
 def convert(
@@ -78,27 +81,15 @@ def convert(
     from lowbit import api
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import bytes_bar, print_json, say_bytes, warn
+    from lowbit.cli.output import bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
 
     share = Part() if part is None else Part.parse(part)
     wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
     if method or (wanted.method and calibration is None):
-        if not share.whole:
-            raise InputError(
-                "expected --part without --method: every machine would calibrate; run `lowbit calibrate` once, "
-                "then give --calibration to all"
-            )
-        if calibration is not None:
-            raise InputError(
-                "expected --calibration or --method, found both; a calibration has its method already"
-            )
-        if dry_run:
-            raise InputError(
-                "expected --dry-run without --method: calibrating is the work; plan with --calibration afterwards"
-            )
         from lowbit.calibration.distributed import rank
 
+        _check_options(share, calibration, dry_run)
         _check_before_calibrating(src, wanted, format)
         calibration = _calibrate(
             src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json
@@ -123,10 +114,17 @@ def convert(
         else:
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
-    shards = share.shards(decided.shards)
-    total = sum(job.source_bytes for _, job in decided.jobs_in(shards))
+    total = sum(job.source_bytes for _, job in decided.jobs_in(share.shards(decided.shards)))
     with bytes_bar("converting", total, quiet=json) as progress:
         done = api.run_plan(decided, out, workers=workers, part=share, overwrite=overwrite, progress=progress)
+    _say(done, chip, json=json)
+
+
+def _say(done: Conversion, chip: Accelerator | None, *, json: bool) -> None:
+    """What was written, by this part and by all."""
+    from lowbit.cli.output import print_json, say_bytes, warn
+
+    decided, share = done.plan, done.part
     if done.not_finite:
         warn(not_finite_warning(done.not_finite))
     if json:
@@ -144,14 +142,15 @@ def convert(
         print(f"resumed: {done.resumed_jobs} of {len(decided.jobs)} jobs were done already and are intact")
     speed = f"in {done.seconds:.1f} s, {done.bytes_per_second / 1e9:.2f} GB/s"
     if not share.whole:
+        shards = share.shards(decided.shards)
         written = sum(decided.shards[number].nbytes for number in shards)
         print(f"{share}: {say_bytes(written)} in {len(shards)} of {len(decided.shards)} files {speed}")
         if done.missing:
-            print(f"{out} is shown when the other parts have made {len(done.missing)} more")
+            print(f"{done.out} is shown when the other parts have made {len(done.missing)} more")
             return
         speed = "by all parts"
     ratio = decided.output_bytes / max(decided.source.nbytes, 1)
-    print(f"wrote {out}: {say_bytes(decided.output_bytes)} ({ratio:.0%} of the source) {speed}")
+    print(f"wrote {done.out}: {say_bytes(decided.output_bytes)} ({ratio:.0%} of the source) {speed}")
 
 
 def not_finite_warning(tensors: Sequence[str]) -> str:
@@ -161,6 +160,25 @@ def not_finite_warning(tensors: Sequence[str]) -> str:
         f"{', '.join(tensors[:3])}{more}: copied as found, with NaN or Inf; they are so in the source, "
         "and `lowbit verify` reports them"
     )
+
+
+def _check_options(share: Part, calibration: Path | None, dry_run: bool) -> None:
+    """Raise for what does not go with --method."""
+    from lowbit.errors import InputError
+
+    if not share.whole:
+        raise InputError(
+            "expected --part without --method: every machine would calibrate; run `lowbit calibrate` once, "
+            "then give --calibration to all"
+        )
+    if calibration is not None:
+        raise InputError(
+            "expected --calibration or --method, found both; a calibration has its method already"
+        )
+    if dry_run:
+        raise InputError(
+            "expected --dry-run without --method: calibrating is the work; plan with --calibration afterwards"
+        )
 
 
 def _check_before_calibrating(src: Path, wanted: Recipe, format: str | None) -> None:

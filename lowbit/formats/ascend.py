@@ -64,7 +64,6 @@ class Ascend:
 
     name = "ascend"
     quant_method = QUANT_METHOD
-    loaded_by = "vLLM-Ascend"
 
     def holds(self, scheme: Scheme) -> bool:
         return _type_of(scheme) != "" or scheme == _WEIGHT_ONLY

@@ -37,7 +37,6 @@ class CompressedTensors(ConfigOnly):
     """Holds every scheme that is quantized at all."""
 
     name = quant_method = "compressed-tensors"
-    loaded_by = "vLLM, vLLM-Ascend, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
         return scheme.weights is not None and scheme.weights.dtype in (INT8, E4M3FN, INT4)

@@ -115,8 +115,6 @@ class Format(Protocol):
     """What users call it."""
     quant_method: str
     """What its `quantization_config` calls it."""
-    loaded_by: str
-    """Engines that read it, for people."""
 
     def refuse(self, scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
         """Why a weight [N, K] under `scheme` cannot be held, or ""."""

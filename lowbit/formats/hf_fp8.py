@@ -39,7 +39,6 @@ class HfFp8(ConfigOnly):
     """Block FP8 as DeepSeek ships it."""
 
     name = quant_method = "fp8"
-    loaded_by = "vLLM, SGLang, transformers"
 
     def holds(self, scheme: Scheme) -> bool:
         return scheme.weights == get_scheme("fp8-block").weights

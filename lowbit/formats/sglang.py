@@ -34,7 +34,6 @@ class SglangInt8(ConfigOnly):
 
     name = "sglang"
     quant_method = "blockwise_int8"
-    loaded_by = "SGLang"
 
     def holds(self, scheme: Scheme) -> bool:
         return scheme.weights == get_scheme("int8-block").weights

@@ -84,6 +84,7 @@ def check_linear(
 
 
 def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int], experts: bool) -> None:
+    """Whether a weight [N, K] ([E, N, K] of experts; packed: ⌈K/4⌉ columns) fits inputs of `k`, its scale `block`."""
     rank = 3 if experts else 2
     require(
         weight.dtype in (*CODES, torch.int32),

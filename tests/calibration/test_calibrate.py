@@ -292,9 +292,9 @@ def test_mixed_schemes_and_exceptions(checkpoints, windows, tmp_path):
         windows,
         selection=selection,
     )
-    assert found.scheme_of("model.layers.0.mlp.down_proj") == "int8"
-    assert found.scheme_of("model.layers.1.mlp.down_proj") == "fp8"
-    assert found.scheme_of("model.layers.0.self_attn.o_proj") is None
+    assert "model.layers.0.mlp.down_proj" not in found.module_schemes
+    assert found.module_schemes["model.layers.1.mlp.down_proj"] == "fp8"
+    assert found.module_schemes["model.layers.0.self_attn.o_proj"] is None
     assert found.codes("model.layers.1.mlp.down_proj").dtype == "F8_E4M3"
     assert not found.has("model.layers.0.self_attn.o_proj.weight")
     assert kl(checkpoints["llama"], found, windows[:4]) < 0.05

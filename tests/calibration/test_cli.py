@@ -92,7 +92,7 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
     found = store.read(tmp_path / "c")
     assert found.scheme == recipe.scheme
     for module, name in recipe.overrides.items():
-        assert found.scheme_of(module) == (None if name == "float" else name)
+        assert found.module_schemes.get(module, found.scheme) == (None if name == "float" else name)
 
 
 def test_the_guide_s_page_of_python_runs(source, tmp_path, monkeypatch):

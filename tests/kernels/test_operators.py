@@ -10,15 +10,14 @@ import transformers
 from lowbit.kernels import matmul, matmul_block, matmul_grouped, matmul_mxfp8, matmul_weight_only
 from lowbit.kernels.launch import choose_launch
 from lowbit.kernels.targets import TARGETS, get_target, pretending
+from sample_operands import NAMES, linear_arguments
 
 import lowbit
 from lowbit import ops
 from lowbit.ops import dispatch, reference, settings, triton
 from lowbit.ops.problem import Weights
-from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
 
-NAMES = [name for name, scheme in SCHEMES.items() if scheme.weights is not None]
 # A scale for all of K: the sum is an integer, and what follows is the same everywhere.
 EXACT = ("int8", "int8-static", "int8-static-asym")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -32,20 +31,6 @@ def target(request):
         ops.allow_fallback(False)
         yield request.param
         ops.allow_fallback(True)
-
-
-def arguments(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict:
-    scheme = SCHEMES[name]
-    weight = quantize(torch.randn(n, k), scheme.weights)
-    found = {
-        "x": torch.randn(m, k).to(dtype), "weight": weight.codes, "weight_scale": weight.scale,
-        "bias": torch.randn(n).to(dtype), "activations": ops.activations_of(scheme),
-        "block": ops.block_of(scheme.weights.granularity),
-    }  # fmt: skip
-    if scheme.needs_calibration:
-        activations = quantize(found["x"].float(), scheme.activations)
-        found |= {"input_scale": activations.scale, "input_zero_point": activations.zero_point}
-    return found
 
 
 def keeps_floats(name: str, target: str) -> bool:
@@ -64,7 +49,7 @@ def agrees(out: torch.Tensor, expected: torch.Tensor, exact: bool) -> bool:
 def test_linear(target, name):
     shapes = ((1, 100, 160, torch.float16), (19, 48, 256, torch.float32), (5, 37, 96, torch.bfloat16))
     for m, n, k, dtype in shapes:
-        call = arguments(name, m, n, k, dtype)
+        call = linear_arguments(name, m, n, k, dtype)
         out = ops.linear(**call)
         if keeps_floats(name, target):
             call |= {"activations": "none", "input_scale": None, "input_zero_point": None}
@@ -98,7 +83,7 @@ def test_a_mixture_of_experts(name, scheme):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "asym" not in name])
 def test_experts(target, name):
-    experts = [arguments(name, OFFSETS[-1], 40, 256, torch.float32) for _ in OFFSETS[1:]]
+    experts = [linear_arguments(name, OFFSETS[-1], 40, 256, torch.float32) for _ in OFFSETS[1:]]
     call = {
         "x": experts[0]["x"], "activations": experts[0]["activations"], "block": experts[0]["block"],
         "weight": torch.stack([e["weight"].view(torch.int8) for e in experts]).view(experts[0]["weight"].dtype),
@@ -120,7 +105,7 @@ def test_experts(target, name):
 def test_codes(target, name):
     if keeps_floats(name, target):
         return  # refused: such codes are neither multiplied nor made there
-    call = arguments(name, 19, 48, 256, torch.float32)
+    call = linear_arguments(name, 19, 48, 256, torch.float32)
     with ops.use_implementation("reference"):
         group = call["block"][1] if call["activations"].startswith("group") else 0
         codes, scale = ops.quantize(
@@ -150,7 +135,7 @@ def test_a_group_that_spans_the_row(target, k, group):
 
 def test_groups_of_32_whose_scales_are_no_powers_of_two(target):
     """They look like MX but for that; its kernel takes exponents alone."""
-    call = arguments("mxfp8", 19, 48, 256, torch.float32)
+    call = linear_arguments("mxfp8", 19, 48, 256, torch.float32)
     call["weight_scale"] = torch.rand(48, 8)
     out = ops.linear(**call)
     if keeps_floats("mxfp8", target):
@@ -256,7 +241,7 @@ def launched(monkeypatch):
 
 
 def test_fast_accumulation_reaches_the_kernels(launched):
-    call = arguments("fp8", 512, 256, 512, torch.bfloat16)
+    call = linear_arguments("fp8", 512, 256, 512, torch.bfloat16)
     experts = call | {
         "weight": call["weight"][None], "weight_scale": call["weight_scale"][None], "bias": None,
         "offsets": torch.tensor([0, 512]),
@@ -277,7 +262,7 @@ def test_fast_accumulation_reaches_the_kernels(launched):
 def test_what_is_explained_is_what_is_launched(target, name, launched):
     """`kernels explain` and the kernels ask `choose_launch` each in their own words."""
     for m in (1, 48, 4000):
-        call = arguments("int8" if name == "int8 groups" else name, m, 256, 512, torch.bfloat16)
+        call = linear_arguments("int8" if name == "int8 groups" else name, m, 256, 512, torch.bfloat16)
         if name == "int8 groups":
             call |= {"activations": "group", "block": (1, 128), "weight_scale": torch.rand(256, 4)}
         with pytest.raises(Launched):

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from sample_operands import NAMES, linear_arguments
 from torch import Tensor
 
 from lowbit import ops
 from lowbit.dtypes import E4M3FN, INT8
 from lowbit.ops import cpu, cpu_isa
 from lowbit.ops.cpu_call import up
-from lowbit.quantize import quantize
+from lowbit.quantize import dequantize, quantize
 from lowbit.scheme import SCHEMES, TensorSpec
 
 # int8 codes with one scale for all of K, and int8 blocks: every implementation gives the same bits.
@@ -29,30 +30,14 @@ class Case:
 
 
 def make(scheme_name: str, m: int, n: int, k: int, dtype: torch.dtype, *, packed: bool = False) -> Case:
-    scheme = SCHEMES[scheme_name]
+    scheme, call = SCHEMES[scheme_name], linear_arguments(scheme_name, m, n, k, dtype)
     assert scheme.weights is not None
-    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    weight = quantize(torch.randn(n, k), scheme.weights)
-    codes = weight.codes
-    arguments = {
-        "x": x, "weight": codes, "weight_scale": weight.scale, "bias": bias,
-        "activations": ops.activations_of(scheme), "block": ops.block_of(scheme.weights.granularity),
-    }  # fmt: skip
-    values = x.double()
-    if scheme.needs_calibration:
-        activations = quantize(x.float(), scheme.activations)
-        arguments["input_scale"] = activations.scale
-        if activations.zero_point is not None:
-            arguments["input_zero_point"] = activations.zero_point
-        values = activations.dequantize().double()
-    elif scheme.activations is not None:
-        spec = scheme.activations
-        if spec.scale == "e8m0":
-            spec = TensorSpec(dtype=spec.dtype, granularity=spec.granularity, dynamic=True, scale="e8m0")
-        values = quantize(x.float(), spec).dequantize().double() if m else values
+    values, weight = call["x"].double(), dequantize(call["weight"], call["weight_scale"], scheme.weights)
+    if scheme.activations is not None and m:
+        values = quantize(call["x"].float(), scheme.activations).dequantize().double()
     if packed:
-        arguments["weight"] = pack(codes)
-    return Case(arguments, values @ weight.dequantize().double().T + bias.double())
+        call["weight"] = pack(call["weight"])
+    return Case(call, values @ weight.double().T + call["bias"].double())
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -66,7 +51,6 @@ def relative(out: Tensor, expected: Tensor) -> float:
     )
 
 
-NAMES = [name for name, scheme in SCHEMES.items() if scheme.weights is not None]
 SIZES = [(1, 100, 160), (3, 16, 100), (8, 37, 200), (33, 130, 496)]
 
 
