@@ -45,7 +45,7 @@ KEPT = {
     "model.mtp_linear_proj.0": ("projection", BIG),  # ERNIE 4.5
     "model.mtp_layers.0.input_proj": ("projection", BIG),  # MiMo
     "model.layers.3.self_attn.indexer.weights_proj": ("projection", BIG),
-    "model.layers.3.self_attn.indexer.wk": ("projection", BIG),  # DeepSeek-V3.2
+    "model.layers.3.self_attn.indexer.wk": ("projection", BIG),  # DeepSeek-V3.2, GLM-5
     "visual.blocks.0.attn.qkv": ("vision", BIG),
     "model.visual.blocks.0.mlp.fc1": ("vision", BIG),
     "vision_tower.encoder.layers.0.self_attn.q_proj": ("vision", BIG),
@@ -75,7 +75,6 @@ KEPT = {
     "model.video_tower.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Video-LLaVA
     "model.vision_projection.patch_merger.merging_layer": ("vision", BIG),  # LightOnOCR
     "model.vision_embed_tokens": ("vision", BIG),  # Fuyu
-    "model.layers.0.self_attn.indexer.wk": ("projection", BIG),  # DeepSeek-V3.2, GLM-5
     "qformer.encoder.layer.0.attention.attention.key": ("vision", BIG),  # BLIP-2
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
