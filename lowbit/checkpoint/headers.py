@@ -325,8 +325,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not root.exists():
         raise InputError(f"{root}: expected a checkpoint directory, found nothing there; check the path")
     if not root.is_dir():
-        hint = "; give its directory" if root.suffix == ".safetensors" else ""
-        raise InputError(f"{root}: expected a checkpoint directory, found a file{hint}")
+        raise InputError(f"{root}: expected a checkpoint directory, found a file; give its directory")
 
     notes: list[str] = []
     # macOS leaves a `._name` beside each file that it copies; no shard's name begins with a dot.

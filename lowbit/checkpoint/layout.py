@@ -42,7 +42,6 @@ class Shard:
 
 
 _UNITS = {
-    "": 1,
     "B": 1,
     "KB": 10**3,
     "MB": 10**6,
@@ -55,7 +54,12 @@ _UNITS = {
 
 
 def parse_size(text: str | int) -> int:
-    """`5GB`, `800MB`, `2GiB` or a number of bytes → bytes. Decimal units, as the hub's own tools use."""
+    """`5GB`, `800MB`, `2GiB` or a number of bytes → bytes. Decimal units, as the hub's own tools use.
+
+    InputError for a text without a unit: whoever writes `5` means GB, and would get a file per tensor.
+    """
+    if isinstance(text, int):
+        text = f"{text}B"
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(text))
     if (
         not match

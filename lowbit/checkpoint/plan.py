@@ -108,7 +108,7 @@ def make_plan(
     }
     names = {*decisions, *fused.values()}
     warnings = list(source.notes) + [
-        f"pattern {p!r} matches no module; check it against `lowbit inspect`"
+        f"pattern {p!r} matches no module; `lowbit plan` lists their names"
         for p in selection.unmatched(names)
     ]
     if replacements:

@@ -99,7 +99,7 @@ def verify_checkpoint(
         problems += [f"{DESCRIPTION}: describes {name}, which is in no shard" for name in extra]
         checked.append(f"{DESCRIPTION} against the names of all tensors")
     if manifest is None:
-        checked.append("no manifest: not written by lowbit, so there are no checksums to compare")
+        checked.append("no checksums: there is no manifest, since lowbit did not write it")
     else:
         problems += differences(manifest, checkpoint)
         checked.append("names, dtypes, shapes and checksums of all tensors and files against the manifest")

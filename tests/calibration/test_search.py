@@ -82,6 +82,7 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
         recipe.save(tmp_path / f"r.{suffix}")
         assert load_recipe(tmp_path / f"r.{suffix}") == recipe
     assert recipe_from({"scheme": "W8A8"}).scheme == "int8"
+    assert recipe_from({"scheme": "int8", "data": {"samples": 1}}).data == {"samples": 1}
     wrong = [
         ({"schem": "int8"}, "scheme"),
         ({"scheme": "int9"}, "int8"),

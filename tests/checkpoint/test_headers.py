@@ -243,9 +243,9 @@ def refuse(path, message: str) -> None:
 
 def test_not_a_directory(tmp_path):
     refuse(tmp_path / "nowhere", "expected a checkpoint directory, found nothing there; check the path")
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(REAL)
-    refuse(file, "found a file; give its directory")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(REAL)
+        refuse(tmp_path / name, "found a file; give its directory")
 
 
 def test_no_safetensors(tmp_path):

@@ -132,7 +132,7 @@ def test_the_digest_names_the_conversion(tmp_path):
 def test_an_unmatched_pattern_warns(tmp_path):
     src = write(tmp_path / "src", *llama())
     plan = lowbit.plan(src, "int8", ignore=["lm_haed"], keep=["*.o_proj"])
-    assert plan.warnings == ("pattern 'lm_haed' matches no module; check it against `lowbit inspect`",)
+    assert plan.warnings == ("pattern 'lm_haed' matches no module; `lowbit plan` lists their names",)
 
 
 REFUSED = {
@@ -147,7 +147,8 @@ REFUSED = {
     ),
     "format of floats": ({"scheme": "bf16", "format": "fp8"}, r"no --format with --scheme bf16"),
     "size": ({"max_shard_size": "big"}, r"expected a size such as 5GB, 800MB or 2GiB, found 'big'"),
-    "no size": ({"max_shard_size": "0"}, r"expected a size such as"),
+    "no size": ({"max_shard_size": "0GB"}, r"expected a size such as"),
+    "no unit": ({"max_shard_size": "5"}, r"expected a size such as 5GB, 800MB or 2GiB, found '5'"),
     "static without data": ({"scheme": "fp8-static"}, r"calibrated input scale for every .*lowbit calibrate"),
     "everything ignored": (
         {"ignore": ["model"]},
@@ -172,7 +173,6 @@ def test_what_cannot_be_done_is_refused_before_any_work(tmp_path, settings, mess
         ("800MB", 8 * 10**8),
         ("2GiB", 2**31),
         ("1.5 kb", 1500),
-        ("7", 7),
         (123, 123),
         ("1TB", 10**12),
     ],

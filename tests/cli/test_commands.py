@@ -202,7 +202,7 @@ def test_json_is_a_single_document(run, src, tmp_path, command):
     body = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
     assert code == 0
     if "typo" in arguments:
-        assert body["warnings"] == ["pattern 'typo' matches no module; check it against `lowbit inspect`"]
+        assert body["warnings"] == ["pattern 'typo' matches no module; `lowbit plan` lists their names"]
         assert err == "warning: " + body["warnings"][0] + "\n"
         assert body["scheme"] == "int8" and body["quantized"] == {"int8": 14}
     expected = {
