@@ -11,7 +11,7 @@ from lowbit.calibration.graph import norm_gain, trace
 from lowbit.calibration.layerwise import LayerwiseModel, final_norm
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation, make_rotation
-from lowbit.checkpoint.rules import role_of
+from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 
 

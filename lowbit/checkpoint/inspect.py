@@ -12,7 +12,7 @@ from typing import Any
 from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.planner import module_of
-from lowbit.checkpoint.rules import role_of
+from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
 

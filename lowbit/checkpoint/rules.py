@@ -1,7 +1,7 @@
 """Which weights are quantized and which stay, decided from names and shapes alone.
 
-No model class is needed, so an architecture that no library knows yet converts too. The
-first rule that applies decides, and its words are what `lowbit plan` prints.
+No model class is needed, so an architecture that no library knows yet converts too. What the user asks for comes first,
+then what a module is (`roles`), then what its fused group and the format can hold.
 """
 
 from __future__ import annotations
@@ -12,140 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-from lowbit.checkpoint.fused_experts import why_fused
 from lowbit.checkpoint.patterns import Patterns
+from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 from lowbit.formats.format import Joined
 from lowbit.formats.joined import EXPERT
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
-
-
-class Rule(NamedTuple):
-    """A module whose dotted name matches is left as it is."""
-
-    role: str
-    pattern: re.Pattern[str]
-    reason: str
-
-
-def _last(*names: str) -> re.Pattern[str]:
-    """The last component of a module's name is one of these."""
-    return re.compile(rf"(^|.*\.)({'|'.join(names)})$")
-
-
-def _inside(*names: str) -> re.Pattern[str]:
-    """One of these is a component of the name."""
-    return re.compile(rf"(^|.*\.)({'|'.join(names)})(\.|$)")
-
-
-KEEP_RULES = (
-    Rule(
-        "vision",
-        _inside(
-            "visual", "vision", "vision_tower", "vision_model", "vision_encoder", "image_encoder", "image_tower",
-            "video_tower", "vision_adapter", "vision_projection",
-            "multi_modal_projector", "mm_projector", "img_projector", "connector", "aligner",
-            # Molmo, Ovis, Phi-3 and 4, Gemma 3n and 4, MiniCPM-V, DeepSeek-VL2 and -OCR, Keye, BLIP-2, ERNIE
-            "vision_backbone", "visual_tokenizer", "vision_embed_tokens", "image_embed",
-            "embed_vision", "vpm", "resampler", "projector", "sam_model", "mlp_AR", "language_projection",
-            "resampler_model", "qformer",
-        ),
-        "vision tower",
-    ),
-    Rule("vision", re.compile(r"^(model\.)?mlp1\."), "vision tower"),  # InternVL's projector
-    Rule(
-        "audio",
-        _inside(
-            "audio", "audio_tower", "audio_encoder", "audio_model", "audio_embed", "embed_audio", "audio_projector",
-            "apm", "audio_projection_layer", "sound_encoder", "sound_projection", "token2wav", "code2wav",
-        ),
-        "audio tower",
-    ),
-    Rule(
-        "embedding",
-        _last(
-            r"embed_tokens(\.\d+)?", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed", "embedding",
-            "embeddings", "tok_embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings", "wte",
-            "wpe", "shared", "relative_attention_bias",
-        ),
-        "embedding",
-    ),
-    Rule(
-        "head",
-        re.compile(
-            r"^(output|head)$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder"
-            r"|lm_head\.(decoder|out_proj)|generator_lm_head)$"
-        ),
-        "output head",
-    ),
-    Rule(
-        "router",
-        _inside("gate", "router", "shared_expert_gate", "gate_linear"),
-        "router: it picks experts, and small errors there change which",
-    ),
-    Rule(
-        "projection",
-        # DeepSeek and most others, Qwen3-Next and 3.5, ERNIE, MiMo
-        _last("eh_proj", r"mtp\.fc", r"mtp_linear_proj(\.\d+)?", r"mtp_layers\.\d+\.input_proj"),
-        "multi-token prediction joins two streams here; engines keep it in float",
-    ),
-    Rule("projection", _last("weights_proj"), "weights of the sparse-attention indexer"),
-    Rule("projection", _last(r"indexer\.wk"), "engines join it with weights_proj, and take INT8 codes for weights"),
-    Rule(
-        "projection",
-        _last(r"compressor\.(indexer\.)?(wkv|wgate|kv_proj|gate_proj)"),
-        "compresses keys and values, in float32",
-    ),
-    Rule("conv", _last("conv1d", "short_conv"), "convolution"),
-    Rule(
-        "grouped",
-        _last("wo_a", "o_a_proj"),
-        "its rows multiply groups of heads each, outside of what engines quantize",
-    ),
-    Rule("norm", re.compile(r".*(norm|ln_[0-9f])$", re.IGNORECASE), "norm"),
-    Rule("adapter", _inside("lora_A", "lora_B"), "low-rank adapter: small, and nothing that engines quantize"),
-    # Not of the role: where one is a Linear after all, engines must be told that it is in float.
-    Rule(
-        "other",
-        _last(r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?", "embed_global", "visual_embeddings_table"),
-        "an embedding by its name",
-    ),
-)  # fmt: skip
-
-# Their `encoder` hears; of other models it reads text, and is quantized.
-_HEARS = Rule("audio", re.compile(r"^(model\.)?encoder\."), "audio tower")
-KEEP_RULES_OF = {
-    "granite_speech": _HEARS,
-    "granite_speech_plus": _HEARS,
-    "jamba": Rule(
-        "projection",
-        _last(r"mamba\.(in|x|dt|out)_proj"),
-        "vLLM builds Jamba's Mamba layers without quantization",
-    ),
-}
-"""model_type → the rule that goes before `KEEP_RULES`."""
-
-CASTS = "the model's own code casts activations to the dtype of this weight"
-_MULTIPLIES = "the model's own code multiplies by this weight, past its module"
-_READ_BY_CODE = (
-    (_last(r"(DenseReluDense|mlp|expert_\d+)\.wo"), CASTS),  # T5, Switch, Pix2Struct
-    (_last(r"bbox_attention\.k_(linear|proj)"), _MULTIPLIES),  # DETR
-)
-_READ_BY_CODE_OF = {
-    **dict.fromkeys(("nllb-moe", "seamless_m4t", "seamless_m4t_v2"), (_last("fc2"), CASTS)),
-    "wavlm": (_last(r"attention\.(q|k|v|out)_proj"), _MULTIPLIES),
-    "mobilebert": (_last(r"predictions\.dense"), _MULTIPLIES),
-    "rwkv": (
-        _last(r"attention\.output", r"feed_forward\.value"),
-        "the model's own code divides this weight in place",
-    ),
-}
-
-# Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
-_CONV1D = _last("c_attn", "c_proj", "c_fc", "q_attn")
 
 # Engines run the members of one of these as a single matmul, so they must agree.
 FUSED = (
@@ -164,8 +38,6 @@ _FUSED_WITH = {member: group for group in FUSED for member in group}
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
 # One matrix on disk of which engines divide the parts, that of time steps or gates as narrow as there are heads.
 _JOINED_ON_DISK = re.compile(r"^(.*\.)?((mamba|mixer)\.in_proj|in_proj_(qkvz|ba))$")
-
-SMALLEST_SIDE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,35 +92,6 @@ class Decision:
     reason: str = ""
     """Why it is kept, or why it has another scheme than the one asked for."""
     as_found: bool = False
-
-
-def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
-    """(role, reason to keep it or "") of the module that owns a weight of that shape."""
-    if reason := read_by_code(module, config):
-        return "projection", reason
-    own = KEEP_RULES_OF.get(config.get("model_type", ""))
-    for rule in (*([own] if own else ()), *KEEP_RULES):
-        if rule.pattern.match(module):
-            return rule.role, rule.reason
-    if reason := why_fused(module, shape):
-        return "experts-3d", reason
-    if len(shape) != 2:
-        return ("norm" if len(shape) == 1 else "other"), "not a matrix"
-    if config.get("model_type") in CONV1D_MODELS and _CONV1D.match(module):
-        return "conv1d", "Conv1D stores [in, out]; formats hold [out, in] only"
-    if min(shape) < SMALLEST_SIDE:
-        return "linear", f"smaller than {SMALLEST_SIDE}: nothing to gain"
-    return ("expert" if EXPERT.match(module) else "linear"), ""
-
-
-def read_by_code(module: str, config: Mapping[str, Any]) -> str:
-    """What transformers' code for the model does with the weight of a Linear beside multiplying by it; "" for nothing.
-
-    Where it is `CASTS`, int8 codes are let be.
-    """
-    own = _READ_BY_CODE_OF.get(config.get("model_type", ""))
-    known = (*_READ_BY_CODE, *([own] if own else ()))
-    return next((reason for pattern, reason in known if pattern.match(module)), "")
 
 
 def fused_key(module: str) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import ops
-from lowbit.checkpoint.rules import role_of
+from lowbit.checkpoint.roles import role_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.stored import StoredWeights, autocast_input, float_linear
 from lowbit.nn.swap import replace_module

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint.headers import TensorRef, read_header
-from lowbit.checkpoint.rules import CASTS, read_by_code
+from lowbit.checkpoint.roles import CASTS, read_by_code
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read

@@ -6,12 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.checkpoint.rules import (
-    Selection,
-    decide,
-    fused_key,
-    role_of,
-)
+from lowbit.checkpoint.roles import role_of
+from lowbit.checkpoint.rules import Selection, decide, fused_key
 from lowbit.errors import InputError
 from lowbit.formats import get_format
 from lowbit.scheme import get_scheme
