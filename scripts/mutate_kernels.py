@@ -115,7 +115,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "operands", "operands matmul_grouped",
         ("describe experts that are not adjacent", "adjacent = not stacked or w.stride(0) == w.shape[1] * w.stride(1)", "adjacent = True"),
         ("describe rows that are not aligned", "rows_aligned(a, rows) and ", ""),
-        ("describe rows that overlap", "all(t.stride(0) >= t.shape[1] for t in (a, rows))", "True"),
+        ("describe rows that overlap", "t.stride(0) >= t.shape[1] and ", ""),
+        ("describe a column of any stride", " and t.stride(1) == 1", ""),
     ),
     *mutants(
         "inner", "matmul_inner",
