@@ -265,6 +265,18 @@ def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, 
     return tensors, sorted(files.values())
 
 
+def _index_of(root: Path, indexes: list[Path], notes: list[str]) -> Path:
+    """`model.safetensors.index.json` where there are several, as loaders do: Mistral ships its own format beside it."""
+    first, *others = sorted(indexes, key=lambda file: file.name != "model.safetensors.index.json")
+    if others and first.name != "model.safetensors.index.json":
+        raise InputError(
+            f"{root}: expected one index, found {', '.join(i.name for i in indexes)}; remove the one that is stale"
+        )
+    if others:
+        notes.append(f"indexes beside {first.name} are left out: {', '.join(i.name for i in others)}")
+    return first
+
+
 def _shards_without_index(root: Path, found: list[Path], notes: list[str]) -> list[Path]:
     """`model.safetensors` alone where there is one, as loaders do; else all, if none is missing."""
     if root / "model.safetensors" in found:
@@ -331,12 +343,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     # macOS leaves a `._name` beside each file that it copies; no shard's name begins with a dot.
     found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith("."))
     indexes = sorted(root.glob("*.safetensors.index.json"))
-    if len(indexes) > 1:
-        raise InputError(
-            f"{root}: expected one index, found {', '.join(i.name for i in indexes)}; remove the one that is stale"
-        )
     if indexes:
-        tensors, shards = _read_indexed(root, indexes[0], notes)
+        tensors, shards = _read_indexed(root, _index_of(root, indexes, notes), notes)
         if extra := [f.name for f in found if f not in shards]:
             notes.append(f"files that the index does not name are left out: {', '.join(extra)}")
     elif found:

@@ -62,7 +62,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     for ref in source.tensors.values():
         dtypes.setdefault(ref.dtype, Counter()).update(tensors=1, elements=ref.elements, bytes=ref.nbytes)
     for ref in experts.checkpoint.tensors.values():
-        if ref.name in scales or ref.name.endswith((".input_scale", ".k_scale", ".v_scale")):
+        of_codes = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
+        if ref.name in scales or ref.name.endswith(of_codes):
             continue
         module = module_of(ref, stored)
         shape = tuple(stored[module].shape) if module in stored else ref.shape

@@ -89,8 +89,14 @@ class Planner:
         stored = self.stored.get(module)
         if stored is not None:
             self._taken.update(stored.names.values())
-            # Scales for activations and zero points of the source belong to its codes.
-            names = ("input_scale", "input_zero_point", "weight_shape", "weight_zero_point")
+            # Scales for activations (Mistral's are called activation_scale) and zero points belong to its codes.
+            names = (
+                "input_scale",
+                "activation_scale",
+                "input_zero_point",
+                "weight_shape",
+                "weight_zero_point",
+            )
             self._taken.update(f"{module}.{n}" for n in names)
             anchor = stored.weight
         else:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from sample_models import llama, write
 
+import lowbit
 from lowbit.checkpoint.headers import ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
 from lowbit.errors import InputError
 
@@ -326,7 +327,21 @@ def test_a_broken_index(tmp_path, body):
 def test_two_indexes(tmp_path):
     sharded(tmp_path)
     (tmp_path / "old.safetensors.index.json").write_text("{}")
-    refuse(tmp_path, "expected one index, found model.safetensors.index.json, old.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "new.safetensors.index.json")
+    refuse(tmp_path, "expected one index, found new.safetensors.index.json, old.safetensors.index.json")
+
+
+def test_weights_in_a_makers_own_format_beside_those_that_loaders_take(tmp_path):
+    """Mistral ships both, each with its index."""
+    root = sharded(tmp_path / "model")
+    own = {"weight_map": {"tok_embeddings.weight": "consolidated-00001-of-00001.safetensors"}}
+    (root / "consolidated.safetensors.index.json").write_text(json.dumps(own))
+    save_file({"tok_embeddings.weight": torch.ones(2)}, root / "consolidated-00001-of-00001.safetensors")
+    found = open_checkpoint(root)
+    assert "model.norm.weight" in found.tensors and "tok_embeddings.weight" not in found.tensors
+    assert any("left out: consolidated.safetensors.index.json" in n for n in found.notes)
+    lowbit.convert(root, tmp_path / "out", "int8")
+    assert not list((tmp_path / "out").glob("consolidated*")) and lowbit.verify(tmp_path / "out").ok
 
 
 def test_two_shards_holding_one_name(tmp_path):

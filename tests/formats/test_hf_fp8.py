@@ -66,14 +66,15 @@ def test_other_block_sizes_are_read_and_not_mistaken(tmp_path, block):
 
 
 def test_one_scale_per_weight(tmp_path):
-    """`weight_block_size` absent: FP8 per tensor."""
+    """`weight_block_size` absent: FP8 per tensor, with static activations as Mistral has them."""
     tensors, config = llama()
     stored = dict(tensors)
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
         scale = tensors[name].float().abs().max() / 448
         stored[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
         stored[name + "_scale_inv"] = scale
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+        stored[name.removesuffix("weight") + "activation_scale"] = torch.tensor(0.5)
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
     src = write(tmp_path / "src", stored, config)
     found = FORMAT.read(config["quantization_config"], lowbit.plan(src, "bf16").source.tensors)
     assert all(isinstance(m.spec.granularity, PerTensor) for m in found.values()) and len(found) == 14
@@ -86,6 +87,9 @@ def test_one_scale_per_weight(tmp_path):
     q = quantize(stored[name].float() * stored[name + "_scale_inv"], spec)
     written = load(tmp_path / "out")
     assert same_bits(written[name], q.codes) and same_bits(written[name + "_scale"], q.scale)
+    assert not any("activation_scale" in n for n in written)
+    parameters = sum(t.numel() for t in tensors.values())
+    assert lowbit.inspect(src).parameters == lowbit.inspect(tmp_path / "out").parameters == parameters
 
 
 @pytest.mark.parametrize("block", [[128], "128", [128, 128, 1], {}])
