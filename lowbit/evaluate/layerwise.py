@@ -6,7 +6,7 @@ it works for any scheme, on any machine, for models that do not fit it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import Quantized, quantize
 from lowbit.scheme import Scheme, get_scheme
+
+LOGITS = 1 << 26
+"""Logits that are in memory at a time, of each model: 256 MB, where all of a batch may be gigabytes."""
 
 LoadLayer = Callable[[int], tuple[nn.Module, Mapping[str, ActivationQuantizer]]]
 
@@ -200,14 +203,27 @@ def evaluate(
             report.layer_errors[name] = _distance(streams[0].cache, streams[1].cache, basis)
     before: Sequence[Tensor] | ActivationCache | None = streams[1].cache if again else reference_states
     for batch, ids in enumerate(batches):
-        expected = None if reference is None or before is None else reference.model.head(before[batch])
-        report.agreement.update(candidate.model.head(streams[0].cache[batch]), ids, expected)
+        for part in _parts(ids, candidate.model):
+            expected = None
+            if reference is not None and before is not None:
+                expected = reference.model.head(before[batch][:, part])
+            report.agreement.update(
+                candidate.model.head(streams[0].cache[batch][:, part]), ids[:, part], expected
+            )
     for stream in streams:
         stream.cache.close()
     report.agreement, *others = gathered(report.agreement)
     for other in others:
         report.agreement.merge(other)
     return report
+
+
+def _parts(ids: Tensor, model: LayerwiseModel) -> Iterator[slice]:
+    """Spans of tokens [B, T] with at most `LOGITS`, or one predicted token; the last of each only ends it."""
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    tokens = max(1, LOGITS // (ids.shape[0] * vocabulary) - 1)
+    for start in range(0, ids.shape[1] - 1, tokens):
+        yield slice(start, start + tokens + 1)
 
 
 def _check_same_shape(model: LayerwiseModel, reference: LayerwiseModel) -> None:

@@ -21,6 +21,9 @@ from lowbit.calibration.rotate_model import rotate_outside
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
+from lowbit.evaluate import layerwise as evaluation
+from lowbit.evaluate.layerwise import plain, rounded
+from lowbit.scheme import get_scheme
 
 MODELS = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2")
 
@@ -208,3 +211,22 @@ def test_a_block_fp8_checkpoint_is_decoded(checkpoints, windows, tmp_path):
     save_file(out, tmp_path / "fp8" / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected a scale named .* found none in any shard"):
         Source(tmp_path / "fp8")
+
+
+def test_an_evaluation_holds_few_logits_at_a_time(checkpoints, windows, monkeypatch):
+    """Gemma 3's of 4 windows of 2,048 tokens are 8 GB, of each model."""
+    found, sizes, head = [], [], LayerwiseModel.head
+
+    def seen(self: LayerwiseModel, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(hidden.shape[0] * hidden.shape[1] * 128)
+        return head(self, hidden)
+
+    monkeypatch.setattr(LayerwiseModel, "head", seen)
+    for limit in (1 << 26, 128 * 4 * 10):
+        monkeypatch.setattr(evaluation, "LOGITS", limit)
+        sizes.clear()
+        sides = (rounded(checkpoints["qwen3"], get_scheme("int8")), plain(checkpoints["qwen3"]))
+        report = evaluation.evaluate(sides[0], windows[:6], sides[1])
+        assert max(sizes) <= limit
+        found.append(report.agreement.to_dict())
+    assert found[0]["tokens"] == 6 * 47 and found[1] == pytest.approx(found[0], rel=1e-5)
