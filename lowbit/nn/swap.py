@@ -65,8 +65,8 @@ def quantize_model(
     (a `SwapReport`) says what was swapped, what was not, and why.
 
     One module at a time is quantized, on its device, and its float weight is dropped, so the
-    peak is one module above the model. Of a transformers model the config is updated too:
-    `save_pretrained` writes a checkpoint in `format`. What an earlier call quantized stays as it
+    peak is one module above the model. Of a transformers model (or those that a wrapper holds) the config is updated
+    too: `save_pretrained` writes a checkpoint in `format`. What an earlier call quantized stays as it
     is. (GPT-2's Conv1D is transposed on the way; saved so, only lowbit loads it.)
 
     Raises InputError for schemes that need calibration, patterns that are not regular
@@ -75,48 +75,81 @@ def quantize_model(
     """
     scheme, target = as_scheme(scheme), as_format(format)
     _check(model, scheme, target)
+    asked = Selection.of(ignore=ignore, overrides=overrides)
     before = _nbytes(model)
-    layout = _quantized_before(model, target)
-    candidates, unfit = candidates_of(model)
-    selection, given = _on_disk(Selection.of(ignore=ignore, overrides=overrides), candidates)
-    decisions = _decide(model, candidates, scheme, target, selection)
-    for decision in decisions.values():
-        if decision.scheme is not None:
-            _check_dynamic(decision.scheme)
+    parts = [_decide(path, inner, scheme, target, asked) for path, inner in _parts(model)]
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
-    ignored: list[str] = []
-    names = [*decisions, *(c.name for c in candidates), *(n for c in candidates for n in c.fused.values())]
-    warnings = [f"pattern {p!r} matches no module" for p in selection.unmatched(names)]
+    warnings = [
+        f"pattern {p!r} matches no module" for p in asked.unmatched(n for part in parts for n in part.names())
+    ]
     swapped: dict[int, nn.Module] = {}
-    order = list(candidates)
-    candidates.clear()
-    while order:
-        candidate = order.pop(0)
-        decision = decisions[candidate.disk[0]]
-        reason = _why_kept(decision, unfit.get(candidate.name, ""), given)
-        if decision.scheme is None or reason:
-            if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
-                kept[candidate.name] = reason
-                if decision.role not in ("embedding", "norm", "conv"):
-                    ignored += candidate.in_engines
-            continue
-        new = swapped.get(id(candidate.module)) or _quantized(candidate, decision.scheme, target)
-        swapped[id(candidate.module)] = new
-        _carry_hooks(candidate.module, new)
-        model = replace_module(model, candidate.name, new)
-        _drop_weights(candidate.module)
-        quantized[candidate.name] = decision.scheme.name
-        layout |= dict.fromkeys(candidate.disk, decision.scheme)
+    for part in parts:
+        ignored: list[str] = []
+        while part.candidates:
+            candidate = part.candidates.pop(0)
+            name = _full_name(part.path, candidate.name)
+            decision = part.decisions[candidate.disk[0]]
+            reason = _why_kept(decision, part.unfit.get(candidate.name, ""), part.given)
+            if decision.scheme is None or reason:
+                if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
+                    kept[name] = reason
+                    if decision.role not in ("embedding", "norm", "conv"):
+                        ignored += candidate.in_engines
+                continue
+            new = swapped.get(id(candidate.module)) or _quantized(candidate, name, decision.scheme, target)
+            swapped[id(candidate.module)] = new
+            _carry_hooks(candidate.module, new)
+            model = replace_module(model, name, new)
+            _drop_weights(candidate.module)
+            quantized[name] = decision.scheme.name
+            part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
+        if is_transformers_model(part.model) and part.layout:
+            _describe(part.model, target, part.layout, ignored)
     if not quantized:
         warnings.append("no module was quantized")
     _leave_fused_paths(model)
-    if is_transformers_model(model) and layout:
-        _describe(model, target, layout, ignored)
     model.quantization_report = SwapReport(  # type: ignore[assignment]
         quantized=quantized, kept=kept, warnings=tuple(warnings), bytes_before=before, bytes_after=_nbytes(model)
     )  # fmt: skip
     return model
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """A transformers model, which its own config and its names on disk decide about, or all beside those."""
+
+    path: str
+    """Where it is in the model that is quantized."""
+    model: nn.Module
+    layout: dict[str, Scheme]
+    """Modules on disk that are quantized, by an earlier call at first."""
+    candidates: list[Candidate]
+    unfit: Mapping[str, str]
+    decisions: Mapping[str, Decision]
+    given: Mapping[str, str]
+    """Disk name → the user's pattern that means it."""
+
+    def names(self) -> list[str]:
+        """All that a pattern may match."""
+        found = [*self.decisions, *(n for c in self.candidates for n in c.fused.values())]
+        return found + [n for c in self.candidates for n in (c.name, _full_name(self.path, c.name))]
+
+
+def _full_name(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, model): the model, and the transformers models that it holds where it is none itself (a LightningModule,
+    sentence-transformers)."""
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    if is_transformers_model(model):
+        return found
+    for path, inner in model.named_modules(remove_duplicate=False):
+        if is_transformers_model(inner) and not any(path.startswith(f"{p}.") for p, _ in found if p):
+            found.append((path, inner))
+    return found
 
 
 def _check(model: object, scheme: Scheme, target: Format) -> None:
@@ -171,7 +204,9 @@ def _quantized_before(model: nn.Module, target: Format) -> dict[str, Scheme]:
     return found
 
 
-def _on_disk(asked: Selection, candidates: Sequence[Candidate]) -> tuple[Selection, dict[str, str]]:
+def _on_disk(
+    path: str, asked: Selection, candidates: Sequence[Candidate]
+) -> tuple[Selection, dict[str, str]]:
     """(the user's patterns, with the disk names of what they match in memory only; those names → pattern)."""
     given: dict[str, str] = {}
 
@@ -181,9 +216,10 @@ def _on_disk(asked: Selection, candidates: Sequence[Candidate]) -> tuple[Selecti
         more: dict[str, list[str]] = {pattern: [] for pattern in known.all}
         for c in candidates:
             for disk in c.disk:
-                if c.name != disk:
-                    for pattern in set(known.matching(c.name)).difference(known.matching(disk)):
-                        more[pattern].append(disk)
+                in_memory = {c.name, _full_name(path, c.name)} - {disk}
+                meant = {pattern for name in in_memory for pattern in known.matching(name)}
+                for pattern in meant.difference(known.matching(disk)):
+                    more[pattern].append(disk)
         given.update({disk: pattern for pattern, names in more.items() for disk in names})
         return {name: pattern for pattern, names in more.items() for name in (pattern, *names)}
 
@@ -192,7 +228,22 @@ def _on_disk(asked: Selection, candidates: Sequence[Candidate]) -> tuple[Selecti
     return Selection(ignore=ignored, overrides=overrides), given
 
 
-def _decide(
+def _decide(path: str, model: nn.Module, scheme: Scheme, target: Format, asked: Selection) -> _Part:
+    layout = _quantized_before(model, target)
+    candidates, unfit = candidates_of(model)
+    inner = [f"{p}." for p, _ in _parts(model) if p]
+    candidates = [c for c in candidates if not c.name.startswith(tuple(inner))]
+    selection, given = _on_disk(path, asked, candidates)
+    decisions = _decisions(model, candidates, scheme, target, selection)
+    for decision in decisions.values():
+        if decision.scheme is not None:
+            _check_dynamic(decision.scheme)
+    return _Part(
+        path=path, model=model, layout=layout, candidates=candidates, unfit=unfit, decisions=decisions, given=given
+    )  # fmt: skip
+
+
+def _decisions(
     model: nn.Module, candidates: Sequence[Candidate], scheme: Scheme, target: Format, selection: Selection
 ) -> dict[str, Decision]:
     shapes: dict[str, tuple[int, ...]] = {}
@@ -221,8 +272,8 @@ def _config_dict(model: nn.Module) -> dict[str, Any]:
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
-def _quantized(candidate: Candidate, scheme: Scheme, target: Format) -> QuantModule:
-    module, name = candidate.module, candidate.name
+def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) -> QuantModule:
+    module = candidate.module
     first = next(iter(module.parameters()))
     if first.is_meta:
         raise InputError(f"{name}: expected a weight to quantize, found it on meta; load the model first")

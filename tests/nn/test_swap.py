@@ -137,6 +137,31 @@ def test_the_same_modules_as_the_converter(kind, tmp_path):
     assert {m: s.scheme.name for m, s in read(saved.config, saved.tensors).items()} == planned
 
 
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_model_within_a_wrapper_is_saved_as_if_alone(kind, tmp_path):
+    """As in a LightningModule, or sentence-transformers: its config said nothing of codes, and they became floats."""
+    for name, model in (("alone", build(kind)), ("wrapped", build(kind))):
+        quantize_model(model if name == "alone" else nn.ModuleDict({"net": nn.ModuleList([model])}), "int8")
+        model.save_pretrained(tmp_path / name)
+    alone, wrapped = (open_checkpoint(tmp_path / name) for name in ("alone", "wrapped"))
+    assert alone.config == wrapped.config and alone.config["quantization_config"]
+    assert alone.tensors.keys() == wrapped.tensors.keys()
+    with pytest.raises(InputError, match="or quantized in fp8, found compressed-tensors"):
+        quantize_model(nn.ModuleList([model]), "fp8-block", format="fp8")
+
+
+def test_patterns_mean_a_wrapper_s_names_too():
+    model = nn.ModuleDict({"net": build("mixtral"), "extra": nn.Linear(64, 64)})
+    model["again"] = model["net"]
+    patterns = ["net.model.layers.0", "model.layers.1.block_sparse_moe.experts"]
+    report = quantize_model(model, "int8", ignore=patterns).quantization_report
+    assert not report.warnings
+    assert report.kept["net.model.layers.0.self_attn.q_proj"] == "--ignore net.model.layers.0"
+    assert report.kept["net.model.layers.1.mlp.experts"] == f"--ignore {patterns[1]}"
+    assert {"extra", "net.model.layers.1.self_attn.q_proj"} <= report.quantized.keys()
+    assert model["again"] is model["net"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "mixtral", "vision-language"])
 def test_in_two_calls(kind, tmp_path):
     """The config that is saved speaks of what both calls quantized, and of what a loaded checkpoint brought along."""
