@@ -28,7 +28,7 @@ from lowbit.formats.format import (
 )
 from lowbit.formats.hf_fp8 import block_problem
 from lowbit.formats.joined import first_experts, with_joined
-from lowbit.formats.name_patterns import name_patterns, towers, wherever
+from lowbit.formats.name_patterns import alike, name_patterns, wherever
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, scale_shape
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
 
@@ -78,8 +78,7 @@ class CompressedTensors(ConfigOnly):
 
     def config(self, layout: Layout) -> dict[str, Any]:
         named = partial(with_joined, config=layout.config)
-        ignored, quantized = named(layout.ignored), named(layout.modules)
-        renamed = bool(towers(ignored, quantized))
+        ignored, quantized = named(layout.ignored), named(alike(layout.modules))
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in layout.modules.items():
             groups.setdefault(scheme, []).append(module)
@@ -92,7 +91,7 @@ class CompressedTensors(ConfigOnly):
                 targets = ["Linear"]
             else:
                 outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
-                targets = name_patterns(named(groups[scheme]), named(outside), renamed=renamed)
+                targets = name_patterns(named(groups[scheme]), named(outside))
             body[f"group_{i}"] = {
                 "targets": targets,
                 "format": format_of(scheme),
@@ -106,7 +105,7 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": [*ignored, *first_experts(layout.ignored), *wherever(ignored, quantized)],
+            "ignore": [*ignored, *first_experts(ignored), *wherever(ignored, quantized)],
             "config_groups": body,
         }
 

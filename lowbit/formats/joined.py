@@ -27,7 +27,7 @@ _EXPERTS = re.compile(r"(?:.*\.(?=layers\.))?(.*\bexperts)$")
 # Engines ask for experts by the names of their members, and SGLang always by these.
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 # Gemma 4 has experts beside its MLP; engines put them below a module of their own.
-_BESIDE = re.compile(r"(layers\.\d+)\.(experts\.\d+\.)")
+_BESIDE = re.compile(r"(layers\.\d+)\.(experts(?:\.\d+\.|$))")
 
 
 # What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in MiniMax-M2; in the

@@ -6,20 +6,24 @@ import itertools
 import re
 from collections.abc import Iterable
 
-_LAYERS = re.compile(r"(.*\.)?layers\.\d")
+# But for those of layers: patterns take in all experts of a layer, or none.
+_NUMBERS = re.compile(r"(?<=\.)(?<!layers\.)\d+(?=\.)")
 
 
-def name_patterns(members: Iterable[str], outside: Iterable[str], *, renamed: bool = False) -> list[str]:
+def alike(names: Iterable[str]) -> list[str]:
+    """One name for all that a pattern takes in together: a hundred thousand experts are a few hundred names."""
+    return list(dict.fromkeys(_NUMBERS.sub("0", name) for name in names))
+
+
+def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
     """Names → a short list of names and `re:` patterns that matches them and none of `outside`.
-
-    `renamed`: a pattern for a single name too, since engines call what is in this model otherwise.
 
     Layer and expert numbers become `\\d+` where that takes in nothing else: an engine tries
     every target for every module, so 46,000 names would take minutes to load. What comes before the
     layers is left open: engines have `language_model.model.layers` for `model.language_model.layers`, and translate
     names, but not patterns; SGLang has `layers` for Mixtral's `model.layers`.
     """
-    left, others = list(members), list(outside)
+    left, others = list(members), alike(outside)
     targets: list[str] = []
     for any_layer in (True, False):
         by_pattern: dict[tuple[str, ...], list[str]] = {}
@@ -28,7 +32,8 @@ def name_patterns(members: Iterable[str], outside: Iterable[str], *, renamed: bo
         left = []
         for patterns, matched in by_pattern.items():
             fitting = [p for p in patterns if not any(re.match(p, o) for o in others)]
-            if fitting and (renamed or len(matched) > 1):
+            in_one_layer = not any_layer and len(patterns) > 1
+            if fitting and (len(matched) > 1 or in_one_layer):
                 targets.append("re:" + fitting[0])
             else:
                 left.extend(matched)
@@ -62,11 +67,11 @@ def towers(ignored: Iterable[str], quantized: Iterable[str]) -> list[str]:
 def wherever(ignored: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Patterns for modules in float whose names engines change before they compare them with those that are ignored.
 
-    All of a tower, since engines join and rename what is in it, and SGLang has `visual` for `model.visual`. And layers
-    of a model with towers: SGLang translates names that it then asks for as they were.
+    All of a tower, since engines join and rename what is in it, and SGLang has `visual` for `model.visual`. And what is
+    in layers: SGLang has `layers` for Mixtral's `model.layers`, and translates names of other models that it then asks
+    for as they were.
     """
     names, outside = list(ignored), list(quantized)
     whole = [rf"(.*\.)?{re.escape(tower)}\..*" for tower in towers(names, outside)]
-    layers = [n for n in names if whole and _LAYERS.match(n) and not any(re.match(t, n) for t in whole)]
-    patterns = name_patterns(layers, outside, renamed=True)
-    return [*(f"re:{t}" for t in whole), *(p for p in patterns if p.startswith("re:"))]
+    others = [name for name in names if not any(re.match(tower, name) for tower in whole)]
+    return [*(f"re:{t}" for t in whole), *(p for p in name_patterns(others, outside) if p.startswith("re:"))]

@@ -346,7 +346,8 @@ def test_patterns_are_short_and_exact():
     layers = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(3) for e in range(4)]
     others = [f"model.layers.{i}.mlp.experts.{e}.down_proj" for i in range(3) for e in range(4)]
     assert name_patterns(layers, others) == [r"re:.*\blayers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
-    assert name_patterns(layers[:1], others) == layers[:1]
+    assert name_patterns(layers[:1], others) == [r"re:.*\blayers\.0\.mlp\.experts\.\d+\.up_proj$"]
+    assert name_patterns(["lm_head"], layers) == ["lm_head"]
     # A pattern that would take in a module outside is not used.
     in_two = [rf"re:.*\blayers\.{i}\.mlp\.experts\.\d+\.up_proj$" for i in range(2)]
     assert name_patterns(layers[:-1], layers[-1:]) == in_two + layers[8:-1]
@@ -406,15 +407,17 @@ def test_what_stays_in_a_wrapped_model_is_ignored_by_other_names_too():
     assert not any(
         map(ignored, (*text[:-1], "language_model.model.layers.0.mlp.down_proj", "visually.x", "lm_head"))
     )
-    # Such a model's groups have patterns for single modules too: SGLang loaded INT8 codes as another group's FP8.
+    # Groups have patterns for single modules too: SGLang loaded INT8 codes as another group's FP8.
     layout = Layout(
         modules={"model.layers.0.up_proj": get_scheme("int8"), "model.layers.0.o_proj": get_scheme("fp8")},
         ignored=("visual.merger.proj",),
     )
     groups = FORMAT.config(layout)["config_groups"]
-    assert groups["group_1"]["targets"] == [r"re:.*\blayers\.\d+\.o_proj$"]
-    # Names of models with nothing around them are engines' own.
-    assert wherever(["lm_head", "model.layers.0.mlp.down_proj"], ["model.layers.1.mlp.down_proj"]) == []
+    assert groups["group_1"]["targets"] == [r"re:.*\blayers\.0\.o_proj$"]
+    # And layers.0 for Mixtral's.
+    assert wherever(["lm_head", "model.layers.0.o_proj"], ["model.layers.1.o_proj"]) == [
+        r"re:.*\blayers\.0\.o_proj$"
+    ]
 
 
 @pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
@@ -429,7 +432,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
     config = lowbit.plan(source, "fp8-block", format="fp8", overrides=in_float).config
     assert config["quantization_config"]["modules_to_not_convert"] == both
     config = lowbit.plan(source, "int8", overrides={"*.in_proj": "fp8", **in_float}).config
-    assert config["quantization_config"]["ignore"] == both
+    assert config["quantization_config"]["ignore"][:2] == both
     groups = config["quantization_config"]["config_groups"]
     assert groups["group_0"]["targets"] == ["Linear"]
     targets = groups["group_1"]["targets"]
@@ -472,7 +475,7 @@ def test_experts_in_one_tensor_are_ignored_as_engines_ask_for_them(tmp_path):
         "model.layers.1.mlp.experts.down_proj": torch.randn(2, 128, 64),
     }
     source = write(tmp_path / "src", tensors, {"model_type": "gpt_oss"})
-    name, pattern = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+    name, pattern, *_ = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
     assert name == "model.layers.1.mlp.experts"
     for before in ("model.", "language_model.model.", ""):
         for part in ("gate", "up", "down"):
@@ -527,7 +530,8 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     ]  # fmt: skip
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"], {}) == ["mlp.experts.0.up_proj"]
-    assert with_joined(["layers.0.experts.3.up_proj"], {})[1:] == ["layers.0.moe.experts.3.up_proj"]
+    for module in ("experts.3.up_proj", "experts"):
+        assert with_joined([f"layers.0.{module}"], {})[1:] == [f"layers.0.moe.{module}"]
     assert with_joined(["mlp.experts.3.w1"], {}) == ["mlp.experts.3.w1", "mlp.experts.3.gate_proj"]
 
 
