@@ -108,13 +108,13 @@ def test_refusals():
     with pytest.raises(InputError, match="name of a scheme, found None"):
         quantize_model(build("llama"), None)
     with pytest.raises(InputError, match="expected patterns with a scheme's name"):
-        quantize_model(build("llama"), "int8", per_module=["*.mlp.*"])
+        quantize_model(build("llama"), "int8", overrides=["*.mlp.*"])
 
 
 def test_a_scheme_that_needs_data_is_refused_before_anything_is_quantized():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.raises(InputError, match="measured on data"):
-        quantize_model(model, "int8", per_module={"1": "int8-static"})
+        quantize_model(model, "int8", overrides={"1": "int8-static"})
     assert type(model[0]) is nn.Linear
 
 
