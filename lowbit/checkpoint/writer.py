@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from lowbit.formats import DESCRIPTION
 FINISHING = "finishing"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+# So long a part waits for another to remove what an earlier conversion left.
+TIDY_SECONDS = 30
 # Below PARTIAL, the source's other files, whose names are not ours to choose.
 OTHERS = Path("others")
 
@@ -108,11 +111,9 @@ class OutputDirectory:
 
     def prepare(self) -> dict[int, int]:
         """Create this part's shards at their full size, headers written; shard number → file descriptor."""
-        # Parts of one conversion work side by side; but nobody may be at work on what is moved or removed.
-        tidy = self._stale or (self.partial / FINISHING).exists()
         try:
             self._make_directories()
-            self._lock = lock(self.out, shared=not self.part.whole and not tidy)
+            tidy = self._lock_out()
         except OSError as error:
             self._remove_made()  # no more: what else is there may be another's
             raise self._explain(error) from error
@@ -138,6 +139,25 @@ class OutputDirectory:
                 raise
             raise self._explain(error) from error
         return self._descriptors
+
+    def _lock_out(self) -> bool:
+        """Keep others out; → whether it falls to this run to move or remove what an earlier one left.
+
+        Parts of one conversion work side by side, but nobody may be at work on what is moved or removed: of parts
+        that begin together the first does that, and the others wait for it.
+        """
+        deadline = time.monotonic() + TIDY_SECONDS
+        while True:
+            tidy = self._stale or (self.partial / FINISHING).exists()
+            try:
+                self._lock = lock(self.out, shared=not self.part.whole and not tidy)
+                return tidy
+            except InputError:
+                if self.part.whole or time.monotonic() > deadline or not self.partial.exists():
+                    raise
+            time.sleep(0.1)
+            self._stale = False
+            self._check()
 
     def _make_directories(self) -> None:
         missing = [p for p in (self.out, *self.out.parents) if not p.exists()]

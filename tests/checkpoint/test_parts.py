@@ -222,6 +222,28 @@ def test_parts_share_the_lock_and_a_whole_conversion_does_not(src, tmp_path):
         writer.OutputDirectory(out, plan).prepare()
 
 
+def test_parts_that_begin_together_tidy_up_once(src, tmp_path, alone):
+    out = tmp_path / "out"
+    lowbit.convert(src, out, "fp8", max_shard_size=SIZE, part=part("1/2"))
+    plan = lowbit.plan(src, "int8", max_shard_size=SIZE)
+    both = [writer.OutputDirectory(out, plan, part=part(which), overwrite=True) for which in ("1/2", "2/2")]
+    for directory in both:
+        directory.prepare()
+    for directory in both:
+        directory.abandon()
+    for which in ("1/2", "2/2"):
+        convert(src, out, which)
+    assert everything(out) == alone
+
+
+def test_a_part_does_not_wait_for_another_conversion_for_ever(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "TIDY_SECONDS", 0.3)
+    plan, out = lowbit.plan(src, "int8", max_shard_size=SIZE), tmp_path / "out"
+    writer.OutputDirectory(out, plan).prepare()
+    with pytest.raises(InputError, match="another conversion is writing here"):
+        writer.OutputDirectory(out, plan, part=part("1/2")).prepare()
+
+
 @pytest.mark.parametrize("text", ["2", "a/b", "-1/2", "0/2", "3/2", "1/0"])
 def test_bad_parts(src, tmp_path, text):
     with pytest.raises(InputError, match=r"expected (--part I/N|part I of N) such as"):
