@@ -36,10 +36,19 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="CALIB", help="New directory for the calibration.")
     ] = None,
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="Scheme to calibrate for.")] = "int8",
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", "-s", help="Scheme to calibrate for; default: int8.", show_default=False),
+    ] = None,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="best, or a method; --list-methods says what each does.")
-    ] = "best",
+        str | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="A method; --list-methods says what each does. Default: best.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
@@ -60,7 +69,9 @@ def calibrate(
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="YAML or JSON recipe: scheme, exceptions, method, data. Replaces those options."),
+        typer.Option(
+            help="YAML or JSON recipe: scheme and exceptions, and method and data where the options give none."
+        ),
     ] = None,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 8,
@@ -98,15 +109,16 @@ def calibrate(
     from lowbit.calibration.distributed import rank
     from lowbit.calibration.methods import METHODS, best_method
     from lowbit.calibration.run import RunOptions
+    from lowbit.cli.checkpoint import what_is_asked
     from lowbit.cli.output import print_json
     from lowbit.errors import InputError
-    from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import get_scheme
 
+    wanted, _, _ = what_is_asked(recipe, scheme, None, None, ignore, None)
     if list_methods:
-        best = best_method(get_scheme(scheme))
+        best = best_method(get_scheme(wanted.scheme))
         rows = {
-            "best": f"for --scheme {scheme}: {best.name}",
+            "best": f"for --scheme {wanted.scheme}: {best.name}",
             **{m.name: m.describe() for m in METHODS.values()},
         }
         print_json(rows) if json else print("\n".join(f"{n:20} {d}" for n, d in rows.items()))
@@ -116,11 +128,7 @@ def calibrate(
     if out is None:
         raise InputError("expected where to write, found no --out; give one, such as -o CALIB")
     given = {"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {}
-    if recipe:
-        wanted = load_recipe(recipe)
-        wanted = wanted if wanted.data else replace(wanted, data=given)
-    else:
-        wanted = Recipe(scheme=scheme, ignore=tuple(ignore or ()), method=method, data=given)
+    wanted = replace(wanted, method=method or wanted.method, data=given or wanted.data)
     options = RunOptions(
         device=join(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
         all_experts=not routed_only, spill_directory=str(spill) if spill else None,

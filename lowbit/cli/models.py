@@ -84,8 +84,8 @@ def open_tokenizer(path: Path) -> Any:
     from lowbit.errors import InputError
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path}: expected a tokenizer beside the weights ({reason}); copy its files there"

@@ -33,8 +33,8 @@ from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import Quantized, quantize
 from lowbit.scheme import Scheme, get_scheme
 
-LOGITS = 1 << 26
-"""Logits that are in memory at a time, of each model: 256 MB, where all of a batch may be gigabytes."""
+LOGITS = 1 << 24
+"""Logits that are in memory at a time, of each model: 64 MB, where all of a batch may be gigabytes."""
 
 LoadLayer = Callable[[int], tuple[nn.Module, Mapping[str, ActivationQuantizer]]]
 
