@@ -40,6 +40,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_refusal(reason: str | None) -> None:
+    """Raise ValueError(reason) where a kernel's `refusal` gives one."""
+    if reason is not None:
+        raise ValueError(reason)
+
+
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         raise ValueError(

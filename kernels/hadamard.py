@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, check_dtype, contiguous_rows, require
+from .checks import FLOATS, check_dtype, check_refusal, contiguous_rows, require
 from .targets import Target, device_target, on_device
 
 # Of a tile; 256 rows are what checks.MAX_ROW_STRIDE allows for.
@@ -83,9 +83,7 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    reason = refusal(block_size, device_target(x.device))
-    if reason is not None:
-        raise ValueError(reason)
+    check_refusal(refusal(block_size, device_target(x.device)))
     rows = max(1, min(_MAX_ROWS, _ELEMENTS // block_size))
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_dtype, dtype_name
+from .checks import check_dtype, check_refusal, dtype_name
 from .launch import block_refusal
 from .operands import flattens, operands
 from .split import add_splits
@@ -180,9 +180,7 @@ def weight_scale_modes(scale: Tensor, n: int, k: int, block_shape: tuple[int, in
             "for groups or blocks give block_shape"
         )
     rows, cols = block_shape
-    reason = block_refusal(rows, cols)
-    if reason is not None:
-        raise ValueError(reason)
+    check_refusal(block_refusal(rows, cols))
     expected = (-(-n // rows), -(-k // cols))
     if tuple(scale.shape[-2:]) != expected:
         raise ValueError(

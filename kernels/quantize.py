@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import CODES, FLOATS, check_device, check_dtype, contiguous_rows, dtype_name, require
+from .checks import (
+    CODES,
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_refusal,
+    contiguous_rows,
+    dtype_name,
+    require,
+)
 from .launch import group_refusal
 from .targets import Target, core_count, device_target, on_device
 from .tile import decode_e8m0
@@ -227,9 +236,7 @@ def quantize_rows(
     check_device(x, other=other, weight=weight, scale=scale, zero_point=zero_point)
     m, k = x.shape
     target = device_target(x.device)
-    reason = refusal(dtype, target)
-    if reason is not None:
-        raise ValueError(reason)
+    check_refusal(refusal(dtype, target))
     x = contiguous_rows(x)
     other = None if other is None else contiguous_rows(other)
     codes = torch.empty((m, k), dtype=dtype, device=x.device)
@@ -311,9 +318,7 @@ def quantize_static(
 
 
 def check_group(group_size: int) -> None:
-    reason = group_refusal(group_size)
-    if reason is not None:
-        raise ValueError(reason)
+    check_refusal(group_refusal(group_size))
 
 
 def check_static(scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
