@@ -268,7 +268,8 @@ takes part: this shows which instructions, registers and memory each launch take
 "bf16 × …" products run on 16-bit units on purpose: their activations are 16-bit. Registers are per
 thread, spills in bytes (NVIDIA: stored + loaded; AMD: scratch), on-chip memory in bytes per program;
 Ascend's compiler enforces its buffers and reports none of them. "Loop": matrix instructions among all
-instructions of the innermost loop; one of sm90, sm100 and AMD multiplies many times what an `mma` does.
+instructions of the innermost loop, without what a persistent kernel's only does between tiles; one of sm90,
+sm100 and AMD multiplies many times what an `mma` does.
 
 | target | int8 × int8 | fp8 × fp8 | weight-only | rows | refused | spills |
 |---|---|---|---|---:|---:|---:|
