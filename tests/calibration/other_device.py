@@ -8,7 +8,7 @@ would there, and shows where it makes tensors without saying on which device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,6 +41,13 @@ class OtherDevice(TorchFunctionMode):
             storage = x.untyped_storage()
             self._there[storage._cdata] = (device, StorageWeakRef(storage))
 
+    def _placing(self, hook: Callable[[Tensor], Any], device: torch.device) -> Callable[[Tensor], Any]:
+        def placed(gradient: Tensor) -> Any:
+            self.place(gradient, device)
+            return hook(gradient)
+
+        return placed
+
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
@@ -54,6 +61,8 @@ class OtherDevice(TorchFunctionMode):
         if target is not None and target.type == "cuda":
             args = tuple(CPU if _names(a, target) else a for a in args)
             kwargs = {k: CPU if _names(v, target) else v for k, v in kwargs.items()}
+        if func == Tensor.register_hook:  # autograd makes gradients where no mode sees it
+            args = (args[0], self._placing(args[1], self.device_of(args[0])))
         out = func(*args, **kwargs)
         if func in (Tensor.copy_, Tensor.__setitem__):
             return out

@@ -92,7 +92,7 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
     found = store.read(tmp_path / "c")
     assert found.scheme == recipe.scheme
     for module, name in recipe.overrides.items():
-        assert found.scheme_of(module) == (None if name == "float" else name)
+        assert found.module_schemes.get(module, found.scheme) == (None if name == "float" else name)
     # The recipe has no method: this one is taken, and options that would say otherwise than the recipe are not.
     again = ("calibrate", source, "--recipe", tmp_path / "r.yaml", *common)
     lowbit(*again, "-o", tmp_path / "d", "--method", "gptq")
