@@ -103,7 +103,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("sums of the first tile's channels", "w_sum_ptr + n0 if A_ZERO > 0 else None", "w_sum_ptr"),
         ("store over the next row", ROW_MASK, "mask=row_mask[:, None]"),
         ("K is always even", "EVEN_K=k % launch.block_k == 0", "EVEN_K=True"),
-        ("persistent programs do one tile", "tl.program_id(0), tiles, tl.num_programs(0)", "tl.program_id(0), tl.num_programs(0), tl.num_programs(0)", "family"),
+        ("persistent programs do one tile", "in range(tl.program_id(0), tiles,", "in range(tl.program_id(0), tl.num_programs(0),", "several"),
+        ("loops that are one do one tile", "tl.range(tl.program_id(0), tiles,", "tl.range(tl.program_id(0), tl.num_programs(0),", "several"),
     ),
     *mutants(
         "split", "matmul",
@@ -126,6 +127,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ("every split from the start of K", "k_start = split * k_per_split", "k_start = 0", "split"),
         ("bias of the first tile", "bias_ptr + n0 if HAS_BIAS else None", "bias_ptr", "block_is"),
         ("channel scales of the first tile", "w_scale_ptr + n0 if W_SCALE == 2 else w_scale_ptr", "w_scale_ptr", "weight_only"),
+        ("persistent programs do one tile", "in range(tl.program_id(0), tiles,", "in range(tl.program_id(0), tl.num_programs(0),", "several"),
+        ("loops that are one do one tile", "tl.range(tl.program_id(0), tiles,", "tl.range(tl.program_id(0), tl.num_programs(0),", "several"),
         ("store over the next row", ROW_MASK, "mask=row_mask[:, None]"),
     ),
     *mutants(

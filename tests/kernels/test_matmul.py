@@ -119,6 +119,15 @@ def test_parameters_of_every_family_of_targets(name):
     assert torch.equal(found, epilogue(exact_sum(a, w), *scales))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_persistent_program_does_several_tiles(dtype, monkeypatch):
+    monkeypatch.setattr("lowbit.kernels.matmul.core_count", lambda device: 3)
+    a, w = int8(70, 96), int8(90, 96)
+    call = a, w, torch.rand(70, 1), torch.rand(90, 1)
+    found = matmul(*call, out_dtype=dtype, launch=VARIANTS["persistent"])
+    assert torch.equal(found, matmul(*call, out_dtype=dtype, launch=SMALL))
+
+
 def test_fnuz_codes_on_gfx942():
     codes = [torch.randn(rows, 100).to(torch.float8_e4m3fnuz) for rows in (17, 33)]
     with pretending(get_target("gfx942")):

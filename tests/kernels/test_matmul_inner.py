@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_block_is_bitwise_exact(kind, m, n, k):
     ).T + bias.double()
     found = matmul_block(a, w, a_scale, w_scale, bias=bias, out_dtype=torch.float32)
     assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_persistent_program_does_several_tiles(dtype, monkeypatch):
+    monkeypatch.setattr("lowbit.kernels.inner.core_count", lambda device: 3)
+    a, w = (torch.randint(-127, 128, (rows, 160), dtype=torch.int8) for rows in (70, 90))
+    call = a, w, torch.rand(70, 2), torch.rand(1, 2)
+    found = matmul_block(*call, out_dtype=dtype, launch=PERSISTENT)
+    assert torch.equal(
+        found, matmul_block(*call, out_dtype=dtype, launch=replace(PERSISTENT, persistent=False))
+    )
 
 
 @pytest.mark.parametrize("variant", [None, *VARIANTS])
