@@ -87,7 +87,8 @@ def matmul_kernel(
 ):  # fmt: skip
     """One program per tile and split of K, or, where PERSISTENT, one per core.
 
-    FLATTEN makes the loops over tiles and over K one: the next tile is loaded while results are stored.
+    FLATTEN makes the loops over tiles and over K one: the next tile is loaded while results are stored. What a loop
+    runs over cannot be chosen by a condition in Triton, and Ascend's has no such loops: the call stands in each.
     """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * SPLIT_K
     if FLATTEN:

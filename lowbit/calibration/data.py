@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.nn.integration import require_transformers
+from lowbit.nn.integration import open_tokenizer, require_transformers
 
 _TEXT = (".txt", ".md", ".rst", ".html")
 _IDS = (".pt", ".npy")
@@ -66,20 +66,11 @@ def is_tokenized(path: str | Path) -> bool:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
-    require_transformers()
-    from transformers import AutoTokenizer
-
     from lowbit.checkpoint.headers import open_checkpoint
 
+    require_transformers()
     open_checkpoint(path)  # transformers would ask a hub for what is not here
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there, or give the data "
-            "as token ids in a .npy"
-        ) from error
+    return open_tokenizer(path, instead=", or give the data as token ids in a .npy")
 
 
 def _files(path: Path) -> list[Path]:

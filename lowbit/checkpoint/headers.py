@@ -30,6 +30,7 @@ ITEM_BYTES = {
 
 FLOATS = ("BF16", "F16", "F32")
 
+INDEX = "model.safetensors.index.json"
 # Written by a conversion, of that conversion: never carried into the next one.
 MANIFEST = "lowbit_manifest.json"
 # Where a conversion works until it is done.
@@ -266,9 +267,9 @@ def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, 
 
 
 def _index_of(root: Path, indexes: list[Path], notes: list[str]) -> Path:
-    """`model.safetensors.index.json` where there are several, as loaders do: Mistral ships its own format beside it."""
-    first, *others = sorted(indexes, key=lambda file: file.name != "model.safetensors.index.json")
-    if others and first.name != "model.safetensors.index.json":
+    """`INDEX` where there are several, as loaders do: Mistral ships its own format beside it."""
+    first, *others = sorted(indexes, key=lambda file: file.name != INDEX)
+    if others and first.name != INDEX:
         raise InputError(
             f"{root}: expected one index, found {', '.join(i.name for i in indexes)}; remove the one that is stale"
         )

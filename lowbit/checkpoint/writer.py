@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.files import create, lock, may_pass, sync_directory, write_json
-from lowbit.checkpoint.headers import MANIFEST, PARTIAL
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.manifest import make_manifest
 from lowbit.checkpoint.parts import Part
@@ -29,7 +29,6 @@ from lowbit.formats import DESCRIPTION
 
 # Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 # So long a part waits for another to remove what an earlier conversion left.
 TIDY_SECONDS = 30

@@ -64,9 +64,8 @@ def main() -> None:
         app()
     except (InputError, OSError) as error:
         said = str(error)
-        if (
-            isinstance(error, OSError) and error.filename is not None
-        ):  # such as a path that may not be looked at
+        if isinstance(error, OSError) and error.filename is not None:
+            # Such as a path that may not be looked at.
             said = f"{error.filename}: {error.strerror}; check the path and permissions"
         _say_as_json(said)
         print(f"error: {said}", file=sys.stderr)

@@ -54,6 +54,7 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
 
     from lowbit.errors import InputError
     from lowbit.nn import load
+    from lowbit.nn.integration import open_tokenizer
 
     if threads:
         torch.set_num_threads(threads)
@@ -75,21 +76,6 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
     model = load(path, dtype=wanted, device=device)
     seconds = time.perf_counter() - start
     return model, open_tokenizer(path), seconds
-
-
-def open_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; InputError when it has none."""
-    from transformers import AutoTokenizer
-
-    from lowbit.errors import InputError
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path}: expected a tokenizer beside the weights ({reason}); copy its files there"
-        ) from error
 
 
 def quiet_transformers() -> None:

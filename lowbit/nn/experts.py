@@ -13,7 +13,7 @@ from lowbit.formats import Format
 from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
-from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, pack, unpack
+from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, codes_of, pack, unpack
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
 from lowbit.scheme import Scheme
@@ -164,7 +164,7 @@ class QuantExperts(StackedModule):
 
     def stored_codes(self, projection: str) -> Tensor:
         """Codes as stored: int8 or float8_e4m3fn [E, N, K], or packed int32 [E, N, ⌈K/4⌉]."""
-        return self.stack(projection, "packed" if "packed" in self.suffixes else "codes")
+        return self.stack(projection, codes_of(self.suffixes))
 
     def dequantize(self, projection: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """code · scale of `gate`, `up` or `down`, rounded once to `dtype`: [E, N, K]."""

@@ -12,6 +12,7 @@ what transformers loads with.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from lowbit.errors import InputError
@@ -36,6 +37,22 @@ def require_transformers() -> None:
     found = transformers.__version__
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise InputError(f"expected transformers {oldest} or newer, found {found}; {advice}")
+
+
+def open_tokenizer(path: str | Path, instead: str = "") -> Any:
+    """The tokenizer in a checkpoint's directory; none of the checkpoint's own code is run.
+
+    InputError where none loads; `instead`: what else helps, after a comma.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"expected a tokenizer in {path}, found none that loads ({reason}); copy its files there{instead}"
+        ) from error
 
 
 def register_names() -> None:

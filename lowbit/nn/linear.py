@@ -17,6 +17,7 @@ from lowbit.nn.stored import (
     as_format,
     as_scheme,
     autocast_input,
+    codes_of,
     float_linear,
     pack,
     unpack,
@@ -125,7 +126,7 @@ class QuantLinear(QuantModule):
         )  # fmt: skip
         assert scheme.weights is not None
         codes, scale = quantize_rows(weight, scheme.weights, name=name)
-        module.set_content("codes" if "codes" in module.names else "packed", codes)
+        module.set_content(codes_of(module.names), codes)
         if "scale" not in module.names:
             raise ValueError(
                 f"{name}: expected a format that stores the weight's scale, found {module.format.name} with "
@@ -194,9 +195,7 @@ class QuantLinear(QuantModule):
     @property
     def codes_buffer(self) -> Tensor:
         """The codes as stored: int8 or float8_e4m3fn [N, K], or packed int32 [N, ⌈K/4⌉]."""
-        buffer = self.content("codes")
-        if buffer is None:
-            buffer = self.content("packed")
+        buffer = self.content(codes_of(self.names))
         assert buffer is not None
         return buffer
 
@@ -278,9 +277,8 @@ class QuantLinear(QuantModule):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        buffer = self.codes_buffer
-        key = prefix + self.names["codes" if "codes" in self.names else "packed"]
-        if key in state_dict and (problem := wrong_codes(key, state_dict[key], buffer)):
+        key = prefix + self.names[codes_of(self.names)]
+        if key in state_dict and (problem := wrong_codes(key, state_dict[key], self.codes_buffer)):
             args[-1].append(problem)
             return
         # Published checkpoints store scales as BF16 or as a scalar; here they are float32 and have their shape.

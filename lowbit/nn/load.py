@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.headers import Checkpoint, open_checkpoint
+from lowbit.checkpoint.headers import INDEX, Checkpoint, open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import quantization_of, read
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_USUAL_FILES = ("model.safetensors", "model.safetensors.index.json")
+_USUAL_FILES = ("model.safetensors", INDEX)
 
 
 def load(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.nn.linear import SCALES, as_stored_scale, wrong_codes
-from lowbit.nn.stored import QuantModule
+from lowbit.nn.stored import QuantModule, codes_of
 
 
 class StackedModule(QuantModule):
@@ -77,7 +77,7 @@ class StackedModule(QuantModule):
     ) -> None:  # fmt: skip
         known = set()
         scales = tuple("_" + self.suffixes[c] for c in SCALES if c in self.suffixes)
-        codes = "_" + self.suffixes["codes" if "codes" in self.suffixes else "packed"]
+        codes = "_" + self.suffixes[codes_of(self.suffixes)]
         for name, buffer, expert, view in list(self.disk_tensors()):
             known.add(name)
             value = state_dict.get(prefix + name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -146,6 +146,11 @@ def float_activations(model: nn.Module) -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.quantize_activations = value
+
+
+def codes_of(names: Mapping[str, str]) -> str:
+    """Which content of a module (names: content → name) is its codes: `packed` where the format packs them."""
+    return "packed" if "packed" in names else "codes"
 
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
