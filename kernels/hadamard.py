@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import FLOATS, check_dtype, check_refusal, contiguous_rows, require
-from .targets import Target, device_target, on_device
+from .targets import Target, device_target
 
 # Of a tile; 256 rows are what checks.MAX_ROW_STRIDE allows for.
 _ELEMENTS, _MAX_ROWS, _MAX_BLOCK = 2048, 256, 4096
@@ -87,10 +88,10 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     rows = max(1, min(_MAX_ROWS, _ELEMENTS // block_size))
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)
-    with on_device(x.device):
-        hadamard_kernel[(tiles,)](
-            flat, out, flat.shape[0], k // block_size,
-            1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
-            ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    kept.launch(
+        hadamard_kernel, (tiles,), x.device,
+        flat, out, flat.shape[0], k // block_size,
+        1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,
+        ROWS=rows, SIZE=block_size, STAGES=block_size.bit_length() - 1, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     return out

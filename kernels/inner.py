@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import check_dtype, check_refusal, dtype_name
 from .launch import block_refusal
 from .operands import flattens, operands
 from .split import add_splits
-from .targets import Target, core_count, on_device
+from .targets import Target, core_count
 from .tile import CAST, CUT, finish_tile, multiply_tile, tile_position
 from .tuned_tables import LaunchParameters
 
@@ -247,19 +248,19 @@ def launch_inner(
     if modes.groups == 2:
         w_scale = loadable(w_scale, target)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    with on_device(a.device):
-        inner_kernel[grid](
-            a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
-            *((0, 0) if a_scale is None else a_scale.stride()),
-            *(w_scale.stride() if inside else (0, 0)),
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer,
-            A_GROUPS=a_scale is not None, W_GROUPS=modes.groups,
-            GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
-            A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
-            W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
-            FLATTEN=flattens(launch, raw, target), **launch.options(target),
-        )  # fmt: skip
+    kept.launch(
+        inner_kernel, grid, a.device,
+        a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
+        *((0, 0) if a_scale is None else a_scale.stride()),
+        *(w_scale.stride() if inside else (0, 0)),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+        SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer,
+        A_GROUPS=a_scale is not None, W_GROUPS=modes.groups,
+        GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
+        A_DECODE=a_decode, W_DECODE=w_decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
+        W_SCALE=modes.outer, HAS_BIAS=bias is not None, LOAD=load, PERSISTENT=launch.persistent,
+        FLATTEN=flattens(launch, raw, target), **launch.options(target),
+    )  # fmt: skip
     if split > 1:
         outer = {"A_SCALE": 0, "W_SCALE": modes.outer, "A_ZERO": 0, "HAS_BIAS": bias is not None}
         add_splits(raw, out, None, w_scale, bias, None, None, target, outer)

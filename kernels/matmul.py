@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import (
     CODES,
     FLOATS,
@@ -27,7 +28,7 @@ from .checks import (
 from .launch import choose_launch
 from .operands import flattens, operands
 from .split import add_splits
-from .targets import core_count, device_target, on_device
+from .targets import core_count, device_target
 from .tile import finish_tile, multiply_tile, tile_position
 from .tuned_tables import LaunchParameters
 
@@ -197,15 +198,15 @@ def matmul(
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n) * split
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    with on_device(a.device):
-        matmul_kernel[grid](
-            a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
-            m, n, k, k_per_split, a.stride(0), w.stride(0), n,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
-            LOAD=load, PERSISTENT=launch.persistent, FLATTEN=flattens(launch, raw, target), **modes,
-            **launch.options(target),
-        )  # fmt: skip
+    kept.launch(
+        matmul_kernel, grid, a.device,
+        a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
+        m, n, k, k_per_split, a.stride(0), w.stride(0), n,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+        SPLIT_K=split, EVEN_K=k % launch.block_k == 0, INTEGER=integer, PROMOTE_K=launch.promote_k,
+        LOAD=load, PERSISTENT=launch.persistent, FLATTEN=flattens(launch, raw, target), **modes,
+        **launch.options(target),
+    )  # fmt: skip
     if split > 1:
         add_splits(raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, target, modes)
     return out

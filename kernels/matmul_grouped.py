@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import (
     CODES,
     FLOATS,
@@ -28,7 +29,7 @@ from .checks import (
 from .inner import conversion, loadable, scaled_tile, weight_scale_modes
 from .launch import choose_launch
 from .operands import operands
-from .targets import core_count, device_target, on_device
+from .targets import core_count, device_target
 from .tile import TMA
 from .tuned_tables import LaunchParameters
 
@@ -194,20 +195,20 @@ def matmul_grouped(
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     inside = modes.groups > 0
     a_rows, w_rows, load = operands(a, codes, launch, target)
-    with on_device(a.device):
-        matmul_grouped_kernel[grid](
-            a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
-            a.stride(0), codes.stride(0), codes.stride(1), n,
-            *(a_scale.stride() if inside and a_scale is not None else (0, 0)),
-            *(w_scale.stride() if inside else (w_scale.shape[1], 0, 0)),
-            EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts),
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            EVEN_K=k % launch.block_k == 0, INTEGER=a.dtype == torch.int8, PROMOTE_K=launch.promote_k,
-            A_GROUPS=inside and not weight_only, W_GROUPS=modes.groups,
-            GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
-            W_DECODE=decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
-            A_SCALE=2 if a_scale is not None and not inside else 0, W_SCALE=modes.outer,
-            HAS_BIAS=bias is not None, HAS_ROUTED=routed_weight is not None,
-            LOAD=load, PERSISTENT=launch.persistent, **launch.options(target),
-        )  # fmt: skip
+    kept.launch(
+        matmul_grouped_kernel, grid, a.device,
+        a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
+        a.stride(0), codes.stride(0), codes.stride(1), n,
+        *(a_scale.stride() if inside and a_scale is not None else (0, 0)),
+        *(w_scale.stride() if inside else (w_scale.shape[1], 0, 0)),
+        EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+        EVEN_K=k % launch.block_k == 0, INTEGER=a.dtype == torch.int8, PROMOTE_K=launch.promote_k,
+        A_GROUPS=inside and not weight_only, W_GROUPS=modes.groups,
+        GROUP_N=max(modes.group_n, 1), GROUP_K=max(modes.group_k, 1),
+        W_DECODE=decode, CONVERT=convert, SPLIT_FP32=a.dtype == torch.float32,
+        A_SCALE=2 if a_scale is not None and not inside else 0, W_SCALE=modes.outer,
+        HAS_BIAS=bias is not None, HAS_ROUTED=routed_weight is not None,
+        LOAD=load, PERSISTENT=launch.persistent, **launch.options(target),
+    )  # fmt: skip
     return out

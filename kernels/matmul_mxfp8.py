@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import (
     FLOATS,
     check_device,
@@ -19,7 +20,7 @@ from .checks import (
 )
 from .inner import WeightScale, launch_inner, weight_bytes
 from .launch import choose_launch
-from .targets import device_target, on_device
+from .targets import device_target
 from .tile import finish_tile, tile_position
 from .tuned_tables import LaunchParameters
 
@@ -127,11 +128,11 @@ def matmul_mxfp8(
             a_decode=decode, w_decode=decode, convert=0, launch=launch, target=target,
         )  # fmt: skip
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
-    with on_device(a.device):
-        matmul_mxfp8_kernel[grid](
-            a, w, out, a_scale.contiguous(), w_scale.contiguous(), bias, m, n, k, -(-k // GROUP),
-            a.stride(0), w.stride(0), n,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
-            EVEN_K=k % launch.block_k == 0, HAS_BIAS=bias is not None, **launch.options(target),
-        )  # fmt: skip
+    kept.launch(
+        matmul_mxfp8_kernel, grid, a.device,
+        a, w, out, a_scale.contiguous(), w_scale.contiguous(), bias, m, n, k, -(-k // GROUP),
+        a.stride(0), w.stride(0), n,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k, GROUP_M=launch.group_m,
+        EVEN_K=k % launch.block_k == 0, HAS_BIAS=bias is not None, **launch.options(target),
+    )  # fmt: skip
     return out

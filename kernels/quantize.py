@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import kept
 from .checks import (
     CODES,
     FLOATS,
@@ -25,7 +26,7 @@ from .checks import (
     require,
 )
 from .launch import group_refusal
-from .targets import Target, core_count, device_target, on_device
+from .targets import Target, core_count, device_target
 from .tile import decode_e8m0
 
 # Where the values come from (SOURCE) and what shares a scale (MODE).
@@ -253,14 +254,14 @@ def quantize_rows(
     block, options = row_block(k, target)
     group = group_size if mode == GROUPS else min(block, 128)
     strides = scale.stride() if mode != STATIC else (0, 0)
-    with on_device(x.device):
-        quantize_rows_kernel[(min(m, 65_535 if target.backend != "npu" else core_count(x.device)),)](
-            x, other, weight, total, codes, scale, zero_point, m, k, eps,
-            x.stride(0), 0 if other is None else other.stride(0), *strides,
-            SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
-            HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
-            BLOCK=max(block, group), GROUP=group, FUSED=target.backend != "npu", **options,
-        )  # fmt: skip
+    kept.launch(
+        quantize_rows_kernel, (min(m, 65_535 if target.backend != "npu" else core_count(x.device)),), x.device,
+        x, other, weight, total, codes, scale, zero_point, m, k, eps,
+        x.stride(0), 0 if other is None else other.stride(0), *strides,
+        SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
+        HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
+        BLOCK=max(block, group), GROUP=group, FUSED=target.backend != "npu", **options,
+    )  # fmt: skip
     return codes, scale
 
 

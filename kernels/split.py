@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .targets import Target, on_device
+from . import kept
+from .targets import Target
 from .tile import finish_tile
 
 BLOCK_M, BLOCK_N = 16, 128
@@ -63,8 +64,8 @@ def add_splits(
     split, m, n = raw.shape
     options = {} if target.backend == "npu" else {"num_warps": 4, "enable_fp_fusion": False}
     grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
-    with on_device(out.device):
-        add_splits_kernel[grid](
-            raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, m, n,
-            SPLIT_K=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **modes, **options,
-        )  # fmt: skip
+    kept.launch(
+        add_splits_kernel, grid, out.device,
+        raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, m, n,
+        SPLIT_K=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **modes, **options,
+    )  # fmt: skip

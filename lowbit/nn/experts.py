@@ -206,7 +206,8 @@ class QuantExperts(StackedModule):
         out_dtype = hidden_states.dtype
         x = autocast_input(hidden_states)
         if top_k_index is None or top_k_weights is None:
-            offsets = torch.arange(self.num_experts + 1, device=x.device) * (x.shape[0] // self.num_experts)
+            offsets = torch.arange(self.num_experts + 1, dtype=torch.int32, device=x.device)
+            offsets = offsets * (x.shape[0] // self.num_experts)
             return self._product("down", self._gated(x, offsets), offsets).to(out_dtype)
         tokens, choices = top_k_index.shape
         chosen = top_k_index.reshape(-1)
@@ -215,7 +216,7 @@ class QuantExperts(StackedModule):
         order = torch.argsort(chosen, stable=True)
         counts = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add(0, chosen.to(torch.int64), torch.ones_like(order))
-        offsets = nn.functional.pad(counts.cumsum(0), (1, 0))
+        offsets = nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
         middle = self._gated(x[order // choices], offsets)
         out = self._product("down", middle, offsets).to(torch.float32) * weights[order, None]
         # Back to the tokens' order, and a sum in a fixed order: index_add is not deterministic on GPUs.

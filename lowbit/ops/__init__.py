@@ -129,13 +129,10 @@ def linear(
     NaN or Inf gives NaN when it is quantized dynamically. Raises ValueError naming what was
     expected, found, and what to do.
     """
-    if not torch.compiler.is_compiling() and input_zero_point is None and eager.applies(x, bias):
-        found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, block)
-        if found is not None:
-            return found
-    return _ops.linear.default(
-        x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block
-    )
+    arguments = (x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block)
+    if not torch.compiler.is_compiling() and eager.applies(x, bias):
+        return register.linear(*arguments)
+    return _ops.linear.default(*arguments)
 
 
 def linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -169,9 +166,10 @@ def linear_grouped(
     bias. activations: as in `linear`; for "tensor" `input_scale` is float32 [E, 1], one of each
     expert, and there are no zero points.
     """
-    return _ops.linear_grouped.default(
-        x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block
-    )
+    arguments = (x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
+    if not torch.compiler.is_compiling() and eager.applies(x, bias, row_weight):
+        return register.linear_grouped(*arguments)
+    return _ops.linear_grouped.default(*arguments)
 
 
 def matmul(

@@ -1,7 +1,7 @@
-"""`linear` in eager mode on CPU tensors: past torch's dispatcher, and with parameters filled in once.
+"""Eager mode: past torch's dispatcher where nobody looks, and `linear` on CPUs with parameters filled in once.
 
 Passing through the dispatcher into Python and filling in the parameters cost more than the
-product of one row with a small layer.
+product of one row with a small layer. What stands for the latter on accelerators is in `again`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ _KEPT_CALLS = 4096
 _local = threading.local()
 
 
-def applies(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing looks at operators as they pass: no tracing, no gradient, no mode, no profiler."""
+def applies(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether nothing looks at operators as they pass: no tracing, no gradient to these, no mode, no profiler."""
     return (
         type(x) is Tensor
-        and x.is_cpu
-        and settings.implementation is None
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not x.is_meta
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None

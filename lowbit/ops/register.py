@@ -7,13 +7,14 @@ Each operation has one implementation for every device; it asks `dispatch.choose
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.ops import cpu, dispatch, eager, reference
+from lowbit.ops import again, cpu, dispatch, eager, reference
 from lowbit.ops.checks import (
     CODES,
     FLOATS,
@@ -29,11 +30,19 @@ from lowbit.ops.settings import fall_back, settings
 _library = torch.library.Library("lowbit", "DEF")
 
 
-def _define(schema: str, implementation: Any, fake: Any) -> None:
+def _define(schema: str, implementation: Any, fake: Any, moving: Sequence[str] = ()) -> Any:
+    """Register an operation and return its implementation.
+
+    moving: the tensors, of an operation that launches kernels, that differ from call to call (see `again`).
+    """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if moving:
+        arguments = [a.name for a in torch._C.parse_schema(schema).arguments]
+        implementation = again.keeping(implementation, [arguments.index(m) for m in moving])
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
+    return implementation
 
 
 def _implementation(
@@ -147,7 +156,6 @@ def _linear(
     input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
     if x.is_cpu and input_zero_point is None and settings.implementation is None:
-        # Compiled models come here: the same call, without the checks of `ops.linear`.
         found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, (block[0], block[1]))
         if found is not None:
             return found
@@ -168,11 +176,12 @@ def _linear_fake(
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
-_define(
+linear = _define(
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
     "Tensor? input_zero_point, Tensor? weight_sum, str activations, int[] block) -> Tensor",
     _linear,
     _linear_fake,
+    moving=("x",),
 )
 
 
@@ -263,11 +272,12 @@ def _linear_grouped_fake(
     return x.new_empty([x.shape[0], weight.shape[1]])
 
 
-_define(
+linear_grouped = _define(
     "linear_grouped(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, "
     "Tensor? row_weight, Tensor? input_scale, str activations, int[] block) -> Tensor",
     _linear_grouped,
     _linear_grouped_fake,
+    moving=("x", "offsets", "row_weight"),
 )
 
 
@@ -394,4 +404,5 @@ _define(
     "Tensor? a_zero_point, Tensor? weight_sum, int[] block, ScalarType out_dtype) -> Tensor",
     _matmul,
     _matmul_fake,
+    moving=("a", "a_scale", "a_zero_point"),
 )

@@ -73,6 +73,7 @@ _define(
     "quantize(Tensor x, ScalarType dtype, int group, bool power_of_2) -> (Tensor codes, Tensor scale)",
     _quantize,
     _quantize_fake,
+    moving=("x",),
 )
 
 
@@ -99,6 +100,7 @@ _define(
     "quantize_static(Tensor x, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     _quantize_static,
     _quantize_static_fake,
+    moving=("x",),
 )
 
 
@@ -151,6 +153,7 @@ _define(
     "-> (Tensor codes, Tensor scale, Tensor total)",
     _rms_norm_quantize,
     _rms_norm_quantize_fake,
+    moving=("x", "residual"),
 )
 
 
@@ -185,6 +188,7 @@ _define(
     "silu_mul_quantize(Tensor x, ScalarType dtype, int group) -> (Tensor codes, Tensor scale)",
     _silu_mul_quantize,
     _silu_mul_quantize_fake,
+    moving=("x",),
 )
 
 
@@ -221,7 +225,7 @@ def _hadamard_fake(x: Tensor, block: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_fake)
+_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_fake, moving=("x",))
 
 
 def _hadamard_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,71 @@
+"""Operations on accelerators through launches kept from an earlier call (see `lowbit.kernels.kept`).
+
+There a call's Python takes longer than a product of a few rows, and in eager mode nothing hides it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.ops.settings import settings
+
+_KEPT_CALLS = 4096
+
+_local = threading.local()
+
+
+def keeping(implementation: Callable[..., Any], moving: Sequence[int]) -> Callable[..., Any]:
+    """`implementation` of an operation, whose first argument says the device; on a GPU its launches are kept.
+
+    moving: positions of the tensors that differ from call to call. The others, weights, stay where they are and are
+    known by their addresses.
+    """
+
+    def call(*arguments: Any) -> Any:
+        forced = settings.implementation
+        if forced != "triton" and (forced is not None or not arguments[0].is_cuda):
+            return implementation(*arguments)
+        # All that launches depend on, which are no values. So nothing is kept alive, and what is kept is right for
+        # whatever stands at those addresses next.
+        key: list[Any] = [implementation, settings.fast_accumulation]
+        for position, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                moves = position in moving
+                where = argument.data_ptr()
+                key += (where % 16, argument.device) if moves else (where,)
+                key += argument.shape, argument.stride(), argument.dtype
+            else:
+                key.append(tuple(argument) if isinstance(argument, list) else argument)
+        return _call(tuple(key), implementation, arguments, moving)
+
+    return call
+
+
+def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, moving: Sequence[int]) -> Any:
+    """The second call is kept, later ones run its launches alone. Not the first: each prompt has its own length."""
+    try:
+        calls: dict[tuple, Any] = _local.calls
+    except AttributeError:
+        calls = _local.calls = {}
+    kept = calls.get(key, 0)
+    if kept:
+        return kept.run(*(arguments[i] for i in moving if arguments[i] is not None))
+    if kept is None:
+        return implementation(*arguments)
+    if key not in calls:
+        if len(calls) >= _KEPT_CALLS:
+            calls.clear()
+        calls[key] = 0
+        return implementation(*arguments)
+    from lowbit.kernels.kept import keep  # type: ignore[import-not-found]
+
+    tensors = {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
+    inputs = [a for i, a in tensors.items() if i in moving]
+    result, calls[key] = keep(
+        lambda: implementation(*arguments), inputs, [a for i, a in tensors.items() if i not in moving]
+    )
+    return result
