@@ -12,7 +12,7 @@ each must be the reference's best, or as good within eight bounds. Medians of fi
 
 Both bounds were chosen before the first run; the medians and lowbit's own unrest came after it, when one prompt of a
 mixture had a code that float rounding tipped over, and with it a router's choice, and SmolLM2's thirty layers had
-amplified such codes.
+amplified such codes. Where an engine computes in bfloat16, all of these are medians of the tokens (see `typical`).
 
 `--damage` shows that the bounds would notice: checkpoints with one wrong scale, one missed scale, one matrix in the
 other order and two experts exchanged must fail the plain comparison.
@@ -42,6 +42,7 @@ from engine_models import FUSED, TURNED, architecture, turn_experts
 from engine_references import (
     as_bf16_keeps,
     blocks_cut,
+    by_token_where,
     cache_quantized,
     compare,
     disturbed,
@@ -149,8 +150,9 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
     exact = float_model(case, out)
     differences, behind = compare(exact, asked, plain["prompts"])
     bound, row["plain"] = PLAIN, float(torch.cat(differences).abs().max())
-    if case.kind in about.dtypes:
-        row["plain"] = typical(differences)
+    rounded = case.kind in about.dtypes
+    if rounded:
+        row["plain"] = typical(differences, rounded)
         bound = BF16 if case.how == "bf16" else 3 * before[f"{case.kind}: bf16"]["plain"]
     ok = row["plain"] <= bound and statistics.median(behind) <= 8 * bound
     row |= {"bound": bound, "multiplied": sorted(chosen_kernels(plain)), "kv_cache": True}
@@ -167,7 +169,8 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         if about.shares_input_scales:
             share_input_scales(model)
         with (
-            float_where(model, kernels["stand_ins"]),
+            float_where(model, kernels["stand_ins"] + kernels.get("float_activations", [])),
+            by_token_where(model, kernels.get("token_activations", [])),
             cache_quantized(model, scales if about.rounds_cache else {}),
             blocks_cut(model) if about.cuts_blocks else nullcontext(),
         ):
@@ -176,7 +179,8 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
             costs = [x - of_tokens(logprobs(exact, ids), ids) for x, ids in zip(own, asked, strict=True)]
             with disturbed(model):
                 moved = [of_tokens(logprobs(model, ids), ids) - x for ids, x in zip(asked, own, strict=True)]
-        row |= {"cost": typical(costs), "kernel": typical(differences), "unrest": typical(moved)}
+        measured = {"cost": costs, "kernel": differences, "unrest": moved}
+        row |= {name: typical(x, rounded) for name, x in measured.items()}
         row["kernel_bound"] = max(KERNEL * row["cost"], 2 * row["unrest"]) + bound
         ok = ok and row["kernel"] <= row["kernel_bound"]
         ok = ok and statistics.median(behind) <= 8 * row["kernel_bound"]

@@ -42,7 +42,9 @@ VLLM = Engine(
     meaning="""Its build for CPUs, as published. **loaded**: it read config.json, built and fused its layers and
 loaded every weight; then what it had loaded was dequantized where it lay and multiplied in float32 by its own
 unquantized methods. **kernel**: also, its own kernels ran with quantized activations. **kernel, loaded**: kernels for
-some layers, where the CPU has none for the others (mostly experts). Greedy tokens came through its KV cache.""",
+some layers, where the CPU has none for the others (mostly experts). Greedy tokens came through its KV cache. Its
+kernels for CPUs with AMX take no float32, and so ran in bfloat16 only: those for FP8 leave activations as they are, and
+the INT8 one quantizes them by the token where the scheme is static; for the comparison so did `lowbit.load`.""",
     # Its linear attention on CPUs takes bfloat16 only.
     dtypes={"Qwen3.5-MoE": "bfloat16"},
     rounds_cache=True,

@@ -11,6 +11,9 @@ vLLM's CPU backend has no kernel for some schemes. There its config parsing, lay
 checks run all the same, and only the product is ours: what vLLM loaded is dequantized where vLLM put it, and vLLM's own
 unquantized methods multiply it. Such a layer is marked "stand-in". `--plain` does so for every layer: then nothing but
 float32 arithmetic is between the logprobs and those of the dequantized model.
+
+OUT.json also says which layers multiplied activations otherwise than their scheme says: "stand_ins" and
+"float_activations" as they were, "token_activations" quantized by the token where their scheme is static.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from vllm.model_executor.kernels.linear import (  # noqa: E402
     MPLinearKernel,
     Mxfp8LinearKernel,
 )
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel  # noqa: E402
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, UnquantizedFusedMoEMethod  # noqa: E402
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod  # noqa: E402
@@ -53,6 +57,8 @@ from vllm.model_executor.models import registry  # noqa: E402
 from vllm.platforms import PlatformEnum  # noqa: E402
 
 STAND_IN = "stand-in"
+# vLLM's kernels for CPUs with AMX that multiply FP8 weights by activations as they are (W8A16).
+FLOAT_ACTIVATIONS = ("CPUFp8BlockScaledMMKernel", "CPUFp8PerTensorScaledMMLinearKernel", "CPUExpertsFp8")
 
 
 # What vLLM chooses where the CPU has no kernel: only so that the layer is built. The product is `_dequantize`'s.
@@ -125,10 +131,21 @@ def _last_choices() -> None:
     # the second token on its DeepSeek is not that of transformers. Its own implementation in torch is right.
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     CPURouter._compute_routing = _in_one_group(CPURouter._compute_routing)
+    torch._scaled_mm = _scaled_mm
     # Of vLLM's methods only this one takes no float32, in which all else is compared; its kernels for CPUs need AMX.
     Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
     # Marlin's own demands on a GPU; what it demands of shapes stays with vLLM's create_weights.
     ct_packed.check_moe_marlin_supports_config = lambda *a, **k: True
+
+
+def _scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """torch's product of FP8 codes by a float32 GEMM, in which products are exact too; on CPUs its own is a loop, by
+    which SmolLM2 takes an hour."""
+    out = (a.float() @ b.float()) * scale_a * scale_b
+    return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
 def _in_one_group(route: Any) -> Any:
@@ -194,17 +211,34 @@ def _replace(layer: nn.Module, weights: dict[str, Tensor]) -> None:
         layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
 
 
+def _linear_kernel(layer: nn.Module) -> tuple[Any, Any]:
+    """(scheme or method, its kernel or None) of a linear."""
+    owner = scheme if (scheme := getattr(layer, "scheme", None)) is not None else layer.quant_method
+    return owner, next(
+        (k for n in ("kernel", "fp8_linear") if (k := getattr(owner, n, None)) is not None), None
+    )
+
+
 def _kernel_of(layer: nn.Module) -> tuple[str, str]:
     """(class of the scheme or method, class of the kernel) that vLLM chose for a layer."""
-    method, scheme = layer.quant_method, getattr(layer, "scheme", None)
+    method = layer.quant_method
     if isinstance(method, FusedMoEMethodBase):
         experts = getattr(method, "experts_cls", None)
         return type(method).__name__, experts.__name__ if experts else STAND_IN
-    owner = scheme if scheme is not None else method
-    kernel = next((k for n in ("kernel", "fp8_linear") if (k := getattr(owner, n, None)) is not None), None)
+    owner, kernel = _linear_kernel(layer)
     if kernel is None:
         return type(owner).__name__, "torch"
     return type(owner).__name__, STAND_IN if isinstance(kernel, StandIn) else type(kernel).__name__
+
+
+def _static_by_token(layer: nn.Module) -> bool:
+    """Whether a processed linear quantizes by the token what has a static scale: so does vLLM's INT8 kernel for AMX."""
+    if not isinstance(layer, LinearBase) or isinstance(layer.quant_method, FLOAT):
+        return False
+    kernel = _linear_kernel(layer)[1]
+    if not isinstance(kernel, CPUInt8ScaledMMLinearKernel):
+        return False
+    return kernel.config.is_static_input_scheme and kernel.linear_method == kernel._apply_weights_sgl
 
 
 FLOAT = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod)
@@ -234,7 +268,10 @@ def _watch(plain: bool, found: dict[str, Any]) -> None:
             if chosen[0] != "float" and (plain or absorbed or chosen[1] == STAND_IN):
                 found["stand_ins"].append(name)
                 _in_float(layer, model_config.dtype)
+            elif chosen[1] in FLOAT_ACTIVATIONS:
+                found["float_activations"].append(name)
         process(model, model_config, target)
+        found["token_activations"] = [n for n, m in model.named_modules() if _static_by_token(m)]
 
     base_loader.process_weights_after_loading = watched
 
@@ -249,13 +286,16 @@ def _float_cache(config: Any) -> Any:
 def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
     # vLLM looks at a model's class in another process, which would import all of it again.
     registry._run_in_subprocess = lambda ask: ask()
-    found: dict[str, Any] = {"layers": {}, "kv_scales": {}, "stand_ins": []}
+    found: dict[str, Any] = {"layers": {}, "kv_scales": {}, "stand_ins": [], "float_activations": []}
+    prompts, new, dtype = ids["prompts"], ids["new_tokens"], ids.get("dtype", "float32")
+    if dtype == "float32":
+        # Where a CPU has AMX, vLLM (0.32) prefers kernels that take no float32, and fails when it calls them.
+        torch.cpu._is_amx_tile_supported = lambda: False
     _last_choices()
     _watch(plain, found)
-    prompts, new = ids["prompts"], ids["new_tokens"]
     longest = max(map(len, prompts)) + new
     engine = LLM(
-        checkpoint, dtype=ids.get("dtype", "float32"), max_model_len=longest, max_num_seqs=8, enforce_eager=True,
+        checkpoint, dtype=dtype, max_model_len=longest, max_num_seqs=8, enforce_eager=True,
         disable_log_stats=True, skip_tokenizer_init=True, enable_prefix_caching=False, language_model_only=True,
         distributed_executor_backend="uni", hf_overrides=_float_cache if plain else None,
     )  # fmt: skip

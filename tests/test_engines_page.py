@@ -46,6 +46,11 @@ def test_columns_are_in_the_order_of_the_cases(tmp_path):
     assert cells(text, "Llama") == ["kernel", "loaded"] and cells(text, "Qwen2") == ["–", "kernel"]
 
 
+def test_a_kernel_that_quantizes_no_activations_has_no_share_of_a_cost(tmp_path):
+    text = page(tmp_path, vllm={"Llama: fp8": SAME, "Llama: fp8-block": {**SAME, "cost": 1e-7}})
+    assert "| Llama | 1.0e-06 | 1.0e-06 … 1.0e-06 | 1.0e-05 … 1e-05 |" in text
+
+
 def test_reasons_are_sentences(tmp_path):
     refused = {
         "version": "1.0",
