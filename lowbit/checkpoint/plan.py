@@ -130,6 +130,11 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
+    if source.config.get("model_type") == "gpt_oss" and planner.schemes:
+        warnings.append(
+            "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for weights; "
+            "serve the result with vLLM or transformers"
+        )
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
