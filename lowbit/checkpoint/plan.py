@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
+from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
@@ -23,6 +23,7 @@ from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source,
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
+from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerTensor
 from lowbit.scheme import Scheme, get_scheme
 
@@ -134,6 +135,12 @@ def make_plan(
         warnings.append(
             "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for weights; "
             "serve the result with vLLM or transformers"
+        )
+    apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
+    if apart and only_stacked(source.config):
+        warnings.append(
+            f"{len(apart)} matrices of experts are to be in float (first: {apart[0]}), but transformers loads this "
+            "model's from 3-D tensors only; convert the original checkpoint instead, or quantize them"
         )
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(

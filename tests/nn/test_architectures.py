@@ -111,6 +111,20 @@ def test_fused_experts_in_float_stay_fused(kind, pattern, tmp_path):
     assert ignored[0] == ignored[1]
 
 
+@pytest.mark.parametrize("kind", ["qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe"])
+def test_experts_taken_apart_do_not_become_float_without_a_word(kind, tmp_path):
+    """Back from int8 they are a matrix each, which transformers loads no model of these from; and so it is for load."""
+    build(kind).save_pretrained(tmp_path / "src")
+    assert not lowbit.plan(tmp_path / "src", "bf16").warnings
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    done = lowbit.convert(tmp_path / "out", tmp_path / "back", "bf16")
+    assert any("model's from 3-D tensors only" in w for w in done.plan.warnings)
+    with pytest.raises(
+        InputError, match=r"found a float matrix for each .*; convert the original checkpoint"
+    ):
+        load(tmp_path / "back")
+
+
 def test_transformers_itself_loads_llama4s_experts(tmp_path):
     """With compressed-tensors, which takes Llama 4's experts apart (and no other's, in this version)."""
     build("llama4").save_pretrained(tmp_path / "src")
