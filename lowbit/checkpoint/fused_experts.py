@@ -35,6 +35,11 @@ _INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
 # Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
 _TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
 
+# transformers reads their experts from 3-D tensors only: of matrices, once they are in float, it makes nothing.
+_STACKED = _TRANSPOSED | {
+    "gemma4", "gemma4_text", "granitemoe", "granitemoehybrid", "granitemoeshared", "step3p5",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Names:
@@ -147,6 +152,11 @@ def why_fused(module: str, shape: Shape) -> str:
     if len(shape) == 3 and ("experts" in module.split(".") or _place(module + ".weight") is not None):
         return "experts fused into one 3-D tensor, under names whose layout is not known here"
     return ""
+
+
+def only_stacked(config: Mapping[str, Any]) -> bool:
+    """Whether transformers loads a model's float experts from 3-D tensors alone."""
+    return any(str(c.get("model_type")) in _STACKED for c in _configs(config))
 
 
 def is_fused(ref: TensorRef) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 
 from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
-from lowbit.checkpoint.planner import module_of
+from lowbit.checkpoint.planner import BESIDE_CODES, module_of
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
+
+_NO_PARAMETERS = tuple(f".{name}" for name in (*BESIDE_CODES, "k_scale", "v_scale"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     for ref in source.tensors.values():
         dtypes.setdefault(ref.dtype, Counter()).update(tensors=1, elements=ref.elements, bytes=ref.nbytes)
     for ref in experts.checkpoint.tensors.values():
-        of_codes = (".input_scale", ".activation_scale", ".k_scale", ".v_scale")
-        if ref.name in scales or ref.name.endswith(of_codes):
+        if ref.name in scales or ref.name.endswith(_NO_PARAMETERS):
             continue
         module = module_of(ref, stored)
         shape = tuple(stored[module].shape) if module in stored else ref.shape

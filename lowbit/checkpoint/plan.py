@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.checkpoint.fused_experts import experts_of, fused_names, split
+from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
 from lowbit.checkpoint.planner import FLOAT_NAMES, Planner, Replacements, module_of
+from lowbit.checkpoint.roles import with_heads
 from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
+from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerTensor
 from lowbit.scheme import Scheme, get_scheme
 
@@ -129,6 +131,17 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
+    if source.config.get("model_type") == "gpt_oss" and planner.schemes:
+        warnings.append(
+            "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for weights; "
+            "serve the result with vLLM or transformers"
+        )
+    apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
+    if apart and only_stacked(source.config):
+        warnings.append(
+            f"{len(apart)} matrices of experts are to be in float (first: {apart[0]}), but transformers loads this "
+            "model's from 3-D tensors only; convert the original checkpoint instead, or quantize them"
+        )
     shards, placed = assign(planner.groups(), parse_size(max_shard_size))
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
@@ -142,7 +155,7 @@ def make_plan(
     ))  # fmt: skip
     layout = Layout(
         modules=planner.schemes,
-        ignored=_with_tied_head(ignored, source),
+        ignored=with_heads(ignored, planner.schemes, source.config),
         tensors=tuple(name for shard in shards for name in shard.names),
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
@@ -216,10 +229,19 @@ def _decisions(
         config=source.config,
         fits=target.refuse,
         left_in_float=left_by_source(shapes, stored),
-        wanted_in_float=target.left_in_float(shapes, source.config),
+        wanted_in_float={**target.left_in_float(shapes, source.config), **_read_by_torch(shapes, source)},
         already=already,
         fused=fused,
     )
+
+
+def _read_by_torch(modules: Iterable[str], source: Checkpoint) -> dict[str, str]:
+    """Modules whose weight torch's own nn.MultiheadAttention gives to a function, past the module → why they stay."""
+    reason = "torch's MultiheadAttention multiplies by this weight, past its module"
+    return {
+        m: reason for m in modules
+        if m.endswith(".out_proj") and m.removesuffix("out_proj") + "in_proj_weight" in source.tensors
+    }  # fmt: skip
 
 
 def _one_scale(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
@@ -268,16 +290,6 @@ def _fuse_floats(
         else:
             out[module] = decision
     return view, out
-
-
-def _with_tied_head(ignored: tuple[str, ...], source: Checkpoint) -> tuple[str, ...]:
-    """A tied lm_head is in no shard, but it is a Linear that engines would look for a scale of."""
-    tied = source.config.get("tie_word_embeddings") or (source.config.get("text_config") or {}).get(
-        "tie_word_embeddings"
-    )
-    if tied and not any(n.endswith("lm_head") for n in ignored):
-        return ("lm_head", *ignored)
-    return ignored
 
 
 def _expert_dtype(layout: Layout) -> str:

@@ -25,6 +25,16 @@ FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """config.json's names → safetensors' names."""
 
 
+BESIDE_CODES = (
+    "input_scale",
+    "activation_scale",
+    "input_zero_point",
+    "weight_shape",
+    "weight_zero_point",
+)
+"""Tensors of a module that belong to its codes, beside their scale: `activation_scale` is Mistral's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacements:
     """What a calibration puts in place of tensors computed from the source."""
@@ -89,15 +99,7 @@ class Planner:
         stored = self.stored.get(module)
         if stored is not None:
             self._taken.update(stored.names.values())
-            # Scales for activations (Mistral's are called activation_scale) and zero points belong to its codes.
-            names = (
-                "input_scale",
-                "activation_scale",
-                "input_zero_point",
-                "weight_shape",
-                "weight_zero_point",
-            )
-            self._taken.update(f"{module}.{n}" for n in names)
+            self._taken.update(f"{module}.{n}" for n in BESIDE_CODES)
             anchor = stored.weight
         else:
             anchor = self._anchor(module)

@@ -6,7 +6,7 @@ The first rule that applies decides, and its words are what `lowbit plan` prints
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lowbit.checkpoint.fused_experts import why_fused
@@ -118,14 +118,39 @@ KEEP_RULES_OF = {
 }
 """model_type → the rule that goes before `KEEP_RULES`."""
 
+_CALLED = {
+    "cls.predictions.decoder": "bert big_bird deberta deberta-v2 ernie fnet layoutlm lxmert megatron-bert mobilebert "
+    "mra nomic_bert nystromformer roc_bert roformer squeezebert tapas visual_bert yoso",
+    "lm_head.decoder": "bert-generation camembert esm gte ibert jina_embeddings_v3 longformer mpnet roberta "
+    "roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+    "lm_head.out_proj": "t5gemma t5gemma2",
+    "proj_out": "whisper moonshine moonshine_streaming cohere_asr canary",
+    "output_projection": "biogpt trocr",
+    "generator_lm_head": "convbert electra",
+    "decoder": "modernbert modernbert-decoder",
+    "predictions.decoder": "albert",
+    "text_decoder.cls.predictions.decoder": "blip",
+    "vocab_projector": "distilbert",
+    "decoder.output_projection": "fsmt",
+    "text_decoder_postnet.lm_head": "speecht5",
+    "lm_loss": "xlnet",
+}
+_TIED_HEADS = {model_type: head for head, types in _CALLED.items() for model_type in types.split()}
+"""model_type → what transformers calls an output head that shares the embedding's weight, and so is in no shard, where
+that is not `lm_head`."""
+
 CASTS = "the model's own code casts activations to the dtype of this weight"
 _MULTIPLIES = "the model's own code multiplies by this weight, past its module"
+_SPLITS = "transformers has it joined on disk and split in memory, which codes do not survive"
 _READ_BY_CODE = (
     (_last(r"(DenseReluDense|mlp|expert_\d+)\.wo"), CASTS),  # T5, Switch, Pix2Struct
     (_last(r"bbox_attention\.k_(linear|proj)"), _MULTIPLIES),  # DETR
 )
 _READ_BY_CODE_OF = {
     **dict.fromkeys(("nllb-moe", "seamless_m4t", "seamless_m4t_v2"), (_last("fc2"), CASTS)),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), (_last("dt_proj"), _MULTIPLIES)),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), (_last("weights_in"), _SPLITS)),
+    "hrm_text": (_last("gate_up_proj", "gqkv_proj"), _SPLITS),
     "wavlm": (_last(r"attention\.(q|k|v|out)_proj"), _MULTIPLIES),
     "mobilebert": (_last(r"predictions\.dense"), _MULTIPLIES),
     "rwkv": (
@@ -168,3 +193,17 @@ def read_by_code(module: str, config: Mapping[str, Any]) -> str:
     own = _READ_BY_CODE_OF.get(config.get("model_type", ""))
     known = (*_READ_BY_CODE, *([own] if own else ()))
     return next((reason for pattern, reason in known if pattern.match(module)), "")
+
+
+def with_heads(
+    ignored: Iterable[str], quantized: Collection[str], config: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Modules in float, and the output head by the names that transformers has for it in memory.
+
+    A tied head is in no shard, whether config.json says that it is tied or not (Gemma's does not), and others have
+    another name there (GPT-NeoX, LLaVA); but it is a Linear, of which a scale would be looked for.
+    """
+    names = {"lm_head", _TIED_HEADS.get(str(config.get("model_type")), "lm_head")}
+    if any(m.rpartition(".")[2] in ("lm_head", "embed_out") for m in quantized):
+        names.discard("lm_head")
+    return (*ignored, *sorted(names.difference(ignored, quantized)))

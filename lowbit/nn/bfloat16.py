@@ -139,19 +139,31 @@ def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
     """
     ends = (_or_none(model.get_input_embeddings), _or_none(model.get_output_embeddings))
     config = model.config.to_dict()
-    chosen = set()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    # transformers ties biases (BERT's head has one in two modules) as it does weights: parameters only.
+    shares_bias = {name.removesuffix(".bias") for pair in tied.items() for name in pair}
+
+    def can_be(path: str) -> bool:
+        return path not in shares_bias and keepable(model.get_submodule(path))
+
+    chosen: set[str] = set()
     for path, tensor in stored.items():
         module = model.get_submodule(path)
-        if not keepable(module):
+        if not can_be(path):
             continue
         # Some code asks a module of a vision tower, or a router, for its weight's dtype.
         role, _ = role_of(tensor.removesuffix(".weight"), tuple(module.weight.shape), config)
         if module in ends or role == "linear":
             chosen.add(path)
-    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
-        pair = {one.removesuffix(".weight"), other.removesuffix(".weight")}
-        whole = len(pair & stored.keys()) == 1 and all(keepable(model.get_submodule(p)) for p in pair)
-        chosen = (chosen | pair) if whole and pair & chosen else chosen - pair
+    shares_weight = {name.removesuffix(".weight") for pair in tied.items() for name in pair}
+    if not {n.rpartition(".")[0] for n, _ in model.named_parameters()} - chosen - shares_weight:
+        # OLMo's norms have no weight, and `model.device` and `model.dtype` are those of the first parameter.
+        chosen = {path for path in chosen if isinstance(model.get_submodule(path), nn.Linear)}
+    for one, other in tied.items():
+        if not one.endswith(".bias"):
+            pair = {one.removesuffix(".weight"), other.removesuffix(".weight")}
+            whole = len(pair & stored.keys()) == 1 and all(map(can_be, pair))
+            chosen = (chosen | pair) if whole and pair & chosen else chosen - pair
     for path in chosen:
         new = like(model.get_submodule(path))
         # transformers ties and initializes parameters only: `settle` makes it a buffer when that is done.

@@ -205,6 +205,7 @@ class QuantExperts(StackedModule):
             self.check_frozen()
         out_dtype = hidden_states.dtype
         x = autocast_input(hidden_states)
+        x = x.to(torch.float32) if x.dtype == torch.float64 else x
         if top_k_index is None or top_k_weights is None:
             offsets = torch.arange(self.num_experts + 1, dtype=torch.int32, device=x.device)
             offsets = offsets * (x.shape[0] // self.num_experts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.checkpoint.headers import INDEX, Checkpoint, open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import quantization_of, read
+from lowbit.formats.joined import EXPERT
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,12 @@ def load(
     )  # fmt: skip
     # transformers would go on with random values in their place.
     if absent := sorted([*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])]):
+        if apart := [n for n in info["unexpected_keys"] if EXPERT.match(n)]:
+            raise InputError(
+                f"{checkpoint.root}: expected the experts of {model_class.__name__} quantized, or in 3-D tensors such "
+                f"as {absent[0]}, found a float matrix for each (first: {min(apart)}), which transformers does not "
+                "stack for it; convert the original checkpoint instead, or quantize them"
+            )
         raise InputError(
             f"{checkpoint.root}: expected every tensor of {model_class.__name__}, found {len(absent)} missing or of "
             f"another shape (first: {absent[0]}); the checkpoint is incomplete: fetch or convert it again"

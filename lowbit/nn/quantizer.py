@@ -136,7 +136,9 @@ class LowbitQuantizer(HfQuantizer):
         for name, module in stored.items():
             check_runnable(name, module)
             path = find.module(module.weight)
-            if path is not None and (reason := _why_in_float(model, name, module, tensors, find)):
+            if path is not None and (
+                reason := _why_in_float(model, find.modules[path], name, module, tensors, find)
+            ):
                 in_float[name] = reason
                 continue
             if path is not None:
@@ -213,11 +215,18 @@ def _on_cpu(device_map: Any) -> bool:
 
 
 def _why_in_float(
-    model: Any, name: str, stored: StoredModule, tensors: Mapping[str, TensorRef], find: Finder
+    model: Any,
+    module: nn.Module,
+    name: str,
+    stored: StoredModule,
+    tensors: Mapping[str, TensorRef],
+    find: Finder,
 ) -> str:
-    """What transformers' code does with the weight that codes do not survive; "" for nothing."""
+    """What transformers' code, or torch's, does with the weight that codes do not survive; "" for nothing."""
     if find.reshapes(stored.weight):
         return _RESHAPED
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "torch's MultiheadAttention multiplies by this weight, past its module"
     reason = read_by_code(name, {"model_type": model.config.model_type})
     return "" if reason == CASTS and tensors[stored.weight].dtype == "I8" else reason
 

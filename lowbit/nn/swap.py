@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint.patterns import Patterns
+from lowbit.checkpoint.roles import with_heads
 from lowbit.checkpoint.rules import Decision, Selection, decide
 from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
@@ -329,8 +330,9 @@ def _describe(model: nn.Module, target: Format, layout: Mapping[str, Scheme], ig
     """Let `save_pretrained` write what the model has become."""
     config: Any = getattr(model, "config", None)
     if config is not None:
+        own = _config_dict(model)
         config.quantization_config = target.config(
-            Layout(modules=layout, ignored=tuple(ignored), config=_config_dict(model))
+            Layout(modules=layout, ignored=with_heads(ignored, layout, own), config=own)
         )
 
 

@@ -127,7 +127,16 @@ def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int],
     )
 
 
-def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
+def check_rows(x: Tensor) -> None:
+    """x [..., K] in a float dtype, with something in each row: what has no elements has no scale."""
     check_floats(x)
+    require(
+        x.shape[-1] > 0,
+        lambda: f"expected x […, K] with K of at least 1, found {list(x.shape)}",
+    )
+
+
+def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
+    check_rows(x)
     require(dtype in CODES, lambda: f"expected dtype int8 or float8_e4m3fn, found {dtype}")
     require(group >= 0, lambda: f"expected a group of at least 0 elements (0: the whole row), found {group}")

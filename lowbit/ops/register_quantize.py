@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, reference
-from lowbit.ops.checks import check_floats, check_quantize, check_zero_point, require
+from lowbit.ops.checks import check_quantize, check_rows, check_zero_point, require
 from lowbit.ops.problem import Activations, within
 from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
@@ -207,7 +207,7 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
 
 
 def _check_hadamard(x: Tensor, block: int) -> None:
-    check_floats(x)
+    check_rows(x)
     require(
         block >= 1 and block & (block - 1) == 0,
         lambda: f"expected a power of two for the block, found {block}",

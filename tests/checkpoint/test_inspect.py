@@ -8,6 +8,7 @@ import torch
 from sample_models import block_fp8, deepseek_v3, llama, qwen3_moe, vision_language, write
 
 import lowbit
+from lowbit.checkpoint.planner import BESIDE_CODES
 
 
 def test_a_dense_model(tmp_path):
@@ -33,7 +34,10 @@ def test_parameters_do_not_depend_on_quantization(tmp_path):
     tensors, config = deepseek_v3()
     float_model = write(tmp_path / "bf16", tensors, config)
     count = lowbit.inspect(float_model).parameters
-    fp8 = write(tmp_path / "fp8", *block_fp8(tensors, config))
+    codes, quantized = block_fp8(tensors, config)
+    at = "model.layers.0.mlp.down_proj"
+    beside = {f"{at}.{n}": torch.zeros(1) for n in BESIDE_CODES}  # as the plan, which does not carry them
+    fp8 = write(tmp_path / "fp8", {**codes, **beside}, quantized)
     assert lowbit.inspect(fp8).parameters == count
     for scheme in ("int8", "int8-weight-only", "mxfp8"):
         lowbit.convert(float_model, tmp_path / scheme, scheme)

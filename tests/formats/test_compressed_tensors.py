@@ -420,6 +420,23 @@ def test_what_stays_in_a_wrapped_model_is_ignored_by_other_names_too():
     ]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "on_disk", "in_memory"),
+    [("gemma2", "", "lm_head"), ("gpt_neox", "embed_out", "lm_head"), ("llava", "language_model.lm_head", "lm_head"),
+     ("whisper", "", "proj_out"), ("modernbert", "", "decoder"), ("bert", "", "cls.predictions.decoder")],
+)  # fmt: skip
+def test_output_heads_are_ignored_by_the_name_that_transformers_has(tmp_path, model_type, on_disk, in_memory):
+    """It made a quantized Linear of what is in float, or in no shard, and found no scale: all logits were NaN or 0."""
+    names = ["model.layers.0.fc1", *([on_disk] if on_disk else [])]
+    tensors = {f"{n}.weight": torch.randn(128, 128) for n in names}
+    source = write(tmp_path / "src", tensors, {"architectures": ["X"], "model_type": model_type})
+    ignored = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+    assert {in_memory, *names[1:]} <= set(ignored)
+    if on_disk:
+        quantized = lowbit.plan(source, "int8", overrides={on_disk: "int8"}).config["quantization_config"]
+        assert not {on_disk, in_memory} & set(quantized["ignore"])
+
+
 @pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
 def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, part, asked):
     """Granite 4 and Bamba; MiniMax-M2: in a group's targets, and in what is ignored."""
@@ -430,7 +447,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
     in_float = {"*.layers.2.*.out_proj": "float"}
     both = [f"model.layers.2.{called}.out_proj" for called in (part, asked)]
     config = lowbit.plan(source, "fp8-block", format="fp8", overrides=in_float).config
-    assert config["quantization_config"]["modules_to_not_convert"] == both
+    assert config["quantization_config"]["modules_to_not_convert"] == [*both, "lm_head"]
     config = lowbit.plan(source, "int8", overrides={"*.in_proj": "fp8", **in_float}).config
     assert config["quantization_config"]["ignore"][:2] == both
     groups = config["quantization_config"]["config_groups"]
@@ -475,8 +492,10 @@ def test_experts_in_one_tensor_are_ignored_as_engines_ask_for_them(tmp_path):
         "model.layers.1.mlp.experts.down_proj": torch.randn(2, 128, 64),
     }
     source = write(tmp_path / "src", tensors, {"model_type": "gpt_oss"})
-    name, pattern, *_ = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
-    assert name == "model.layers.1.mlp.experts"
+    plan = lowbit.plan(source, "int8")
+    assert any("SGLang builds gpt-oss's attention in float" in w for w in plan.warnings)
+    name, head, pattern, *_ = plan.config["quantization_config"]["ignore"]
+    assert (name, head) == ("model.layers.1.mlp.experts", "lm_head")
     for before in ("model.", "language_model.model.", ""):
         for part in ("gate", "up", "down"):
             assert re.match(pattern[3:], f"{before}layers.1.mlp.experts.0.{part}_proj")

@@ -111,6 +111,20 @@ def test_fused_experts_in_float_stay_fused(kind, pattern, tmp_path):
     assert ignored[0] == ignored[1]
 
 
+@pytest.mark.parametrize("kind", ["qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe"])
+def test_experts_taken_apart_do_not_become_float_without_a_word(kind, tmp_path):
+    """Back from int8 they are a matrix each, which transformers loads no model of these from; and so it is for load."""
+    build(kind).save_pretrained(tmp_path / "src")
+    assert not lowbit.plan(tmp_path / "src", "bf16").warnings
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    done = lowbit.convert(tmp_path / "out", tmp_path / "back", "bf16")
+    assert any("model's from 3-D tensors only" in w for w in done.plan.warnings)
+    with pytest.raises(
+        InputError, match=r"found a float matrix for each .*; convert the original checkpoint"
+    ):
+        load(tmp_path / "back")
+
+
 def test_transformers_itself_loads_llama4s_experts(tmp_path):
     """With compressed-tensors, which takes Llama 4's experts apart (and no other's, in this version)."""
     build("llama4").save_pretrained(tmp_path / "src")
@@ -186,10 +200,17 @@ SMALL = {
 }  # fmt: skip
 SEEN = {"image_size": 16, "patch_size": 8}
 BEYOND_TEXT = {
-    # Code that initializes what is not filled asks Mamba's mixer for the weights of its Linears.
+    # Code that initializes what is not filled asks Mamba's mixer for the weights of its Linears; it multiplies by one.
     "mamba": lambda: (
-        transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=64)),
+        transformers.MambaForCausalLM(
+            transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=64, time_step_rank=16)
+        ),
         {"input_ids": torch.arange(2, 11)[None]},
+    ),
+    # Its head's attention is torch's own, a function of the weights.
+    "siglip": lambda: (
+        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, **SEEN)),
+        {"pixel_values": torch.linspace(-1, 1, 768).view(1, 3, 16, 16)},
     ),
     # It has no embeddings, and says so with an error.
     "wav2vec2": lambda: (
@@ -266,17 +287,18 @@ def test_beyond_text_in_memory_equals_converted(kind, scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
 def test_weights_that_transformers_splits_are_refused(scheme, tmp_path):
-    """DINOv2 has one matrix on disk where its model has two: their codes were taken for weights."""
+    """DINOv2 has one matrix on disk where its model has two: their codes were taken for weights. It stays in float."""
     config = transformers.Dinov2Config(
         hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True, **SEEN
     )
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "src")
-    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
+    named = {"encoder.layer.0.mlp.weights_in": scheme}
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme, overrides=named)
     with pytest.raises(
         InputError, match=r"mlp\.weights_in: .* splits or joins .* --ignore '\*\.mlp\.weights_in'$"
     ):
         load(tmp_path / "out")
-    lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme, ignore=["*.weights_in"])
+    lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme)
     load(tmp_path / "float")
 
 

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from nn_reference import dequantized, inputs, logits, tiny
 from safetensors.torch import load_file
 from torch import nn
@@ -144,3 +145,27 @@ def test_dequantized_by_transformers(tmp_path):
     want = type(mine).from_pretrained(reference, dtype=torch.float32)
     mine.hf_quantizer._dequantize(mine)
     assert torch.equal(logits(mine, inputs("llama")), logits(want, inputs("llama")))
+
+
+def test_heads_whose_bias_two_modules_share(tmp_path):
+    """BERT's: transformers ties parameters, and found none."""
+    config = tiny("bert")[1]
+    transformers.BertForMaskedLM(config).bfloat16().save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    model = load(tmp_path / "out", dtype=torch.float32)
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    assert logits(model, inputs("bert")).isfinite().all()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_models_without_any_other_parameter(tie, tmp_path):
+    """OLMo's norms have no weight, and transformers asks the first parameter for its device."""
+    llama = tiny("llama")[1].to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.OlmoConfig(**{n: llama[n] for n in names}, tie_word_embeddings=tie, pad_token_id=0)
+    transformers.OlmoForCausalLM(config).bfloat16().save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    model = load(tmp_path / "out", dtype=torch.float32)
+    assert model.device.type == "cpu" and model.dtype == torch.float32
+    assert isinstance(model.lm_head, nn.Linear if tie else BFloat16Linear)
+    assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, do_sample=False).shape == (1, 4)

@@ -284,6 +284,8 @@ def test_experts_match_the_fused_ones():
         got = quant(x, index, weights)
     assert 0 < (got - want).norm() < 0.05 * want.norm()
     assert quant(x[:0], index[:0], weights[:0]).shape == (0, 64)
+    wide = quant(x.double(), index, weights.double())  # computes in float32, as QuantLinear does
+    assert wide.dtype == torch.float64 and torch.equal(wide.float(), got)
     # Another rank's expert, as expert parallelism marks it, adds nothing.
     index[:, 1] = 8
     alone = quant(x, index[:, :1], weights[:, :1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -134,6 +136,21 @@ def test_hadamard_of_strided_rows_and_its_inverse():
     assert torch.equal(ops.hadamard(x, 32), ops.hadamard(x.contiguous(), 32))
     torch.testing.assert_close(ops.hadamard(ops.hadamard(x, 16), 16), x, rtol=1e-5, atol=1e-6)
     assert ops.hadamard(torch.empty(0, 8), 8).shape == (0, 8)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (2, 0, 0)])
+def test_rows_without_elements_are_refused(shape):
+    """They were a RuntimeError of torch's about a reshape."""
+    for operation in (
+        lambda x: ops.quantize(x, torch.int8),
+        lambda x: ops.quantize_static(x, torch.ones(1), dtype=torch.int8),
+        lambda x: ops.rms_norm_quantize(x, torch.ones(0), 1e-6, dtype=torch.int8),
+        lambda x: ops.silu_mul_quantize(x, dtype=torch.int8),
+        lambda x: ops.hadamard(x, 1),
+    ):
+        for device in ("cpu", "meta"):
+            with pytest.raises(ValueError, match=re.escape(f"K of at least 1, found {list(shape)}")):
+                operation(torch.empty(shape, device=device))
 
 
 def test_errors():
