@@ -9,6 +9,7 @@ scheme. Costs add up, and the choice is a knapsack solved on its convex hull.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calibrate import Warn, make_batches, module_schemes
 from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
@@ -76,17 +77,22 @@ def sensitivities(
     memory_limit: int = 4 << 30,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    warn: Warn = warnings.warn,
 ) -> list[Unit]:
     """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T].
 
-    Workers share the windows (see `distributed`), and all return the same.
+    Workers share the windows (see `distributed`), and all return the same. `warn` is told of patterns that
+    mean nothing.
     """
     schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
     model = LayerwiseModel(Source(source), device=device)
-    quantizable = module_schemes(model, schemes[0], selection or Selection())
+    selection = selection or Selection()
+    for warning in selection.warnings(model.source.modules):
+        warn(warning)
+    quantizable = module_schemes(model, schemes[0], selection)
     if not quantizable:
         raise InputError(
             f"expected at least one weight to quantize in the layers of {source}, found none that the rules allow; "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit.calibration.methods import Method
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
+    from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
 
 Device = Annotated[
@@ -110,7 +111,7 @@ def calibrate(
     from lowbit.calibration.methods import METHODS, best_method
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.checkpoint import what_is_asked
-    from lowbit.cli.output import print_json
+    from lowbit.cli.output import Warnings, print_json
     from lowbit.errors import InputError
     from lowbit.scheme import get_scheme
 
@@ -133,14 +134,16 @@ def calibrate(
         device=join(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
         all_experts=not routed_only, spill_directory=str(spill) if spill else None,
     )  # fmt: skip
+    warn = Warnings()
     found = run_recipe(
         src, out, wanted, options, alpha=alpha, seed=seed, kv_cache=kv_cache, overwrite=overwrite, quiet=json,
+        warn=warn,
     )  # fmt: skip
     if rank() != 0:
         return
     report = summary(found)
     if json:
-        print_json(report)
+        print_json({**report, "warnings": warn})
         return
     print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
 
@@ -156,6 +159,7 @@ def run_recipe(
     kv_cache: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    warn: Warnings,
 ) -> Calibration:
     """Calibrate as a recipe says, with a progress bar, and say what was done (unless `quiet`)."""
     from lowbit import quality
@@ -173,7 +177,7 @@ def run_recipe(
         found = quality.calibrate(
             src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,
             ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides, options=options, kv_cache=kv_cache,
-            overwrite=overwrite, started=None if quiet else started, progress=progress, **of,
+            overwrite=overwrite, started=None if quiet else started, progress=progress, warn=warn, **of,
         )  # fmt: skip
     if not quiet:
         _say(out, summary(found))

@@ -32,6 +32,7 @@ from lowbit.cli.checkpoint import (
 if TYPE_CHECKING:
     from lowbit.api import Conversion
     from lowbit.checkpoint.parts import Part
+    from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
 
@@ -81,9 +82,10 @@ def convert(
     from lowbit import api
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import bytes_bar, print_json, say_bytes
+    from lowbit.cli.output import Warnings, bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
 
+    warn = Warnings()
     share = Part() if part is None else Part.parse(part)
     wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
     if method or (wanted.method and calibration is None):
@@ -92,7 +94,17 @@ def convert(
         _check_options(share, calibration, dry_run)
         _check_before_calibrating(src, wanted, format)
         calibration = _calibrate(
-            src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json
+            src,
+            out,
+            wanted,
+            method,
+            data,
+            samples,
+            length,
+            device,
+            overwrite=overwrite,
+            quiet=json,
+            warn=warn,
         )
         if rank() != 0:
             return
@@ -102,7 +114,7 @@ def convert(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    print_warnings(decided, chip)
+    print_warnings(decided, chip, warn)
     if not json:
         print(headline(decided))
         if chip is not None:
@@ -212,6 +224,7 @@ def _calibrate(
     *,
     overwrite: bool,
     quiet: bool,
+    warn: Warnings,
 ) -> Path:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
@@ -226,5 +239,6 @@ def _calibrate(
     if data is not None:
         changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
     options = RunOptions(device=join(device))
-    run_recipe(src, directory, replace(wanted, **changes), options, overwrite=overwrite, quiet=quiet)  # type: ignore[arg-type]
+    wanted = replace(wanted, **changes)  # type: ignore[arg-type]
+    run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
     return directory

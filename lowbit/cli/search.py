@@ -47,10 +47,10 @@ def search(
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
     from lowbit.cli.calibrate import steps_bar
-    from lowbit.cli.output import print_json, table
+    from lowbit.cli.output import Warnings, print_json, table
     from lowbit.errors import InputError
 
-    where = join(device)
+    where, warn = join(device), Warnings()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
@@ -61,12 +61,13 @@ def search(
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
             ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where, progress=progress,
+            warn=warn,
         )  # fmt: skip
     if rank() != 0:
         return
     recipe.save(out)
     if json:
-        print_json({"recipe": str(out), **recipe.to_dict()})
+        print_json({"recipe": str(out), **recipe.to_dict(), "warnings": warn})
         return
     notes = recipe.notes
     bits, kl, curve = notes["bits"], notes["predicted_kl"], notes["curve"]

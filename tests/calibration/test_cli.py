@@ -195,6 +195,26 @@ def test_what_cannot_be_done_is_said_before_the_work(
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
 
 
+def test_patterns_that_mean_nothing_are_said(source, tmp_path):
+    """As `convert` and `plan` say it; one that means what is not calibrated is no mistake."""
+    common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    said = "pattern '*.q_prj' matches no module; `lowbit plan` lists their names"
+    ignore = ("--ignore", "*.q_prj", "--ignore", "lm_head", "--ignore", "model.embed_tokens")
+    calibrate = ("calibrate", source, "-m", "absmax", *common)
+    done = lowbit(*calibrate, "-o", tmp_path / "a", *ignore)
+    assert done.stderr.count(said) == 1 and done.stderr.count("matches no module") == 2  # the head is tied
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8\noverrides: {'*.q_prj': fp8}\nignore: ['re:.*o_proj']\n")
+    shown = lowbit(*calibrate, "-o", tmp_path / "b", "--recipe", recipe, "--json")
+    assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
+    shown = lowbit("search", source, *common, "-o", tmp_path / "s.yaml", *ignore[:2], "--json")
+    assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
+    done = lowbit("convert", source, tmp_path / "o", "--method", "absmax", *common, *ignore[:2])
+    assert done.stderr.count(said) == 1 and done.stderr.index(said) < len(said) + 20
+    with pytest.warns(UserWarning, match="q_prj"):
+        quality.search(source, source.parent / "text.txt", ignore=["*.q_prj"], samples=2, length=16)
+
+
 def test_data_in_its_forms(source, tmp_path):
     tokenizer = load_tokenizer(source)
     whole = load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16)
