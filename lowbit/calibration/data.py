@@ -27,11 +27,13 @@ def load_windows(
 ) -> list[Tensor]:
     """Windows of token ids [≤ length] from a text file, a .jsonl of prompts, or a directory of either.
 
-    Running text is cut into consecutive windows of exactly `length` tokens, and so are token ids in a .npy
-    or .pt, which alone need no tokenizer. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`)
-    stay apart: each is one window, cut at `length`, left out where it is not two tokens long; messages go
-    through the tokenizer's chat template, which alone says what comes before and after them. `samples` of
-    them are picked at random by `seed`, in the order of the text; None takes all.
+    Running text is cut into consecutive windows of exactly `length` tokens. Where the tokenizer begins a text with
+    tokens of its own (Llama 3's and Gemma's BOS), each window begins with them: such models read nothing well
+    without. Token ids in a .npy or .pt, which alone need no tokenizer, are cut as they are.
+    Prompts (lines of a .jsonl with `messages`, `text` or `prompt`) stay apart: each is one window, cut at
+    `length`, left out where it is not two tokens long; messages go through the tokenizer's chat template, which
+    alone says what comes before and after them. `samples` of all these are picked at random by `seed`, in the
+    order of the text; None takes all.
     Raises InputError when there is nothing to take, and for what is not text in UTF-8 or not such a line.
     """
     path = Path(path)
@@ -47,7 +49,7 @@ def load_windows(
         elif suffix in _IDS:
             windows += _split(_stored_ids(file), length)
         else:
-            windows += _split(_encode(tokenizer, _text(file)), length)
+            windows += _running(_text(file), tokenizer, length)
     if not windows:
         raise InputError(
             f"expected at least one window of {length} tokens in {path}, found less text; "
@@ -87,6 +89,24 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> Tensor:
     return torch.as_tensor(tokenizer(text, verbose=False, **options)["input_ids"], dtype=torch.long).reshape(
         -1
     )
+
+
+def _running(text: str, tokenizer: Any, length: int) -> list[Tensor]:
+    """Running text → windows [length], each with what the tokenizer begins a text with."""
+    begin = _beginning(tokenizer)
+    if length <= begin.numel():
+        raise InputError(
+            f"expected a length of more than the {begin.numel()} tokens that a text begins with, found {length}"
+        )
+    ids = _encode(tokenizer, text, add_special_tokens=False)
+    return [torch.cat([begin, part]) for part in _split(ids, length - begin.numel())]
+
+
+def _beginning(tokenizer: Any) -> Tensor:
+    """What the tokenizer puts before a text: BOS, several (GLM), or nothing, though it may know a BOS (SmolLM2)."""
+    whole, plain = _encode(tokenizer, "a"), _encode(tokenizer, "a", add_special_tokens=False)
+    places = range(whole.numel() - plain.numel() + 1)
+    return whole[: next((i for i in places if torch.equal(whole[i : i + plain.numel()], plain)), 0)]
 
 
 def _split(ids: Tensor, length: int) -> list[Tensor]:

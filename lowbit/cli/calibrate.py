@@ -55,7 +55,9 @@ def calibrate(
         typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 2048,
+    length: Annotated[
+        int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
+    ] = 2048,
     seed: Annotated[
         int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples, and which random rotation.")
     ] = 0,

@@ -58,7 +58,12 @@ def convert(
         Path | None, typer.Option(help="Text, .jsonl or directory for --method.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
+    length: Annotated[
+        int,
+        typer.Option(
+            min=8, help="Tokens per window of --data, with the BOS that the tokenizer adds, if any."
+        ),
+    ] = 2048,
     device: Device = "auto",
     workers: Workers = None,
     part: Annotated[

@@ -34,7 +34,9 @@ def search(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules in float. Repeatable.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 16,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
+    ] = 512,
     seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,

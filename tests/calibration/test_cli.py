@@ -238,6 +238,17 @@ def test_data_in_its_forms(source, tmp_path):
     tokenizer.backend_tokenizer.post_processor = begun
     assert tokenizer("user the quick fox ")["input_ids"] == [0, *chat]
     assert load_windows(tmp_path, tokenizer)[0].tolist() == chat
+    # So does every window of running text then, and what ends a text stays away.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> <unk> $A <unk>", special_tokens=[("<unk>", 0)]
+    )
+    each = load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16)
+    assert all(w.shape == (16,) and w[:2].tolist() == [0, 0] for w in each)
+    together = torch.cat(whole)
+    assert torch.equal(torch.cat([w[2:] for w in each])[: len(together)], together)
+    with pytest.raises(InputError, match="more than the 2 tokens"):
+        load_windows(source.parent / "text.txt", tokenizer, length=2)
+    tokenizer.backend_tokenizer.post_processor = begun
     (tmp_path / "p.jsonl").write_text('{"text": "the quick \\ud83d fox"}\n')  # half of an emoji
     assert load_windows(tmp_path, tokenizer)[0].tolist() == tokenizer("the quick ? fox")["input_ids"]
     with pytest.raises(InputError, match="smaller --length"):
