@@ -76,11 +76,11 @@ class Recipe:
         """Write as JSON for `.json`, as YAML otherwise."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             return
         import yaml
 
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def recipe_from(data: Any, where: str = "recipe") -> Recipe:

@@ -39,6 +39,7 @@ def search(
     ] = 512,
     seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file RECIPE.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Find a scheme per module: the least KL divergence for a mean number of bits. Writes a recipe.
@@ -57,8 +58,13 @@ def search(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise IsADirectoryError("it is a directory")
+        exists = out.is_file()
     except OSError as error:
         raise InputError(f"expected where to write a recipe, found {out}: {error}") from error
+    if exists and not overwrite:
+        raise InputError(
+            f"expected no file at {out}, where the recipe will be, found one; give another --out, or --overwrite"
+        )
     with steps_bar("searching", quiet=json or rank() != 0) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],

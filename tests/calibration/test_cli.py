@@ -88,6 +88,8 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
         lowbit("search", source, *common, "--max-kl", 1e-4, "-o", tmp_path / "r.json", "--json").output
     )
     assert report["notes"]["predicted_kl"] <= 1e-4
+    lowbit("search", source, *common, "-o", tmp_path / "r.json", "--overwrite")
+    assert load_recipe(tmp_path / "r.json").notes["predicted_kl"] > 1e-4
     lowbit("calibrate", source, "-o", tmp_path / "c", "--recipe", tmp_path / "r.yaml", *common, "--json")
     found = store.read(tmp_path / "c")
     assert found.scheme == recipe.scheme
@@ -172,6 +174,7 @@ def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
         ("calibrate", ("-o", "{at}/c", "--ignore", "model.*"), "at least one weight"),
         ("search", ("-o", "{at}/file/r.yaml"), "where to write a recipe"),
         ("search", ("-o", "{at}"), "where to write a recipe"),
+        ("search", ("-o", "{at}/file"), "give another --out, or --overwrite"),
         ("search", ("-o", "{at}/new/r.yaml", "--budget", 3), "at least 8.00 bits"),
         ("search", ("-o", "{at}/new/r.yaml", "--budget", 9, "--max-kl", 1), "either a budget"),
         ("search", ("-o", "{at}/new/r.yaml", "--candidates", ","), "schemes to choose from"),
