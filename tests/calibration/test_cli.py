@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lowbit import quality
-from lowbit.calibration import store
+from lowbit.calibration import data, store
 from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
@@ -260,10 +260,70 @@ def test_data_in_its_forms(source, tmp_path):
         load_windows(tmp_path / "no.txt", tokenizer)
 
 
+def test_a_long_text_is_tokenized_in_pieces(source, tmp_path, monkeypatch):
+    """Of each character a tokenizer takes 150 bytes while it is at work, and data may have gigabytes."""
+    tokenizer = load_tokenizer(source)
+    whole = torch.cat(load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16))
+    seen = []
+    monkeypatch.setattr(data, "PIECE", 100)
+    encode = data._encode
+    monkeypatch.setattr(
+        data, "_encode", lambda t, text, **o: (seen.append(len(text)), encode(t, text, **o))[1]
+    )
+    pieces = torch.cat(load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16))
+    assert torch.equal(whole, pieces) and max(seen) <= 100
+    (tmp_path / "t.txt").write_text(
+        "the quick\n" + "fox" * 99 + " " + "dog" * 99
+    )  # neither a line nor a word ends
+    assert (
+        load_windows(tmp_path / "t.txt", tokenizer, length=16)
+        and "".join(data._pieces("a" * 250)) == "a" * 250
+    )
+
+
+def test_only_prompts_that_are_picked_are_tokenized(source, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(source)
+    lines = [json.dumps({"text": "the quick fox " * (i % 7) + "x" * (i == 35)}) for i in range(50)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    seen = []
+    encode = data._encode
+    monkeypatch.setattr(data, "_encode", lambda t, text, **o: (seen.append(text), encode(t, text, **o))[1])
+    some = load_windows(tmp_path / "p.jsonl", tokenizer, samples=5, seed=3)
+    assert len(some) == 5 and len(seen) <= 6
+    seen.clear()
+    assert (
+        len(load_windows(tmp_path / "p.jsonl", tokenizer, samples=99)) == 42
+    )  # without empty and one-token ones
+
+
+def test_texts_of_token_ids_are_windows_of_their_own(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(60).reshape(3, 20))
+    found = load_windows(tmp_path / "ids.npy", None, length=32)
+    assert [w.tolist() for w in found] == [list(range(a, a + 20)) for a in (0, 20, 40)]
+    found = load_windows(tmp_path / "ids.npy", None, length=8)
+    assert [int(w[0]) for w in found] == [0, 8, 20, 28, 40, 48]
+
+
+def test_messages_come_with_their_tools(source, tmp_path):
+    tokenizer = load_tokenizer(source)
+    tokenizer.chat_template = (
+        "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}"
+    )
+    tool = {
+        "type": "function",
+        "function": {"name": "dog", "parameters": {"type": "object", "properties": {}}},
+    }
+    entry = {"messages": [{"role": "user", "content": "the quick fox"}], "tools": [tool]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(entry))
+    (found,) = load_windows(tmp_path / "p.jsonl", tokenizer)
+    assert found.tolist() == tokenizer("dog the quick fox")["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.jsonl", b"{", "line 1"),
+        ("p.jsonl", b'{"prompt": [{"role": "user", "content": "x"}]}', "a text as `prompt` .* line 1, found list"),
         ("p.jsonl", b'"the quick fox"\n42', "line 2, found int"),
         ("p.jsonl", b"[1, 2]", "line 1, found list"),
         ("p.jsonl", b'{"body": "the"}', "line 1, found .'body'"),
@@ -293,6 +353,7 @@ def test_token_ids_that_are_not_the_model_s(source, tmp_path):
         (np.arange(99) + 40, "from 0 to 127, .* found 13"),
         (np.full(99, -1), "found -1"),
         (np.ones(99), "numbers of torch.float64"),
+        (np.ones(99, bool), "numbers of torch.bool"),  # an attention mask
     ):
         np.save(tmp_path / "ids.npy", ids)
         done = lowbit("calibrate", source, *options, code=2)
