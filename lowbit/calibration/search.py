@@ -4,7 +4,9 @@ Changing a module's output y by Δ changes the model's distribution by KL ≈ ½
 gradient of the log-likelihood of tokens drawn from the model's own distribution (the Fisher
 information: Choi et al., arXiv:1612.01543, here with the whole Δ instead of a diagonal). One
 backward sweep, a decoder layer at a time, so gives the cost of every module under every
-scheme. Costs add up, and the choice is a knapsack solved on its convex hull.
+scheme. Costs add up, and the choice is a knapsack solved on its convex hull. (g·Δ)² is taken of each
+token, without the products of two tokens: on SmolLM2 the squares of whole texts' sums give the same,
+to 2 % for int8 and 6 % for fp8 over all modules, but a sample per text is noisier than one per token.
 """
 
 from __future__ import annotations
