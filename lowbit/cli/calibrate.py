@@ -30,6 +30,20 @@ Device = Annotated[
 ]
 
 
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows or prompts of --data to use; default: 128.", show_default=False),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens per window, with the BOS that the tokenizer adds, if any; default: 2048.",
+        show_default=False,
+    ),
+]
+
+
 def calibrate(
     src: Annotated[
         Path | None, typer.Argument(metavar="SRC", help="Checkpoint directory.", show_default=False)
@@ -54,13 +68,17 @@ def calibrate(
         Path | None,
         typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 128,
-    length: Annotated[
-        int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
-    ] = 2048,
+    samples: Samples = None,
+    length: Length = None,
     seed: Annotated[
-        int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples, and which random rotation.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=-SEEDS,
+            max=SEEDS,
+            help="Which samples, and which random rotation; default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="SmoothQuant's α, in place of the method's.")
     ] = None,
@@ -130,16 +148,15 @@ def calibrate(
         raise InputError("expected the checkpoint to calibrate, found no SRC; give its directory")
     if out is None:
         raise InputError("expected where to write, found no --out; give one, such as -o CALIB")
-    given = {"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {}
-    wanted = replace(wanted, method=method or wanted.method, data=given or wanted.data)
+    wanted = replace(wanted, method=method or wanted.method)
+    wanted = with_data(wanted, data, samples=samples, length=length, seed=seed)
     options = RunOptions(
         device=join(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
         all_experts=not routed_only, spill_directory=str(spill) if spill else None,
     )  # fmt: skip
     warn = Warnings()
     found = run_recipe(
-        src, out, wanted, options, alpha=alpha, seed=seed, kv_cache=kv_cache, overwrite=overwrite, quiet=json,
-        warn=warn,
+        src, out, wanted, options, alpha=alpha, kv_cache=kv_cache, overwrite=overwrite, quiet=json, warn=warn,
     )  # fmt: skip
     if rank() != 0:
         return
@@ -150,6 +167,14 @@ def calibrate(
     print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
 
 
+def with_data(wanted: Recipe, data: Path | None, **given: int | None) -> Recipe:
+    """The recipe with what the options say of data before what it says itself."""
+    from dataclasses import replace
+
+    said = {"path": None if data is None else str(data), **given}
+    return replace(wanted, data={**wanted.data, **{k: v for k, v in said.items() if v is not None}})
+
+
 def run_recipe(
     src: Path,
     out: Path,
@@ -157,7 +182,6 @@ def run_recipe(
     options: RunOptions,
     *,
     alpha: float | None = None,
-    seed: int = 0,
     kv_cache: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -174,7 +198,7 @@ def run_recipe(
         print(f"{wanted.scheme} with {method.name}: {method.describe()}")
         print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
 
-    of = {"seed": seed, **wanted.data}
+    of = dict(wanted.data)
     with steps_bar("calibrating", quiet=quiet) as progress:
         found = quality.calibrate(
             src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,

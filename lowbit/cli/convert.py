@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowbit.cli.calibrate import Device
+from lowbit.cli.calibrate import Device, Length, Samples
 from lowbit.cli.checkpoint import (
     CalibrationDir,
     FormatName,
@@ -57,13 +57,8 @@ def convert(
     data: Annotated[
         Path | None, typer.Option(help="Text, .jsonl or directory for --method.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
-    length: Annotated[
-        int,
-        typer.Option(
-            min=8, help="Tokens per window of --data, with the BOS that the tokenizer adds, if any."
-        ),
-    ] = 2048,
+    samples: Samples = None,
+    length: Length = None,
     device: Device = "auto",
     workers: Workers = None,
     part: Annotated[
@@ -113,8 +108,10 @@ def convert(
         )
         if rank() != 0:
             return
-    elif data is not None:
-        raise InputError("expected --method beside --data, found none; --method best is the recommended one")
+    elif data is not None or samples is not None or length is not None:
+        raise InputError(
+            "expected --method beside --data, --samples and --length, found none; --method best is the recommended one"
+        )
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
@@ -223,8 +220,8 @@ def _calibrate(
     wanted: Recipe,
     method: str | None,
     data: Path | None,
-    samples: int,
-    length: int,
+    samples: int | None,
+    length: int | None,
     device: str,
     *,
     overwrite: bool,
@@ -236,14 +233,11 @@ def _calibrate(
 
     from lowbit.calibration.devices import join
     from lowbit.calibration.run import RunOptions
-    from lowbit.cli.calibrate import run_recipe
+    from lowbit.cli.calibrate import run_recipe, with_data
 
     named = out.resolve() if out.name in ("", "..") else out
     directory = named.with_name(named.name + ".calibration")
-    changes: dict[str, object] = {"method": method or wanted.method}
-    if data is not None:
-        changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
+    wanted = with_data(replace(wanted, method=method or wanted.method), data, samples=samples, length=length)
     options = RunOptions(device=join(device))
-    wanted = replace(wanted, **changes)  # type: ignore[arg-type]
     run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
     return directory

@@ -103,6 +103,30 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
         assert "--recipe alone" in str(lowbit(*again, "-o", tmp_path / "e", *option, code=2).exception)
 
 
+def test_options_come_before_what_a_recipe_says_of_data(source, tmp_path):
+    (tmp_path / "other.txt").write_text((source.parent / "text.txt").read_text())
+    data = {"path": str(source.parent / "text.txt"), "samples": 6, "length": 32, "seed": 3}
+    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "absmax", "data": data}))
+    recipe = ("--recipe", tmp_path / "r.json")
+
+    def used(*options, command: str = "calibrate"):
+        where = (
+            ("-o", tmp_path / "c", "--overwrite")
+            if command == "calibrate"
+            else (tmp_path / "o", "--overwrite")
+        )
+        lowbit(command, source, *where, *recipe, *options)
+        found = store.read(tmp_path / ("c" if command == "calibrate" else "o.calibration")).data
+        return {k: found[k] for k in data}
+
+    assert used() == data
+    assert used("--samples", 2, "--seed", 5) == {**data, "samples": 2, "seed": 5}
+    assert used("--data", tmp_path / "other.txt") == {**data, "path": str(tmp_path / "other.txt")}
+    assert used("--length", 16, command="convert") == {**data, "length": 16}
+    alone = lowbit("convert", source, tmp_path / "p", "--length", 16, code=2)
+    assert "expected --method beside --data" in str(alone.exception)
+
+
 def test_the_guide_s_page_of_python_runs(source, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guide.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", page, re.S)[1]
