@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+Warn = Callable[[str], None]
+"""Told what is odd about what was asked, before the work."""
 
 
 def calibrate(
@@ -43,6 +46,7 @@ def calibrate(
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
     progress: Progress | None = None,
+    warn: Warn = warnings.warn,
 ) -> Calibration:
     """Choose scales, transforms and roundings for `scheme` on data, and write them to the directory `out`.
 
@@ -56,7 +60,8 @@ def calibrate(
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
     it is called again with the same arguments (where the method smooths, some codes may then be others
     than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share
-    the work. `started` is called with the method and the windows, before the work. Raises InputError.
+    the work. Before the work `started` is called with the method and the windows, `warn` with what is odd: patterns
+    that match no module. Raises InputError.
     """
     from dataclasses import replace
 
@@ -79,7 +84,7 @@ def calibrate(
     windows, described = _windows(src, data, samples, length, seed)
     return run(
         src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
-        data=described,
+        data=described, warn=warn,
         selection=Selection.of(ignore=ignore, keep=keep, overrides=overrides),
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
@@ -136,6 +141,7 @@ def search(
     seed: int = 0,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
+    warn: Warn = warnings.warn,
 ) -> Recipe:
     """A recipe with a scheme per module: the least KL divergence for `budget` mean bits per weight (default 8.5).
 
@@ -154,7 +160,7 @@ def search(
     windows, _ = _windows(src, data, samples, length, seed)
     units = sensitivities(
         src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,
-        progress=progress,
+        progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
     return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points)

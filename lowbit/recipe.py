@@ -76,11 +76,11 @@ class Recipe:
         """Write as JSON for `.json`, as YAML otherwise."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
             return
         import yaml
 
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def recipe_from(data: Any, where: str = "recipe") -> Recipe:
@@ -119,6 +119,8 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         kind = _DATA_KEYS.get(key, object)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{where}: data: expected {kind.__name__} as {key}, found {value!r}")
+        if key == "seed" and isinstance(value, int) and not -(2**63) < value < 2**63:
+            raise InputError(f"{where}: data: expected a seed of 64 bits, found {value}")
         if key in ("samples", "length") and isinstance(value, int) and value < 1:
             raise InputError(f"{where}: data: expected at least 1 as {key}, found {value}")
     method = data.get("method")

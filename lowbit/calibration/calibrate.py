@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+Warn = Callable[[str], None]
+"""Told what is odd about what was asked, before the work."""
 
 
 def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
@@ -81,6 +84,7 @@ def calibrate(
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
     progress: Progress | None = None,
+    warn: Warn = warnings.warn,
 ) -> store.Calibration:
     """Calibrate `source` for `scheme` with `method` on `windows` of token ids [T]; returns what was written.
 
@@ -89,8 +93,8 @@ def calibrate(
     and rounded in passing (see `sequential`), what finished layers then hand on differs in the last bits from
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
-    the model does not allow it (see `Method.else_smooth`). Raises InputError for a scheme that
-    quantizes no weights, data that is missing, and architectures
+    the model does not allow it (see `Method.else_smooth`), `warn` of patterns that mean nothing. Raises
+    InputError for a scheme that quantizes no weights, data that is missing, and architectures
     that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
@@ -105,6 +109,8 @@ def calibrate(
     share = my_share(windows)
     reader = Source(source)
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
+    for warning in selection.warnings(reader.modules):
+        warn(warning)
     linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
     if kv_cache is not None and not any(n.rpartition(".")[2] in KEYS for n in linears):
         raise InputError(

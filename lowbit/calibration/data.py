@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lowbit.nn.integration import open_tokenizer, require_transformers
 
 _TEXT = (".txt", ".md", ".rst", ".html")
 _IDS = (".pt", ".npy")
+PIECE = 1 << 20
+"""Characters of running text that are tokenized at a time."""
 
 
 def load_windows(
@@ -27,36 +30,43 @@ def load_windows(
 ) -> list[Tensor]:
     """Windows of token ids [≤ length] from a text file, a .jsonl of prompts, or a directory of either.
 
-    Running text is cut into consecutive windows of exactly `length` tokens, and so are token ids in a .npy
-    or .pt, which alone need no tokenizer. Prompts (lines of a .jsonl with `messages`, `text` or `prompt`)
-    stay apart: each is one window, cut at `length`, left out where it is not two tokens long; messages go
-    through the tokenizer's chat template, which alone says what comes before and after them. `samples` of
-    them are picked at random by `seed`, in the order of the text; None takes all.
+    Running text is cut into consecutive windows of exactly `length` tokens. Where the tokenizer begins a text with
+    tokens of its own (Llama 3's and Gemma's BOS), each window begins with them: such models read nothing well
+    without. Token ids in a .npy or .pt ([T], or [N, T] of N texts), which alone need no tokenizer, are cut as they are,
+    each text by itself; one of several may be shorter than `length`.
+    Prompts (lines of a .jsonl with `messages`, `text` or `prompt`) stay apart: each is one window, cut at
+    `length`, left out where it is not two tokens long; messages go through the tokenizer's chat template, which
+    alone says what comes before and after them, with the line's `tools`. `samples` of all these are picked at random
+    by `seed`, in the order of the text; None takes all. Only prompts that are picked are tokenized.
     Raises InputError when there is nothing to take, and for what is not text in UTF-8 or not such a line.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"expected a text file, a .jsonl or a directory of them, found nothing at {path}")
-    windows: list[Tensor] = []
+    windows: list[Callable[[], Tensor]] = []
     for file in _files(path):
         suffix = file.suffix.lower()
         if suffix == ".jsonl":
-            windows += [ids[:length] for ids in _prompts(file, tokenizer) if ids.numel() > 1]
+            windows += [partial(_prompt, *line, tokenizer) for line in _lines(file)]
         elif suffix == ".json":
             raise InputError(f"expected text, or prompts a line each, found {file}; make it a .jsonl")
         elif suffix in _IDS:
-            windows += _split(_stored_ids(file), length)
+            windows += [partial(Tensor.clone, ids) for ids in _stored_windows(file, length)]
         else:
-            windows += _split(_encode(tokenizer, _text(file)), length)
-    if not windows:
+            windows += [partial(Tensor.clone, ids) for ids in _running(_text(file), tokenizer, length)]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    found: dict[int, Tensor] = {}
+    for place in order:
+        if samples is not None and len(found) == samples:
+            break
+        if (ids := windows[place]()[:length]).numel() > 1:
+            found[place] = ids
+    if not found:
         raise InputError(
-            f"expected at least one window of {length} tokens in {path}, found less text; "
+            f"expected at least one window of {length} tokens, or a prompt of two, in {path}, found less text; "
             "give more text or a smaller --length"
         )
-    if samples is None or samples >= len(windows):
-        return windows
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return [windows[i] for i in sorted(order[:samples].tolist())]
+    return [found[place] for place in sorted(found)]
 
 
 def is_tokenized(path: str | Path) -> bool:
@@ -89,6 +99,36 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> Tensor:
     )
 
 
+def _running(text: str, tokenizer: Any, length: int) -> list[Tensor]:
+    """Running text → windows [length], each with what the tokenizer begins a text with."""
+    begin = _beginning(tokenizer)
+    if length <= begin.numel():
+        raise InputError(
+            f"expected a length of more than the {begin.numel()} tokens that a text begins with, found {length}"
+        )
+    ids = torch.cat([begin[:0], *(_encode(tokenizer, p, add_special_tokens=False) for p in _pieces(text))])
+    return [torch.cat([begin, part]) for part in _split(ids, length - begin.numel())]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Text in pieces that end with a line, or a word: of a character, tokenizers take 150 bytes while at work."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            line = text.rfind("\n", start, end) + 1
+            end = line or max(text.rfind(" ", start + 1, end), 0) or end
+        yield text[start:end]
+        start = end
+
+
+def _beginning(tokenizer: Any) -> Tensor:
+    """What the tokenizer puts before a text: BOS, several (GLM), or nothing, though it may know a BOS (SmolLM2)."""
+    whole, plain = _encode(tokenizer, "a"), _encode(tokenizer, "a", add_special_tokens=False)
+    places = range(whole.numel() - plain.numel() + 1)
+    return whole[: next((i for i in places if torch.equal(whole[i : i + plain.numel()], plain)), 0)]
+
+
 def _split(ids: Tensor, length: int) -> list[Tensor]:
     return list(ids[: ids.numel() // length * length].view(-1, length))
 
@@ -105,7 +145,7 @@ def _text(file: Path) -> str:
     return text
 
 
-def _stored_ids(file: Path) -> Tensor:
+def _stored_windows(file: Path, length: int) -> list[Tensor]:
     import numpy
 
     try:
@@ -113,12 +153,16 @@ def _stored_ids(file: Path) -> Tensor:
         ids = torch.as_tensor(found)
     except Exception as error:  # what torch and numpy raise for other files is not theirs alone
         raise InputError(f"expected one tensor of token ids in {file}, found none: {error}") from error
-    if ids.is_floating_point():
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"expected token ids in {file}, found numbers of {ids.dtype}; tokenize them first")
-    return ids.to(torch.long).reshape(-1)
+    ids = ids.to(torch.long)
+    if ids.dim() == 2:
+        return [window for text in ids for window in (_split(text, length) or [text])]
+    return _split(ids.reshape(-1), length)
 
 
-def _prompts(file: Path, tokenizer: Any) -> Iterator[Tensor]:
+def _lines(file: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """(where, a text or an entry with messages) of each line that is neither empty nor holds an empty text."""
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -128,19 +172,34 @@ def _prompts(file: Path, tokenizer: Any) -> Iterator[Tensor]:
             raise InputError(f"expected JSON in {file} line {number}, found: {error}") from error
         where, text = f"{file} line {number}", entry
         if isinstance(entry, dict):
-            if messages := entry.get("messages") or entry.get("conversations"):
-                # The template writes the tokens that begin a text itself.
-                yield _encode(tokenizer, _chat(messages, tokenizer, where), add_special_tokens=False)
+            if _messages(entry):
+                yield where, entry
                 continue
-            text = next((entry[k] for k in ("text", "prompt", "content") if entry.get(k) is not None), None)
+            key = next((k for k in ("text", "prompt", "content") if entry.get(k) is not None), None)
+            text = entry[key] if key else None
+            if key and not isinstance(text, str):
+                raise InputError(f"expected a text as `{key}` in {where}, found {type(text).__name__}")
         if not isinstance(text, str):
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
             raise InputError(f"expected `messages`, `text` or `prompt` in {where}, found {found}")
-        yield _encode(tokenizer, text)
+        if text:
+            yield where, text
 
 
-def _chat(messages: Any, tokenizer: Any, where: str) -> str:
+def _messages(entry: dict[str, Any]) -> Any:
+    return entry.get("messages") or entry.get("conversations")
+
+
+def _prompt(where: str, entry: str | dict[str, Any], tokenizer: Any) -> Tensor:
+    if isinstance(entry, str):
+        return _encode(tokenizer, entry)
+    # The template writes the tokens that begin a text itself.
+    return _encode(tokenizer, _chat(entry, tokenizer, where), add_special_tokens=False)
+
+
+def _chat(entry: dict[str, Any], tokenizer: Any, where: str) -> str:
     """Messages as one prompt, by the tokenizer's template."""
+    messages = _messages(entry)
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"expected a tokenizer with a chat template for the messages of {where}, found none; "
@@ -151,7 +210,7 @@ def _chat(messages: Any, tokenizer: Any, where: str) -> str:
             f"expected messages with `role` and `content` in {where}, found {str(messages)[:80]}"
         )
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        text: str = tokenizer.apply_chat_template(messages, tools=entry.get("tools") or None, tokenize=False)
     except Exception as error:  # whatever the template is, or does with these messages
         raise InputError(
             f"expected messages that the chat template takes in {where}, found: {error}"

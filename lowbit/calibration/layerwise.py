@@ -20,6 +20,7 @@ from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import fused_modules, unfuse
 from lowbit.calibration.kv_cache import KEYS
 from lowbit.calibration.names import CheckpointNames
+from lowbit.calibration.positions import longest_text
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 from lowbit.nn.integration import require_transformers
@@ -81,6 +82,7 @@ class LayerwiseModel:
         self.layers_name, layers = find_layers(self.model, decoder)
         self._meta_layers = list(layers)
         self._stubs = nn.ModuleList(Stub(layer) for layer in layers)
+        self._longest = longest_text(self.base, self.text_config)
         self.base.layers = self._stubs
         self._fill_outside()
         self._record = Recorder(self.base, list(self._stubs))  # type: ignore[arg-type]
@@ -116,6 +118,12 @@ class LayerwiseModel:
             raise InputError(
                 f"expected token ids from 0 to {known - 1}, which {self.source.path} has embeddings of, found "
                 f"{low if low < 0 else high}; is the data tokenized for this model?"
+            )
+        if self._longest is not None and ids.shape[1] > self._longest:
+            raise InputError(
+                f"expected windows of at most {self._longest} tokens, the longest text that {self.source.path} was "
+                f"made for, found one of {ids.shape[1]}; give a smaller length (if it was made for more, let its "
+                "config.json say so: max_position_embeddings, or rope_parameters)"
             )
         try:
             call = self._record(ids.to(self.device), hold)

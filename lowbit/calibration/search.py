@@ -4,11 +4,14 @@ Changing a module's output y by Δ changes the model's distribution by KL ≈ ½
 gradient of the log-likelihood of tokens drawn from the model's own distribution (the Fisher
 information: Choi et al., arXiv:1612.01543, here with the whole Δ instead of a diagonal). One
 backward sweep, a decoder layer at a time, so gives the cost of every module under every
-scheme. Costs add up, and the choice is a knapsack solved on its convex hull.
+scheme. Costs add up, and the choice is a knapsack solved on its convex hull. (g·Δ)² is taken of each
+token, without the products of two tokens: on SmolLM2 the squares of whole texts' sums give the same,
+to 2 % for int8 and 6 % for fp8 over all modules, but a sample per text is noisier than one per token.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calibrate import Warn, make_batches, module_schemes
 from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
@@ -76,17 +79,22 @@ def sensitivities(
     memory_limit: int = 4 << 30,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    warn: Warn = warnings.warn,
 ) -> list[Unit]:
     """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T].
 
-    Workers share the windows (see `distributed`), and all return the same.
+    Workers share the windows (see `distributed`), and all return the same. `warn` is told of patterns that
+    mean nothing.
     """
     schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
     model = LayerwiseModel(Source(source), device=device)
-    quantizable = module_schemes(model, schemes[0], selection or Selection())
+    selection = selection or Selection()
+    for warning in selection.warnings(model.source.modules):
+        warn(warning)
+    quantizable = module_schemes(model, schemes[0], selection)
     if not quantizable:
         raise InputError(
             f"expected at least one weight to quantize in the layers of {source}, found none that the rules allow; "
@@ -284,9 +292,14 @@ def check_wish(
     if not candidates:
         raise InputError("expected schemes to choose from, found none; int8,fp8 are the usual ones")
     least = min(bits_of(name) for name in candidates)
-    if budget is not None and budget < least - 1e-9:
+    if budget is not None and not budget >= least - 1e-9:
         raise InputError(
             f"expected a budget of at least {least:.2f} bits, which {', '.join(candidates)} take, found {budget}"
+        )
+    if max(least, budget or 0) >= FLOAT_BITS or (max_kl is not None and not max_kl > 0):
+        raise InputError(
+            f"expected schemes and a budget of less than {FLOAT_BITS:.0f} bits, or a KL of more than 0, which float "
+            f"alone reaches, found {', '.join(candidates)} and {budget if max_kl is None else max_kl}"
         )
 
 
@@ -318,7 +331,10 @@ def recipe_of(units: Sequence[Unit], choice: Choice, points: Sequence[Choice]) -
         if name != main
     }
     if main == FLOAT:
-        raise InputError("expected a budget below 16 bits, found one that leaves every module in float")
+        raise InputError(
+            "expected a wish that some scheme fulfils, found one that leaves every module in float; give a larger KL, "
+            "or a budget"
+        )
     step = max(1, len(points) // 32)
     notes = {
         "bits": round(choice.bits, 4), "predicted_kl": float(f"{choice.kl:.4g}"),

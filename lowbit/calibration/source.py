@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit.checkpoint.fused_experts import fused_names, split
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.plan import main_float
+from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
@@ -61,6 +62,12 @@ class Source:
     def quantized(self) -> Collection[str]:
         """Modules that are stored quantized."""
         return self._stored.keys()
+
+    @property
+    def modules(self) -> set[str]:
+        """All with a weight, and the 3-D tensors of experts: what patterns may mean."""
+        named = (module_of(ref, self._stored) for ref in self._refs.values())
+        return {*(m for m in named if m is not None), *self.fused.values()}
 
     def has(self, name: str) -> bool:
         return name in self._refs

@@ -108,11 +108,7 @@ def make_plan(
     decisions |= {
         n: replace(decisions[n], reason=r) for n, r in experts.whole.items() if _by_rule(decisions[n])
     }
-    names = {*decisions, *fused.values()}
-    warnings = list(source.notes) + [
-        f"pattern {p!r} matches no module; `lowbit plan` lists their names"
-        for p in selection.unmatched(names)
-    ]
+    warnings = [*source.notes, *selection.warnings({*decisions, *fused.values()})]
     if replacements:
         warnings += replacements.notes
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)

@@ -72,6 +72,11 @@ class Selection:
         """The patterns that match no module: most likely typing errors."""
         return Patterns((*self.ignore, *self.keep, *self.overrides)).unmatched(modules)
 
+    def warnings(self, modules: Iterable[str]) -> list[str]:
+        """What to say of those, where `modules` are all of a checkpoint."""
+        unmatched = self.unmatched(modules)
+        return [f"pattern {p!r} matches no module; `lowbit plan` lists their names" for p in unmatched]
+
 
 def _listed(name: str, patterns: Iterable[str]) -> tuple[str, ...]:
     listed = isinstance(patterns, Iterable) and not isinstance(patterns, str)

@@ -3,7 +3,8 @@
 At the end everything is written and synced there first; then it is renamed, the shards
 before the index, the other files and the manifest, and config.json last. A directory without
 config.json is no model to any loader, so a killed run never looks finished. A run that was
-killed between two renames moves the files back and goes on. Of several parts (see `parts`) the
+killed between two renames moves the files back and goes on; one that was removing a checkpoint that it
+replaces removes the rest. Of several parts (see `parts`) the
 one that finds the files of all others finished does that.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.files import create, lock, may_pass, sync_directory, write_json
-from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL, read_json
 from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.manifest import make_manifest
 from lowbit.checkpoint.parts import Part
@@ -29,6 +30,8 @@ from lowbit.formats import DESCRIPTION
 
 # Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
+# Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again.
+REPLACING = "replacing"
 CONFIG = "config.json"
 # So long a part waits for another to remove what an earlier conversion left.
 TIDY_SECONDS = 30
@@ -51,6 +54,7 @@ class OutputDirectory:
         self._created: list[Path] = []
         self._descriptors: dict[int, int] = {}
         self._shown: list[Path] = []
+        self._old_removed = False
         self._lock = -1
         self._stale = self._kept = False
         self.journal: Journal | None = None
@@ -122,6 +126,8 @@ class OutputDirectory:
                 shutil.rmtree(self.partial)
             self.partial.mkdir(exist_ok=True)
             self._move_back()
+            if self._overwrite:
+                (self.partial / REPLACING).touch()
             self.journal = Journal(self.partial / self.part.journal, self.digest)
             if tidy and not self.part.whole:
                 self._lock = lock(self.out, shared=True, held=self._lock)
@@ -137,6 +143,9 @@ class OutputDirectory:
             if isinstance(error, InputError):
                 raise
             raise self._explain(error) from error
+        except BaseException:  # Ctrl-C in a notebook, which would keep the lock
+            self.abandon()
+            raise
         return self._descriptors
 
     def _lock_out(self) -> bool:
@@ -217,15 +226,14 @@ class OutputDirectory:
         write_json(self.partial / MANIFEST, manifest)
         (self.partial / FINISHING).touch()
         sync_directory(self.partial)
-        if self._overwrite:
+        if (self.partial / REPLACING).exists():
             self._remove_old()
-        others = {str(file) for file in self.plan.source.others}
-        for name in (*(shard.file for shard in self.plan.shards), *beside, MANIFEST):
-            if name != CONFIG:
-                self._show(OTHERS / name if name in others else Path(name), Path(name))
-        sync_directory(self.out)
-        if CONFIG in beside:
-            self._show(Path(CONFIG), Path(CONFIG))
+        for shard in self.plan.shards:
+            self._show(Path(shard.file), Path(shard.file))
+        for file, hidden in self._beside().items():
+            if file == Path(CONFIG):
+                sync_directory(self.out)
+            self._show(hidden, file)
         self._shown = []
         # First, since beside it a result without a journal would be taken for one that any run may go on with.
         (self.partial / FINISHING).unlink()
@@ -233,6 +241,15 @@ class OutputDirectory:
         sync_directory(self.out)
         self._release()
         return manifest
+
+    def _beside(self) -> dict[Path, Path]:
+        """All files but the shards → their names in PARTIAL, in the order in which they are shown."""
+        written = [*self.plan.files, *([INDEX] if len(self.plan.shards) > 1 else [])]
+        names = {Path(name): Path(name) for name in written}
+        names |= {file: OTHERS / file for file in self.plan.source.others}
+        return names | {
+            Path(name): Path(name) for name in (MANIFEST, *([CONFIG] if self.plan.config else []))
+        }
 
     def _write_beside(self) -> dict[str, str]:
         """All files but the shards and the manifest, into PARTIAL; name → checksum."""
@@ -274,24 +291,53 @@ class OutputDirectory:
     def _show(self, hidden: Path, file: Path) -> None:
         (self.out / file).parent.mkdir(parents=True, exist_ok=True)
         (self.partial / hidden).replace(self.out / file)
-        self._shown.append(self.out / file)
+        self._shown.append(file)
 
     def _move_back(self) -> None:
-        """Undo the renames of a run that was killed among them; config.json goes first."""
+        """Undo the renames of a run that was killed among them; config.json goes first.
+
+        Shards come last: while there is one in OUT that PARTIAL has not, what else PARTIAL has not is in OUT ours too.
+        """
         if not (self.partial / FINISHING).exists():
             return
         (self.out / CONFIG).unlink(missing_ok=True)
-        for shard in self.plan.shards:
-            if not (self.partial / shard.file).exists() and (self.out / shard.file).exists():
-                (self.out / shard.file).replace(self.partial / shard.file)
+        shown = [
+            s.file
+            for s in self.plan.shards
+            if not (self.partial / s.file).exists() and (self.out / s.file).exists()
+        ]
+        if shown:
+            for file, hidden in self._beside().items():
+                if not (self.partial / hidden).exists():
+                    self._remove(file)
+        elif (self.partial / REPLACING).exists():
+            self._remove_old()
+        for name in shown:
+            (self.out / name).replace(self.partial / name)
         (self.partial / FINISHING).unlink()
 
     def _remove_old(self) -> None:
-        """The checkpoint that is replaced: config first, so that no moment shows half of each."""
-        for name in (CONFIG, MANIFEST, INDEX, DESCRIPTION):
-            (self.out / name).unlink(missing_ok=True)
-        for file in self.out.glob("*.safetensors"):
-            file.unlink()
+        """The checkpoint that is replaced: config first, so that no moment shows half of each.
+
+        And all that its manifest names, since another model's chat template, say, would be used; the manifest last.
+        """
+        self._old_removed = True
+        named: list[str] = []
+        with suppress(InputError, ValueError, TypeError):
+            named = [str(name) for name in read_json(self.out / MANIFEST).get("files", ())]
+        ours = [Path(name) for name in named if ".." not in Path(name).parts and not Path(name).is_absolute()]
+        for file in (Path(CONFIG), *ours, Path(INDEX), Path(DESCRIPTION)):
+            self._remove(file)
+        for shard in self.out.glob("*.safetensors"):
+            shard.unlink()
+        self._remove(Path(MANIFEST))
+
+    def _remove(self, file: Path) -> None:
+        """A file of OUT, and the folders below OUT that are empty then."""
+        (self.out / file).unlink(missing_ok=True)
+        for parent in file.parents[:-1]:
+            with suppress(OSError):  # not empty
+                (self.out / parent).rmdir()
 
     def discard(self) -> None:
         """Remove what this run wrote, and the directories that it made."""
@@ -300,10 +346,7 @@ class OutputDirectory:
             self._discard_part()
             return
         for file in reversed(self._shown):
-            file.unlink(missing_ok=True)
-            for parent in file.relative_to(self.out).parents[:-1]:
-                with suppress(OSError):  # not empty
-                    (self.out / parent).rmdir()
+            self._remove(file)
         shutil.rmtree(self.partial, ignore_errors=True)
         self._release()
         self._remove_made()
@@ -326,7 +369,9 @@ class OutputDirectory:
 
     def give_up(self, error: OSError) -> InputError:
         """Stop after an error of the operating system, and keep what a later run can use; → what to do about it."""
-        if may_pass(error):
+        if (
+            may_pass(error) or self._old_removed
+        ):  # else neither the old checkpoint nor the new one would be left
             self.abandon()
         else:
             self.discard()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit.calibration.methods import Method
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
+    from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
 
 Device = Annotated[
@@ -25,6 +26,20 @@ Device = Annotated[
     typer.Option(
         help="Where layers run: auto (an accelerator if there is one), cpu, cuda, cuda:1, xpu, npu, … Under "
         "`torchrun` or `accelerate launch` every worker takes a device of its own, so give no index."
+    ),
+]
+
+
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows or prompts of --data to use; default: 128.", show_default=False),
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens per window, with the BOS that the tokenizer adds, if any; default: 2048.",
+        show_default=False,
     ),
 ]
 
@@ -53,11 +68,17 @@ def calibrate(
         Path | None,
         typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 2048,
+    samples: Samples = None,
+    length: Length = None,
     seed: Annotated[
-        int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples, and which random rotation.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=-SEEDS,
+            max=SEEDS,
+            help="Which samples, and which random rotation; default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="SmoothQuant's α, in place of the method's.")
     ] = None,
@@ -110,7 +131,7 @@ def calibrate(
     from lowbit.calibration.methods import METHODS, best_method
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.checkpoint import what_is_asked
-    from lowbit.cli.output import print_json
+    from lowbit.cli.output import Warnings, print_json
     from lowbit.errors import InputError
     from lowbit.scheme import get_scheme
 
@@ -127,22 +148,31 @@ def calibrate(
         raise InputError("expected the checkpoint to calibrate, found no SRC; give its directory")
     if out is None:
         raise InputError("expected where to write, found no --out; give one, such as -o CALIB")
-    given = {"path": str(data), "samples": samples, "length": length, "seed": seed} if data else {}
-    wanted = replace(wanted, method=method or wanted.method, data=given or wanted.data)
+    wanted = replace(wanted, method=method or wanted.method)
+    wanted = with_data(wanted, data, samples=samples, length=length, seed=seed)
     options = RunOptions(
         device=join(device), batch_size=batch_size, memory_limit=int(memory_limit * 1e9),
         all_experts=not routed_only, spill_directory=str(spill) if spill else None,
     )  # fmt: skip
+    warn = Warnings()
     found = run_recipe(
-        src, out, wanted, options, alpha=alpha, seed=seed, kv_cache=kv_cache, overwrite=overwrite, quiet=json,
+        src, out, wanted, options, alpha=alpha, kv_cache=kv_cache, overwrite=overwrite, quiet=json, warn=warn,
     )  # fmt: skip
     if rank() != 0:
         return
     report = summary(found)
     if json:
-        print_json(report)
+        print_json({**report, "warnings": warn})
         return
     print(f"next: lowbit convert {src} OUT --scheme {report['scheme']} --calibration {out}")
+
+
+def with_data(wanted: Recipe, data: Path | None, **given: int | None) -> Recipe:
+    """The recipe with what the options say of data before what it says itself."""
+    from dataclasses import replace
+
+    said = {"path": None if data is None else str(data), **given}
+    return replace(wanted, data={**wanted.data, **{k: v for k, v in said.items() if v is not None}})
 
 
 def run_recipe(
@@ -152,10 +182,10 @@ def run_recipe(
     options: RunOptions,
     *,
     alpha: float | None = None,
-    seed: int = 0,
     kv_cache: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    warn: Warnings,
 ) -> Calibration:
     """Calibrate as a recipe says, with a progress bar, and say what was done (unless `quiet`)."""
     from lowbit import quality
@@ -168,12 +198,12 @@ def run_recipe(
         print(f"{wanted.scheme} with {method.name}: {method.describe()}")
         print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
 
-    of = {"seed": seed, **wanted.data}
+    of = dict(wanted.data)
     with steps_bar("calibrating", quiet=quiet) as progress:
         found = quality.calibrate(
             src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,
             ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides, options=options, kv_cache=kv_cache,
-            overwrite=overwrite, started=None if quiet else started, progress=progress, **of,
+            overwrite=overwrite, started=None if quiet else started, progress=progress, warn=warn, **of,
         )  # fmt: skip
     if not quiet:
         _say(out, summary(found))
@@ -186,8 +216,11 @@ def _say(out: Path, report: dict[str, Any]) -> None:
         print(
             f"squared output error of weights: {report['error']:.2e}, rounding {report['nearest_error']:.2e} (mean)"
         )
-    for name in report["fallbacks"][:10]:
-        print(f"rounded without data: {name}")
+    fallbacks = report["fallbacks"]
+    for said in fallbacks[:10]:
+        print(said)
+    if len(fallbacks) > 10:
+        print(f"and {len(fallbacks) - 10} more (--json lists all)")
     if report["online_hadamard"]:
         print(
             "down_proj needs its input rotated while running: lowbit's own modules do it, other engines do not"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lowbit.cli.output import warn
 
 if TYPE_CHECKING:
     from lowbit.checkpoint.jobs import Job
@@ -241,9 +244,9 @@ def advice_on(decided: Plan, chip: Accelerator) -> tuple[str, list[str]]:
     return advice(chip, None if weights is None else weights.dtype.name, decided.output_bytes)
 
 
-def print_warnings(decided: Plan, chip: Accelerator | None = None) -> None:
-    from lowbit.cli.output import warn
-
+def print_warnings(
+    decided: Plan, chip: Accelerator | None = None, warn: Callable[[str], None] = warn
+) -> None:
     for warning in (*decided.warnings, *(advice_on(decided, chip)[1] if chip else ())):
         warn(warning)
 

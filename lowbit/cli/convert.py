@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowbit.cli.calibrate import Device
+from lowbit.cli.calibrate import Device, Length, Samples
 from lowbit.cli.checkpoint import (
     CalibrationDir,
     FormatName,
@@ -32,6 +32,7 @@ from lowbit.cli.checkpoint import (
 if TYPE_CHECKING:
     from lowbit.api import Conversion
     from lowbit.checkpoint.parts import Part
+    from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
 
@@ -56,8 +57,8 @@ def convert(
     data: Annotated[
         Path | None, typer.Option(help="Text, .jsonl or directory for --method.", show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows or prompts of --data to use.")] = 128,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window of --data.")] = 2048,
+    samples: Samples = None,
+    length: Length = None,
     device: Device = "auto",
     workers: Workers = None,
     part: Annotated[
@@ -81,9 +82,10 @@ def convert(
     from lowbit import api
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import bytes_bar, print_json, say_bytes
+    from lowbit.cli.output import Warnings, bytes_bar, print_json, say_bytes
     from lowbit.errors import InputError
 
+    warn = Warnings()
     share = Part() if part is None else Part.parse(part)
     wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
     if method or (wanted.method and calibration is None):
@@ -92,17 +94,29 @@ def convert(
         _check_options(share, calibration, dry_run)
         _check_before_calibrating(src, wanted, format)
         calibration = _calibrate(
-            src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json
+            src,
+            out,
+            wanted,
+            method,
+            data,
+            samples,
+            length,
+            device,
+            overwrite=overwrite,
+            quiet=json,
+            warn=warn,
         )
         if rank() != 0:
             return
-    elif data is not None:
-        raise InputError("expected --method beside --data, found none; --method best is the recommended one")
+    elif data is not None or samples is not None or length is not None:
+        raise InputError(
+            "expected --method beside --data, --samples and --length, found none; --method best is the recommended one"
+        )
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
     )  # fmt: skip
-    print_warnings(decided, chip)
+    print_warnings(decided, chip, warn)
     if not json:
         print(headline(decided))
         if chip is not None:
@@ -206,25 +220,24 @@ def _calibrate(
     wanted: Recipe,
     method: str | None,
     data: Path | None,
-    samples: int,
-    length: int,
+    samples: int | None,
+    length: int | None,
     device: str,
     *,
     overwrite: bool,
     quiet: bool,
+    warn: Warnings,
 ) -> Path:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
 
     from lowbit.calibration.devices import join
     from lowbit.calibration.run import RunOptions
-    from lowbit.cli.calibrate import run_recipe
+    from lowbit.cli.calibrate import run_recipe, with_data
 
     named = out.resolve() if out.name in ("", "..") else out
     directory = named.with_name(named.name + ".calibration")
-    changes: dict[str, object] = {"method": method or wanted.method}
-    if data is not None:
-        changes["data"] = {"path": str(data), "samples": samples, "length": length, "seed": 0}
+    wanted = with_data(replace(wanted, method=method or wanted.method), data, samples=samples, length=length)
     options = RunOptions(device=join(device))
-    run_recipe(src, directory, replace(wanted, **changes), options, overwrite=overwrite, quiet=quiet)  # type: ignore[arg-type]
+    run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
     return directory

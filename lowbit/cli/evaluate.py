@@ -23,7 +23,9 @@ def evaluate(
         typer.Option(metavar="CALIB", help="Evaluate OUT with this calibration laid over it, unconverted."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 64,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
+    ] = 512,
     seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 4,

@@ -48,7 +48,18 @@ def _finite(value: Any) -> Any:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    """On standard error; of several workers, by the first."""
+    if first_worker():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+class Warnings(list[str]):
+    """Those of one command: each is said once, and they stay for its JSON."""
+
+    def __call__(self, message: str) -> None:
+        if message not in self:
+            self.append(message)
+            warn(message)
 
 
 class _StandardError(logging.Handler):

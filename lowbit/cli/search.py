@@ -34,9 +34,12 @@ def search(
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules in float. Repeatable.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 16,
-    length: Annotated[int, typer.Option(min=8, help="Tokens per window.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
+    ] = 512,
     seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
     device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file RECIPE.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Find a scheme per module: the least KL divergence for a mean number of bits. Writes a recipe.
@@ -47,26 +50,32 @@ def search(
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
     from lowbit.cli.calibrate import steps_bar
-    from lowbit.cli.output import print_json, table
+    from lowbit.cli.output import Warnings, print_json, table
     from lowbit.errors import InputError
 
-    where = join(device)
+    where, warn = join(device), Warnings()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise IsADirectoryError("it is a directory")
+        exists = out.is_file()
     except OSError as error:
         raise InputError(f"expected where to write a recipe, found {out}: {error}") from error
+    if exists and not overwrite:
+        raise InputError(
+            f"expected no file at {out}, where the recipe will be, found one; give another --out, or --overwrite"
+        )
     with steps_bar("searching", quiet=json or rank() != 0) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
             ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where, progress=progress,
+            warn=warn,
         )  # fmt: skip
     if rank() != 0:
         return
     recipe.save(out)
     if json:
-        print_json({"recipe": str(out), **recipe.to_dict()})
+        print_json({"recipe": str(out), **recipe.to_dict(), "warnings": warn})
         return
     notes = recipe.notes
     bits, kl, curve = notes["bits"], notes["predicted_kl"], notes["curve"]

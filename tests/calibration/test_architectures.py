@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -268,6 +270,37 @@ def test_windows_longer_than_learned_positions_are_refused(sources, tmp_path):
         windows = list(torch.ones(2, 200, dtype=torch.long))
         calibrate(sources("opt"), tmp_path / "c", get_scheme("int8"), METHODS["gptq"], windows)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "rope", "longest"),
+    [
+        ("llama", {}, 128),
+        ("mistral", {}, 128),  # its window of 8 is not its end
+        ("gemma3", {}, 128),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, 256),
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, 256),
+        ("llama", {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        ("llama", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}, 256),
+        ("gemma3", {"full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, 256),
+        ("mamba2", {}, None),
+        ("jamba", {}, None),
+        ("granitemoehybrid", {}, None),
+    ],
+)
+def test_windows_longer_than_a_model_was_made_for_are_refused(sources, tmp_path, name, rope, longest):
+    """Rotary positions go on in silence, and what comes out is nonsense."""
+    shutil.copytree(sources(name), tmp_path / "src")
+    config = json.loads((tmp_path / "src" / "config.json").read_text())
+    (config.get("rope_parameters") or {}).update(rope)
+    (tmp_path / "src" / "config.json").write_text(json.dumps(config))
+    model = LayerwiseModel(Source(tmp_path / "src"))
+    model.embed(torch.ones(1, longest or 300, dtype=torch.long))
+    if longest is not None:
+        with pytest.raises(
+            InputError, match=f"at most {longest} tokens, .* found one of {longest + 1}; give"
+        ):
+            model.embed(torch.ones(1, longest + 1, dtype=torch.long))
 
 
 def test_search_refuses_layers_that_share(sources, ids):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from lowbit import quality
-from lowbit.calibration import store
+from lowbit.calibration import data, store
 from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
@@ -88,6 +88,8 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
         lowbit("search", source, *common, "--max-kl", 1e-4, "-o", tmp_path / "r.json", "--json").output
     )
     assert report["notes"]["predicted_kl"] <= 1e-4
+    lowbit("search", source, *common, "-o", tmp_path / "r.json", "--overwrite")
+    assert load_recipe(tmp_path / "r.json").notes["predicted_kl"] > 1e-4
     lowbit("calibrate", source, "-o", tmp_path / "c", "--recipe", tmp_path / "r.yaml", *common, "--json")
     found = store.read(tmp_path / "c")
     assert found.scheme == recipe.scheme
@@ -99,6 +101,30 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
     assert store.read(tmp_path / "d").method["name"] == "gptq" != found.method["name"]
     for option in (("--scheme", "fp8"), ("--ignore", "lm_head")):
         assert "--recipe alone" in str(lowbit(*again, "-o", tmp_path / "e", *option, code=2).exception)
+
+
+def test_options_come_before_what_a_recipe_says_of_data(source, tmp_path):
+    (tmp_path / "other.txt").write_text((source.parent / "text.txt").read_text())
+    data = {"path": str(source.parent / "text.txt"), "samples": 6, "length": 32, "seed": 3}
+    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "absmax", "data": data}))
+    recipe = ("--recipe", tmp_path / "r.json")
+
+    def used(*options, command: str = "calibrate"):
+        where = (
+            ("-o", tmp_path / "c", "--overwrite")
+            if command == "calibrate"
+            else (tmp_path / "o", "--overwrite")
+        )
+        lowbit(command, source, *where, *recipe, *options)
+        found = store.read(tmp_path / ("c" if command == "calibrate" else "o.calibration")).data
+        return {k: found[k] for k in data}
+
+    assert used() == data
+    assert used("--samples", 2, "--seed", 5) == {**data, "samples": 2, "seed": 5}
+    assert used("--data", tmp_path / "other.txt") == {**data, "path": str(tmp_path / "other.txt")}
+    assert used("--length", 16, command="convert") == {**data, "length": 16}
+    alone = lowbit("convert", source, tmp_path / "p", "--length", 16, code=2)
+    assert "expected --method beside --data" in str(alone.exception)
 
 
 def test_the_guide_s_page_of_python_runs(source, tmp_path, monkeypatch):
@@ -172,8 +198,12 @@ def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
         ("calibrate", ("-o", "{at}/c", "--ignore", "model.*"), "at least one weight"),
         ("search", ("-o", "{at}/file/r.yaml"), "where to write a recipe"),
         ("search", ("-o", "{at}"), "where to write a recipe"),
+        ("search", ("-o", "{at}/file"), "give another --out, or --overwrite"),
         ("search", ("-o", "{at}/new/r.yaml", "--budget", 3), "at least 8.00 bits"),
         ("search", ("-o", "{at}/new/r.yaml", "--budget", 9, "--max-kl", 1), "either a budget"),
+        ("search", ("-o", "{at}/new/r.yaml", "--budget", 16), "less than 16 bits.* found int8, fp8 and 16"),
+        ("search", ("-o", "{at}/new/r.yaml", "--max-kl", 0), "more than 0"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", "bf16", "--budget", 16), "less than 16 bits"),
         ("search", ("-o", "{at}/new/r.yaml", "--candidates", ","), "schemes to choose from"),
         ("search", ("-o", "{at}/new/r.yaml", "--ignore", "model.*"), "at least one weight"),
         ("eval", ("--reference", "{at}/deeper"), "made from .* of 4 layers .* found 3 layers"),
@@ -193,6 +223,26 @@ def test_what_cannot_be_done_is_said_before_the_work(
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     done = lowbit(command, source, *arguments, *common, code=2)
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
+
+
+def test_patterns_that_mean_nothing_are_said(source, tmp_path):
+    """As `convert` and `plan` say it; one that means what is not calibrated is no mistake."""
+    common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    said = "pattern '*.q_prj' matches no module; `lowbit plan` lists their names"
+    ignore = ("--ignore", "*.q_prj", "--ignore", "lm_head", "--ignore", "model.embed_tokens")
+    calibrate = ("calibrate", source, "-m", "absmax", *common)
+    done = lowbit(*calibrate, "-o", tmp_path / "a", *ignore)
+    assert done.stderr.count(said) == 1 and done.stderr.count("matches no module") == 2  # the head is tied
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8\noverrides: {'*.q_prj': fp8}\nignore: ['re:.*o_proj']\n")
+    shown = lowbit(*calibrate, "-o", tmp_path / "b", "--recipe", recipe, "--json")
+    assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
+    shown = lowbit("search", source, *common, "-o", tmp_path / "s.yaml", *ignore[:2], "--json")
+    assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
+    done = lowbit("convert", source, tmp_path / "o", "--method", "absmax", *common, *ignore[:2])
+    assert done.stderr.count(said) == 1 and done.stderr.index(said) < len(said) + 20
+    with pytest.warns(UserWarning, match="q_prj"):
+        quality.search(source, source.parent / "text.txt", ignore=["*.q_prj"], samples=2, length=16)
 
 
 def test_data_in_its_forms(source, tmp_path):
@@ -218,6 +268,17 @@ def test_data_in_its_forms(source, tmp_path):
     tokenizer.backend_tokenizer.post_processor = begun
     assert tokenizer("user the quick fox ")["input_ids"] == [0, *chat]
     assert load_windows(tmp_path, tokenizer)[0].tolist() == chat
+    # So does every window of running text then, and what ends a text stays away.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> <unk> $A <unk>", special_tokens=[("<unk>", 0)]
+    )
+    each = load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16)
+    assert all(w.shape == (16,) and w[:2].tolist() == [0, 0] for w in each)
+    together = torch.cat(whole)
+    assert torch.equal(torch.cat([w[2:] for w in each])[: len(together)], together)
+    with pytest.raises(InputError, match="more than the 2 tokens"):
+        load_windows(source.parent / "text.txt", tokenizer, length=2)
+    tokenizer.backend_tokenizer.post_processor = begun
     (tmp_path / "p.jsonl").write_text('{"text": "the quick \\ud83d fox"}\n')  # half of an emoji
     assert load_windows(tmp_path, tokenizer)[0].tolist() == tokenizer("the quick ? fox")["input_ids"]
     with pytest.raises(InputError, match="smaller --length"):
@@ -226,10 +287,70 @@ def test_data_in_its_forms(source, tmp_path):
         load_windows(tmp_path / "no.txt", tokenizer)
 
 
+def test_a_long_text_is_tokenized_in_pieces(source, tmp_path, monkeypatch):
+    """Of each character a tokenizer takes 150 bytes while it is at work, and data may have gigabytes."""
+    tokenizer = load_tokenizer(source)
+    whole = torch.cat(load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16))
+    seen = []
+    monkeypatch.setattr(data, "PIECE", 100)
+    encode = data._encode
+    monkeypatch.setattr(
+        data, "_encode", lambda t, text, **o: (seen.append(len(text)), encode(t, text, **o))[1]
+    )
+    pieces = torch.cat(load_windows(source.parent / "text.txt", tokenizer, samples=None, length=16))
+    assert torch.equal(whole, pieces) and max(seen) <= 100
+    (tmp_path / "t.txt").write_text(
+        "the quick\n" + "fox" * 99 + " " + "dog" * 99
+    )  # neither a line nor a word ends
+    assert (
+        load_windows(tmp_path / "t.txt", tokenizer, length=16)
+        and "".join(data._pieces("a" * 250)) == "a" * 250
+    )
+
+
+def test_only_prompts_that_are_picked_are_tokenized(source, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(source)
+    lines = [json.dumps({"text": "the quick fox " * (i % 7) + "x" * (i == 35)}) for i in range(50)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    seen = []
+    encode = data._encode
+    monkeypatch.setattr(data, "_encode", lambda t, text, **o: (seen.append(text), encode(t, text, **o))[1])
+    some = load_windows(tmp_path / "p.jsonl", tokenizer, samples=5, seed=3)
+    assert len(some) == 5 and len(seen) <= 6
+    seen.clear()
+    assert (
+        len(load_windows(tmp_path / "p.jsonl", tokenizer, samples=99)) == 42
+    )  # without empty and one-token ones
+
+
+def test_texts_of_token_ids_are_windows_of_their_own(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(60).reshape(3, 20))
+    found = load_windows(tmp_path / "ids.npy", None, length=32)
+    assert [w.tolist() for w in found] == [list(range(a, a + 20)) for a in (0, 20, 40)]
+    found = load_windows(tmp_path / "ids.npy", None, length=8)
+    assert [int(w[0]) for w in found] == [0, 8, 20, 28, 40, 48]
+
+
+def test_messages_come_with_their_tools(source, tmp_path):
+    tokenizer = load_tokenizer(source)
+    tokenizer.chat_template = (
+        "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}"
+    )
+    tool = {
+        "type": "function",
+        "function": {"name": "dog", "parameters": {"type": "object", "properties": {}}},
+    }
+    entry = {"messages": [{"role": "user", "content": "the quick fox"}], "tools": [tool]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(entry))
+    (found,) = load_windows(tmp_path / "p.jsonl", tokenizer)
+    assert found.tolist() == tokenizer("dog the quick fox")["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("p.jsonl", b"{", "line 1"),
+        ("p.jsonl", b'{"prompt": [{"role": "user", "content": "x"}]}', "a text as `prompt` .* line 1, found list"),
         ("p.jsonl", b'"the quick fox"\n42', "line 2, found int"),
         ("p.jsonl", b"[1, 2]", "line 1, found list"),
         ("p.jsonl", b'{"body": "the"}', "line 1, found .'body'"),
@@ -259,6 +380,7 @@ def test_token_ids_that_are_not_the_model_s(source, tmp_path):
         (np.arange(99) + 40, "from 0 to 127, .* found 13"),
         (np.full(99, -1), "found -1"),
         (np.ones(99), "numbers of torch.float64"),
+        (np.ones(99, bool), "numbers of torch.bool"),  # an attention mask
     ):
         np.save(tmp_path / "ids.npy", ids)
         done = lowbit("calibrate", source, *options, code=2)
@@ -313,7 +435,6 @@ def test_what_is_not_finite_is_named(source, tmp_path, name):
     """`the` is a token of the data; a weight, and a norm, before anything is computed with them."""
     shutil.copytree(source, tmp_path / "src")
     tensors = load_file(source / "model.safetensors")
-    tensors[f"{name}.weight"][..., 5] = float("nan")
     save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     for arguments in (("calibrate", "-o", tmp_path / "c", "-m", "gptq"), ("eval",), ("search",)):
@@ -326,7 +447,6 @@ def test_nan_in_the_embedding_of_a_token_that_is_not_used(source, tmp_path):
     """As rows that only fill up a vocabulary may be: a rotated model is compared by the others."""
     shutil.copytree(source, tmp_path / "src")
     tensors = load_file(source / "model.safetensors")
-    tensors["model.embed_tokens.weight"][127] = float("nan")
     save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
     quality.calibrate(tmp_path / "src", tmp_path / "c", method="rotate", device="cpu")
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--json")

@@ -96,6 +96,7 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
         ({"scheme": "int8", "data": {"samples": "many"}}, "expected int as samples, found 'many'"),
         ({"scheme": "int8", "data": {"length": 0}}, "at least 1 as length, found 0"),
         ({"scheme": "int8", "data": {"seed": None}}, "expected int as seed, found None"),
+        ({"scheme": "int8", "data": {"seed": 2**63}}, "a seed of 64 bits"),
         ({"scheme": "int8", "version": 2}, "version 1"),
         ([1], "mapping"),
     ]

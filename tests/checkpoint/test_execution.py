@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,92 @@ def test_killed_between_two_renames(src, tmp_path, monkeypatch, renames):
     assert done.resumed_jobs == len(done.plan.jobs)
     lowbit.convert(src, tmp_path / "fresh", "int8", max_shard_size="200KB")
     assert everything(out) == everything(tmp_path / "fresh")
+
+
+class Killed(BaseException):
+    """Not even an error."""
+
+
+@contextmanager
+def killed_at(step: int):
+    """Before the `step`th change of names while results are shown or moved back; yields a list of those that came."""
+    came: list[str] = []
+
+    def dying(name):
+        change = getattr(os, name)
+
+        def instead(path, *args, **kw):
+            if len(came) == step:
+                raise Killed
+            came.append(f"{name} {path}")
+            return change(path, *args, **kw)
+
+        return instead
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("unlink", "replace", "rmdir"):
+            patched.setattr(os, name, dying(name))
+        yield came
+
+
+@pytest.fixture(scope="module")
+def replaced(tmp_path_factory):
+    """(a conversion into OUT, a function that makes a full OUT for it to replace, what OUT holds in the end)"""
+    root = tmp_path_factory.mktemp("replaced")
+    weights = deepseek_v3()
+    before = write(
+        root / "before", *weights, files={**FILES, "chat_template.jinja": "x", "2_Dense/config.json": "{}"}
+    )
+    src = write(root / "src", *weights, files=FILES)
+    lowbit.convert(before, root / "old", "int8", max_shard_size="400KB", format="ascend")
+    lowbit.convert(src, root / "fresh", "fp8", max_shard_size="800KB")
+
+    def convert(out: Path, overwrite: bool = False) -> int:
+        return lowbit.convert(src, out, "fp8", max_shard_size="800KB", overwrite=overwrite).resumed_jobs
+
+    return convert, lambda out: shutil.copytree(root / "old", out), everything(root / "fresh")
+
+
+def test_overwriting_leaves_nothing_of_what_was_there(replaced, tmp_path):
+    """Another model's chat template would be used."""
+    convert, full, result = replaced
+    full(tmp_path / "out")
+    (tmp_path / "out" / "mine.md").write_text("x")
+    convert(tmp_path / "out", overwrite=True)
+    assert everything(tmp_path / "out") == {**result, "mine.md": b"x"}
+    assert not (tmp_path / "out" / "2_Dense").exists()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["then without", "then with"])
+def test_an_overwriting_run_killed_at_any_step(replaced, tmp_path, again):
+    convert, full, result = replaced
+    with killed_at(-1) as steps:
+        full(tmp_path / "whole")
+        convert(tmp_path / "whole", overwrite=True)
+    for step in range(0, len(steps), 1 + again):
+        out = tmp_path / str(step)
+        full(out)
+        with killed_at(step), pytest.raises(Killed):
+            convert(out, overwrite=True)
+        with killed_at(step % 4), suppress(Killed, InputError):  # once more
+            convert(out, overwrite=again)
+        try:
+            convert(out, overwrite=again)
+        except InputError as error:
+            assert "--overwrite" in str(error) and not again
+            convert(out, overwrite=True)
+        assert everything(out) == result, (step, steps[step])
+
+
+def test_a_failure_while_replacing_keeps_the_new_one(replaced, tmp_path, monkeypatch):
+    """The old one is gone then."""
+    convert, full, result = replaced
+    full(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(writer.OutputDirectory, "_show", no_space)
+        with pytest.raises(InputError, match="What was written stays"):
+            convert(tmp_path / "out", overwrite=True)
+    assert convert(tmp_path / "out") > 0 and everything(tmp_path / "out") == result
 
 
 def test_killed_while_clearing_up_the_result_stays(src, tmp_path, monkeypatch):
