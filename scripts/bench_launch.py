@@ -1,11 +1,12 @@
 """What a call on a GPU costs the host: with launches kept (lowbit/ops/again.py) against going through all of it again.
 
-    python scripts/bench_launch.py [--target sm90] [--check] [--write benchmarks/launch.md]
+    python scripts/bench_launch.py [--target sm90 | --gpu] [--check] [--write benchmarks/launch.md]
 
 Needs no GPU but a C compiler: kernels are compiled for the target, Triton's own launcher launches them, and a CUDA
 driver that does nothing stands below it (stub_cuda.py). First every operation is checked: what kept launches are
 given must be what the call itself gives, address by address; exit code 1 where it is not. Then times, the least of
-several rounds: the work of the GPU, of its driver and of torch's allocator for GPUs is not in them.
+several rounds: the work of the GPU, of its driver and of torch's allocator for GPUs is not in them. `--gpu` takes this
+machine's GPU in place of the stub: results are compared too, bit for bit, and the driver's time is in the times.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def cases(k: int = 2048, n: int = 1024) -> dict[str, Case]:
                 lambda x, o, r, w=stack, s=scale, how=how, block=block: ops.linear_grouped(
                     x, w, s, o, activations=how, block=block, row_weight=r
                 ),
-                lambda: [torch.zeros(40, k, dtype=bf16), torch.zeros(9, dtype=torch.int32), torch.ones(40)],
+                lambda: [torch.zeros(40, k, dtype=bf16), torch.arange(0, 45, 5, dtype=torch.int32), torch.ones(40)],
                 (stack, scale),
             )  # fmt: skip
         found[f"quantize to {name}"] = Case(lambda x, d=dtype: ops.quantize(x, d), floats(7, k))
@@ -111,6 +112,15 @@ def cases(k: int = 2048, n: int = 1024) -> dict[str, Case]:
     found["SiLU·mul, quantize"] = Case(lambda x: ops.silu_mul_quantize(x, dtype=int8), floats(7, k))
     found["hadamard"] = Case(lambda x: ops.hadamard(x, k), floats(1, k))
     return found
+
+
+def fill(given: Iterable[Tensor]) -> None:
+    """Random values for codes and activations, where something computes with them; scales stay 1."""
+    for t in given:
+        if t.dtype == torch.int8 and t.numel() > 1:
+            t.random_(-127, 128)
+        elif t.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            t.copy_(torch.randn(t.shape))
 
 
 Note = tuple[str, tuple, list[Any]]
@@ -149,14 +159,16 @@ def name_launchers() -> None:
     CudaLauncher.__init__ = init
 
 
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 def places(notes: list[Note], inputs: list[Tensor], weights: tuple[Tensor, ...], result: Any) -> list[Any]:
     """Launches with what addresses stand for in their place: input 0, that weight, the third temporary."""
     known = {t.data_ptr(): f"input {i}" for i, t in enumerate(inputs)}
     known |= {t.data_ptr(): f"weight {i}" for i, t in enumerate(weights)}
-    results = [result] if isinstance(result, Tensor) else list(result)
-    known |= {
-        t.data_ptr(): f"result {i}: {t.dtype} {list(t.shape)} {t.stride()}" for i, t in enumerate(results)
-    }
+    for i, t in enumerate(tensors(result)):
+        known[t.data_ptr()] = f"result {i}: {t.dtype} {list(t.shape)} {t.stride()}"
 
     def place(address: int) -> str:
         return known.setdefault(address, f"temporary {len(known)}")
@@ -192,6 +204,8 @@ def check() -> tuple[int, list[str]]:
 def differs(case: Case) -> str | None:
     """What kept launches of a case do otherwise than the call itself; None: nothing."""
     first, second, again._local.calls = case.inputs(), case.inputs(), {}
+    if first[0].is_cuda:
+        fill([*first, *second, *case.weights])
     with noted() as ran:
         case.run(*first)
         ran.clear()
@@ -202,6 +216,11 @@ def differs(case: Case) -> str | None:
         found = case.run(*second)
     if len(again._local.calls) > 1:
         return "the same shapes were another call"
+    if first[0].is_cuda:
+        again._local.calls = NothingKept()
+        alone = case.run(*second)
+        if not all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(alone), strict=True)):
+            return "other results"
     one, other = places(ran, first, case.weights, want), places(kept, second, case.weights, found)
     return None if one == other else f"\n  call: {one}\n  kept: {other}"
 
@@ -230,21 +249,30 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default="sm90", help="sm80, sm86, sm89, sm90, sm100 or sm120")
+    parser.add_argument("--gpu", action="store_true", help="on this machine's GPU, its results too")
     parser.add_argument("--check", action="store_true", help="check, and measure nothing")
     parser.add_argument("--write", type=Path, help="a page for the times")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        install(options.target, Path(folder))
-        name_launchers()
-        from lowbit.kernels.targets import get_target, pretending  # type: ignore[import-not-found]
+    if options.gpu and not torch.cuda.is_available():
+        print("expected a GPU with --gpu, found none; without it a stub stands for one", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as within:
+        from lowbit.kernels.targets import device_target, get_target, pretending  # type: ignore[import-not-found]
 
-        with pretending(get_target(options.target)), ops.use_implementation("triton"), torch.inference_mode():
+        if options.gpu:
+            torch.set_default_device("cuda")
+            options.target = device_target(torch.device("cuda", 0)).name
+        else:
+            install(options.target, Path(folder))
+            within.enter_context(pretending(get_target(options.target)))
+        name_launchers()
+        with ops.use_implementation("triton"), torch.inference_mode():
             checked, wrong = check()
             print(*wrong, f"{options.target}: checked {checked} calls, {len(wrong)} differ", sep="\n")
             if wrong or options.check:
                 return 1 if wrong else 0
             rows = [(name, *timed(cases()[name])) for name in TIMED]
-    page = table(rows, options.target)
+    page = table(rows, options.target, options.gpu)
     print(page)
     if options.write:
         options.write.write_text(page, encoding="utf-8")
@@ -260,16 +288,20 @@ def timed(case: Case) -> tuple[float, float]:
     return seconds(lambda: case.run(*inputs)), without
 
 
-def table(rows: list[tuple[str, float, float]], target: str) -> str:
+def table(rows: list[tuple[str, float, float]], target: str, gpu: bool) -> str:
     import triton
 
+    below = f"{torch.cuda.get_device_name()} with its driver" if gpu else "a CUDA driver that does nothing"
     about = (
         f"Written by `make bench-launch` (`scripts/bench_launch.py`) on {cpu_name()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}: kernels compiled for "
-        f"{target} and launched by Triton's launcher on a CUDA driver that does nothing. Eager mode, K = 2048, one row "
-        "unless said otherwise; the least of seven rounds. The work of the GPU, of its driver and of torch's allocator "
-        "for GPUs is not in these times."
+        f"{target} and launched by Triton's launcher on {below}. Eager mode, K = 2048, one row unless said otherwise; "
+        "the least of seven rounds."
     )
+    if not gpu:
+        about += (
+            " The work of the GPU, of its driver and of torch's allocator for GPUs is not in these times."
+        )
     lines = ["# What a call costs the host", "", *textwrap.wrap(about, 120), ""]
     lines += ["| call | launches kept, µs | without, µs | |", "|---|---|---|---|"]
     for name, kept, without in rows:
