@@ -18,9 +18,7 @@ def longest_text(base: nn.Module, config: Any) -> int | None:
     if not isinstance(named, int) or not any("Rotary" in type(m).__name__ for m in base.modules()):
         return None
     found = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        found,
-        *(value for value in found.values() if isinstance(value, dict)),
-    ]  # one, or one per kind of layer
+    # One, or one per kind of layer.
+    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
     scaled = ((k.get("original_max_position_embeddings") or named) * (k.get("factor") or 1) for k in kinds)
     return max(named, *map(int, scaled))

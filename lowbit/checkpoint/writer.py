@@ -301,11 +301,8 @@ class OutputDirectory:
         if not (self.partial / FINISHING).exists():
             return
         (self.out / CONFIG).unlink(missing_ok=True)
-        shown = [
-            s.file
-            for s in self.plan.shards
-            if not (self.partial / s.file).exists() and (self.out / s.file).exists()
-        ]
+        shards = [shard.file for shard in self.plan.shards]
+        shown = [f for f in shards if not (self.partial / f).exists() and (self.out / f).exists()]
         if shown:
             for file, hidden in self._beside().items():
                 if not (self.partial / hidden).exists():
@@ -369,9 +366,8 @@ class OutputDirectory:
 
     def give_up(self, error: OSError) -> InputError:
         """Stop after an error of the operating system, and keep what a later run can use; → what to do about it."""
-        if (
-            may_pass(error) or self._old_removed
-        ):  # else neither the old checkpoint nor the new one would be left
+        # Once the old checkpoint is removed, neither it nor the new one would be left.
+        if may_pass(error) or self._old_removed:
             self.abandon()
         else:
             self.discard()

@@ -94,18 +94,8 @@ def convert(
         _check_options(share, calibration, dry_run)
         _check_before_calibrating(src, wanted, format)
         calibration = _calibrate(
-            src,
-            out,
-            wanted,
-            method,
-            data,
-            samples,
-            length,
-            device,
-            overwrite=overwrite,
-            quiet=json,
-            warn=warn,
-        )
+            src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json, warn=warn
+        )  # fmt: skip
         if rank() != 0:
             return
     elif data is not None or samples is not None or length is not None:
