@@ -216,8 +216,11 @@ def _say(out: Path, report: dict[str, Any]) -> None:
         print(
             f"squared output error of weights: {report['error']:.2e}, rounding {report['nearest_error']:.2e} (mean)"
         )
-    for name in report["fallbacks"][:10]:
-        print(f"rounded without data: {name}")
+    fallbacks = report["fallbacks"]
+    for said in fallbacks[:10]:
+        print(said)
+    if len(fallbacks) > 10:
+        print(f"and {len(fallbacks) - 10} more (--json lists all)")
     if report["online_hadamard"]:
         print(
             "down_proj needs its input rotated while running: lowbit's own modules do it, other engines do not"
