@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+SEEDS = 2**63 - 1
+"""The largest seed that torch takes, less or more than 0."""
 Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
@@ -117,6 +119,10 @@ def measure(
 
     where = join(device)
     windows, _ = _windows(reference or out, data, samples, length, seed)
+    if not windows or batch_size < 1:
+        raise InputError(
+            f"expected at least one window to measure on, and in a batch, found {len(windows)} and {batch_size}"
+        )
     if calibration is None:
         candidate = plain(out, device=where)
     else:
@@ -172,14 +178,30 @@ def _windows(
     """(windows of token ids, what is said of them in a calibration)."""
     from lowbit.calibration.data import is_tokenized, load_tokenizer, load_windows
 
+    if samples < 1 or length < 1 or abs(seed) > SEEDS:
+        raise InputError(
+            f"expected samples and a length of at least 1 and a seed of 64 bits, found {samples}, {length} and {seed}"
+        )
     if data is None:
         return [], {}
     if not isinstance(data, str | Path):
-        if any(w.dim() != 1 or w.is_floating_point() for w in data):
-            raise InputError(
-                "expected data as windows of token ids [T], found other tensors; tokenize it first"
-            )
-        return data, {}
+        windows = list(data)
+        for window in windows:
+            if not _is_window(window):
+                found = tuple(getattr(window, "shape", ()))
+                raise InputError(
+                    "expected data as windows of token ids, integer tensors [T], found one that is a "
+                    f"{type(window).__name__} {list(found)}; tokenize it, and torch.tensor it, first"
+                )
+        return windows, {}
     tokenizer = None if is_tokenized(data) else load_tokenizer(src)
     windows = load_windows(data, tokenizer, samples=samples, length=length, seed=seed)
     return windows, {"path": str(data), "samples": samples, "length": length, "seed": seed}
+
+
+def _is_window(window: object) -> bool:
+    import torch
+
+    if not isinstance(window, torch.Tensor) or window.dim() != 1 or window.numel() == 0:
+        return False
+    return not (window.is_floating_point() or window.is_complex() or window.dtype == torch.bool)

@@ -23,6 +23,7 @@ from typing import Any
 
 from lowbit.checkpoint.headers import no_duplicates
 from lowbit.errors import InputError
+from lowbit.quality import SEEDS
 from lowbit.scheme import get_scheme, nearest
 
 KEYS = ("version", "scheme", "ignore", "keep", "overrides", "method", "data", "notes")
@@ -119,7 +120,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         kind = _DATA_KEYS.get(key, object)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{where}: data: expected {kind.__name__} as {key}, found {value!r}")
-        if key == "seed" and isinstance(value, int) and not -(2**63) < value < 2**63:
+        if key == "seed" and isinstance(value, int) and abs(value) > SEEDS:
             raise InputError(f"{where}: data: expected a seed of 64 bits, found {value}")
         if key in ("samples", "length") and isinstance(value, int) and value < 1:
             raise InputError(f"{where}: data: expected at least 1 as {key}, found {value}")

@@ -26,6 +26,18 @@ def _bias(layer: nn.Module, name: str) -> Tensor | None:
     return getattr(layer.get_submodule(name), "bias", None)
 
 
+def as_stored(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`x` in the dtype that it will be written in. InputError where that does not reach: float16 ends at 65504."""
+    stored = x.to(dtype)
+    if bool((torch.isfinite(x) & ~torch.isfinite(stored)).any()):
+        raise InputError(
+            f"expected {name} to fit the source's {str(dtype).removeprefix('torch.')} when it is transformed, found "
+            f"values up to {float(x.abs().nan_to_num(posinf=0).max()):.0f}; use a method without transforms (gptq), or "
+            "convert the source to bf16 first"
+        )
+    return stored
+
+
 def scaled_norm(
     layer: nn.Module, norm: Norm, scale: Tensor, stored: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,7 @@ def input_scales(
         if s is None or s.absmax is None:
             raise InputError(
                 f"expected data for {first}, found none that reached it; give more samples, "
-                "or use all-experts mode for a mixture of experts"
+                "or let all experts of a mixture see every token (leave out --routed-only)"
             )
         if method.activation_range == "output":
             chosen, error = _least_output_error(layer, s, spec, members, quantized)

@@ -96,14 +96,13 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
     offset, _ = norm_gain(norm, rotation.size)
     gain = norm.weight.detach() + offset  # type: ignore[operator]
 
-    def keep(x: Tensor) -> nn.Parameter:
-        if model.dtype == torch.float64:
-            return nn.Parameter(x, requires_grad=False)
-        return nn.Parameter(x.to(stored).to(model.dtype), requires_grad=False)
+    def keep(x: Tensor, name: str) -> nn.Parameter:
+        found = fold.as_stored(x, stored, name)
+        return nn.Parameter(x if model.dtype == torch.float64 else found.to(model.dtype), requires_grad=False)
 
     before = embedding.weight.detach()
-    head.weight = keep(rotation.apply(head.weight.detach() * gain))
-    embedding.weight = keep(rotation.apply(before))
+    head.weight = keep(rotation.apply(head.weight.detach() * gain), "the output head")
+    embedding.weight = keep(rotation.apply(before), "the embedding")
     norm.weight = nn.Parameter(torch.full_like(gain, 1.0 - offset), requires_grad=False)
     names = {id(m): n for n, m in model.model.named_modules()}
     return {

@@ -275,7 +275,8 @@ class LayerStep:
             for leaf in ("weight", "bias"):
                 value = getattr(module, leaf, None)
                 if isinstance(value, Tensor) and not (leaf == "weight" and name in self.quantized):
-                    out[f"{self._disk(name)}.{leaf}"] = value.detach().to(stored).cpu()
+                    disk = f"{self._disk(name)}.{leaf}"
+                    out[disk] = fold.as_stored(value.detach(), stored, disk).cpu()
         for name, pair in self.kv_scales.items():
             attention = self.run.model.disk_attention(f"{self.prefix}.{name}")
             for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):

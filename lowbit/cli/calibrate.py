@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.output import SEEDS
+from lowbit.quality import SEEDS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.cli.output import SEEDS
+from lowbit.quality import SEEDS
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
-from lowbit.cli.output import SEEDS
+from lowbit.quality import SEEDS
 
 
 def generate(

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SEEDS = 2**63 - 1
-"""The largest seed that torch takes, less or more than 0."""
-
 
 def say_bytes(count: float) -> str:
     """1536 → `1.5 kB`; decimal units, as disks and the hub count."""

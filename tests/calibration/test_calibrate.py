@@ -71,6 +71,19 @@ def test_floats_stay_what_the_checkpoint_s_are(checkpoints, tmp_path):
     assert {found.tensors[n].dtype for n in found.floats()} == {"F32"}
 
 
+def test_what_float16_does_not_hold_is_refused(windows, tmp_path):
+    """A final norm is folded into lm_head where the model is rotated: it was written with Inf in it."""
+    model = LlamaForCausalLM(LlamaConfig(**TEXT)).half()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(9000.0)
+        model.lm_head.weight.mul_(1000.0)
+    model.save_pretrained(tmp_path / "src")
+    with pytest.raises(InputError, match=r"the output head to fit the source's float16 .* to bf16 first"):
+        calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), METHODS["rotate"], [])
+    assert not (tmp_path / "c").exists()
+    calibrate(tmp_path / "src", tmp_path / "c", get_scheme("int8"), METHODS["gptq"], windows)
+
+
 @pytest.mark.parametrize("method", ["rotate-gptq", "rotate-gptq-online", "smoothquant-gptq"])
 def test_layers_that_add_nothing_are_not_changed(windows, tmp_path, method):
     """As they deepen a model before it is trained on, or are left by pruning."""

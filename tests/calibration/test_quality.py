@@ -57,9 +57,24 @@ def test_search_gives_a_recipe(source, text, tmp_path):
     assert {d.scheme.name for d in done.plan.decisions.values() if d.scheme} <= {"int8", "fp8"}
 
 
+def test_windows_in_one_tensor_or_one_after_the_other(source):
+    ids = torch.arange(64).reshape(4, 16)
+    found = [lowbit.measure(source, d, device="cpu").agreement.nll for d in (list(ids), ids, iter(ids))]
+    assert found[0] == found[1] == found[2]
+
+
 def test_data_that_is_no_tokens(source, tmp_path):
     with pytest.raises(InputError, match="windows of token ids"):
         lowbit.calibrate(source, tmp_path / "c", method="gptq", data=[torch.randn(32)], device="cpu")
+    for wrong in ([3, 4], {"input_ids": torch.ones(8)}, torch.ones(8), torch.ones(8).bool(), torch.ones(1, 8).long(),
+                  torch.ones(0).long()):  # fmt: skip
+        with pytest.raises(InputError, match=r"integer tensors \[T\], found one that is a"):
+            lowbit.measure(source, [wrong])
+    with pytest.raises(InputError, match="at least one window to measure on"):
+        lowbit.measure(source, [])
+    for wrong in ({"samples": 0}, {"length": -5}, {"seed": 2**70}):
+        with pytest.raises(InputError, match="at least 1 and a seed of 64 bits, found"):
+            lowbit.search(source, source.parent / "text.txt", **wrong)
     with pytest.raises(InputError, match="expected data for method"):
         lowbit.calibrate(source, tmp_path / "c", method="gptq", device="cpu")
     assert not (tmp_path / "c").exists()
