@@ -420,9 +420,11 @@ def test_what_stays_in_a_wrapped_model_is_ignored_by_other_names_too():
     ]
 
 
-@pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
+@pytest.mark.parametrize(
+    ("part", "asked"), [("mamba", "mixer"), ("conv", "short_conv"), ("block_sparse_moe", "mlp")]
+)
 def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, part, asked):
-    """Granite 4 and Bamba; MiniMax-M2: in a group's targets, and in what is ignored."""
+    """Granite 4 and Bamba; LFM2; MiniMax-M2: in a group's targets, and in what is ignored."""
     parts = [f"model.layers.{i}.{part}.{p}_proj" for i in range(3) for p in ("in", "out")]
     names = parts + [f"model.layers.{i}.ffn.{p}_proj" for i in range(3) for p in ("up", "down")]
     tensors = {f"{n}.weight": torch.randn(128, 128) for n in names}
