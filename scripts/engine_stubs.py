@@ -91,10 +91,12 @@ def poison(model: nn.Module, but: tuple[str, ...] = ()) -> None:
             data.fill_(_POISON.get(data.dtype, torch.nan))
 
 
-def unfilled(model: nn.Module) -> list[str]:
-    """Names of the parameters in which poison is left."""
+def unfilled(model: nn.Module, but: tuple[str, ...] = ()) -> list[str]:
+    """Names of the parameters in which poison is left; `but` as for `poison`: memory may hold anything in those."""
     found = []
     for name, parameter in model.named_parameters():
+        if name.endswith(but):
+            continue
         data = parameter.data
         if _bytes(data):
             left = data.view(torch.uint8) == 0xFF

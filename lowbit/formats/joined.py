@@ -30,10 +30,11 @@ _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 _BESIDE = re.compile(r"(layers\.\d+)\.(experts(?:\.\d+\.|$))")
 
 
-# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in MiniMax-M2; in the
-# towers of GLM-4.1V and 4.5V (SGLang in all towers).
+# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in LFM2; in MiniMax-M2;
+# in the towers of GLM-4.1V and 4.5V (SGLang in all towers).
 _ASKED = (
     (re.compile(r"\.mamba\."), ".mixer."),
+    (re.compile(r"\.conv\.(?=(in|out)_proj$)"), ".short_conv."),
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
     (re.compile(r"\.attn\.qkv$"), ".attn.qkv_proj"),
 )

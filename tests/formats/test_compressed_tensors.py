@@ -437,9 +437,11 @@ def test_output_heads_are_ignored_by_the_name_that_transformers_has(tmp_path, mo
         assert not {on_disk, in_memory} & set(quantized["ignore"])
 
 
-@pytest.mark.parametrize(("part", "asked"), [("mamba", "mixer"), ("block_sparse_moe", "mlp")])
+@pytest.mark.parametrize(
+    ("part", "asked"), [("mamba", "mixer"), ("conv", "short_conv"), ("block_sparse_moe", "mlp")]
+)
 def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, part, asked):
-    """Granite 4 and Bamba; MiniMax-M2: in a group's targets, and in what is ignored."""
+    """Granite 4 and Bamba; LFM2; MiniMax-M2: in a group's targets, and in what is ignored."""
     parts = [f"model.layers.{i}.{part}.{p}_proj" for i in range(3) for p in ("in", "out")]
     names = parts + [f"model.layers.{i}.ffn.{p}_proj" for i in range(3) for p in ("up", "down")]
     tensors = {f"{n}.weight": torch.randn(128, 128) for n in names}
