@@ -157,6 +157,8 @@ def _blocks(rows: int, height: int, offsets: list[int] | None) -> list[tuple[int
     """(expert, first row, rows, first panel of 16 rows) of every block of at most `height` rows."""
     found, panel = [], 0
     for expert, (start, end) in enumerate(pairwise([0, rows] if offsets is None else offsets)):
+        if start == end:  # of many experts most are empty where few tokens come
+            continue
         for first in range(start, end, height):
             count = min(height, end - first)
             found.append((expert, first, count, panel))

@@ -132,10 +132,9 @@ def _run(
 
 
 def _bounds(offsets: Tensor, rows: int) -> list[int]:
-    bounds = [int(v) for v in offsets.tolist()]
-    ordered = all(a <= b for a, b in pairwise(bounds))
+    bounds: list[int] = offsets.tolist()
     require(
-        ordered and bounds[0] == 0 and bounds[-1] == rows,
+        bounds == sorted(bounds) and bounds[0] == 0 and bounds[-1] == rows,
         lambda: (
             f"expected offsets to rise from 0 to the {rows} rows of x, found {bounds[:4]} … {bounds[-1:]}"
         ),
