@@ -104,6 +104,7 @@ def calibrate(
         )
     share = my_share(windows)
     reader = Source(source)
+    reader.require_unrotated()
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
     if kv_cache is not None and not any(n.rpartition(".")[2] in KEYS for n in linears):

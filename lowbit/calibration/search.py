@@ -85,7 +85,9 @@ def sensitivities(
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
-    model = LayerwiseModel(Source(source), device=device)
+    reader = Source(source)
+    reader.require_unrotated()
+    model = LayerwiseModel(reader, device=device)
     quantizable = module_schemes(model, schemes[0], selection or Selection())
     if not quantizable:
         raise InputError(

@@ -21,7 +21,7 @@ from lowbit.checkpoint.plan import main_float
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
-from lowbit.formats import read
+from lowbit.formats import read, rotated_inputs
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
 from lowbit.quantize import scale_as_float
 
@@ -61,6 +61,20 @@ class Source:
     def quantized(self) -> Collection[str]:
         """Modules that are stored quantized."""
         return self._stored.keys()
+
+    @property
+    def rotated(self) -> Collection[str]:
+        """Modules whose weights are for inputs that lowbit's modules rotate while running."""
+        return rotated_inputs(self.config).keys()
+
+    def require_unrotated(self) -> None:
+        """InputError where a model computes something else with the weights than the checkpoint means."""
+        if self.rotated:
+            raise InputError(
+                f"{self.path}: expected weights for inputs as they are, found {len(self.rotated)} modules whose inputs "
+                f"are rotated while running (online Hadamard, first: {next(iter(self.rotated))}); give the checkpoint "
+                "from before the rotation"
+            )
 
     def has(self, name: str) -> bool:
         return name in self._refs
