@@ -213,10 +213,6 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
         # lowbit's modules rotate the input in the largest blocks that a power of two divides it into.
         inputs = {m: tensors[f"{m}.weight"].shape[-1] for m in online}
         overrides["lowbit"] = {"online_hadamard": {m: n & -n for m, n in inputs.items()}}
-        notes.append(
-            f"{len(online)} modules need their input rotated while running (online Hadamard): only lowbit does "
-            "that, any other engine would compute nonsense; use rotate-gptq for those"
-        )
     kv_cache = None
     if calibration.kv_cache and any(name.endswith(".k_scale") for name in tensors):
         kv_cache = KVCache(**calibration.kv_cache).stored

@@ -108,6 +108,7 @@ def calibrate(
         )
     share = my_share(windows)
     reader = Source(source)
+    reader.require_unrotated()
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     for warning in selection.warnings(reader.modules):
         warn(warning)

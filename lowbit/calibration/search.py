@@ -90,9 +90,11 @@ def sensitivities(
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
             raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
-    model = LayerwiseModel(Source(source), device=device)
+    reader = Source(source)
+    reader.require_unrotated()
+    model = LayerwiseModel(reader, device=device)
     selection = selection or Selection()
-    for warning in selection.warnings(model.source.modules):
+    for warning in selection.warnings(reader.modules):
         warn(warning)
     quantizable = module_schemes(model, schemes[0], selection)
     if not quantizable:

@@ -22,7 +22,7 @@ from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
-from lowbit.formats import read
+from lowbit.formats import read, rotated_inputs
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
 from lowbit.quantize import scale_as_float
 
@@ -68,6 +68,20 @@ class Source:
         """All with a weight, and the 3-D tensors of experts: what patterns may mean."""
         named = (module_of(ref, self._stored) for ref in self._refs.values())
         return {*(m for m in named if m is not None), *self.fused.values()}
+
+    @property
+    def rotated(self) -> Collection[str]:
+        """Modules whose weights are for inputs that lowbit's modules rotate while running."""
+        return rotated_inputs(self.config).keys()
+
+    def require_unrotated(self) -> None:
+        """InputError where a model computes something else with the weights than the checkpoint means."""
+        if self.rotated:
+            raise InputError(
+                f"{self.path}: expected weights for inputs as they are, found {len(self.rotated)} modules whose inputs "
+                f"are rotated while running (online Hadamard, first: {next(iter(self.rotated))}); give the checkpoint "
+                "from before the rotation"
+            )
 
     def has(self, name: str) -> bool:
         return name in self._refs

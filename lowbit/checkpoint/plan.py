@@ -22,7 +22,16 @@ from lowbit.checkpoint.roles import with_heads
 from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
-from lowbit.formats import FORMATS, Format, Layout, StoredModule, get_format, quantization_of, read
+from lowbit.formats import (
+    FORMATS,
+    Format,
+    Layout,
+    StoredModule,
+    get_format,
+    quantization_of,
+    read,
+    rotated_inputs,
+)
 from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerTensor
 from lowbit.scheme import Scheme, get_scheme
@@ -157,6 +166,8 @@ def make_plan(
         config=source.config,
     )
     config = _config(source, scheme, target, layout, replacements, stored)
+    if rotated := rotated_inputs(config):
+        warnings.append(_about_rotated(rotated, planner.schemes))
     return Plan(
         source=on_disk, scheme=scheme, format=target, decisions=decisions, jobs=jobs, shards=tuple(shards),
         config=config, files=target.files(layout) if target is not None else {}, warnings=tuple(warnings),
@@ -286,6 +297,20 @@ def _fuse_floats(
         else:
             out[module] = decision
     return view, out
+
+
+def _about_rotated(rotated: Collection[str], quantized: Collection[str]) -> str:
+    """A warning of weights for inputs that are rotated. InputError where some become float: nothing rotates those."""
+    if lost := [m for m in rotated if m not in quantized]:
+        raise InputError(
+            f"{lost[0]}: expected a scheme for all {len(rotated)} modules whose inputs are rotated while running "
+            f"(online Hadamard), found {len(lost)} that become float, of which nothing would rotate the input; "
+            "quantize them too, or convert the checkpoint from before the rotation"
+        )
+    return (
+        f"{len(rotated)} modules need their input rotated while running (online Hadamard): only lowbit does "
+        "that, any other engine would compute nonsense; use rotate-gptq for those"
+    )
 
 
 def _expert_dtype(layout: Layout) -> str:

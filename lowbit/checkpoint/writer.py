@@ -170,7 +170,12 @@ class OutputDirectory:
     def _make_directories(self) -> None:
         missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
         for path in reversed(missing):
-            path.mkdir()
+            try:
+                path.mkdir()
+            except FileExistsError:
+                if not path.is_dir():
+                    raise
+                continue  # another part was faster
             self._created.append(path)
 
     def _check_space(self) -> None:

@@ -86,9 +86,12 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
         layer, prefix = model.load(index), model.layer_name(index)
         schemes: dict[str, Scheme] = {}
         scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        online: set[str] = set()
         quantized: dict[str, Quantized] = {}
         for name, module in layer.named_modules():
             disk = model.disk_name(f"{prefix}.{name}")
+            if isinstance(module, nn.Linear) and disk in model.source.rotated:
+                online.add(name)
             if isinstance(module, nn.Linear) and disk in stored and stored[disk].activations is not None:
                 schemes[name] = stored[disk]
                 if multiplies_integers(stored[disk], module.weight) and (q := codes_of(disk)) is not None:
@@ -100,7 +103,7 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
                         model.source.raw(zero).reshape(1).to(model.device) if model.source.has(zero) else None
                     )
                     scales[name] = (scale, offset)
-        return layer, install(layer, schemes, quantized, scales)
+        return layer, install(layer, schemes, quantized, scales, frozenset(online))
 
     return Candidate(model=model, load=load)
 

@@ -108,6 +108,14 @@ def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def rotated_inputs(config: Mapping[str, Any]) -> dict[str, int]:
+    """Modules of a checkpoint whose weights are rotated for inputs that lowbit's modules rotate while running (online
+    Hadamard), by its config.json → columns per block; {} if none."""
+    own = config.get("lowbit")
+    found = own.get("online_hadamard") if isinstance(own, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 class Format(Protocol):
     """See the module's docstring."""
 

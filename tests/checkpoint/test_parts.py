@@ -236,6 +236,21 @@ def test_parts_that_begin_together_tidy_up_once(src, tmp_path, alone):
     assert everything(out) == alone
 
 
+def test_a_directory_that_another_part_makes_in_the_same_moment(src, tmp_path, monkeypatch, alone):
+    """Parts that were begun together: one of them ended with "File exists"."""
+    mkdir = Path.mkdir
+
+    def late(path, *args, **options):
+        if not (args or options or path.exists()):
+            mkdir(path)
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    for which in ("1/2", "2/2"):
+        convert(src, tmp_path / "new" / "out", which)
+    assert everything(tmp_path / "new" / "out") == alone
+
+
 def test_a_part_does_not_wait_for_another_conversion_for_ever(src, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "TIDY_SECONDS", 0.3)
     plan, out = lowbit.plan(src, "int8", max_shard_size=SIZE), tmp_path / "out"

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -366,6 +367,29 @@ def test_online_hadamard(tmp_path):
         load(tmp_path / "out")
 
 
+def check_rotated_source(path, want) -> None:
+    """Converted again it stays what it is, with the warning; in float nothing would rotate its inputs."""
+    for scheme, format in (("fp8", None), ("int8", "ascend"), ("int8-weight-only", None)):
+        done = lowbit.convert(path / "out", path / "again", scheme, format=format, overwrite=True)
+        assert any("online Hadamard" in w for w in done.plan.warnings)
+        assert (logits(load(path / "again"), inputs("llama")) - want).norm() < 0.05 * want.norm()
+    for source, options in (
+        ("out", {"scheme": "bf16"}),
+        ("out", {"ignore": ["*.1.*down_proj"]}),
+        ("src", {"ignore": ["*.1.*down_proj"], "calibration": path / "calib"}),
+    ):
+        with pytest.raises(InputError, match=r"inputs are rotated .* become float"):
+            lowbit.plan(path / source, **options)
+    for ask in (
+        lambda: lowbit.calibrate(
+            path / "out", path / "c", "int8", method="gptq", data=path / "ids.npy", length=32
+        ),
+        lambda: lowbit.search(path / "out", path / "ids.npy", budget=8, length=32),
+    ):
+        with pytest.raises(InputError, match="give the checkpoint from before the rotation"):
+            ask()
+
+
 def test_a_calibration_with_an_online_hadamard_converts_and_runs(tmp_path):
     from lowbit.calibration.calibrate import calibrate
     from lowbit.calibration.methods import METHODS
@@ -385,6 +409,11 @@ def test_a_calibration_with_an_online_hadamard_converts_and_runs(tmp_path):
     assert any("online Hadamard" in w for w in done.plan.warnings)
     found = logits(load(tmp_path / "out"), inputs("llama"))
     assert (found - want).norm() < 0.05 * want.norm()
+    np.save(tmp_path / "ids.npy", torch.stack(windows).numpy())
+    options = {"reference": tmp_path / "src", "samples": 2, "length": 32}
+    report = lowbit.measure(tmp_path / "out", tmp_path / "ids.npy", **options)
+    assert max(report.layer_errors.values()) < 0.05  # it left the inputs as they are
+    check_rotated_source(tmp_path, want)
     file = tmp_path / "out/config.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "lowbit"}))
     unrotated = logits(load(tmp_path / "out"), inputs("llama"))
