@@ -286,6 +286,7 @@ def _latent(
 
 def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": {}, "kv_scales": {}, "stand_ins": []}
+    torch._scaled_mm = stubs.scaled_mm
     with OnCPU(), torch.no_grad():
         model, model_config, load_config = build(checkpoint, ids.get("quantization"))
         default = loader.DefaultModelLoader(load_config)

@@ -134,6 +134,16 @@ def dequantize(codes: Tensor, scale: Tensor, rows: list[int]) -> Tensor:
     return codes * scale[..., :n, :k]
 
 
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """torch's product of FP8 codes by a float32 GEMM, in which products are exact too; on CPUs its own is a loop, by
+    which SmolLM2 takes an hour."""
+    out = (a.float() @ b.float()) * scale_a * scale_b
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, **named: Any) -> Tensor:
     """Attention of one sequence: [T, heads, ·] each; heads of k and v are shared where they are fewer.
 

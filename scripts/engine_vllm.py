@@ -37,7 +37,7 @@ import torch  # noqa: E402
 import vllm  # noqa: E402
 import vllm.model_executor.kernels.linear as linear_kernels  # noqa: E402
 import vllm.v1.worker.cpu_worker  # noqa: E402
-from engine_stubs import dequantize, serve  # noqa: E402 (beside this file)
+from engine_stubs import dequantize, scaled_mm, serve  # noqa: E402 (beside this file)
 from torch import Tensor, nn  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.model_executor.kernels.linear import (  # noqa: E402
@@ -131,21 +131,11 @@ def _last_choices() -> None:
     # the second token on its DeepSeek is not that of transformers. Its own implementation in torch is right.
     RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     CPURouter._compute_routing = _in_one_group(CPURouter._compute_routing)
-    torch._scaled_mm = _scaled_mm
+    torch._scaled_mm = scaled_mm
     # Of vLLM's methods only this one takes no float32, in which all else is compared; its kernels for CPUs need AMX.
     Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.bfloat16])
     # Marlin's own demands on a GPU; what it demands of shapes stays with vLLM's create_weights.
     ct_packed.check_moe_marlin_supports_config = lambda *a, **k: True
-
-
-def _scaled_mm(
-    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """torch's product of FP8 codes by a float32 GEMM, in which products are exact too; on CPUs its own is a loop, by
-    which SmolLM2 takes an hour."""
-    out = (a.float() @ b.float()) * scale_a * scale_b
-    return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
 def _in_one_group(route: Any) -> Any:
