@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -150,45 +151,47 @@ def calibrate(
         outside = rotate_outside(model, rotation, reader.float_dtype)
     run = _start(model, method, schemes, options, rotation, windows, share)
     writer: store.Writer | None = None
+    with ExitStack() as held:
 
-    def start() -> set[str]:
-        nonlocal writer
-        writer = store.Writer(out, settings, overwrite=overwrite)
-        return writer.finished
+        def start() -> set[str]:
+            nonlocal writer
+            held.enter_context(store.alone(out))
+            writer = store.Writer(out, settings, overwrite=overwrite)
+            return writer.finished
 
-    done = decided(start, model.device)
-    if writer is not None and outside and store.MODEL_PART not in done:
-        writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
-    run.kv_cache = kv_cache
-    # What follows the last unfinished layer, nobody needs to see.
-    stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)
-    for index in range(stop):
-        name = model.layer_name(index)
+        done = decided(start, model.device)
+        if writer is not None and outside and store.MODEL_PART not in done:
+            writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
+        run.kv_cache = kv_cache
+        # What follows the last unfinished layer, nobody needs to see.
+        stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)
+        for index in range(stop):
+            name = model.layer_name(index)
+            if progress:
+                progress(name, index, len(model))
+            finished = name in done
+            if finished and not (windows or shares_states(run.small[index])):
+                continue
+            if finished and method.propagate:
+                _replay(run, index, store.read(out))
+                continue
+            tensors, report = calibrate_layer(run, index, need_output=index < stop - 1)
+            if writer is not None and not finished:
+                writer.write(name, tensors, report)
+        run.cache.close()
         if progress:
-            progress(name, index, len(model))
-        finished = name in done
-        if finished and not (windows or shares_states(run.small[index])):
-            continue
-        if finished and method.propagate:
-            _replay(run, index, store.read(out))
-            continue
-        tensors, report = calibrate_layer(run, index, need_output=index < stop - 1)
-        if writer is not None and not finished:
-            writer.write(name, tensors, report)
-    run.cache.close()
-    if progress:
-        progress("done", len(model), len(model))
-    if writer is not None and not writer.manifest["complete"]:
-        overrides = {"tie_word_embeddings": False} if rotation is not None and _tied(model) else {}
-        exceptions = settings["module_schemes"]
-        for entry in writer.manifest["layers"].values():
-            exceptions |= entry.get("left_dynamic", {})
-        writer.finish(
-            module_schemes=exceptions,
-            config_overrides=overrides,
-            seconds={k: round(v, 3) for k, v in run.seconds.items()},
-        )
-    wait_for_all()
+            progress("done", len(model), len(model))
+        if writer is not None and not writer.manifest["complete"]:
+            overrides = {"tie_word_embeddings": False} if rotation is not None and _tied(model) else {}
+            exceptions = settings["module_schemes"]
+            for entry in writer.manifest["layers"].values():
+                exceptions |= entry.get("left_dynamic", {})
+            writer.finish(
+                module_schemes=exceptions,
+                config_overrides=overrides,
+                seconds={k: round(v, 3) for k, v in run.seconds.items()},
+            )
+        wait_for_all()
     return store.read(out)
 
 

@@ -26,11 +26,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.checkpoint.files import lock
 from lowbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -273,6 +275,28 @@ def _intact(file: Path) -> bool:
     return True
 
 
+def _made(path: str | Path) -> Path:
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalibrationError(
+            f"expected a directory for the calibration at {path}, found that none can be made: {error}"
+        ) from error
+    return path
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Keep other calibrations out of a directory, which is made: parts of two would stand under one manifest."""
+    held = lock(_made(path), what="calibration")
+    try:
+        yield
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
 class Writer:
     """Writes a calibration part by part, and knows which parts a resumed run already has.
 
@@ -282,13 +306,7 @@ class Writer:
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CalibrationError(
-                f"expected a directory for the calibration at {self.path}, found that none can be made: {error}"
-            ) from error
+        self.path = _made(path)
         wanted = json.loads(json.dumps({"version": VERSION, **settings}))
         identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
         self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}

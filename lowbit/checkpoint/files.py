@@ -21,8 +21,8 @@ def may_pass(error: OSError) -> bool:
     return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
 
 
-def lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
-    """Keep other conversions out of a directory until the returned descriptor is closed.
+def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "conversion") -> int:
+    """Keep others of what we do out of a directory until the returned descriptor is closed.
 
     `shared`: but not those that share it too. `held`: a descriptor whose lock is changed. Raises
     InputError when one is at work there. −1 where the file system knows no locks.
@@ -37,7 +37,7 @@ def lock(directory: Path, *, shared: bool = False, held: int = -1) -> int:
     except BlockingIOError:
         os.close(fd)
         raise InputError(
-            f"{directory}: another conversion is writing here; wait for it, or choose another place"
+            f"{directory}: another {what} is writing here; wait for it, or choose another place"
         ) from None
     except OSError:
         os.close(fd)

@@ -124,7 +124,10 @@ def verify_checkpoint(
     if origin is not None:
         errors, missing = _errors(checkpoint, stored, origin, workers, progress)
         problems += missing
-        checked.append(f"error of {len(errors)} weights against {origin.root}")
+        said = f"error of {len(errors)} weights against {origin.root}"
+        if manifest and manifest.get("calibration"):
+            said += ", which its calibration may have rotated or smoothed (see `lowbit eval`)"
+        checked.append(said)
     return Verification(
         path=str(checkpoint.root), tensors=len(checkpoint.tensors), nbytes=checkpoint.nbytes,
         problems=tuple(problems), checked=tuple(checked), errors=errors,

@@ -209,6 +209,21 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
                 assert torch.allclose(tensor.float(), found[name].float(), rtol=1e-3), name
 
 
+def test_two_calibrations_into_one_place(checkpoints, windows, tmp_path, monkeypatch):
+    """Layers of both would stand under the manifest of one."""
+    source, scheme = checkpoints["llama"], get_scheme("int8")
+
+    def another(run, index, *, need_output):
+        with pytest.raises(InputError, match="another calibration is writing here"):
+            calibrate(source, tmp_path / "c", scheme, METHODS["absmax"], windows, overwrite=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "calibrate_layer", another)
+        calibrate(source, tmp_path / "c", scheme, METHODS["gptq"], windows)
+    assert calibrate(source, tmp_path / "c", scheme, METHODS["gptq"], windows).complete
+
+
 def test_only_the_same_calibration_goes_on(checkpoints, windows, tmp_path, monkeypatch):
     source, scheme, out = checkpoints["mixtral"], get_scheme("int8"), tmp_path / "c"
     first = tensors_of(calibrate(source, out, scheme, METHODS["gptq"], windows))

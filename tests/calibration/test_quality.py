@@ -44,6 +44,10 @@ def test_calibrate_convert_evaluate(source, text, tmp_path):
     overlaid = lowbit.measure(source, text, calibration=calibration, **DRAWN, device="cpu").to_dict()
     assert 0 < found["kl"] == pytest.approx(overlaid["kl"], rel=1e-3)
     lowbit.convert(source, tmp_path / "plain", "int8")
+    # A rotated weight is not like the source's at all, and nothing is wrong with it.
+    rotated, plain = (lowbit.verify(o, source) for o in (out, tmp_path / "plain"))
+    assert rotated.ok and max(e.sqnr_db for e in rotated.errors) < 10 < min(e.sqnr_db for e in plain.errors)
+    assert ["may have rotated" in v.checked[-1] for v in (rotated, plain)] == [True, False]
     rounded = lowbit.measure(tmp_path / "plain", text, reference=source, **DRAWN, device="cpu").to_dict()
     assert found["kl"] < rounded["kl"]
     assert "kl" not in lowbit.measure(source, text, **DRAWN, device="cpu").to_dict()
