@@ -44,7 +44,8 @@ loaded every weight; then what it had loaded was dequantized where it lay and mu
 unquantized methods. **kernel**: also, its own kernels ran with quantized activations. **kernel, loaded**: kernels for
 some layers, where the CPU has none for the others (mostly experts). Greedy tokens came through its KV cache. Its
 kernels for CPUs with AMX take no float32, and so ran in bfloat16 only: those for FP8 leave activations as they are, and
-the INT8 one quantizes them by the token where the scheme is static; for the comparison so did `lowbit.load`.""",
+the INT8 one quantizes them by the token where the scheme is static; for the comparison so did `lowbit.load`. torch's
+product of FP8 codes, on CPUs a slow loop, was done by a float32 GEMM.""",
     # Its linear attention on CPUs takes bfloat16 only.
     dtypes={"Qwen3.5-MoE": "bfloat16"},
     rounds_cache=True,
