@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import FLOATS, check_dtype, check_refusal, contiguous_rows, require
 from .targets import Target, device_target
 
@@ -88,7 +88,7 @@ def hadamard(x: Tensor, block_size: int, *, factor: float | None = None) -> Tens
     rows = max(1, min(_MAX_ROWS, _ELEMENTS // block_size))
     rows = min(rows, triton.next_power_of_2(flat.shape[0]))
     tiles = triton.cdiv(flat.shape[0], rows) * (k // block_size)
-    kept.launch(
+    start.launch(
         hadamard_kernel, (tiles,), x.device,
         flat, out, flat.shape[0], k // block_size,
         1.0 / math.sqrt(block_size) if factor is None else factor, flat.stride(0), k,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import check_dtype, check_refusal, dtype_name
 from .launch import block_refusal
 from .operands import flattens, operands
@@ -248,7 +248,7 @@ def launch_inner(
     if modes.groups == 2:
         w_scale = loadable(w_scale, target)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    kept.launch(
+    start.launch(
         inner_kernel, grid, a.device,
         a_rows, w_rows, raw, a_scale, w_scale, bias, m, n, k, k_per_split, a.stride(0), w.stride(0), n,
         *((0, 0) if a_scale is None else a_scale.stride()),

@@ -1,4 +1,4 @@
-"""Launching, and keeping what a call launched, to launch it again without the call.
+"""What a call launched, kept to be launched again without the call.
 
 What a call checks, chooses and hands to Triton, which looks at every argument to find the compiled kernel, is the same
 whenever tensors of the same shapes, dtypes, strides and alignment come, and takes several times as long as the
@@ -9,7 +9,6 @@ fills in new addresses. `lowbit.ops.again` decides when that is right.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,26 +18,13 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .start import Launched, noting
 from .targets import on_device
 
 _aten = torch.ops.aten
 _ALLOCATES = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default)
 _SLOT = 512
 """Bytes to which parts of the scratch are aligned: as torch's allocator for GPUs aligns its own."""
-
-_thread = threading.local()
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
-) -> None:
-    """Launch a jitted kernel on `device`; constants are its constexprs and Triton's options."""
-    with on_device(device):
-        compiled = kernel[grid](*arguments, **constants)
-    noted = getattr(_thread, "launches", None)
-    if noted is not None:
-        names = kernel.arg_names[len(arguments) :]
-        noted.append((compiled, grid, [*arguments, *(constants[name] for name in names)]))
 
 
 @dataclass
@@ -120,12 +106,8 @@ def keep(
     None for launches where running them again would not be the call: it computed with torch's own operations,
     nothing was compiled (Triton's interpreter), pointers came from elsewhere, results are no tensors of their own.
     """
-    launches = _thread.launches = []
-    try:
-        with _Watch() as watch:
-            result = call()
-    finally:
-        _thread.launches = None
+    with noting() as launches, _Watch() as watch:
+        result = call()
     if watch.computed or not launches:
         return result, None
     results = [result] if isinstance(result, Tensor) else list(result)
@@ -133,7 +115,7 @@ def keep(
 
 
 def _kept(
-    launches: list[tuple[Any, tuple[int, ...], list[Any]]], results: list[Tensor], inputs: Sequence[Tensor],
+    launches: list[Launched], results: list[Tensor], inputs: Sequence[Tensor],
     weights: Sequence[Tensor], made: list[Tensor], single: bool,
 ) -> Kept | None:  # fmt: skip
     own = [_storage(t) for t in results]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import (
     CODES,
     FLOATS,
@@ -198,7 +198,7 @@ def matmul(
     tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n) * split
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     a_rows, w_rows, load = operands(a, w, launch, target)
-    kept.launch(
+    start.launch(
         matmul_kernel, grid, a.device,
         a_rows, w_rows, raw, a_scale, w_scale, bias, a_zero_point, w_sum,
         m, n, k, k_per_split, a.stride(0), w.stride(0), n,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import (
     CODES,
     FLOATS,
@@ -195,7 +195,7 @@ def matmul_grouped(
     grid = (min(tiles, core_count(a.device)) if launch.persistent else tiles,)
     inside = modes.groups > 0
     a_rows, w_rows, load = operands(a, codes, launch, target)
-    kept.launch(
+    start.launch(
         matmul_grouped_kernel, grid, a.device,
         a_rows, w_rows, out, offsets, a_scale, w_scale, bias, routed_weight, n, k, slots,
         a.stride(0), codes.stride(0), codes.stride(1), n,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import (
     FLOATS,
     check_device,
@@ -128,7 +128,7 @@ def matmul_mxfp8(
             a_decode=decode, w_decode=decode, convert=0, launch=launch, target=target,
         )  # fmt: skip
     grid = (triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n),)
-    kept.launch(
+    start.launch(
         matmul_mxfp8_kernel, grid, a.device,
         a, w, out, a_scale.contiguous(), w_scale.contiguous(), bias, m, n, k, -(-k // GROUP),
         a.stride(0), w.stride(0), n,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .checks import (
     CODES,
     FLOATS,
@@ -254,7 +254,7 @@ def quantize_rows(
     block, options = row_block(k, target)
     group = group_size if mode == GROUPS else min(block, 128)
     strides = scale.stride() if mode != STATIC else (0, 0)
-    kept.launch(
+    start.launch(
         quantize_rows_kernel, (min(m, 65_535 if target.backend != "npu" else core_count(x.device)),), x.device,
         x, other, weight, total, codes, scale, zero_point, m, k, eps,
         x.stride(0), 0 if other is None else other.stride(0), *strides,

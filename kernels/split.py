@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kept
+from . import start
 from .targets import Target
 from .tile import finish_tile
 
@@ -64,7 +64,7 @@ def add_splits(
     split, m, n = raw.shape
     options = {} if target.backend == "npu" else {"num_warps": 4, "enable_fp_fusion": False}
     grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
-    kept.launch(
+    start.launch(
         add_splits_kernel, grid, out.device,
         raw, out, a_scale, w_scale, bias, a_zero_point, w_sum, m, n,
         SPLIT_K=split, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, **modes, **options,

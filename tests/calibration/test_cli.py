@@ -435,6 +435,7 @@ def test_what_is_not_finite_is_named(source, tmp_path, name):
     """`the` is a token of the data; a weight, and a norm, before anything is computed with them."""
     shutil.copytree(source, tmp_path / "src")
     tensors = load_file(source / "model.safetensors")
+    tensors[f"{name}.weight"][..., 5] = float("nan")
     save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     for arguments in (("calibrate", "-o", tmp_path / "c", "-m", "gptq"), ("eval",), ("search",)):
@@ -447,6 +448,7 @@ def test_nan_in_the_embedding_of_a_token_that_is_not_used(source, tmp_path):
     """As rows that only fill up a vocabulary may be: a rotated model is compared by the others."""
     shutil.copytree(source, tmp_path / "src")
     tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][127] = float("nan")
     save_file(tensors, tmp_path / "src" / "model.safetensors", metadata={"format": "pt"})
     quality.calibrate(tmp_path / "src", tmp_path / "c", method="rotate", device="cpu")
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--json")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lowbit.kernels import kept
+from lowbit.kernels import kept, start
 
 from lowbit.ops import again
 from lowbit.ops.settings import use_implementation
@@ -69,8 +69,8 @@ def affine(x, w, kernel=None, turn=lambda t: t):
     """2 · (3 · x + w) + w by two launches, the first into memory of its own."""
     kernel = kernel or Kernel()
     middle, out = torch.empty(N + 4)[4:], torch.empty(N)
-    kept.launch(kernel, (1,), x.device, turn(x), w, middle, FACTOR=3)
-    kept.launch(kernel, (1,), x.device, turn(middle), w, out, FACTOR=2)
+    start.launch(kernel, (1,), x.device, turn(x), w, middle, FACTOR=3)
+    start.launch(kernel, (1,), x.device, turn(middle), w, out, FACTOR=2)
     return out
 
 
@@ -155,7 +155,7 @@ def test_a_failing_call_leaves_nothing_behind():
 
     with pytest.raises(ValueError, match="no"):
         kept.keep(fail, [], [])
-    assert kept._thread.launches is None
+    assert start._thread.noted is None
 
 
 # --------------------------------------------------------------------- when they are used
