@@ -130,7 +130,7 @@ def linear(
     expected, found, and what to do.
     """
     arguments = (x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block)
-    if not torch.compiler.is_compiling() and eager.applies(x, bias):
+    if not torch.compiler.is_compiling() and eager.applies(*arguments[:-2]):
         return register.linear(*arguments)
     return _ops.linear.default(*arguments)
 
@@ -167,7 +167,7 @@ def linear_grouped(
     expert, and there are no zero points.
     """
     arguments = (x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
-    if not torch.compiler.is_compiling() and eager.applies(x, bias, row_weight):
+    if not torch.compiler.is_compiling() and eager.applies(*arguments[:-2]):
         return register.linear_grouped(*arguments)
     return _ops.linear_grouped.default(*arguments)
 

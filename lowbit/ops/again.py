@@ -34,10 +34,9 @@ def keeping(implementation: Callable[..., Any], moving: Sequence[int]) -> Callab
         key: list[Any] = [implementation, settings.fast_accumulation]
         for position, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
-                moves = position in moving
                 where = argument.data_ptr()
-                key += (where % 16, argument.device) if moves else (where,)
-                key += argument.shape, argument.stride(), argument.dtype
+                key.append(where % 16 if position in moving else where)
+                key += argument.device, argument.shape, argument.stride(), argument.dtype
             else:
                 key.append(tuple(argument) if isinstance(argument, list) else argument)
         return _call(tuple(key), implementation, arguments, moving)
@@ -51,9 +50,10 @@ def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, movi
         calls: dict[tuple, Any] = _local.calls
     except AttributeError:
         calls = _local.calls = {}
+    inputs = [arguments[i] for i in moving if arguments[i] is not None]
     kept = calls.get(key, 0)
     if kept:
-        return kept.run(*(arguments[i] for i in moving if arguments[i] is not None))
+        return kept.run(*inputs)
     if kept is None:
         return implementation(*arguments)
     if key not in calls:
@@ -63,9 +63,6 @@ def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, movi
         return implementation(*arguments)
     from lowbit.kernels.kept import keep  # type: ignore[import-not-found]
 
-    tensors = {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}
-    inputs = [a for i, a in tensors.items() if i in moving]
-    result, calls[key] = keep(
-        lambda: implementation(*arguments), inputs, [a for i, a in tensors.items() if i not in moving]
-    )
+    weights = [a for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in moving]
+    result, calls[key] = keep(lambda: implementation(*arguments), inputs, weights)
     return result

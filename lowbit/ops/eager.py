@@ -19,22 +19,28 @@ from lowbit.ops.problem import Weights, quantized_as
 from lowbit.ops.settings import settings
 
 _KEPT_CALLS = 4096
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Types whose memory is their value. Others (DTensor, fake tensors) have their own arithmetic, and often no memory."""
 
 _local = threading.local()
 
 
 def applies(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether nothing looks at operators as they pass: no tracing, no gradient to these, no mode, no profiler."""
-    return (
-        type(x) is Tensor
-        and not x.is_meta
-        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and not torch.autograd._profiler_enabled()
-    )
+    """Whether nothing looks at operators as they pass: no mode, no tracing, no profiler, no gradient, plain tensors."""
+    if (
+        torch._C._len_torch_function_stack()  # first: each attribute of a tensor goes through such a mode
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    gradients = torch.is_grad_enabled()
+    for t in (x, *others):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or (gradients and t.requires_grad)):
+            return False
+    return not x.is_meta
 
 
 def linear(

@@ -206,6 +206,21 @@ def test_what_launches_depend_on_makes_another_call(operation):
         assert x.data_ptr() % 16 == 0
 
 
+def test_a_weight_on_another_device_is_another_call():
+    """Addresses of one device may come again on another, where no kernel of the first can read."""
+    devices = []
+
+    def run(x, w):
+        devices.append(w.device.type)
+        return affine(x, x)
+
+    call, x = again.keeping(run, [0]), torch.randn(N)
+    with use_implementation("triton"):
+        for device in ("cpu", "cpu", "cpu", "meta"):
+            call(x, torch.empty(0, device=device))
+    assert devices == ["cpu", "cpu", "meta"]
+
+
 def test_nothing_is_kept_where_launches_are_not_the_call():
     ran = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 import torch
@@ -114,15 +115,48 @@ def test_who_watches_operators_sees_them(monkeypatch):
     with torch.profiler.profile() as profile:
         run(x)
     assert any(event.name == "lowbit::linear" for event in profile.events())
-    graph = make_fx(run)(x).graph
-    assert any(node.target is torch.ops.lowbit.linear.default for node in graph.nodes)
+    for before_autograd in (False, True):  # traced by a mode of operators, or by one of functions
+        graph = make_fx(run, pre_dispatch=before_autograd)(x).graph
+        assert any(node.target is torch.ops.lowbit.linear.default for node in graph.nodes)
     leaf = x.clone().requires_grad_()
     run(leaf).sum().backward()
     assert leaf.grad is not None
     assert not eager.applies(leaf, None)
     with torch.no_grad():
         assert eager.applies(leaf, None)
-        assert not eager.applies(torch.nn.Parameter(x), None)
+
+
+class Watching(torch.Tensor):
+    """Plain memory; what is called with it is written down."""
+
+    seen: ClassVar[list] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_tensors_with_an_arithmetic_of_their_own_are_asked(position):
+    """DTensors and fake tensors have no address: products with one as a weight ended in a segmentation fault."""
+    weight, scale = layer()
+    given = [torch.randn(3, 96), weight, scale, torch.randn(40), torch.ones(1)]
+    given[position] = given[position].as_subclass(Watching)
+    Watching.seen.clear()
+    x, weight, scale, bias, input_scale = given
+    ops.linear(x, weight, scale, bias, activations="tensor", block=(1, 0), input_scale=input_scale)
+    assert Watching.seen[0] is torch.ops.lowbit.linear.default
+
+
+@pytest.mark.parametrize("position", [0, 2, 3])
+def test_views_that_are_negated_when_read(position):
+    """As `torch.conj(z).imag` is."""
+    weight, scale = layer()
+    given = [torch.randn(3, 96), weight, scale, torch.randn(40)]
+    plain = ops.linear(*given, activations="token", block=(1, 0))
+    given[position] = torch._neg_view(-given[position])
+    assert torch.equal(ops.linear(*given, activations="token", block=(1, 0)), plain)
 
 
 @pytest.mark.parametrize("direct", [True, False])
