@@ -45,7 +45,7 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
 
 def linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, int],
+    activations: str, block: tuple[int, ...],
 ) -> Tensor | None:  # fmt: skip
     """`ops.linear` for plain CPU tensors, through a call kept from the last time; None where none can be kept.
 
@@ -79,7 +79,7 @@ def linear(
 
 def _keep(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, int],
+    activations: str, block: tuple[int, ...],
 ) -> tuple[Call, list[int]] | None:  # fmt: skip
     """(call, shape of the output), where the call depends on no value of its tensors and makes none of its own."""
     check_linear(x, weight, weight_scale, bias, input_scale, None, activations, list(block))
@@ -96,7 +96,7 @@ def _keep(
     )
     if not kept:
         return None
-    weights = Weights(tensor=weight, scale=weight_scale, block=block, k=k)
+    weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     how = quantized_as(activations, block, weights.k, input_scale)
     flat = x if x.dim() == 2 else x.view(-1, k)
     problem = dispatch.problem_of(flat, weights, activations, bias=bias is not None)

@@ -155,7 +155,7 @@ def _linear(
     input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
     if x.is_cpu and input_zero_point is None and settings.implementation is None:
-        found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, (block[0], block[1]))
+        found = eager.linear(x, weight, weight_scale, bias, input_scale, activations, tuple(block))
         if found is not None:
             return found
     check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)

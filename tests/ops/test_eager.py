@@ -100,6 +100,8 @@ def test_wrong_arguments_are_refused_as_ever():
         ops.linear(torch.randn(3, 96), weight, scale[:7], activations="token", block=(1, 0))
     with pytest.raises(ValueError, match="inputs of 95 features"):
         ops.linear(torch.randn(3, 95), weight, scale, activations="token", block=(1, 0))
+    with pytest.raises(ValueError, match=r"expected block=\[rows, columns\].*found \[1\]"):
+        ops.linear(torch.randn(3, 96), weight, scale, activations="token", block=(1,))
 
 
 def test_who_watches_operators_sees_them(monkeypatch):
