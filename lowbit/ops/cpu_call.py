@@ -244,10 +244,18 @@ class Call:
     prepare_threads: int
     threads: int
     tables: list[ctypes.Array[ctypes.c_int64]]
+    height: int
+    """Rows of the output per task, at most."""
     alive: tuple[Any, ...]
     """What was made for this call and whose addresses it holds."""
     base: int = 0
     """The workspace that its addresses are in."""
+
+    def route(self, offsets: list[int]) -> None:
+        """Give each expert its rows anew; for calls without `pack`."""
+        blocks = _blocks(offsets[-1], self.height, offsets)
+        table = self.tables[0] = _table(blocks)
+        self.matmul[M.BLOCKS], self.matmul[M.BLOCK_COUNT] = ctypes.addressof(table), len(blocks)
 
     def run(self, x: Tensor, out: Tensor) -> Tensor:
         """x [M, K] (rows of the stride that the call was made for) → out [M, N], contiguous."""
@@ -397,5 +405,6 @@ def product(
         workspace=scratch + max(threads * slot, prepare_threads * prepare_slot),
         sums=sums if unsigned else 0, scales=scales, scratch=scratch, tables=tables,
         own_scales=mode != MODE_NONE and a_scale is None, write_scales=mode != MODE_NONE and not codes,
-        prepare_threads=prepare_threads, threads=threads, alive=(tensor, w_scale, bias, a_scale, static, routed),
+        prepare_threads=prepare_threads, threads=threads, height=height,
+        alive=(tensor, w_scale, bias, a_scale, static, routed),
     )  # fmt: skip

@@ -45,9 +45,11 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
 
 def linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, ...],
+    activations: str, block: tuple[int, ...], offsets: list[int] | None = None,
 ) -> Tensor | None:  # fmt: skip
     """`ops.linear` for plain CPU tensors, through a call kept from the last time; None where none can be kept.
+
+    With offsets, which are E + 1 and rise to the rows of x: `ops.linear_grouped`.
 
     The key holds all that a call depends on: addresses, dtypes and shapes, no values. So a call
     keeps no tensor alive, and is right for whatever stands at those addresses next.
@@ -70,20 +72,23 @@ def linear(
             return None
         if len(calls) >= _KEPT_CALLS:
             calls.clear()
-        found = calls[key] = _keep(x, weight, weight_scale, bias, input_scale, activations, block)
+        found = calls[key] = _keep(x, weight, weight_scale, bias, input_scale, activations, block, offsets)
         if found is None:
             return None
     call, shape = found
+    if offsets is not None:
+        call.route(offsets)
     return call.run(x, torch.empty(shape, dtype=x.dtype))
 
 
 def _keep(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, ...],
+    activations: str, block: tuple[int, ...], offsets: list[int] | None,
 ) -> tuple[Call, list[int]] | None:  # fmt: skip
     """(call, shape of the output), where the call depends on no value of its tensors and makes none of its own."""
-    check_linear(x, weight, weight_scale, bias, input_scale, None, activations, list(block))
-    k, n = x.shape[-1], weight.shape[0]
+    grouped = offsets is not None
+    check_linear(x, weight, weight_scale, bias, input_scale, None, activations, list(block), experts=grouped)
+    k, n = x.shape[-1], weight.shape[-2]
     given = [weight_scale, *(t for t in (bias, input_scale) if t is not None)]
     kept = (
         instructions().name != "portable"
@@ -102,6 +107,8 @@ def _keep(
     problem = dispatch.problem_of(flat, weights, activations, bias=bias is not None)
     if not isinstance(dispatch.choose(problem, "cpu"), dispatch.Decision):
         return None
-    call = product(flat, weights, how, bias, x.dtype)
+    call = product(flat, weights, how, bias, x.dtype, offsets=offsets)
+    if grouped and call.pack is not None:  # memory for panels differs with what each expert gets
+        return None
     call.alive = ()
     return call, [*x.shape[:-1], n]

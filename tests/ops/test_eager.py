@@ -183,3 +183,48 @@ def test_threads_do_not_share_calls():
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(run, range(40)):
             assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_experts_are_given_their_rows_anew(kind, dtype, monkeypatch):
+    """The call is kept for a number of rows, whichever experts they go to."""
+    direct = kept(monkeypatch)
+    experts, n, k, rows = 5, 40, 96, 6
+    weight = torch.randint(-127, 128, (experts, n, k), dtype=torch.int8)
+    weight = weight if kind == "int8" else (weight / 40).to(torch.float8_e4m3fn)
+    scale, bias = torch.rand(experts, n, 1) + 0.01, torch.randn(experts, n)
+    for offsets in (
+        [0, 6, 6, 6, 6, 6],
+        [0, 0, 0, 0, 0, 6],
+        [0, 1, 2, 4, 5, 6],
+        [0, 0, 3, 3, 6, 6],
+        [0, 6, 6, 6, 6, 6],
+    ):
+        for of in (torch.int32, torch.int64):
+            x, each = torch.randn(rows, k).to(dtype), torch.tensor(offsets, dtype=of)
+            how = {"activations": "token", "block": (1, 0), "bias": bias}
+            found = ops.linear_grouped(x, weight, scale, each, **how)
+            assert direct.pop() is found
+            with ops.use_implementation("cpu"):
+                assert torch.equal(found, ops.linear_grouped(x, weight, scale, each, **how))
+    with pytest.raises(ValueError, match="expected offsets to rise from 0 to the 6 rows"):
+        ops.linear_grouped(x, weight, scale, torch.tensor([0, 6, 3, 6, 6, 6]), **how)
+    with pytest.raises(ValueError, match="expected integer offsets"):
+        ops.linear_grouped(x, weight, scale, torch.tensor([0, 6]), **how)
+
+
+def test_rows_weighted_or_under_scales_of_their_own_are_not_kept(monkeypatch):
+    direct = kept(monkeypatch)
+    weight, scale = torch.randint(-127, 128, (2, 40, 96), dtype=torch.int8), torch.rand(2, 40, 1) + 0.01
+    x, offsets, block = torch.randn(4, 96), torch.tensor([0, 1, 4]), (1, 0)
+    routed, static = torch.rand(4), torch.rand(2, 1) + 0.01
+    for how in (
+        {"row_weight": routed, "activations": "token"},
+        {"input_scale": static, "activations": "tensor"},
+    ):
+        for _ in range(2):
+            found = ops.linear_grouped(x, weight, scale, offsets, block=block, **how)
+            with ops.use_implementation("reference"):
+                assert torch.equal(found, ops.linear_grouped(x, weight, scale, offsets, block=block, **how))
+    assert not direct
