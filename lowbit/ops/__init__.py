@@ -143,6 +143,8 @@ def linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     of the memory. A gradient reaches x and bias. On CPUs only: elsewhere the weight is widened, which
     is logged (see the module).
     """
+    if not torch.compiler.is_compiling() and eager.applies(x, weight, bias):
+        return register_bfloat16.linear(x, weight, bias)
     return _ops.linear_bfloat16.default(x, weight, bias)
 
 

@@ -83,6 +83,25 @@ def check_linear(
         )
 
 
+def check_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Of `linear_bfloat16`: ValueError saying what was expected, what was found and what to do."""
+    check_devices(x, weight, bias)
+    check_floats(x)
+    require(
+        weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.shape[1] == x.shape[-1],
+        lambda: (
+            f"expected a bfloat16 weight [N, {x.shape[-1]}], found {weight.dtype} {list(weight.shape)} "
+            "(weights are [out_features, in_features], not transposed)"
+        ),
+    )
+    require(
+        bias is None or list(bias.shape) == [weight.shape[0]],
+        lambda: (
+            f"expected bias of shape {[weight.shape[0]]}, found {None if bias is None else list(bias.shape)}"
+        ),
+    )
+
+
 def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int], experts: bool) -> None:
     """Whether a weight [N, K] ([E, N, K] of experts; packed: ⌈K/4⌉ columns) fits inputs of `k`, its scale `block`."""
     rank = 3 if experts else 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lowbit.ops import dispatch
-from lowbit.ops.checks import check_linear
+from lowbit.ops.checks import check_bfloat16, check_linear
 from lowbit.ops.cpu_call import Call, instructions, product
 from lowbit.ops.problem import Weights, quantized_as
 from lowbit.ops.settings import settings
@@ -46,10 +46,11 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
 def linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
     activations: str, block: tuple[int, ...], offsets: list[int] | None = None,
+    plain: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """`ops.linear` for plain CPU tensors, through a call kept from the last time; None where none can be kept.
 
-    With offsets, which are E + 1 and rise to the rows of x: `ops.linear_grouped`.
+    With offsets, which are E + 1 and rise to the rows of x: `ops.linear_grouped`. plain: `ops.linear_bfloat16`.
 
     The key holds all that a call depends on: addresses, dtypes and shapes, no values. So a call
     keeps no tensor alive, and is right for whatever stands at those addresses next.
@@ -72,7 +73,9 @@ def linear(
             return None
         if len(calls) >= _KEPT_CALLS:
             calls.clear()
-        found = calls[key] = _keep(x, weight, weight_scale, bias, input_scale, activations, block, offsets)
+        found = calls[key] = _keep(
+            x, weight, weight_scale, bias, input_scale, activations, block, offsets, plain
+        )
         if found is None:
             return None
     call, shape = found
@@ -83,11 +86,16 @@ def linear(
 
 def _keep(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, ...], offsets: list[int] | None,
+    activations: str, block: tuple[int, ...], offsets: list[int] | None, plain: bool,
 ) -> tuple[Call, list[int]] | None:  # fmt: skip
     """(call, shape of the output), where the call depends on no value of its tensors and makes none of its own."""
     grouped = offsets is not None
-    check_linear(x, weight, weight_scale, bias, input_scale, None, activations, list(block), experts=grouped)
+    if plain:
+        check_bfloat16(x, weight, bias)
+    else:
+        check_linear(
+            x, weight, weight_scale, bias, input_scale, None, activations, list(block), experts=grouped
+        )
     k, n = x.shape[-1], weight.shape[-2]
     given = [weight_scale, *(t for t in (bias, input_scale) if t is not None)]
     kept = (

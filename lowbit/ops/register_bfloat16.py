@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.ops import cpu, reference
-from lowbit.ops.checks import check_devices, check_floats, require
+from lowbit.ops import cpu, eager, reference
+from lowbit.ops.checks import check_bfloat16
 from lowbit.ops.problem import Activations, Weights
 from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
@@ -17,26 +17,12 @@ _PLAIN = Activations(kind="none")
 _ONE = torch.ones(1)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_devices(x, weight, bias)
-    check_floats(x)
-    require(
-        weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.shape[1] == x.shape[-1],
-        lambda: (
-            f"expected a bfloat16 weight [N, {x.shape[-1]}], found {weight.dtype} {list(weight.shape)} "
-            "(weights are [out_features, in_features], not transposed)"
-        ),
-    )
-    require(
-        bias is None or list(bias.shape) == [weight.shape[0]],
-        lambda: (
-            f"expected bias of shape {[weight.shape[0]]}, found {None if bias is None else list(bias.shape)}"
-        ),
-    )
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
+    if x.is_cpu and settings.implementation is None:
+        found = eager.linear(x, weight, _ONE, bias, None, "none", (0, 0), plain=True)
+        if found is not None:
+            return found
+    check_bfloat16(x, weight, bias)
     if not x.is_cpu and settings.implementation is None:
         fall_back("linear_bfloat16", f"{x.device.type} multiplies bfloat16 as it is: give x in bfloat16")
         return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -47,7 +33,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, weight, bias)
+    check_bfloat16(x, weight, bias)
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
@@ -66,5 +52,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return to_x, None, to_bias
 
 
-_define("linear_bfloat16(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
+linear = _define("linear_bfloat16(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
 torch.library.register_autograd("lowbit::linear_bfloat16", _backward, setup_context=_setup, lib=_library)

@@ -36,7 +36,7 @@ def kept(monkeypatch) -> list:
     """Records what the direct way returned."""
     found: list = []
     real = eager.linear
-    monkeypatch.setattr(eager, "linear", lambda *a: found.append(real(*a)) or found[-1])
+    monkeypatch.setattr(eager, "linear", lambda *a, **k: found.append(real(*a, **k)) or found[-1])
     return found
 
 
@@ -228,3 +228,19 @@ def test_rows_weighted_or_under_scales_of_their_own_are_not_kept(monkeypatch):
             with ops.use_implementation("reference"):
                 assert torch.equal(found, ops.linear_grouped(x, weight, scale, offsets, block=block, **how))
     assert not direct
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_stay_in_bfloat16(dtype, monkeypatch):
+    direct = kept(monkeypatch)
+    weight, bias = torch.randn(40, 96).bfloat16(), torch.randn(40)
+    for shape in ((96,), (3, 5, 96), (3, 5, 96), (70, 96)):
+        x = torch.randn(shape).to(dtype)
+        found = ops.linear_bfloat16(x, weight, bias)
+        assert direct.pop() is found
+        with ops.use_implementation("cpu"):
+            assert torch.equal(found, torch.ops.lowbit.linear_bfloat16.default(x, weight, bias))
+    with pytest.raises(ValueError, match="expected a weight of int8"):
+        ops.linear(x, weight, torch.ones(1), activations="none", block=(0, 0))
+    with pytest.raises(ValueError, match="expected a bfloat16 weight"):
+        ops.linear_bfloat16(x, weight.float())
