@@ -249,6 +249,26 @@ def test_a_cpu_keeps_none(operation):
     assert not again._local.calls
 
 
+def test_a_device_that_is_no_gpu_keeps_none():
+    """As Ascend, whose launcher nobody has given addresses alone: also where kernels are asked for by name."""
+    ran = []
+    call = again.keeping(lambda x: ran.append(x), [0])
+    with use_implementation("triton"):
+        for _ in range(3):
+            call(torch.empty(N, device="meta"))
+    assert len(ran) == 3
+    assert not again._local.calls
+
+
+def test_without_triton_every_call_is_the_call(monkeypatch):
+    """On a GPU where Triton is not installed (Windows), the second call ended in an ImportError."""
+    monkeypatch.setitem(sys.modules, "lowbit.kernels.kept", None)
+    call = again.keeping(lambda x: x + 1, [0])
+    with use_implementation("triton"):
+        for _ in range(3):
+            assert torch.equal(call(torch.ones(N)), torch.full((N,), 2.0))
+
+
 def test_many_shapes_do_not_pile_up(operation, monkeypatch):
     monkeypatch.setattr(again, "_KEPT_CALLS", 3)
     w = torch.randn(N)
