@@ -48,9 +48,11 @@ def keeping(implementation: Callable[..., Any], moving: Sequence[int]) -> Callab
 def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, moving: Sequence[int]) -> Any:
     """The second call is kept, later ones run its launches alone. Not the first: each prompt has its own length."""
     try:
-        calls: dict[tuple, Any] = _local.calls
+        calls: dict[tuple, Any] | None = _local.calls
     except AttributeError:
         calls = _local.calls = {}
+    if calls is None:  # within a call that is being kept: these launches are its own
+        return implementation(*arguments)
     inputs = [arguments[i] for i in moving if arguments[i] is not None]
     kept = calls.get(key, 0)
     if kept:
@@ -68,5 +70,9 @@ def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, movi
         calls[key] = None
         return implementation(*arguments)
     weights = [a for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in moving]
-    result, calls[key] = keep(lambda: implementation(*arguments), inputs, weights)
+    _local.calls = None
+    try:
+        result, calls[key] = keep(lambda: implementation(*arguments), inputs, weights)
+    finally:
+        _local.calls = calls
     return result

@@ -260,6 +260,19 @@ def test_a_device_that_is_no_gpu_keeps_none():
     assert not again._local.calls
 
 
+@pytest.mark.parametrize("already", [0, 3], ids=["inner new", "inner kept"])
+def test_an_operation_within_another_is_part_of_it(already):
+    inner, w = again.keeping(affine, [0]), torch.randn(N)
+    outer = again.keeping(lambda x, w: affine(inner(affine(x, w), w), w), [0])
+    with use_implementation("triton"):
+        for _ in range(already):
+            inner(torch.randn(N), w)
+        for _ in range(4):
+            x = torch.randn(N)
+            assert torch.equal(outer(x, w), affine(affine(affine(x, w), w), w))
+    assert any(again._local.calls.values())
+
+
 def test_without_triton_every_call_is_the_call(monkeypatch):
     """On a GPU where Triton is not installed (Windows), the second call ended in an ImportError."""
     monkeypatch.setitem(sys.modules, "lowbit.kernels.kept", None)
