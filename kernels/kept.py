@@ -125,7 +125,9 @@ def _kept(
     plain = all(
         t.is_contiguous() and t.numel() * t.element_size() == t.untyped_storage().nbytes() for t in results
     )
-    if not plain or 0 in moving or len({*moving}) < len(moving) or fixed & {*moving}:
+    # In inference mode `to` and `contiguous` look like views also where they copy. What they return was not made here.
+    foreign = {*own} - {_storage(t) for t in made}
+    if not plain or foreign or 0 in moving or len({*moving}) < len(moving) or fixed & {*moving}:
         return None
     # Storage → (base, what of an address in it is to be taken off).
     bases = {_storage(t): (i, t.data_ptr()) for i, t in enumerate([*inputs, *results])}

@@ -26,8 +26,9 @@ def keeping(implementation: Callable[..., Any], moving: Sequence[int]) -> Callab
     """
 
     def call(*arguments: Any) -> Any:
-        forced = settings.implementation
-        if forced != "triton" and (forced is not None or not arguments[0].is_cuda):
+        x, forced = arguments[0], settings.implementation
+        on_gpu = x.is_cuda or (forced == "triton" and x.is_cpu)  # a CPU stands for one in tests
+        if not on_gpu or forced not in (None, "triton"):
             return implementation(*arguments)
         # All that launches depend on, which are no values. So nothing is kept alive, and what is kept is right for
         # whatever stands at those addresses next.
@@ -47,9 +48,11 @@ def keeping(implementation: Callable[..., Any], moving: Sequence[int]) -> Callab
 def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, moving: Sequence[int]) -> Any:
     """The second call is kept, later ones run its launches alone. Not the first: each prompt has its own length."""
     try:
-        calls: dict[tuple, Any] = _local.calls
+        calls: dict[tuple, Any] | None = _local.calls
     except AttributeError:
         calls = _local.calls = {}
+    if calls is None:  # within a call that is being kept: these launches are its own
+        return implementation(*arguments)
     inputs = [arguments[i] for i in moving if arguments[i] is not None]
     kept = calls.get(key, 0)
     if kept:
@@ -61,8 +64,15 @@ def _call(key: tuple, implementation: Callable[..., Any], arguments: tuple, movi
             calls.clear()
         calls[key] = 0
         return implementation(*arguments)
-    from lowbit.kernels.kept import keep  # type: ignore[import-not-found]
-
+    try:
+        from lowbit.kernels.kept import keep  # type: ignore[import-not-found]
+    except ImportError:  # no Triton, and no launches
+        calls[key] = None
+        return implementation(*arguments)
     weights = [a for i, a in enumerate(arguments) if isinstance(a, Tensor) and i not in moving]
-    result, calls[key] = keep(lambda: implementation(*arguments), inputs, weights)
+    _local.calls = None
+    try:
+        result, calls[key] = keep(lambda: implementation(*arguments), inputs, weights)
+    finally:
+        _local.calls = calls
     return result

@@ -108,23 +108,28 @@ def test_tensor_descriptors_are_given_new_addresses():
     assert torch.equal(launches.run(x), affine(x, w))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "call",
     [
         pytest.param(lambda x, w: affine(x + 1, w), id="torch computes"),
         pytest.param(lambda x, w: affine(x, torch.zeros(N)), id="torch fills"),
         pytest.param(lambda x, w: affine(x, w) * 2, id="torch computes afterwards"),
+        pytest.param(lambda x, w: affine(x.view(2, 4).t().contiguous(), w), id="torch copies"),
+        pytest.param(lambda x, w: affine(x, w).view(2, 4).t().contiguous(), id="torch copies afterwards"),
+        pytest.param(lambda x, w: affine(x, w).to(torch.float64), id="torch converts afterwards"),
         pytest.param(lambda x, w: affine(x, w)[:4], id="a part is returned"),
         pytest.param(lambda x, w: affine(x, OTHER), id="a tensor from elsewhere"),
         pytest.param(lambda x, w: x.view(N), id="nothing is launched"),
         pytest.param(lambda x, w: (affine(x, w), x)[1], id="the input is returned"),
     ],
 )
-def test_what_launches_do_not_make_is_not_kept(call):
-    x, w = torch.randn(N), torch.randn(N)
-    result, launches = kept.keep(lambda: call(x, w), [x], [w])
-    assert launches is None
-    assert torch.equal(result, call(x, w))
+def test_what_launches_do_not_make_is_not_kept(call, mode):
+    with mode():
+        x, w = torch.randn(N), torch.randn(N)
+        result, launches = kept.keep(lambda: call(x, w), [x], [w])
+        assert launches is None
+        assert torch.equal(result, call(x, w))
 
 
 OTHER = torch.randn(N)
@@ -247,6 +252,39 @@ def test_a_cpu_keeps_none(operation):
                     operation(x, w, "a")
     assert len(operation.ran) == 9
     assert not again._local.calls
+
+
+def test_a_device_that_is_no_gpu_keeps_none():
+    """As Ascend, whose launcher nobody has given addresses alone: also where kernels are asked for by name."""
+    ran = []
+    call = again.keeping(lambda x: ran.append(x), [0])
+    with use_implementation("triton"):
+        for _ in range(3):
+            call(torch.empty(N, device="meta"))
+    assert len(ran) == 3
+    assert not again._local.calls
+
+
+@pytest.mark.parametrize("already", [0, 3], ids=["inner new", "inner kept"])
+def test_an_operation_within_another_is_part_of_it(already):
+    inner, w = again.keeping(affine, [0]), torch.randn(N)
+    outer = again.keeping(lambda x, w: affine(inner(affine(x, w), w), w), [0])
+    with use_implementation("triton"):
+        for _ in range(already):
+            inner(torch.randn(N), w)
+        for _ in range(4):
+            x = torch.randn(N)
+            assert torch.equal(outer(x, w), affine(affine(affine(x, w), w), w))
+    assert any(again._local.calls.values())
+
+
+def test_without_triton_every_call_is_the_call(monkeypatch):
+    """On a GPU where Triton is not installed (Windows), the second call ended in an ImportError."""
+    monkeypatch.setitem(sys.modules, "lowbit.kernels.kept", None)
+    call = again.keeping(lambda x: x + 1, [0])
+    with use_implementation("triton"):
+        for _ in range(3):
+            assert torch.equal(call(torch.ones(N)), torch.full((N,), 2.0))
 
 
 def test_many_shapes_do_not_pile_up(operation, monkeypatch):
