@@ -45,8 +45,7 @@ def applies(x: Tensor, *others: Tensor | None) -> bool:
 
 def linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
-    activations: str, block: tuple[int, ...], offsets: list[int] | None = None,
-    plain: bool = False,
+    activations: str, block: tuple[int, ...], offsets: list[int] | None = None, plain: bool = False,
 ) -> Tensor | None:  # fmt: skip
     """`ops.linear` for plain CPU tensors, through a call kept from the last time; None where none can be kept.
 
@@ -61,7 +60,7 @@ def linear(
         x.shape, x.stride(), x.dtype, weight.data_ptr(), weight.shape, weight.dtype, weight_scale.data_ptr(),
         weight_scale.shape, weight_scale.dtype, None if bias is None else (bias.data_ptr(), bias.dtype, bias.stride()),
         None if input_scale is None else (input_scale.data_ptr(), input_scale.dtype), activations, block,
-        torch.get_num_threads(), instructions().name, settings.float64_sums,
+        torch.get_num_threads(), instructions().name, settings.float64_sums, offsets is None, plain,
     )  # fmt: skip
     try:
         calls: dict[tuple, tuple[Call, list[int]] | None] = _local.calls

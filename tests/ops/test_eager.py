@@ -210,6 +210,8 @@ def test_experts_are_given_their_rows_anew(kind, dtype, monkeypatch):
                 assert torch.equal(found, ops.linear_grouped(x, weight, scale, each, **how))
     with pytest.raises(ValueError, match="expected offsets to rise from 0 to the 6 rows"):
         ops.linear_grouped(x, weight, scale, torch.tensor([0, 6, 3, 6, 6, 6]), **how)
+    with pytest.raises(ValueError, match=r"expected a weight \[N, K\]"):
+        ops.linear(x, weight, scale, **how)
     with pytest.raises(ValueError, match="expected integer offsets"):
         ops.linear_grouped(x, weight, scale, torch.tensor([0, 6]), **how)
 
