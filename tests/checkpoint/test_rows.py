@@ -51,7 +51,8 @@ def source(kind: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
     if dtype == torch.uint8:
         return torch.randint(0, 16 if kind in HALVES else 256, shape, generator=generator, dtype=torch.uint8)
-    return x.to(dtype)
+    # torch 2.9 makes NaN of what is too large for it.
+    return (x.clamp(-448, 448) if dtype == torch.float8_e4m3fn else x).to(dtype)
 
 
 def decoded(kind: str, stored: torch.Tensor) -> torch.Tensor:
@@ -163,8 +164,9 @@ def test_all_half_precision_patterns_decode(dtype):
 
 
 def test_every_fp8_code_decodes():
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    finite = codes[codes.float().isfinite()].reshape(1, -1)
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    finite = codes[values.isfinite()].view(torch.float8_e4m3fn).reshape(1, -1)
     bad, found, _ = run("e4m3", finite, loops.TO_F32)
     assert bad == -1 and finite.shape[1] == 254
     np.testing.assert_array_equal(found.view(np.uint32), finite.float().numpy().view(np.uint32))
