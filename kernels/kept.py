@@ -134,7 +134,7 @@ def _kept(
     scratch, last = 0, len(bases)
     for t in temporary:
         bases[_storage(t)] = last, t.data_ptr() - scratch
-        scratch += -(-t.untyped_storage().nbytes() // _SLOT) * _SLOT
+        scratch += triton.cdiv(t.untyped_storage().nbytes(), _SLOT) * _SLOT
     kept = []
     for compiled, grid, values in launches:
         if compiled is None:

@@ -202,6 +202,6 @@ def _windows(
 def _is_window(window: object) -> bool:
     import torch
 
-    if not isinstance(window, torch.Tensor) or window.dim() != 1 or window.numel() == 0:
-        return False
-    return not (window.is_floating_point() or window.is_complex() or window.dtype == torch.bool)
+    from lowbit.calibration.data import holds_ids
+
+    return isinstance(window, torch.Tensor) and window.dim() == 1 and window.numel() > 0 and holds_ids(window)

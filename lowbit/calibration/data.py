@@ -69,6 +69,11 @@ def load_windows(
     return [found[place] for place in sorted(found)]
 
 
+def holds_ids(tensor: Tensor) -> bool:
+    """Whether its numbers can be token ids: neither floats nor a mask."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def is_tokenized(path: str | Path) -> bool:
     """Whether a file holds token ids, for `load_windows` to take as they are."""
     return Path(path).suffix.lower() in _IDS
@@ -153,7 +158,7 @@ def _stored_windows(file: Path, length: int) -> list[Tensor]:
         ids = torch.as_tensor(found)
     except Exception as error:  # what torch and numpy raise for other files is not theirs alone
         raise InputError(f"expected one tensor of token ids in {file}, found none: {error}") from error
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+    if not holds_ids(ids):
         raise InputError(f"expected token ids in {file}, found numbers of {ids.dtype}; tokenize them first")
     ids = ids.to(torch.long)
     if ids.dim() == 2:

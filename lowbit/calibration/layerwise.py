@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved
+from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved, shared_states
 from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import fused_modules, unfuse
 from lowbit.calibration.kv_cache import KEYS
@@ -105,6 +105,13 @@ class LayerwiseModel:
             (n, type(m).__name__, ()) for n, m in layer.named_modules()
         ]
         return tuple(found + [(n, "", tuple(p.shape)) for n, p in layer.named_parameters()])
+
+    def shares(self, kwargs: dict[str, Any]) -> bool:
+        """Whether layers that ran with `kwargs` left states in it that others take.
+
+        From transformers 5.24 on Gemma 4's leave their keys and values also where no other does.
+        """
+        return getattr(self.text_config, "num_kv_shared_layers", 1) != 0 and bool(shared_states(kwargs))
 
     def embed(self, ids: Tensor, hold: Hold = lambda x: x) -> LayerCall:
         """Token ids [B, T] → hidden states [B, T, H] before the first layer, with every layer's keywords.

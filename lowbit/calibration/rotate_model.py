@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
-from lowbit.calibration.calls import shared_states
 from lowbit.calibration.graph import norm_gain, trace
 from lowbit.calibration.layerwise import LayerwiseModel, final_norm
 from lowbit.calibration.methods import Method
@@ -71,7 +70,7 @@ def _try_layers(model: LayerwiseModel, method: Method) -> None:
 
         graph = trace(layer, lambda _, run=run: run(call.hidden), rotation.size, model.text_config)  # type: ignore[misc]
         expected = rotation.apply(run(call.hidden) - call.hidden)
-        if shared_states(call.kwargs[index]):
+        if model.shares(call.kwargs[index]):
             raise InputError(
                 "expected layers on their own, found layers that share states; use a method without rotation"
             )

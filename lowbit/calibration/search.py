@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import Warn, make_batches, module_schemes
-from lowbit.calibration.calls import shared_states
 from lowbit.calibration.distributed import gathered, my_share, rank
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import fake_quantize
@@ -118,9 +117,7 @@ def sensitivities(
         layer = model.load(index)
         for batch, hidden in enumerate(states[index]):
             states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
-    # From transformers 5.24 on Gemma 4's layers leave their keys and values also where no other takes them.
-    shares = getattr(model.text_config, "num_kv_shared_layers", 1) != 0
-    if shares and any(shared_states(call[-1]) for call in calls):
+    if any(model.shares(call[-1]) for call in calls):
         raise InputError(
             f"expected decoder layers on their own, found some in {source} that use the keys and values of others, "
             "whose cost would be counted in part; use one scheme, or a recipe of your own"

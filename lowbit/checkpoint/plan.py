@@ -18,7 +18,7 @@ from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
 from lowbit.checkpoint.planner import FLOAT_NAMES, Planner, Replacements, module_of
-from lowbit.checkpoint.roles import with_heads
+from lowbit.checkpoint.roles import BY_TORCH, with_heads
 from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
@@ -244,9 +244,8 @@ def _decisions(
 
 def _read_by_torch(modules: Iterable[str], source: Checkpoint) -> dict[str, str]:
     """Modules whose weight torch's own nn.MultiheadAttention gives to a function, past the module → why they stay."""
-    reason = "torch's MultiheadAttention multiplies by this weight, past its module"
     return {
-        m: reason for m in modules
+        m: BY_TORCH for m in modules
         if m.endswith(".out_proj") and m.removesuffix("out_proj") + "in_proj_weight" in source.tensors
     }  # fmt: skip
 

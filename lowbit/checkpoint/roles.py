@@ -140,6 +140,7 @@ _TIED_HEADS = {model_type: head for head, types in _CALLED.items() for model_typ
 that is not `lm_head`."""
 
 CASTS = "the model's own code casts activations to the dtype of this weight"
+BY_TORCH = "torch's MultiheadAttention multiplies by this weight, past its module"
 _MULTIPLIES = "the model's own code multiplies by this weight, past its module"
 _SPLITS = "transformers has it joined on disk and split in memory, which codes do not survive"
 _READ_BY_CODE = (

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint.headers import TensorRef, read_header
-from lowbit.checkpoint.roles import CASTS, read_by_code
+from lowbit.checkpoint.roles import BY_TORCH, CASTS, read_by_code
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
@@ -226,7 +226,7 @@ def _why_in_float(
     if find.reshapes(stored.weight):
         return _RESHAPED
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "torch's MultiheadAttention multiplies by this weight, past its module"
+        return BY_TORCH
     reason = read_by_code(name, {"model_type": model.config.model_type})
     return "" if reason == CASTS and tensors[stored.weight].dtype == "I8" else reason
 

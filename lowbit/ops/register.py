@@ -233,8 +233,8 @@ def _linear_grouped(
     x: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, bias: Tensor | None,
     row_weight: Tensor | None, input_scale: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
-    plain = x.is_cpu and settings.implementation is None and row_weight is None and input_scale is None
-    if plain and x.dim() == 2 and not offsets.is_floating_point() and offsets.shape == (weight.shape[0] + 1,):
+    keeps = x.is_cpu and settings.implementation is None and row_weight is None and input_scale is None
+    if keeps and x.dim() == 2 and not offsets.is_floating_point() and offsets.shape == (weight.shape[0] + 1,):
         bounds = _bounds(offsets, x.shape[0])
         found = eager.linear(x, weight, weight_scale, bias, None, activations, tuple(block), bounds)
         if found is not None:
