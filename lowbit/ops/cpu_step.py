@@ -132,10 +132,18 @@ class Step:
     def add(self, builder: Any) -> Any:
         return builder.add if self.acc.element is I32 else builder.fadd
 
+    def as_f32(self, builder: Any, sums: Any, offset: Any = None) -> Any:
+        """Sums less an offset (of integers) in float32, rounded once."""
+        if self.name == "fmad":
+            return builder.fptrunc(sums, _as_f32(sums.type))
+        if self.acc.element is not I32:
+            return sums
+        return builder.sitofp(sums if offset is None else builder.sub(sums, offset), _as_f32(sums.type))
+
     def add_to(self, builder: Any, sums: Any, address: Any) -> None:
         """Add to what stands in memory, in 32 bits: float64 sums are rounded here, once."""
         if self.name == "fmad":
-            sums = builder.fptrunc(sums, _as_f32(sums.type))
+            sums = self.as_f32(builder, sums)
         store(builder, self.add(builder)(load(builder, address, sums.type), sums), address)
 
     @property

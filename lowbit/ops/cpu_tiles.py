@@ -11,13 +11,14 @@ in every lane, and nothing to add at the end, but wants weights transposed in un
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lowbit.ops.cpu_emit import I16, I32, I64, load, loop, prefetch, shuffle, spread, store, vec
+from lowbit.ops.cpu_emit import F32, I16, I32, I64, load, loop, prefetch, shuffle, splat, spread, store, vec
 from lowbit.ops.cpu_step import Step, requests
 
 UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
@@ -124,50 +125,98 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    unit_stride = ldb.literal_value
     signature = types.void(kind, mr, nv, ldb, *[types.int64] * 8)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         a, lda, b, ahead, along, c, ldc, units = args[4:]
-        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
-        bytes_each = step.bits // 8
-
-        def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
-            b_vectors = [
-                load(
-                    builder,
-                    builder.add(b_here, ir.Constant(I64, unit_stride * u + bytes_each * v)),
-                    step.unit,
-                )
-                for v in range(vectors)
-            ]
-            for i, row in enumerate(a_here):
-                one = load(builder, builder.add(row, ir.Constant(I64, 4 * u)), I32)
-                everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
-                for v, b_vector in enumerate(b_vectors):
-                    at = i * vectors + v
-                    sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
-
-        def body(position: Any, sums: list) -> list:
-            sums = list(sums)
-            line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
-            prefetch(builder, builder.add(ahead, line), 2)
-            offset = builder.mul(position, ir.Constant(I64, 4))
-            a_here = [builder.add(row, offset) for row in a_rows]
-            b_here = builder.add(b, builder.mul(position, ir.Constant(I64, unit_stride)))
-            for u in range(UNROLL):
-                one_unit(u, a_here, b_here, sums)
-            return sums
-
-        totals = loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
-        for i in range(rows):
-            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for v in range(vectors):
-                address = builder.add(row_address, ir.Constant(I64, bytes_each * v))
-                step.add_to(builder, totals[i * vectors + v], address)
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        for i, v, address in _places(builder, step, rows, vectors, c, ldc):
+            step.add_to(builder, sums[i * vectors + v], address)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def scaled_tile(
+    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, left, a_scale, a_scale_row, a_sum,
+    a_sum_row, w_scale,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """c[i, j] += float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order: one group of K.
+
+    c, a_scale and w_scale are float32; row i of a_scale stands at `a_scale` + `a_scale_row` · i. For dpbusd
+    128 · a_sum[i], int32 and likewise placed, come off the sums first. Rows from `left` on take the scale of
+    the last: what they give is nobody's. The rest is as in `packed_tile`.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
+        return None
+    step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 14)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ahead, along, c, ldc, units = args[4:12]
+        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[12:]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        last = builder.sub(left, ir.Constant(I64, 1))
+
+        def of_row(i: int, address: Any, row: Any, kind: Any) -> Any:
+            at = ir.Constant(I64, i)
+            at = builder.select(builder.icmp_signed("<", at, last), at, last)
+            return spread(builder, load(builder, builder.add(address, builder.mul(row, at)), kind), step.lanes)
+
+        scales = [of_row(i, a_scale, a_scale_row, F32) for i in range(rows)]
+        offsets: list = [None] * rows
+        if step.name == "dpbusd":
+            seven = splat(ir.Constant(I32, 7), step.lanes)
+            offsets = [builder.shl(of_row(i, a_sum, a_sum_row, I32), seven) for i in range(rows)]
+        for i, v, address in _places(builder, step, rows, vectors, c, ldc):
+            value = step.as_f32(builder, sums[i * vectors + v], offsets[i])
+            columns = load(builder, builder.add(w_scale, ir.Constant(I64, 4 * v * step.lanes)), step.real)
+            value = builder.fmul(builder.fmul(value, scales[i]), columns)
+            store(builder, builder.fadd(load(builder, address, step.real), value), address)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _packed_sums(
+    builder: Any, step: Step, shape: tuple[int, int], unit_stride: int, a: Any, lda: Any, b: Any, ahead: Any,
+    along: Any, units: Any,
+) -> list:  # fmt: skip
+    """The loop over K of a packed tile: its accumulators, row by row."""
+    rows, vectors = shape
+    a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
+
+    def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
+        places = [unit_stride * u + step.bits // 8 * v for v in range(vectors)]
+        b_vectors = [load(builder, builder.add(b_here, ir.Constant(I64, at)), step.unit) for at in places]
+        for i, row in enumerate(a_here):
+            one = load(builder, builder.add(row, ir.Constant(I64, 4 * u)), I32)
+            everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
+            for v, b_vector in enumerate(b_vectors):
+                at = i * vectors + v
+                sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
+
+    def body(position: Any, sums: list) -> list:
+        sums = list(sums)
+        line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
+        prefetch(builder, builder.add(ahead, line), 2)
+        offset = builder.mul(position, ir.Constant(I64, 4))
+        a_here = [builder.add(row, offset) for row in a_rows]
+        b_here = builder.add(b, builder.mul(position, ir.Constant(I64, unit_stride)))
+        for u in range(UNROLL):
+            one_unit(u, a_here, b_here, sums)
+        return sums
+
+    return loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
+
+
+def _places(builder: Any, step: Step, rows: int, vectors: int, c: Any, ldc: Any) -> Iterator[tuple[int, int, Any]]:
+    """(row, vector, address) of everything that a packed tile adds to; 32 bits a column."""
+    for i in range(rows):
+        row = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+        for v in range(vectors):
+            yield i, v, builder.add(row, ir.Constant(I64, 4 * step.lanes * v))
 
 
 @intrinsic(prefer_literal=True)

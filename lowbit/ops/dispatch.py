@@ -150,7 +150,8 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision | Refusal:
             note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
         )  # fmt: skip
     if quantizes and problem.weight_dtype == "int8":
-        tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=bool(problem.weight_group))
+        grouped = problem.activations.startswith("group") or bool(problem.weight_group)
+        tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=grouped)
         return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
     parts = 1 if quantizes else PARTS[getattr(torch, problem.activation_dtype)]
     tile = float_tile(have, rows, parts=parts, float64=float64_sums)
