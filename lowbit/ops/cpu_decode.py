@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from lowbit.ops.cpu_emit import (
     I8,
     I16,
+    I32,
     I64,
     bf16_to_f32,
     call,
@@ -30,8 +31,10 @@ from lowbit.ops.cpu_emit import (
     vec,
 )
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
+from lowbit.ops.cpu_tiles import row_addresses, transpose
 
 AT_ONCE = 64
+_BYTES = vec(I8, AT_ONCE)
 AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
 
 
@@ -90,33 +93,63 @@ def _table(storage: int) -> list[int]:
     return [int(value) for value in bits]
 
 
+class _Lookup:
+    """64 stored codes → bfloat16, by looking both bytes up: wants AVX-512 VBMI.
+
+    Half the instructions of going through float32.
+    """
+
+    def __init__(self, stored: int) -> None:
+        self.stored, table = stored, _table(stored)
+
+        def constant(values: list[int]) -> ir.Constant:
+            signed = [value - 256 if value > 127 else value for value in values]
+            return ir.Constant(_BYTES, [ir.Constant(I8, value) for value in signed])
+
+        self.halves = [
+            [constant([bits >> shift & 0xFF for bits in table[first : first + 64]]) for first in (0, 64)]
+            for shift in (0, 8)
+        ]
+
+    def emit(self, builder: Any, codes: Any, order: list[int]) -> list:
+        """Codes taken in `order` → two vectors: of every 16 those of the first 8, and those of the others."""
+        codes = shuffle(builder, codes, codes, order)
+        sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
+        if self.stored == W_U8:  # int8 plus 128
+            codes = builder.xor(codes, sign_bits)
+        magnitude = codes
+        if self.stored != W_E4M3:
+            negated = builder.sub(splat(ir.Constant(I8, 0), AT_ONCE), codes)
+            negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), AT_ONCE))
+            magnitude = builder.select(negative, negated, codes)
+        lower, upper = (
+            call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [pair[0], magnitude, pair[1]])
+            for pair in self.halves
+        )
+        upper = builder.or_(upper, builder.and_(codes, sign_bits))
+        if self.stored != W_E4M3:  # −128 is beyond the table: 0xC300
+            lowest = builder.icmp_signed("==", codes, sign_bits)
+            upper = builder.select(lowest, splat(ir.Constant(I8, -61), AT_ONCE), upper)
+        # Bytes are interleaved within 128 bits, as the hardware does.
+        return [
+            builder.bitcast(
+                shuffle(builder, lower, upper, [16 * part + at + side for part in range(4)
+                                                for at in range(first, first + 8) for side in (0, AT_ONCE)]),
+                vec(I16, AT_ONCE // 2),
+            )
+            for first in (0, 8)
+        ]  # fmt: skip
+
+
 @intrinsic(prefer_literal=True)
 def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyped-def]
-    """n codes (a multiple of 64) → bfloat16, by looking both bytes up: wants AVX-512 VBMI.
-
-    `storage` is a compile-time constant. Half the instructions of going through float32.
-    """
+    """n codes (a multiple of 64) → bfloat16. `storage` is a compile-time constant."""
     if not isinstance(storage, types.Literal):
         return None
-    stored = storage.literal_value
+    lookup = _Lookup(storage.literal_value)
     signature = types.void(storage, *[types.int64] * 3)
-    table = _table(stored)
-    bytes_ = vec(I8, AT_ONCE)
-
-    def constant(values: list[int]) -> ir.Constant:
-        return ir.Constant(
-            bytes_, [ir.Constant(I8, value - 256 if value > 127 else value) for value in values]
-        )
-
-    halves = [
-        [constant([bits >> shift & 0xFF for bits in table[first : first + 64]]) for first in (0, 64)]
-        for shift in (0, 8)
-    ]
-    # Bytes are interleaved within 128 bits: which codes must stand there for whole rows to come out.
-    quads = [0, 4, 1, 5, 2, 6, 3, 7]
-    order = [8 * quad + i for quad in quads for i in range(8)]
-    low = [16 * part + i + side for part in range(4) for i in range(8) for side in (0, 64)]
-    high = [16 * part + 8 + i + side for part in range(4) for i in range(8) for side in (0, 64)]
+    # Which codes must stand where for whole rows to come out.
+    order = [8 * quad + i for quad in (0, 4, 1, 5, 2, 6, 3, 7) for i in range(8)]
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, target, n = args[1:]
@@ -124,28 +157,47 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
         def body(position: Any, _: list) -> list:
             here = builder.add(source, position)
             prefetch(builder, builder.add(here, ir.Constant(I64, AHEAD)), 2)
-            codes = load(builder, here, bytes_)
-            codes = shuffle(builder, codes, codes, order)
-            sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
-            if stored == W_U8:  # int8 plus 128
-                codes = builder.xor(codes, sign_bits)
-            magnitude = codes
-            if stored != W_E4M3:
-                negated = builder.sub(splat(ir.Constant(I8, 0), AT_ONCE), codes)
-                negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), AT_ONCE))
-                magnitude = builder.select(negative, negated, codes)
-            lower, upper = (
-                call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_, [pair[0], magnitude, pair[1]])
-                for pair in halves
-            )
-            upper = builder.or_(upper, builder.and_(codes, sign_bits))
-            if stored != W_E4M3:  # −128 is beyond the table: 0xC300
-                lowest = builder.icmp_signed("==", codes, sign_bits)
-                upper = builder.select(lowest, splat(ir.Constant(I8, -61), AT_ONCE), upper)
             at = builder.add(target, builder.mul(position, ir.Constant(I64, 2)))
-            for i, lanes in enumerate((low, high)):
-                found = builder.bitcast(shuffle(builder, lower, upper, lanes), vec(I16, AT_ONCE // 2))
+            for i, found in enumerate(lookup.emit(builder, load(builder, here, _BYTES), order)):
                 store(builder, found, builder.add(at, ir.Constant(I64, 64 * i)))
+            return []
+
+        loop(builder, n, AT_ONCE, [], body)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def pack_bf16(typingctx, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
+    """`cpu_tiles.pack` of n codes (a multiple of 64) of 16 rows as bfloat16: transposed while they are bytes, then decoded.
+
+    `storage` is a compile-time constant. Half of what there is to transpose once they are decoded.
+    """
+    if not isinstance(storage, types.Literal):
+        return None
+    lookup = _Lookup(storage.literal_value)
+    signature = types.void(storage, *[types.int64] * 6)
+    # Four codes of a column are two units: the first of four columns, then the second.
+    order = [16 * part + 4 * column + pair + i for part in range(4) for pair in (0, 2)
+             for column in range(4) for i in (0, 1)]  # fmt: skip
+    columns = AT_ONCE // 4
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        source, stride, valid, target, ldt, n = args[1:]
+        rows = row_addresses(builder, source, stride, valid, columns)
+        ahead = builder.mul(stride, ir.Constant(I64, columns))
+
+        def body(position: Any, _: list) -> list:
+            at_rows = [builder.add(row, position) for row in rows]
+            vectors = [load(builder, row, vec(I32, columns)) for row in at_rows]
+            for row in at_rows:
+                prefetch(builder, builder.add(row, ahead), 2)
+            unit = builder.add(target, builder.mul(builder.lshr(position, ir.Constant(I64, 1)), ldt))
+            for quad in transpose(builder, vectors):
+                for found in lookup.emit(builder, builder.bitcast(quad, _BYTES), order):
+                    store(builder, found, unit)
+                    unit = builder.add(unit, ldt)
             return []
 
         loop(builder, n, AT_ONCE, [], body)

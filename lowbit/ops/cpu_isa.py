@@ -79,9 +79,10 @@ _FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=6)
 # In float64 each vector takes two registers.
 _WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
 _DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
-# Twice the rate of float32's, and codes are looked up: ahead of decoding while loading from fewer rows on.
+# Twice float32's rate. Codes are transposed as bytes and looked up, which is as fast as decoding them while loading
+# even for one row; where they cannot be looked up, it is not for a few.
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
-_BFLOAT_ROWS = 5
+_BFLOAT_ROWS, _BFLOAT_ROWS_LOOKED_UP = 5, 1
 _MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
 _MATRIX_BFLOAT = Tile(kind="tdpbf16512", rows=32, vectors=2)
 # Fewer rows are multiplied in vector registers: those read int8 weights of few rows at memory's speed. Measured on an
@@ -119,8 +120,10 @@ def float_tile(
         _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
     ):
         return replace(_MATRIX_BFLOAT, parts=parts)
-    tile = _WIDE_FLOAT if instructions.wide else _FLOAT
-    return _BFLOAT if parts == 1 and not plain and instructions.bfloat16 and rows >= _BFLOAT_ROWS else tile
+    fewest = _BFLOAT_ROWS_LOOKED_UP if instructions.byte_lookup else _BFLOAT_ROWS
+    if parts == 1 and not plain and instructions.bfloat16 and rows >= fewest:
+        return _BFLOAT
+    return _WIDE_FLOAT if instructions.wide else _FLOAT
 
 
 @cache

@@ -157,18 +157,15 @@ def scaled_tile(
         a, lda, b, ahead, along, c, ldc, units = args[4:12]
         left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[12:]
         sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
-        last = builder.sub(left, ir.Constant(I64, 1))
 
-        def of_row(i: int, address: Any, row: Any, kind: Any) -> Any:
-            at = ir.Constant(I64, i)
-            at = builder.select(builder.icmp_signed("<", at, last), at, last)
-            return spread(builder, load(builder, builder.add(address, builder.mul(row, at)), kind), step.lanes)
+        def of_rows(address: Any, row: Any, kind: Any) -> list:
+            places = row_addresses(builder, address, row, left, rows)
+            return [spread(builder, load(builder, at, kind), step.lanes) for at in places]
 
-        scales = [of_row(i, a_scale, a_scale_row, F32) for i in range(rows)]
-        offsets: list = [None] * rows
+        scales, offsets = of_rows(a_scale, a_scale_row, F32), [None] * rows
         if step.name == "dpbusd":
             seven = splat(ir.Constant(I32, 7), step.lanes)
-            offsets = [builder.shl(of_row(i, a_sum, a_sum_row, I32), seven) for i in range(rows)]
+            offsets = [builder.shl(codes, seven) for codes in of_rows(a_sum, a_sum_row, I32)]
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
             value = step.as_f32(builder, sums[i * vectors + v], offsets[i])
             columns = load(builder, builder.add(w_scale, ir.Constant(I64, 4 * v * step.lanes)), step.real)
@@ -235,12 +232,7 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, stride, valid, target, ldt, units = args[1:]
         count = step.lanes
-        last = builder.sub(valid, ir.Constant(I64, 1))
-        rows = []
-        for j in range(count):
-            at = ir.Constant(I64, j)
-            at = builder.select(builder.icmp_signed("<", at, last), at, last)
-            rows.append(builder.add(source, builder.mul(at, stride)))
+        rows = row_addresses(builder, source, stride, valid, count)
         unit_bytes = ir.Constant(I64, 4 * step.b_bytes // step.a_bytes)
         ahead = builder.mul(stride, ir.Constant(I64, count))
 
@@ -259,6 +251,17 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def row_addresses(builder: Any, source: Any, stride: Any, valid: Any, count: int) -> list:
+    """`count` addresses, `stride` apart; from `valid` on, the last valid one's."""
+    last = builder.sub(valid, ir.Constant(I64, 1))
+    found = []
+    for j in range(count):
+        at = ir.Constant(I64, j)
+        at = builder.select(builder.icmp_signed("<", at, last), at, last)
+        found.append(builder.add(source, builder.mul(at, stride)))
+    return found
 
 
 def transpose(builder: Any, rows: list) -> list:
