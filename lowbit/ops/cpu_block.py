@@ -6,18 +6,38 @@ from __future__ import annotations
 
 from numba import njit
 
-from lowbit.ops.cpu_tiles import dot_tile, packed_tile, scaled_tile
+from lowbit.ops.cpu_tiles import dot_tile, packed_tile, scaled_dot_tile, scaled_tile
 
 DOT_COLS, LINE = 4, 64
 
 
 @njit(inline="always")
-def dot_rows(kind, tall, lines, cache, size, a, lda, w, stride, c, ldc, rows, cols, k):  # type: ignore[no-untyped-def]
+def _dot(
+    kind, grouped, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k, group, left, a_scale, a_scale_row,
+    a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    if grouped:
+        scaled_dot_tile(
+            kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k, group, left, a_scale, a_scale_row,
+            a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group,
+        )  # fmt: skip
+    else:
+        dot_tile(kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k)
+
+
+@njit(inline="always")
+def dot_rows(
+    kind, grouped, tall, lines, cache, size, a, lda, w, stride, c, ldc, rows, cols, k, group, a_scale, a_scale_row,
+    a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group,
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """A few rows, `tall` (2 or 4) at a time; weights (of `size` bytes) are read once, and then stay in the first cache.
 
     The tiles of one set of columns share the next columns' weights between them and ask for
     them piece by piece, in the order of addresses where rows are whole: memory is then busy
     all the time, and not only while the first tile waits for it.
+
+    If `grouped` (a compile-time constant) sums are scaled group by group as in `scaled_dot_tile`, of
+    which the last parameters are.
     """
     whole = cols // DOT_COLS * DOT_COLS
     tiles = (rows + tall - 1) // tall
@@ -28,19 +48,32 @@ def dot_rows(kind, tall, lines, cache, size, a, lda, w, stride, c, ldc, rows, co
         b, i = w + j * stride, 0
         ahead = b + DOT_COLS * stride
         while i < rows:
-            at, c_at = a + i * lda, c + i * ldc + 4 * j
+            at, c_at, left = a + i * lda, c + i * ldc + 4 * j, rows - i
+            of_rows, sums, of_cols = a_scale + i * a_scale_row, a_sum + i * a_sum_row, w_at + 8 * j
             if rows == 1:
-                dot_tile(kind, 1, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
-            elif rows - i > 2:
-                dot_tile(kind, tall, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+                _dot(
+                    kind, grouped, 1, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k, group,
+                    left, of_rows, a_scale_row, a_scale_group, sums, a_sum_row, w_scale, of_cols, w_group,
+                )  # fmt: skip
+            elif left > 2:
+                _dot(
+                    kind, grouped, tall, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k,
+                    group, left, of_rows, a_scale_row, a_scale_group, sums, a_sum_row, w_scale, of_cols, w_group,
+                )  # fmt: skip
             else:
-                dot_tile(kind, 2, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k)
+                _dot(
+                    kind, grouped, 2, DOT_COLS, cache, at, lda, b, stride, ahead, along, across, c_at, ldc, k, group,
+                    left, of_rows, a_scale_row, a_scale_group, sums, a_sum_row, w_scale, of_cols, w_group,
+                )  # fmt: skip
             i += tall
             ahead += part
     for j in range(whole, cols):
         b = w + j * stride
         for i in range(rows):
-            dot_tile(kind, 1, 1, 1, a + i * lda, lda, b, stride, b, 0, 0, c + i * ldc + 4 * j, ldc, k)
+            _dot(
+                kind, grouped, 1, 1, 1, a + i * lda, lda, b, stride, b, 0, 0, c + i * ldc + 4 * j, ldc, k, group, 1,
+                a_scale + i * a_scale_row, 0, a_scale_group, a_sum + i * a_sum_row, 0, w_scale, w_at + 8 * j, w_group,
+            )  # fmt: skip
 
 
 @njit(inline="always")

@@ -363,7 +363,7 @@ def product(
         else:
             # float64 sums stay in registers until they are rounded: all of K in one pass.
             chunk = layout.padded if tile.kind.startswith("fmad") else min(most, layout.padded)
-        slot = up(cpu_matmul.slot_bytes(tile.kind, height, width, chunk, layout.padded), 64)
+        slot = up(cpu_matmul.slot_bytes(tile, height, width, chunk, layout.padded), 64)
     prepare_slot = up(4 * layout.group, 64)
     static = static_scale(x.dtype, mode, activations)
     prepare = prepare_block(

@@ -20,9 +20,9 @@ from lowbit.ops.cpu_block import DOT_COLS, dot_rows, packed_rows
 from lowbit.ops.cpu_decode import AT_ONCE, decode, pack_bf16
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
+from lowbit.ops.cpu_isa import Tile
 from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
-from lowbit.ops.cpu_scale import add_scaled
 from lowbit.ops.cpu_tiles import pack
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
@@ -46,12 +46,13 @@ LINE = 64
 NEAR = 4096  # bytes that the first cache has room for beside what a tile works on
 
 
-def slot_bytes(kind: str, height: int, width: int, chunk: int, group_padded: int) -> int:
+def slot_bytes(tile: Tile, height: int, width: int, chunk: int, group_padded: int) -> int:
     """Scratch of one thread for blocks of height × width outputs: what `matmul` lays out, in this order."""
-    sums, scales = 8 * height * width, 4 * max(1, chunk // group_padded) * width
-    element = {"dpbusd": 1, "pmaddwd": 2, "dpbf16": 2}.get(kind[:-3], 4)
-    decoded = cpu_step.lanes(kind) * chunk * (1 if kind.startswith(("dpbusd", "pmaddwd")) else element)
-    return sums + scales + 12 * width + LINE + width * chunk * element + decoded
+    sums, scales = 4 * height * width, 4 * max(1, chunk // group_padded) * width
+    element = {"dpbusd": 1, "pmaddwd": 2, "dpbf16": 2}.get(tile.kind[:-3], 4)
+    panel = -(-width // tile.cols) * tile.cols * chunk * element
+    decoded = cpu_step.lanes(tile.kind) * chunk * (1 if element == 1 or "pmaddwd" in tile.kind else element)
+    return sums + scales + 12 * width + LINE + panel + decoded
 
 
 @cache
@@ -83,11 +84,10 @@ def matmul(
     lookup = byte_lookup and operand == A_BF16
     w_size = 2 if plain else 1
     # A few rows are bound by memory: decode while loading instead of into memory.
-    direct = kind.startswith("fma") or integer
-    direct_kind = f"{kind}:{storage}" if direct and not integer else kind
+    dot_kind = f"{kind}:{storage}" if kind.startswith("fma") else kind
     tile_cols = tile_vectors * lanes
     panel_row = 4 * tile_cols
-    dot_lines = cpu_step.requests(direct_kind, DOT_COLS)
+    dot_lines = cpu_step.requests(dot_kind, DOT_COLS)
     dot_tall = 4 if lanes == 16 else 2  # 16 registers do not hold 4 × 4 accumulators and their operands
 
     @cfunc(SIGNATURE, cache=CACHE)
@@ -108,18 +108,16 @@ def matmul(
 
         size = block_rows * block_cols
         memory = p[M_SCRATCH] + slot * p[M_SLOT_BYTES]
-        accumulators = carray(pointer(memory), size, np.int32)
-        totals = carray(pointer(memory + 4 * size), size, np.float32)
-        w_scales_at = memory + 8 * size
+        sums = carray(pointer(memory), size, np.int32)
+        w_scales_at = memory + 4 * size
         weights_scale = carray(pointer(w_scales_at), (per_pass, block_cols), np.float32)
         bias_at = w_scales_at + 4 * per_pass * block_cols
         scale_at = carray(pointer(bias_at + 4 * block_cols), block_cols, np.int64)
         one_at = bias_at + 12 * block_cols
         carray(pointer(one_at), 1, np.float32)[0] = 1.0
         panel = one_at + LINE
-        decoded = panel + block_cols * chunk * element
-        scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
-        code_sums = carray(pointer(p[M_A_SUM]), 1 << 62, np.int32)
+        # A few rows' blocks may be narrower than a tile of the panel.
+        decoded = panel + (block_cols + tile_cols - 1) // tile_cols * tile_cols * chunk * element
         w_scale = carray(pointer(p[M_W_SCALE]), 1 << 62, np.float32)
         c_row = 4 * block_cols
         while True:
@@ -130,79 +128,39 @@ def matmul(
             which = task % p[M_BLOCK_COUNT]
             expert, row0, rows = blocks[which, 0], blocks[which, 1], blocks[which, 2]
             cols = min(block_cols, n_all - n0)
-            used = (rows + 1) // 2 * 2 * block_cols
-            few = rows <= p[M_DOT_ROWS]
-            if few or not grouped:
-                accumulators[:used] = 0
-            if grouped:
-                totals[:used] = 0
-            w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
             locate_scales(p, expert, n0, cols, scale_at)
-            a0 = p[M_A] + row0 * a_row
-            if few:
-                # Where nothing goes through the panel, no panel limits how much of K a pass takes.
-                no_panel = integer or plain
-                for g in range(groups):
-                    in_group = min(group, k_all - g * group)
-                    end = w0 + (cols - 1) * w_row + w_size * (g * group + (in_group + step - 1) // step * step)
-                    at_once = in_group if no_panel and end <= p[M_W_END] else min(chunk, group_padded)
-                    for c0 in range(0, in_group, at_once):
-                        depth = min(at_once, in_group - c0)
-                        padded = (depth + step - 1) // step * step
-                        w = w0 + w_size * (g * group + c0)
-                        a = a0 + (g * group_padded + c0) * element
-                        # Reading past a row is harmless for integers (the operand is 0 there); past
-                        # the last row of the tensor it is not. Floats could meet a NaN code.
-                        inside = w + (cols - 1) * w_row + w_size * padded <= p[M_W_END]
-                        stride = w_row
-                        as_stored = inside and (integer or (direct and padded == depth))
-                        if not as_stored:
-                            stride = padded * row_element
-                            for j in range(cols):
-                                at = w + j * w_row
-                                decode(lookup, stored, at, row_kind, panel + j * stride, depth, padded)
-                            w = panel
-                        if integer and DOT_COLS * w_row > NEAR:
-                            dot_rows(
-                                kind, dot_tall, dot_lines, 2, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
-                            )  # fmt: skip
-                        elif integer:
-                            dot_rows(
-                                kind, dot_tall, dot_lines, 1, 1, a, a_row, w, stride, memory, c_row, rows, cols, padded
-                            )  # fmt: skip
-                        elif as_stored:
-                            dot_rows(
-                                direct_kind, dot_tall, dot_lines, 1, w_size, a, a_row, w, stride, memory, c_row,
-                                rows, cols, padded,
-                            )  # fmt: skip
-                        else:
-                            dot_rows(
-                                kind, dot_tall, 1, 1, element, a, a_row, w, stride, memory, c_row, rows, cols, padded
-                            )  # fmt: skip
-                    if grouped:
-                        for j in range(cols):
-                            weights_scale[0, j] = w_scale[scale_at[j] + g * p[M_W_SCALE_GROUP]]
-                        for i in range(rows):
-                            a_scale = np.float32(1.0)
-                            if p[M_A_SCALE] != 0:
-                                a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW] + g * p[M_A_SCALE_GROUP]]
-                            offset = np.int32(0)
-                            if unsigned:
-                                offset = np.int32(code_sums[(row0 + i) * groups + g] * 128)
-                            at = memory + i * c_row
-                            add_scaled(integer, at, offset, a_scale, w_scales_at, at + 4 * size, cols)
+            w0, a0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row, p[M_A] + row0 * a_row
+            a_scale_at, a_scale_row, a_scale_group = one_at, 0, 0
+            if p[M_A_SCALE] != 0:
+                a_scale_row, a_scale_group = 4 * p[M_A_SCALE_ROW], 4 * p[M_A_SCALE_GROUP]
+                a_scale_at = p[M_A_SCALE] + row0 * a_scale_row
+            a_sum_at, a_sum_row = p[M_A_SUM] + 4 * row0 * groups, 4 * groups
+            sums[: (rows + 1) // 2 * 2 * block_cols] = 0
+            # Reading past a row is harmless for integers (the operand is 0 there); past the last row of the
+            # tensor it is not. Floats could meet a NaN code. And groups lie in the operand as they do here.
+            even = (k_all + step - 1) // step * step
+            inside = w0 + (cols - 1) * w_row + w_size * even <= p[M_W_END]
+            inside = inside and (integer or even == k_all) and (not grouped or group == group_padded)
+            if rows <= p[M_DOT_ROWS] and inside:
+                if DOT_COLS * w_row > NEAR:
+                    dot_rows(
+                        dot_kind, grouped, dot_tall, dot_lines, 2, w_size, a0, a_row, w0, w_row, memory, c_row, rows,
+                        cols, even, group, a_scale_at, a_scale_row, a_scale_group, a_sum_at, a_sum_row,
+                        p[M_W_SCALE], scale_at.ctypes.data, 4 * p[M_W_SCALE_GROUP],
+                    )  # fmt: skip
+                else:
+                    dot_rows(
+                        dot_kind, grouped, dot_tall, dot_lines, 1, w_size, a0, a_row, w0, w_row, memory, c_row, rows,
+                        cols, even, group, a_scale_at, a_scale_row, a_scale_group, a_sum_at, a_sum_row,
+                        p[M_W_SCALE], scale_at.ctypes.data, 4 * p[M_W_SCALE_GROUP],
+                    )  # fmt: skip
             else:
                 # The next task's weights: asked for while this one multiplies the last rows.
                 share, ahead = 0, w0
                 following = w0 + block_cols * w_row
-                if which == p[M_BLOCK_COUNT] - 1 and following + block_cols * w_row <= p[M_W_END]:
+                if k_all > 0 and which == p[M_BLOCK_COUNT] - 1 and following + block_cols * w_row <= p[M_W_END]:
                     panels = (cols + tile_cols - 1) // tile_cols * ((k_all + span - 1) // span)
                     share, ahead = block_cols * w_row // panels, following
-                a_scale_at, a_scale_row, a_scale_group = one_at, 0, 0
-                if p[M_A_SCALE] != 0:
-                    a_scale_row, a_scale_group = 4 * p[M_A_SCALE_ROW], 4 * p[M_A_SCALE_GROUP]
-                    a_scale_at = p[M_A_SCALE] + row0 * a_scale_row
-                a_sum_at = p[M_A_SUM] + 4 * row0 * groups
                 for k0 in range(0, k_all, span):
                     depth = min(span, k_all - k0)
                     g, some = (k0 // group, (depth + group - 1) // group) if grouped else (0, 1)
@@ -240,28 +198,25 @@ def matmul(
                         for each in range(some):
                             for j in range(cols):
                                 weights_scale[each, j] = w_scale[scale_at[j] + (g + each) * p[M_W_SCALE_GROUP]]
-                    c = memory + 4 * size if grouped else memory
                     for j in range(0, cols, tile_cols):
                         if cols - j > tile_cols - lanes:
                             packed_rows(
                                 kind, grouped, tile_rows, tile_vectors, panel_row, a, a_row, a_group,
-                                panel + 4 * units * j, ahead, share, c + 4 * j, c_row, rows, some, units, group_units,
+                                panel + 4 * units * j, ahead, share, memory + 4 * j, c_row, rows, some, units, group_units,
                                 a_scale_at + g * a_scale_group, a_scale_row, a_scale_group, a_sum_at + 4 * g,
-                                4 * groups, w_scales_at + 4 * j, c_row,
+                                a_sum_row, w_scales_at + 4 * j, c_row,
                             )  # fmt: skip
                         else:
                             for v in range(0, cols - j, lanes):
                                 packed_rows(
                                     kind, grouped, tile_rows, 1, panel_row, a, a_row, a_group,
-                                    panel + 4 * units * j + 4 * v, ahead, 0, c + 4 * (j + v), c_row, rows, some,
+                                    panel + 4 * units * j + 4 * v, ahead, 0, memory + 4 * (j + v), c_row, rows, some,
                                     units, group_units, a_scale_at + g * a_scale_group, a_scale_row, a_scale_group,
-                                    a_sum_at + 4 * g, 4 * groups, w_scales_at + 4 * (j + v), c_row,
+                                    a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * (j + v), c_row,
                                 )  # fmt: skip
                         ahead += share
-            sums = memory + 4 * size if grouped else memory
             finish_block(
-                integer, unsigned, p, expert, row0, rows, n0, scale_at[:cols], sums, c_row, memory + 4 * size,
-                w_scales_at, bias_at,
+                integer, unsigned, p, expert, row0, rows, n0, scale_at[:cols], memory, c_row, w_scales_at, bias_at
             )  # fmt: skip
 
     return matmul_tiles

@@ -31,6 +31,7 @@ class Step:
     """
 
     def __init__(self, kind: str) -> None:
+        self.kind = kind
         name, _, self.storage = kind.partition(":")
         self.name, self.bits = name[:-3], int(name[-3:])
         self.lanes = self.bits // 32

@@ -49,7 +49,7 @@ def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k):  # type: ignore[no-untyped-def]
-    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr, weights as stored.
+    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr (4 or 1), weights as stored.
 
     `kind`, `mr`, `nr`, `cache` are compile-time constants. Addresses and row strides are in
     bytes; `c` is int32 (float32 for the float kinds, `fmad` too); `k` is a multiple of
@@ -62,56 +62,122 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
         return None
     step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
-    lines = requests(kind.literal_value, cols)
     signature = types.void(kind, mr, nr, cache, *[types.int64] * 10)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         a, lda, b, ldb, ahead, along, across, c, ldc, k = args[4:]
-        scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
-        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
-        b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
-        zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
-        tracks_nan = step.storage == "e4m3"
-
-        def body(position: Any, values: list) -> list:
-            sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
-            offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
-            b_vectors = []
-            for j, row in enumerate(b_rows):
-                step.nan_codes = nans[j] if tracks_nan else None
-                b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
-                if j < lines:
-                    line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
-                    line = builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8)))
-                    prefetch(builder, line, cache.literal_value)
-                if tracks_nan:
-                    nans[j] = step.nan_codes
-            for i, row in enumerate(a_rows):
-                a_vector = step.load_a(builder, builder.add(row, offset_a))
-                for j, b_vector in enumerate(b_vectors):
-                    sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
-            return sums + nans
-
-        starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
-        ended = loop(builder, k, step.elements, starts, body)
-        totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
-        totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
-        for i in range(rows):
-            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for j in range(0, cols, 4):
-                width = min(4, cols - j)
-                four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
-                values = _reduce4(builder, four, step.add(builder))
-                address = builder.add(row_address, ir.Constant(I64, 4 * j))
-                if width == 4:
-                    step.add_to(builder, values, address)
-                    continue
-                for at in range(width):
-                    value = builder.extract_element(values, ir.Constant(I32, at))
-                    step.add_to(builder, value, builder.add(address, ir.Constant(I64, 4 * at)))
+        ask = (cache.literal_value, ahead, along, across)
+        zero = ir.Constant(I64, 0)
+        sums = _dot_sums(builder, step, (rows, cols), (a, lda), (b, ldb), ask, zero, k)
+        for i, values in enumerate(sums):
+            address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            values = values if cols == 4 else builder.extract_element(values, ir.Constant(I32, 0))
+            step.add_to(builder, values, address)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def scaled_dot_tile(
+    typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k, group, left, a_scale,
+    a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """c[i, j] = Σ over groups of K of float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order.
+
+    As `dot_tile`, for groups of `group` elements, a multiple of a step; the last may have fewer. c is float32. Row
+    i's scale stands at `a_scale` + `a_scale_row` · i, and `a_scale_group` on for the next group; column j's
+    at `w_scale` + the int64 at `w_at` + 8 · j, times 4, and `w_group` on. For dpbusd 128 · a_sum come off the
+    sums first: int32, `a_sum_row` apart, next to each other for the groups. Rows from `left` on take the last one's.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
+        return None
+    step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
+    signature = types.void(kind, mr, nr, cache, *[types.int64] * 20)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ldb, ahead, along, across, c, ldc, k, group = args[4:15]
+        left, a_scale, a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group = args[15:]
+        ask = (cache.literal_value, ahead, along, across)
+        four = ir.Constant(I64, 4)
+        scales_at = row_addresses(builder, a_scale, a_scale_row, left, rows)
+        codes_at = row_addresses(builder, a_sum, a_sum_row, left, rows)
+        columns_at = []
+        for j in range(cols):
+            offset = load(builder, builder.add(w_at, ir.Constant(I64, 8 * j)), I64)
+            columns_at.append(builder.add(w_scale, builder.mul(offset, four)))
+
+        def body(g: Any, totals: list) -> list:
+            start = builder.mul(g, group)
+            rest = builder.sub(k, start)
+            count = builder.select(builder.icmp_signed("<", group, rest), group, rest)
+            sums = _dot_sums(builder, step, (rows, cols), (a, lda), (b, ldb), ask, start, count)
+            columns: Any = ir.Constant(vec(F32, 4), None)
+            for j, at in enumerate(columns_at):
+                one = load(builder, builder.add(at, builder.mul(g, w_group)), F32)
+                columns = builder.insert_element(columns, one, ir.Constant(I32, j))
+            found = []
+            for i, values in enumerate(sums):
+                offset = None
+                if step.name == "dpbusd":
+                    codes = load(builder, builder.add(codes_at[i], builder.mul(g, four)), I32)
+                    offset = spread(builder, builder.shl(codes, ir.Constant(I32, 7)), 4)
+                scale = load(builder, builder.add(scales_at[i], builder.mul(g, a_scale_group)), F32)
+                value = builder.fmul(step.as_f32(builder, values, offset), spread(builder, scale, 4))
+                found.append(builder.fadd(totals[i], builder.fmul(value, columns)))
+            return found
+
+        last = builder.sub(builder.add(k, group), ir.Constant(I64, 1))
+        totals = loop(builder, builder.sdiv(last, group), 1, [ir.Constant(vec(F32, 4), None)] * rows, body)
+        for i, total in enumerate(totals):
+            address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            store(builder, total if cols == 4 else builder.extract_element(total, ir.Constant(I32, 0)), address)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _dot_sums(
+    builder: Any, step: Step, shape: tuple[int, int], a_side: tuple[Any, Any], b_side: tuple[Any, Any],
+    ask: tuple[int, Any, Any, Any], start: Any, count: Any,
+) -> list:  # fmt: skip
+    """The loop over `count` elements of K from `start` on of a dot tile: per row a vector of four columns' sums."""
+    rows, cols = shape
+    cache, ahead, along, across = ask
+    lines = requests(step.kind, cols)
+    scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
+    a_rows = [builder.add(a_side[0], builder.mul(a_side[1], ir.Constant(I64, i))) for i in range(rows)]
+    b_rows = [builder.add(b_side[0], builder.mul(b_side[1], ir.Constant(I64, j))) for j in range(cols)]
+    zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
+    tracks_nan = step.storage == "e4m3"
+
+    def body(position: Any, values: list) -> list:
+        sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
+        position = builder.add(start, position)
+        offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
+        b_vectors = []
+        for j, row in enumerate(b_rows):
+            step.nan_codes = nans[j] if tracks_nan else None
+            b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
+            if j < lines:
+                line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
+                prefetch(builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache)
+            if tracks_nan:
+                nans[j] = step.nan_codes
+        for i, row in enumerate(a_rows):
+            a_vector = step.load_a(builder, builder.add(row, offset_a))
+            for j, b_vector in enumerate(b_vectors):
+                sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
+        return sums + nans
+
+    starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
+    ended = loop(builder, count, step.elements, starts, body)
+    totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
+    totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
+    filler = [zero] * (4 - cols)
+    return [
+        _reduce4(builder, totals[i * cols : (i + 1) * cols] + filler, step.add(builder)) for i in range(rows)
+    ]
 
 
 @intrinsic(prefer_literal=True)
