@@ -170,7 +170,7 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
 
 @intrinsic(prefer_literal=True)
 def pack_bf16(typingctx, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
-    """`cpu_tiles.pack` of n codes (a multiple of 64) of 16 rows as bfloat16: transposed while they are bytes, then decoded.
+    """`cpu_tiles.pack` of n codes (a multiple of 64) of 16 rows as bfloat16: transposed as bytes, decoded after that.
 
     `storage` is a compile-time constant. Half of what there is to transpose once they are decoded.
     """

@@ -71,9 +71,7 @@ def load_columns(p, expert, n0, scale_at, w_scale, bias_at):  # type: ignore[no-
 
 
 @njit(inline="always")
-def finish_block(
-    integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c_row, w_scale, bias_at
-):  # type: ignore[no-untyped-def]
+def finish_block(integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c_row, w_scale, bias_at):  # type: ignore[no-untyped-def]
     """Sums [rows, cols] of a block, rows `c_row` bytes apart → outputs; per group they are float32 and scaled.
 
     `integer` and `unsigned` (128 · Σa is still to be taken off) are compile-time constants. `w_scale` and

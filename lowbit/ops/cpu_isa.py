@@ -59,30 +59,28 @@ class Instructions:
 
 
 # As many accumulators as leave registers for the vectors of B, one of A and one product: 32 of 512 bits, 16 of 256.
-# Rows as stored: with 32 registers the dot product of integers comes to nine tenths of the packed tile's speed,
-# with 16 to less than two thirds. Its lanes are added up once per scale, so scales along K make it slow, and codes
-# that become floats are decoded again for every four (or two) rows. Measured on a Zen 4 and a Zen 5.
+# Rows as stored read weights from memory as fast as it can; their lanes are added up once per scale, and codes that
+# become floats are decoded again for every four (or two) rows. Measured on a Zen 4, with weights that no cache holds.
 _MULTIPLY_ADD = {
     512: Tile(kind="pmaddwd512", rows=6, vectors=4, dot_rows=48),
-    256: Tile(kind="pmaddwd256", rows=6, vectors=2, dot_rows=8),
+    256: Tile(kind="pmaddwd256", rows=6, vectors=2, dot_rows=24),
 }
 _INTEGER = {
     "amx": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
     "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
-    "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2, dot_rows=8),
+    "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2, dot_rows=24),
     "avx512bw": _MULTIPLY_ADD[512],
     "avx2": _MULTIPLY_ADD[256],
 }
-_DOT_ROWS_GROUPED = 2
-_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=8)
-_FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=6)
+_DOT_ROWS_GROUPED = 12
+_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=16)
+_FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=10)
 # In float64 each vector takes two registers.
 _WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
 _DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
-# Twice float32's rate. Codes are transposed as bytes and looked up, which is as fast as decoding them while loading
-# even for one row; where they cannot be looked up, it is not for a few.
+# Twice float32's rate; fewer rows are decoded while they are loaded.
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
-_BFLOAT_ROWS, _BFLOAT_ROWS_LOOKED_UP = 5, 1
+_BFLOAT_ROWS = 5
 _MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
 _MATRIX_BFLOAT = Tile(kind="tdpbf16512", rows=32, vectors=2)
 # Fewer rows are multiplied in vector registers: those read int8 weights of few rows at memory's speed. Measured on an
@@ -120,8 +118,7 @@ def float_tile(
         _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
     ):
         return replace(_MATRIX_BFLOAT, parts=parts)
-    fewest = _BFLOAT_ROWS_LOOKED_UP if instructions.byte_lookup else _BFLOAT_ROWS
-    if parts == 1 and not plain and instructions.bfloat16 and rows >= fewest:
+    if parts == 1 and not plain and instructions.bfloat16 and rows >= _BFLOAT_ROWS:
         return _BFLOAT
     return _WIDE_FLOAT if instructions.wide else _FLOAT
 

@@ -158,7 +158,11 @@ def matmul(
                 # The next task's weights: asked for while this one multiplies the last rows.
                 share, ahead = 0, w0
                 following = w0 + block_cols * w_row
-                if k_all > 0 and which == p[M_BLOCK_COUNT] - 1 and following + block_cols * w_row <= p[M_W_END]:
+                if (
+                    k_all > 0
+                    and which == p[M_BLOCK_COUNT] - 1
+                    and following + block_cols * w_row <= p[M_W_END]
+                ):
                     panels = (cols + tile_cols - 1) // tile_cols * ((k_all + span - 1) // span)
                     share, ahead = block_cols * w_row // panels, following
                 for k0 in range(0, k_all, span):
@@ -168,7 +172,10 @@ def matmul(
                     # Groups that fill no whole steps are padded one by one.
                     piece = min(group, depth) if grouped and group != group_padded else depth
                     rest = depth % piece
-                    padded = depth // piece * ((piece + step - 1) // step * step) + (rest + step - 1) // step * step
+                    padded = (
+                        depth // piece * ((piece + step - 1) // step * step)
+                        + (rest + step - 1) // step * step
+                    )
                     units = padded * element // 4
                     group_units = group_padded * element // 4 if grouped else units
                     inside = w + (cols - 1) * w_row + w_size * padded <= p[M_W_END]
@@ -188,7 +195,13 @@ def matmul(
                                     count = min(piece, depth - done)
                                     filled = (count + step - 1) // step * step
                                     decode(
-                                        lookup, stored, source_at + w_size * done, row_kind, target, count, filled
+                                        lookup,
+                                        stored,
+                                        source_at + w_size * done,
+                                        row_kind,
+                                        target,
+                                        count,
+                                        filled,
                                     )
                                     target += filled * row_element
                         done = bytewise * element // 4
@@ -197,14 +210,16 @@ def matmul(
                     if grouped:
                         for each in range(some):
                             for j in range(cols):
-                                weights_scale[each, j] = w_scale[scale_at[j] + (g + each) * p[M_W_SCALE_GROUP]]
+                                weights_scale[each, j] = w_scale[
+                                    scale_at[j] + (g + each) * p[M_W_SCALE_GROUP]
+                                ]
                     for j in range(0, cols, tile_cols):
                         if cols - j > tile_cols - lanes:
                             packed_rows(
                                 kind, grouped, tile_rows, tile_vectors, panel_row, a, a_row, a_group,
-                                panel + 4 * units * j, ahead, share, memory + 4 * j, c_row, rows, some, units, group_units,
-                                a_scale_at + g * a_scale_group, a_scale_row, a_scale_group, a_sum_at + 4 * g,
-                                a_sum_row, w_scales_at + 4 * j, c_row,
+                                panel + 4 * units * j, ahead, share, memory + 4 * j, c_row, rows, some, units,
+                                group_units, a_scale_at + g * a_scale_group, a_scale_row, a_scale_group,
+                                a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * j, c_row,
                             )  # fmt: skip
                         else:
                             for v in range(0, cols - j, lanes):

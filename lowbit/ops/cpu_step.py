@@ -119,16 +119,19 @@ class Step:
             )
         return acc
 
-    def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
-        """Sums of one column, after the loop: what decoding left out."""
+    def finish(self, builder: Any, sums: Any, any_nan: Any) -> Any:
+        """Sums after the loop, one in each lane: what decoding left out. `any_nan`: which of them met a NaN code."""
         if self.storage != "e4m3":
             return sums
+        one, count = self.acc.element, sums.type.count
+        scaled = builder.fmul(sums, splat(ir.Constant(one, 256.0), count))
+        return builder.select(any_nan, splat(ir.Constant(one, float("nan")), count), scaled)
+
+    def met_nan(self, builder: Any, nan_codes: Any) -> Any:
+        """Whether the largest magnitudes of a column's codes are those of NaN in any lane: a bit."""
         found = builder.icmp_unsigned("==", nan_codes, splat(ir.Constant(I16, 0x3F80), self.elements))
-        any_nan = builder.icmp_unsigned(
-            "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
-        )
-        scaled = builder.fmul(sums, splat(ir.Constant(self.acc.element, 256.0), self.lanes))
-        return builder.select(any_nan, splat(ir.Constant(self.acc.element, float("nan")), self.lanes), scaled)
+        bits = ir.IntType(self.elements)
+        return builder.icmp_unsigned("!=", builder.bitcast(found, bits), ir.Constant(bits, 0))
 
     def add(self, builder: Any) -> Any:
         return builder.add if self.acc.element is I32 else builder.fadd

@@ -18,7 +18,21 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lowbit.ops.cpu_emit import F32, I16, I32, I64, load, loop, prefetch, shuffle, splat, spread, store, vec
+from lowbit.ops.cpu_emit import (
+    F32,
+    I1,
+    I16,
+    I32,
+    I64,
+    load,
+    loop,
+    prefetch,
+    shuffle,
+    splat,
+    spread,
+    store,
+    vec,
+)
 from lowbit.ops.cpu_step import Step, requests
 
 UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
@@ -131,7 +145,9 @@ def scaled_dot_tile(
         totals = loop(builder, builder.sdiv(last, group), 1, [ir.Constant(vec(F32, 4), None)] * rows, body)
         for i, total in enumerate(totals):
             address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            store(builder, total if cols == 4 else builder.extract_element(total, ir.Constant(I32, 0)), address)
+            store(
+                builder, total if cols == 4 else builder.extract_element(total, ir.Constant(I32, 0)), address
+            )
         return context.get_dummy_value()
 
     return signature, codegen
@@ -172,12 +188,14 @@ def _dot_sums(
 
     starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
     ended = loop(builder, count, step.elements, starts, body)
-    totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
-    totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
-    filler = [zero] * (4 - cols)
-    return [
-        _reduce4(builder, totals[i * cols : (i + 1) * cols] + filler, step.add(builder)) for i in range(rows)
-    ]
+    any_nan: Any = ir.Constant(vec(I1, 4), None)
+    for j, codes in enumerate(ended[rows * cols :]):
+        any_nan = builder.insert_element(any_nan, step.met_nan(builder, codes), ir.Constant(I32, j))
+    found = []
+    for first in range(0, rows * cols, cols):
+        sums = _reduce4(builder, ended[first : first + cols] + [zero] * (4 - cols), step.add(builder))
+        found.append(step.finish(builder, sums, any_nan))
+    return found
 
 
 @intrinsic(prefer_literal=True)
@@ -274,7 +292,9 @@ def _packed_sums(
     return loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
 
 
-def _places(builder: Any, step: Step, rows: int, vectors: int, c: Any, ldc: Any) -> Iterator[tuple[int, int, Any]]:
+def _places(
+    builder: Any, step: Step, rows: int, vectors: int, c: Any, ldc: Any
+) -> Iterator[tuple[int, int, Any]]:
     """(row, vector, address) of everything that a packed tile adds to; 32 bits a column."""
     for i in range(rows):
         row = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))

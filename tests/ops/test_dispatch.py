@@ -115,15 +115,17 @@ def having(monkeypatch):
 
 def test_a_few_rows_are_decoded_while_loading(having):
     having("avx512_vnni")
-    for m in (1, 8):
+    for m in (1, 4):
         assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
-    assert "dot products" in choose(problem("fp8", m=8), "cpu").kernel
-    assert "while they are loaded" in choose(problem("fp8", m=8), "cpu").note
-    assert choose(problem("fp8", m=9), "cpu").kernel == "dpbf16512, 6×64 tile"
-    assert "dot products" in choose(problem("int8", m=48), "cpu").kernel
-    assert choose(problem("int8", m=49), "cpu").kernel == "dpbusd512, 6×64 tile"
+    assert "dot products" in choose(problem("fp8", m=4), "cpu").kernel
+    assert "while they are loaded" in choose(problem("fp8", m=4), "cpu").note
+    assert choose(problem("fp8", m=5), "cpu").kernel == "dpbf16512, 6×64 tile"
+    for scheme, most in (("int8", 48), ("int8-block", 12)):
+        assert "dot products" in choose(problem(scheme, m=most), "cpu").kernel
+        assert choose(problem(scheme, m=most + 1), "cpu").kernel == "dpbusd512, 6×64 tile"
     # Of a mixture the rows of one expert count.
-    assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("fma512")
+    assert choose(problem("fp8", m=64, experts=16), "cpu").kernel.startswith("fma512")
+    assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("dpbf16512")
     assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith("fma512")
 
 
