@@ -188,14 +188,15 @@ def typical_rows(rows: int, experts: int) -> int:
 def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) -> tuple[Tile, int, int]:
     """(tile, operand kind, quantization mode) of a product."""
     have = instructions()
-    quantizes = activations.kind != "none"
+    quantizes, grouped = activations.kind != "none", bool(activations.group or weights.group)
     if quantizes and weights.tensor.dtype == torch.int8:
-        grouped = bool(activations.group or weights.group)
         tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
         return tile, A_I16 if tile.kind.startswith("pmaddwd") else A_I8, MODE_INT8
     # All weights and e4m3 codes are exact in bfloat16.
-    parts, plain = 1 if quantizes else PARTS[x.dtype], weights.tensor.dtype == torch.bfloat16
-    tile = float_tile(have, rows, parts=parts, plain=plain, float64=settings.float64_sums)
+    tile = float_tile(
+        have, rows, weight=weights.tensor.dtype, parts=1 if quantizes else PARTS[x.dtype], grouped=grouped,
+        float64=settings.float64_sums,
+    )  # fmt: skip
     codes = x.dtype == torch.float8_e4m3fn
     mode = MODE_E4M3 if quantizes and not codes else MODE_NONE
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode

@@ -13,12 +13,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from lowbit.ops.cpu_emit import (
-    I8,
-    I16,
     I32,
     I64,
     bf16_to_f32,
-    call,
     e4m3_to_f32,
     f32_to_bf16,
     load,
@@ -26,15 +23,13 @@ from lowbit.ops.cpu_emit import (
     pointer,
     prefetch,
     shuffle,
-    splat,
     store,
     vec,
 )
+from lowbit.ops.cpu_lookup import AT_ONCE, BYTES, IN_ORDER, Lookup
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
 from lowbit.ops.cpu_tiles import row_addresses, transpose
 
-AT_ONCE = 64
-_BYTES = vec(I8, AT_ONCE)
 AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
 
 
@@ -81,75 +76,13 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
         plain[n:padded] = 0
 
 
-def _table(storage: int) -> list[int]:
-    """bfloat16 bits of what each of 128 magnitudes stands for."""
-    import torch
-
-    codes = torch.arange(128, dtype=torch.uint8)
-    values = codes.view(torch.float8_e4m3fn) if storage == W_E4M3 else codes
-    bits = values.to(torch.bfloat16).view(torch.int16)
-    if storage == W_E4M3:
-        bits[127] = 0x7FC0
-    return [int(value) for value in bits]
-
-
-class _Lookup:
-    """64 stored codes → bfloat16, by looking both bytes up: wants AVX-512 VBMI.
-
-    Half the instructions of going through float32.
-    """
-
-    def __init__(self, stored: int) -> None:
-        self.stored, table = stored, _table(stored)
-
-        def constant(values: list[int]) -> ir.Constant:
-            signed = [value - 256 if value > 127 else value for value in values]
-            return ir.Constant(_BYTES, [ir.Constant(I8, value) for value in signed])
-
-        self.halves = [
-            [constant([bits >> shift & 0xFF for bits in table[first : first + 64]]) for first in (0, 64)]
-            for shift in (0, 8)
-        ]
-
-    def emit(self, builder: Any, codes: Any, order: list[int]) -> list:
-        """Codes taken in `order` → two vectors: of every 16 those of the first 8, and those of the others."""
-        codes = shuffle(builder, codes, codes, order)
-        sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
-        if self.stored == W_U8:  # int8 plus 128
-            codes = builder.xor(codes, sign_bits)
-        magnitude = codes
-        if self.stored != W_E4M3:
-            negated = builder.sub(splat(ir.Constant(I8, 0), AT_ONCE), codes)
-            negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), AT_ONCE))
-            magnitude = builder.select(negative, negated, codes)
-        lower, upper = (
-            call(builder, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [pair[0], magnitude, pair[1]])
-            for pair in self.halves
-        )
-        upper = builder.or_(upper, builder.and_(codes, sign_bits))
-        if self.stored != W_E4M3:  # −128 is beyond the table: 0xC300
-            lowest = builder.icmp_signed("==", codes, sign_bits)
-            upper = builder.select(lowest, splat(ir.Constant(I8, -61), AT_ONCE), upper)
-        # Bytes are interleaved within 128 bits, as the hardware does.
-        return [
-            builder.bitcast(
-                shuffle(builder, lower, upper, [16 * part + at + side for part in range(4)
-                                                for at in range(first, first + 8) for side in (0, AT_ONCE)]),
-                vec(I16, AT_ONCE // 2),
-            )
-            for first in (0, 8)
-        ]  # fmt: skip
-
-
 @intrinsic(prefer_literal=True)
 def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyped-def]
     """n codes (a multiple of 64) → bfloat16. `storage` is a compile-time constant."""
     if not isinstance(storage, types.Literal):
         return None
-    lookup = _Lookup(storage.literal_value)
+    lookup = Lookup(storage.literal_value)
     signature = types.void(storage, *[types.int64] * 3)
-    # Which codes must stand where for whole rows to come out.
-    order = [8 * quad + i for quad in (0, 4, 1, 5, 2, 6, 3, 7) for i in range(8)]
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, target, n = args[1:]
@@ -158,7 +91,8 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
             here = builder.add(source, position)
             prefetch(builder, builder.add(here, ir.Constant(I64, AHEAD)), 2)
             at = builder.add(target, builder.mul(position, ir.Constant(I64, 2)))
-            for i, found in enumerate(lookup.emit(builder, load(builder, here, _BYTES), order)):
+            codes = load(builder, here, BYTES)
+            for i, found in enumerate(lookup.emit(builder, shuffle(builder, codes, codes, IN_ORDER))):
                 store(builder, found, builder.add(at, ir.Constant(I64, 64 * i)))
             return []
 
@@ -176,7 +110,7 @@ def pack_bf16(typingctx, storage, source, stride, valid, target, ldt, n):  # typ
     """
     if not isinstance(storage, types.Literal):
         return None
-    lookup = _Lookup(storage.literal_value)
+    lookup = Lookup(storage.literal_value)
     signature = types.void(storage, *[types.int64] * 6)
     # Four codes of a column are two units: the first of four columns, then the second.
     order = [16 * part + 4 * column + pair + i for part in range(4) for pair in (0, 2)
@@ -195,7 +129,8 @@ def pack_bf16(typingctx, storage, source, stride, valid, target, ldt, n):  # typ
                 prefetch(builder, builder.add(row, ahead), 2)
             unit = builder.add(target, builder.mul(builder.lshr(position, ir.Constant(I64, 1)), ldt))
             for quad in transpose(builder, vectors):
-                for found in lookup.emit(builder, builder.bitcast(quad, _BYTES), order):
+                codes = builder.bitcast(quad, BYTES)
+                for found in lookup.emit(builder, shuffle(builder, codes, codes, order)):
                     store(builder, found, unit)
                     unit = builder.add(unit, ldt)
             return []

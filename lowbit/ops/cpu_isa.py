@@ -78,7 +78,7 @@ _FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=10)
 # In float64 each vector takes two registers.
 _WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
 _DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
-# Twice float32's rate; fewer rows are decoded while they are loaded.
+# Twice float32's rate. e4m3 codes may be looked up while they are loaded; others of a few rows become float32 there.
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
 _BFLOAT_ROWS = 5
 _MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
@@ -105,12 +105,18 @@ def integer_tile(
 
 
 def float_tile(
-    instructions: Instructions, rows: int, *, parts: int, plain: bool = False, float64: bool = False
+    instructions: Instructions,
+    rows: int,
+    *,
+    weight: torch.dtype,
+    parts: int,
+    grouped: bool = False,
+    float64: bool = False,
 ) -> Tile:
     """The tile for products of decoded codes accumulated in float32, or in float64.
 
-    `parts`: how many bfloat16 values an activation is the sum of, exactly; `plain`: weights are
-    bfloat16 and no codes. A few rows are decoded while they are loaded, which the float32 tiles do.
+    `weight`: bfloat16 values, or codes, packed ones as int32; `parts`: how many bfloat16 values an activation
+    is the sum of, exactly. A few rows are decoded while they are loaded, which the float32 tiles do.
     """
     if float64:
         return _WIDE_DOUBLE if instructions.wide else _DOUBLE
@@ -118,8 +124,11 @@ def float_tile(
         _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
     ):
         return replace(_MATRIX_BFLOAT, parts=parts)
-    if parts == 1 and not plain and instructions.bfloat16 and rows >= _BFLOAT_ROWS:
-        return _BFLOAT
+    if instructions.bfloat16 and parts == 1 and weight != torch.bfloat16:
+        if instructions.byte_lookup and weight == torch.float8_e4m3fn:
+            return replace(_BFLOAT, dot_rows=8 if grouped else 16)
+        if rows >= _BFLOAT_ROWS:
+            return _BFLOAT
     return _WIDE_FLOAT if instructions.wide else _FLOAT
 
 

@@ -17,10 +17,11 @@ from numba import carray, cfunc
 from lowbit.compiling import CACHE
 from lowbit.ops import cpu_step
 from lowbit.ops.cpu_block import DOT_COLS, dot_rows, packed_rows
-from lowbit.ops.cpu_decode import AT_ONCE, decode, pack_bf16
+from lowbit.ops.cpu_decode import decode, pack_bf16
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
+from lowbit.ops.cpu_lookup import AT_ONCE
 from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
 from lowbit.ops.cpu_tiles import pack
@@ -84,7 +85,8 @@ def matmul(
     lookup = byte_lookup and operand == A_BF16
     w_size = 2 if plain else 1
     # A few rows are bound by memory: decode while loading instead of into memory.
-    dot_kind = f"{kind}:{storage}" if kind.startswith("fma") else kind
+    dot_kind = f"{kind}:{storage}" if kind.startswith("fma") or (lookup and storage == "e4m3") else kind
+    dot_step = cpu_step.step_elements(dot_kind)
     tile_cols = tile_vectors * lanes
     panel_row = 4 * tile_cols
     dot_lines = cpu_step.requests(dot_kind, DOT_COLS)
@@ -140,7 +142,7 @@ def matmul(
             # tensor it is not. Floats could meet a NaN code. And groups lie in the operand as they do here.
             even = (k_all + step - 1) // step * step
             inside = w0 + (cols - 1) * w_row + w_size * even <= p[M_W_END]
-            inside = inside and (integer or even == k_all) and (not grouped or group == group_padded)
+            inside = inside and (integer or k_all % dot_step == 0) and (not grouped or group % dot_step == 0)
             if rows <= p[M_DOT_ROWS] and inside:
                 if DOT_COLS * w_row > NEAR:
                     dot_rows(

@@ -165,7 +165,6 @@ def _dot_sums(
     a_rows = [builder.add(a_side[0], builder.mul(a_side[1], ir.Constant(I64, i))) for i in range(rows)]
     b_rows = [builder.add(b_side[0], builder.mul(b_side[1], ir.Constant(I64, j))) for j in range(cols)]
     zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
-    tracks_nan = step.storage == "e4m3"
 
     def body(position: Any, values: list) -> list:
         sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
@@ -173,12 +172,12 @@ def _dot_sums(
         offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
         b_vectors = []
         for j, row in enumerate(b_rows):
-            step.nan_codes = nans[j] if tracks_nan else None
+            step.nan_codes = nans[j] if step.shrunk else None
             b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
             if j < lines:
                 line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
                 prefetch(builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache)
-            if tracks_nan:
+            if step.shrunk:
                 nans[j] = step.nan_codes
         for i, row in enumerate(a_rows):
             a_vector = step.load_a(builder, builder.add(row, offset_a))
@@ -186,7 +185,7 @@ def _dot_sums(
                 sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
         return sums + nans
 
-    starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
+    starts = [zero] * (rows * cols) + [no_nan] * (cols if step.shrunk else 0)
     ended = loop(builder, count, step.elements, starts, body)
     any_nan: Any = ir.Constant(vec(I1, 4), None)
     for j, codes in enumerate(ended[rows * cols :]):
