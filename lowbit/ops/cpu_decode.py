@@ -13,6 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from lowbit.ops.cpu_emit import (
+    F32,
     I32,
     I64,
     bf16_to_f32,
@@ -23,11 +24,13 @@ from lowbit.ops.cpu_emit import (
     pointer,
     prefetch,
     shuffle,
+    splat,
     store,
     vec,
 )
 from lowbit.ops.cpu_lookup import AT_ONCE, BYTES, IN_ORDER, Lookup
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
+from lowbit.ops.cpu_step import lanes
 from lowbit.ops.cpu_tiles import row_addresses, transpose
 
 AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
@@ -102,43 +105,87 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
     return signature, codegen
 
 
-@intrinsic(prefer_literal=True)
-def pack_bf16(typingctx, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
-    """`cpu_tiles.pack` of n codes (a multiple of 64) of 16 rows as bfloat16: transposed as bytes, decoded after that.
+def packs_at_once(kind: str, storage: int, lookup: bool) -> int:
+    """How many codes of a row `pack_codes` takes at a time; 0 where it does not know the kind."""
+    if storage == W_BF16 or kind.startswith(("dpbusd", "pmaddwd")):
+        return 0
+    return AT_ONCE if lookup else 4 * lanes(kind) if kind.startswith("fma") else 0
 
-    `storage` is a compile-time constant. Half of what there is to transpose once they are decoded.
+
+@intrinsic(prefer_literal=True)
+def pack_codes(typingctx, kind, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
+    """`cpu_tiles.pack` of n codes of rows as stored: transposed as bytes, decoded after that.
+
+    `kind` and `storage` are compile-time constants, n is a multiple of `packs_at_once`. A half
+    or a quarter of what there is to transpose once they are decoded.
     """
-    if not isinstance(storage, types.Literal):
+    if not all(isinstance(t, types.Literal) for t in (kind, storage)):
         return None
-    lookup = Lookup(storage.literal_value)
-    signature = types.void(storage, *[types.int64] * 6)
+    columns, stored = lanes(kind.literal_value), storage.literal_value
+    lookup = Lookup(stored) if kind.literal_value.startswith("dpbf16") else None
     # Four codes of a column are two units: the first of four columns, then the second.
     order = [16 * part + 4 * column + pair + i for part in range(4) for pair in (0, 2)
              for column in range(4) for i in (0, 1)]  # fmt: skip
-    columns = AT_ONCE // 4
+    signature = types.void(kind, storage, *[types.int64] * 6)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        source, stride, valid, target, ldt, n = args[1:]
+        source, stride, valid, target, ldt, n = args[2:]
         rows = row_addresses(builder, source, stride, valid, columns)
         ahead = builder.mul(stride, ir.Constant(I64, columns))
+        units_in_four = ir.Constant(I64, 1 if lookup else 0)  # a shift: two units, or four
 
         def body(position: Any, _: list) -> list:
             at_rows = [builder.add(row, position) for row in rows]
             vectors = [load(builder, row, vec(I32, columns)) for row in at_rows]
             for row in at_rows:
                 prefetch(builder, builder.add(row, ahead), 2)
-            unit = builder.add(target, builder.mul(builder.lshr(position, ir.Constant(I64, 1)), ldt))
-            for quad in transpose(builder, vectors):
-                codes = builder.bitcast(quad, BYTES)
-                for found in lookup.emit(builder, shuffle(builder, codes, codes, order)):
+            unit = builder.add(target, builder.mul(builder.lshr(position, units_in_four), ldt))
+            for four in transpose(builder, vectors):
+                if lookup is None:
+                    units = _as_floats(builder, stored, four)
+                else:
+                    codes = builder.bitcast(four, BYTES)
+                    units = lookup.emit(builder, shuffle(builder, codes, codes, order))
+                for found in units:
                     store(builder, found, unit)
                     unit = builder.add(unit, ldt)
             return []
 
-        loop(builder, n, AT_ONCE, [], body)
+        loop(builder, n, 4 * columns, [], body)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _as_floats(builder: Any, stored: int, four: Any) -> list:
+    """A vector of four codes each → four of float32, exactly: the first codes, the second, …"""
+    count = four.type.count
+
+    def all_of(value: int) -> ir.Constant:
+        return splat(ir.Constant(I32, value), count)
+
+    real = vec(F32, count)
+    if stored != W_E4M3:
+        if stored == W_U8:  # int8 plus 128
+            four = builder.xor(four, all_of(-0x7F7F7F80))
+        tops = [builder.shl(four, all_of(shift)) for shift in (24, 16, 8, 0)]
+        return [builder.sitofp(builder.ashr(top, all_of(24)), real) for top in tops]
+    found = []
+    for shift in (0, 8, 16, 24):
+        code = builder.lshr(four, all_of(shift))
+        magnitude = builder.and_(code, all_of(0x7F))
+        bits = builder.shl(magnitude, all_of(20))
+        # Below 2⁻⁶ codes count 2⁻⁹: with a one in front, less that one. No denormals, which may be switched off.
+        normal = builder.add(bits, all_of(120 << 23))
+        small = builder.bitcast(builder.add(bits, all_of(121 << 23)), real)
+        small = builder.bitcast(builder.fsub(small, splat(ir.Constant(F32, 2.0**-6), count)), four.type)
+        value = builder.select(builder.icmp_unsigned("<", magnitude, all_of(8)), small, normal)
+        value = builder.select(
+            builder.icmp_unsigned("==", magnitude, all_of(0x7F)), all_of(0x7FC00000), value
+        )
+        sign = builder.shl(builder.and_(code, all_of(0x80)), all_of(24))
+        found.append(builder.bitcast(builder.or_(value, sign), real))
+    return found
 
 
 @njit(inline="always")

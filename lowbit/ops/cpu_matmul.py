@@ -17,11 +17,10 @@ from numba import carray, cfunc
 from lowbit.compiling import CACHE
 from lowbit.ops import cpu_step
 from lowbit.ops.cpu_block import DOT_COLS, dot_rows, packed_rows
-from lowbit.ops.cpu_decode import decode, pack_bf16
+from lowbit.ops.cpu_decode import decode, pack_codes, packs_at_once
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
-from lowbit.ops.cpu_lookup import AT_ONCE
 from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
 from lowbit.ops.cpu_tiles import pack
@@ -87,6 +86,7 @@ def matmul(
     # A few rows are bound by memory: decode while loading instead of into memory.
     dot_kind = f"{kind}:{storage}" if kind.startswith("fma") or (lookup and storage == "e4m3") else kind
     dot_step = cpu_step.step_elements(dot_kind)
+    at_once = packs_at_once(kind, stored, lookup)
     tile_cols = tile_vectors * lanes
     panel_row = 4 * tile_cols
     dot_lines = cpu_step.requests(dot_kind, DOT_COLS)
@@ -181,19 +181,18 @@ def matmul(
                     units = padded * element // 4
                     group_units = group_padded * element // 4 if grouped else units
                     inside = w + (cols - 1) * w_row + w_size * padded <= p[M_W_END]
-                    # Whole lines of codes are transposed before they are decoded.
-                    bytewise = depth // AT_ONCE * AT_ONCE if lookup and piece == depth else 0
+                    quick = depth // at_once * at_once if at_once and piece == depth else 0
                     for j in range(0, cols, lanes):
                         valid = min(lanes, cols - j)
                         rows_at, stride = w + j * w_row, w_row
                         at = panel + j // tile_cols * tile_cols * 4 * units + j % tile_cols * 4
-                        if lookup and bytewise > 0:
-                            pack_bf16(stored, rows_at, stride, valid, at, panel_row, bytewise)
+                        if at_once and quick > 0:
+                            pack_codes(kind, stored, rows_at, stride, valid, at, panel_row, quick)
                         if not (integer and inside and piece == depth):
                             rows_at, stride = decoded, padded * row_element
                             for i in range(valid):
                                 source_at, target = w + (j + i) * w_row, decoded + i * stride
-                                for done in range(bytewise, depth, piece):
+                                for done in range(quick, depth, piece):
                                     count = min(piece, depth - done)
                                     filled = (count + step - 1) // step * step
                                     decode(
@@ -206,7 +205,7 @@ def matmul(
                                         filled,
                                     )
                                     target += filled * row_element
-                        done = bytewise * element // 4
+                        done = quick * element // 4
                         if done < units:
                             pack(kind, rows_at, stride, valid, at + done * panel_row, panel_row, units - done)
                     if grouped:
