@@ -100,7 +100,7 @@ KEEP_RULES = (
         "head",
         re.compile(
             r"^head\.|(^|.*\.)pooler\.dense$"
-            r"|^(model\.)?(linear|colbert_linear|sparse_linear|custom_text_proj|embedding_proj_layer)$"
+            r"|^(model\.)?(linear|colbert_linear|sparse_linear|custom_text_proj|embedding_proj_layer|text_projection)$"
         ),
         "behind the last layer; engines keep it in float",
     ),
@@ -138,7 +138,7 @@ KEEP_RULES = (
     ),
     Rule("other", _inside("ngram_embeddings"), "an embedding by its name"),  # LongCat-Flash, with its projections
     # Towers, and what joins them to the text, by other names: `vision_resampler`, `vit_merger`, `whisper_encoder`
-    Rule("vision", _ahead(r"(\w+_)?(vision|visual(?!_projection)|image|video)(_\w+)?", r"vit_\w+"), "vision tower"),
+    Rule("vision", _ahead(r"(\w+_)?(vision|visual|image|video)(_\w+)?", r"vit_\w+"), "vision tower"),
     Rule("audio", _ahead(r"(\w+_)?audio(_\w+)?", r"(\w+_)?whisper_\w+", "tts"), "audio tower"),
 )  # fmt: skip
 

@@ -81,6 +81,8 @@ KEPT = {
     "v_head": ("head", BIG),
     "linear": ("head", BIG),  # ColBERT
     "custom_text_proj": ("head", BIG),  # ColQwen
+    "text_projection": ("head", BIG),  # CLIP
+    "visual_projection": ("vision", BIG),
     "language_model.output": ("head", BIG),  # InternVL with InternLM2
     "transformer.output_layer": ("head", BIG),  # ChatGLM
     "model.transformer.ff_out": ("head", BIG),  # Molmo
