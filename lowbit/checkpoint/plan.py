@@ -24,11 +24,12 @@ from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import (
     FORMATS,
+    QUANTIZATION_KEYS,
     Format,
     Layout,
     StoredModule,
+    configs_in,
     get_format,
-    quantization_of,
     read,
     rotated_inputs,
 )
@@ -165,7 +166,7 @@ def make_plan(
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
     )
-    config = _config(source, scheme, target, layout, replacements, stored)
+    config = _config(source, scheme, target, layout, replacements, stored, main_dtype)
     if rotated := rotated_inputs(config):
         warnings.append(_about_rotated(rotated, planner.schemes))
     return Plan(
@@ -327,17 +328,26 @@ def _config(
     layout: Layout,
     replacements: Replacements | None,
     stored: Mapping[str, StoredModule],
+    main_dtype: str,
 ) -> dict[str, Any]:
-    """The source's config.json with its quantization replaced."""
+    """The source's config.json with its quantization replaced, wherever in it that stood."""
     config = json.loads(json.dumps(source.config))
-    found = quantization_of(config)
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if holder.get(key) == found:
-                holder.pop(key)
-    if scheme.float_dtype is not None:
-        for holder in (config, config.get("text_config") or {}):
-            holder.update({k: scheme.float_dtype for k in ("torch_dtype", "dtype") if k in holder})
+    # Parts of the model may have another float dtype, in which they stay.
+    before = [
+        config.get("torch_dtype"),
+        config.get("dtype"),
+        *(n for n, d in FLOAT_NAMES.items() if d == main_dtype),
+    ]
+    for holder in list(configs_in(config)):
+        for key in QUANTIZATION_KEYS:
+            holder.pop(key, None)
+        for key in ("torch_dtype", "dtype"):
+            if (
+                scheme.float_dtype is not None
+                and key in holder
+                and (holder is config or holder[key] in before)
+            ):
+                holder[key] = scheme.float_dtype
     if replacements:
         config.update(replacements.config_overrides)
     if "expert_dtype" in config or any(m.spec.dtype is E2M1 for m in stored.values()):

@@ -10,7 +10,17 @@ from lowbit.errors import InputError
 from lowbit.formats.ascend import DESCRIPTION, Ascend
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
 from lowbit.formats.compressed_tensors import CompressedTensors
-from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule, quantization_of, rotated_inputs
+from lowbit.formats.format import (
+    QUANTIZATION_KEYS,
+    Format,
+    Info,
+    Layout,
+    Stored,
+    StoredModule,
+    configs_in,
+    quantization_of,
+    rotated_inputs,
+)
 from lowbit.formats.hf_fp8 import HfFp8
 from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
@@ -26,11 +36,13 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "METHOD_OF_DESCRIPTION",
+    "QUANTIZATION_KEYS",
     "Format",
     "Info",
     "Layout",
     "Stored",
     "StoredModule",
+    "configs_in",
     "get_format",
     "quantization_of",
     "read",

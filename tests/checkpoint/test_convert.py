@@ -264,6 +264,21 @@ def test_a_nested_quantization_config_is_replaced(tmp_path):
     assert out["quantization_config"]["format"] == "int-quantized"
 
 
+@pytest.mark.parametrize("scheme", ["int8", "bf16", "fp16"])
+def test_a_quantization_config_within_any_part_is_replaced(scheme, tmp_path):
+    """InternVL has an `llm_config`, Qwen's Omni models a `text_config` in a `thinker_config`."""
+    text, text_config = block_fp8(*llama())
+    config = {"model_type": "internvl_chat", "llm_config": {"deeper": text_config}, "torch_dtype": "bfloat16",
+              "vision_config": {"torch_dtype": "float32", "quantization_config": {"quant_method": "fp8"}}}  # fmt: skip
+    lowbit.convert(write(tmp_path / "src", text, config), tmp_path / "out", scheme)
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in out["llm_config"]["deeper"]
+    assert out["vision_config"] == {"torch_dtype": "float32"}
+    assert ("quantization_config" in out) == (scheme == "int8")
+    dtype = "float16" if scheme == "fp16" else "bfloat16"
+    assert (out["torch_dtype"], out["llm_config"]["deeper"]["torch_dtype"]) == (dtype, dtype)
+
+
 def test_vision_towers_stay(tmp_path):
     tensors, config = vision_language()
     src = write(tmp_path / "src", tensors, config)
