@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.others import entries, others_below
 from lowbit.errors import InputError
-from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, quantization_of
+from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, MODELOPT, modelopt_config, quantization_of
 
 # safetensors' own limit; a longer one is an attack or a broken file.
 MAX_HEADER_BYTES = 100_000_000
@@ -70,7 +70,7 @@ class Checkpoint:
     shards: tuple[Path, ...] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     """`config.json`; empty where there is none. Where a file of its own describes the quantization
-    (msModelSlim's), that is its `quantization_config`."""
+    (msModelSlim's, ModelOpt's), that is its `quantization_config`."""
     others: tuple[Path, ...] = field(repr=False)
     """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
     notes: tuple[str, ...] = field(default=())
@@ -360,12 +360,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = _read_config(config_file) if config_file.is_file() else {}
     if not config:
         notes.append("no config.json: the architecture is unknown")
-    description = root / DESCRIPTION
-    if description.is_file():
-        if quantization_of(config):
-            notes.append(f"{DESCRIPTION} is left out: config.json has a quantization_config")
-        else:
-            config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
-    skip = {*found, *indexes, config_file, root / MANIFEST, description}
+    own: dict[Path, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        root / DESCRIPTION: lambda file: {"quant_method": METHOD_OF_DESCRIPTION, **file},
+        root / MODELOPT: modelopt_config,
+    }
+    for file, as_config in own.items():
+        if file.is_file() and quantization_of(config):
+            notes.append(f"{file.name} is left out: config.json has a quantization_config")
+        elif file.is_file():
+            config["quantization_config"] = as_config(read_json(file))
+    skip = {*found, *shards, *indexes, config_file, root / MANIFEST, *own}
     others = others_below(root, skip, notes)
     return Checkpoint(root, tensors, tuple(shards), config, others, tuple(notes))

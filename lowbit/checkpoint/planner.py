@@ -28,11 +28,13 @@ FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BESIDE_CODES = (
     "input_scale",
     "activation_scale",
+    "input_scale_ub",
     "input_zero_point",
     "weight_shape",
     "weight_zero_point",
 )
-"""Tensors of a module that belong to its codes, beside their scale: `activation_scale` is Mistral's."""
+"""Tensors of a module that belong to its codes, beside their scale: `activation_scale` is Mistral's, `input_scale_ub`
+FBGEMM's."""
 
 
 @dataclass(frozen=True, kw_only=True)

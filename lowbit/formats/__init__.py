@@ -21,11 +21,17 @@ from lowbit.formats.format import (
     quantization_of,
     rotated_inputs,
 )
+from lowbit.formats.fp8_of_others import MODELOPT, READERS, modelopt_config
 from lowbit.formats.hf_fp8 import HfFp8
 from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+# What other quantizations store beside, or in place of, `….weight`.
+_OF_OTHERS = (
+    ".qweight", ".qzeros", ".weight_packed", ".compressed", ".bitmask", ".W_q", ".SCB", ".absmax", ".quant_map",
+)  # fmt: skip
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8(), Ascend(), SglangInt8())}
 METHODS: dict[str, Format] = {f.quant_method: f for f in FORMATS.values()}
@@ -36,6 +42,7 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "METHOD_OF_DESCRIPTION",
+    "MODELOPT",
     "QUANTIZATION_KEYS",
     "Format",
     "Info",
@@ -44,6 +51,7 @@ __all__ = [
     "StoredModule",
     "configs_in",
     "get_format",
+    "modelopt_config",
     "quantization_of",
     "read",
     "rotated_inputs",
@@ -74,6 +82,11 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
     found = _read_declared(quantization, tensors) if quantization else _read_undeclared(tensors)
     taken = {name for module in found.values() for name in module.names.values()}
     for name, info in tensors.items():
+        if name not in taken and _quantized_otherwise(name, info, tensors):
+            raise InputError(
+                f"{name}: found what belongs to weights of a quantization that cannot be read; start from the model in "
+                "float, or dequantize the checkpoint with its own tools first"
+            )
         if info.dtype in _FLOAT8 and name not in taken:
             raise InputError(
                 f"{name}: found {info.dtype} codes {list(info.shape)} that cannot be read; expected FP8 in E4M3 "
@@ -82,15 +95,26 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
     return found
 
 
+def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> bool:
+    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, bitsandbytes or ModelOpt (FP4) quantized.
+
+    Their config may be a file of its own, so that config.json says nothing.
+    """
+    if name.endswith(_OF_OTHERS):
+        return True
+    return name.endswith(".weight") and info.dtype in ("U8", "I8") and name + "_scale" in tensors
+
+
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
     method = quantization.get("quant_method", "compressed-tensors")
-    if not isinstance(method, str) or method not in METHODS:
+    readers = {name: f.read for name, f in METHODS.items()} | READERS
+    if not isinstance(method, str) or method not in readers:
         raise InputError(
-            f"quantization_config: expected quant_method {' or '.join(METHODS)}, found {method!r}; "
+            f"quantization_config: expected quant_method {' or '.join(readers)}, found {method!r}; "
             "start from the model in float, or dequantize it with its own tools first"
         )
     try:
-        return METHODS[method].read(quantization, tensors)
+        return readers[method](quantization, tensors)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:

@@ -110,10 +110,17 @@ class CompressedTensors(ConfigOnly):
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+        sparsity = (config.get("sparsity_config") or {}).get("format")
+        for found_format in (sparsity, config.get("format")):
+            if str(found_format).startswith(("sparse", "marlin")):
+                raise InputError(
+                    f"quantization_config: expected weights with all of their columns, found {found_format}; "
+                    "decompress the checkpoint with compressed-tensors first, or start from the model in float"
+                )
         groups = [
             (g.get("targets") or [], _scheme_of(g)) for g in (config.get("config_groups") or {}).values()
         ]
-        if not groups:
+        if not groups and not config.get("kv_cache_scheme"):  # which may be all that is quantized
             raise InputError(
                 "quantization_config: expected config_groups, found none; the config is incomplete"
             )
@@ -160,11 +167,15 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     found = quantization_of(layout.config).get("kv_cache_scheme")
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
     if found and carried and layout.kv_cache is None:
-        return dict(found)
+        # AutoFP8 says `static` and ModelOpt part of it, and mean this; vLLM refuses one that does not say all.
+        return {**(_args(_STATIC_FP8) or {}), **(found if isinstance(found, dict) else {})}
     args = _args(layout.kv_cache)
     if args is not None and args["strategy"] == "channel":
         args["strategy"] = "attn_head"
     return args
+
+
+_STATIC_FP8 = TensorSpec(dtype=E4M3FN, granularity=PerTensor())
 
 
 def format_of(scheme: Scheme) -> str:
@@ -236,7 +247,10 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
             size = args.get("group_size")
             granularity = PerGroup(size) if isinstance(size, int) and size > 0 else PerChannel()
         case "block":
-            rows, cols = args.get("block_structure") or (128, 128)
+            block = args.get("block_structure") or (128, 128)
+            rows, cols = (
+                block.split("x") if isinstance(block, str) else block
+            )  # older versions wrote "128x128"
             granularity = PerBlock(int(rows), int(cols))
         case _:
             raise InputError(f"quantization_config: expected a known strategy, found {strategy!r}")

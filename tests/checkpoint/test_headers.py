@@ -480,6 +480,19 @@ def test_the_index_decides_which_files_belong(tmp_path):
     assert any("left out: consolidated.safetensors" in n for n in found.notes)
 
 
+def test_shards_in_a_folder_that_the_index_names_are_not_said_to_be_left_out(tmp_path):
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    said["weight_map"] = {name: f"weights/{file}" for name, file in said["weight_map"].items()}
+    index.write_text(json.dumps(said))
+    (tmp_path / "weights").mkdir()
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(tmp_path / "weights" / file.name)
+    found = open_checkpoint(tmp_path)
+    assert len(found.shards) == 2 and not any("left out" in note for note in found.notes)
+
+
 def test_tensors_that_the_index_forgot_are_taken_along(tmp_path):
     sharded(tmp_path)
     edit_index(tmp_path, lambda i: i["weight_map"].pop("model.norm.weight"))

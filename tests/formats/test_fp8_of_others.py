@@ -1,0 +1,143 @@
+"""FP8 as AutoFP8, ModelOpt and FBGEMM store it, and what others store that is not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sample_models import Tensors, llama, load, same_bits, write
+
+import lowbit
+from lowbit.errors import InputError
+
+NAME = "model.layers.0.mlp.up_proj"
+AUTOFP8 = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+KV = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+}
+
+
+def per_tensor(**extra: float) -> tuple[Tensors, dict[str, Any], Tensors]:
+    """(tensors with a scalar weight_scale and input_scale, config.json, what the weights mean)."""
+    tensors, config = llama()
+    stored, meant = dict(tensors), {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().max() / 448
+        stored[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        stored[name + "_scale"] = scale
+        stored[name.removesuffix("weight") + "input_scale"] = torch.tensor(0.0625)
+        meant[name] = stored[name].float() * scale
+    for layer in (0, 1):
+        for key, value in extra.items():
+            stored[f"model.layers.{layer}.self_attn.{key[0]}_proj.{key}"] = torch.tensor(value)
+    return stored, config, meant
+
+
+def quantization(out: Path) -> dict[str, Any]:
+    return json.loads((out / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("declared", [
+    AUTOFP8,
+    {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}},
+])  # fmt: skip
+def test_static_fp8_is_carried_bit_for_bit(declared, tmp_path):
+    stored, config, meant = per_tensor()
+    src = write(tmp_path / "src", stored, {**config, "quantization_config": declared})
+    lowbit.convert(src, tmp_path / "static", "fp8-static")
+    written = load(tmp_path / "static")
+    assert same_bits(written[NAME + ".weight"], stored[NAME + ".weight"])
+    for scale in ("weight_scale", "input_scale"):
+        assert same_bits(written[f"{NAME}.{scale}"], stored[f"{NAME}.{scale}"].reshape(1))
+    assert (
+        quantization(tmp_path / "static")["config_groups"]["group_0"]["input_activations"]["dynamic"] is False
+    )
+    lowbit.convert(src, tmp_path / "bf16", "bf16")
+    assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant[NAME + ".weight"].bfloat16())
+    assert lowbit.verify(tmp_path / "static", src).ok
+
+
+@pytest.mark.parametrize("said", ["static", {"num_bits": 8, "type": "float", "dynamic": False}])
+def test_a_kv_cache_that_is_described_in_short(said, tmp_path):
+    """vLLM refuses a kv_cache_scheme that does not say that it is symmetric and per tensor."""
+    stored, config, _ = per_tensor(k_scale=0.5, v_scale=0.25)
+    config["quantization_config"] = {**AUTOFP8, "kv_cache_scheme": said}
+    lowbit.convert(write(tmp_path / "src", stored, config), tmp_path / "out", "int8")
+    assert quantization(tmp_path / "out")["kv_cache_scheme"] == KV
+    assert load(tmp_path / "out")["model.layers.0.self_attn.v_proj.v_scale"] == 0.25
+
+
+def test_modelopts_config_in_a_file_of_its_own(tmp_path):
+    stored, config, meant = per_tensor(k_scale=0.5, v_scale=0.25)
+    said = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    file = json.dumps({"producer": {"name": "modelopt"}, "quantization": said})
+    src = write(tmp_path / "src", stored, config, files={"hf_quant_config.json": file})
+    assert "14 × fp8-static" in lowbit.inspect(src).quantization
+    lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (
+        tmp_path / "out" / "hf_quant_config.json"
+    ).exists()  # engines would take the result for ModelOpt's
+    assert quantization(tmp_path / "out")["kv_cache_scheme"] == KV
+    lowbit.convert(src, tmp_path / "bf16", "bf16")
+    assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant[NAME + ".weight"].bfloat16())
+
+
+@pytest.mark.parametrize("said", [{}, {"quantization": None}, {"quantization": {"quant_algo": "NVFP4"}}])
+def test_modelopt_that_is_not_read(said, tmp_path):
+    stored, config, _ = per_tensor()
+    src = write(tmp_path / "src", stored, config, files={"hf_quant_config.json": json.dumps(said)})
+    with pytest.raises(InputError, match=r"of ModelOpt expected quant_algo FP8, found (None|'NVFP4')"):
+        lowbit.plan(src, "int8")
+
+
+def test_fbgemm_has_a_scale_per_row(tmp_path):
+    tensors, config = llama()
+    stored = dict(tensors)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().amax(1, keepdim=True) / 448
+        stored[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        stored[name + "_scale"] = scale
+        stored[name.removesuffix("weight") + "input_scale_ub"] = torch.tensor([1200.0])
+    config["quantization_config"] = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    src = write(tmp_path / "src", stored, config)
+    lowbit.convert(src, tmp_path / "out", "fp8")
+    written = load(tmp_path / "out")
+    assert same_bits(written[NAME + ".weight"], stored[NAME + ".weight"])
+    assert same_bits(written[NAME + ".weight_scale"], stored[NAME + ".weight_scale"])
+    assert not any("input_scale_ub" in name for name in written)
+    assert sum(t.numel() for t in tensors.values()) == lowbit.inspect(src).parameters
+
+
+OTHERS = {
+    "GPTQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "bitsandbytes": {
+        "weight": torch.uint8,
+        "weight.absmax": torch.float32,
+        "weight.quant_map": torch.float32,
+    },
+    "NVFP4": {"weight": torch.uint8, "weight_scale": torch.float32},
+    "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
+    "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
+}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "bf16"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_weights_of_other_quantizations_are_refused(kind, scheme, tmp_path):
+    """Their config may be elsewhere: what was left of the model was quantized, and their codes copied beside it."""
+    tensors, config = llama()
+    del tensors[NAME + ".weight"]
+    tensors |= {f"{NAME}.{suffix}": torch.ones(64, 32, dtype=dtype) for suffix, dtype in OTHERS[kind].items()}
+    src = write(tmp_path / "src", tensors, config)
+    with pytest.raises(
+        InputError, match="found what belongs to weights of a quantization that cannot be read"
+    ):
+        lowbit.plan(src, scheme)
