@@ -25,6 +25,7 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("c_fc_0", "c_fc_1"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
