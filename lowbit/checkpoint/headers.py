@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.others import entries, others_below
+from lowbit.checkpoint.others import entries, is_adapter, others_below
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, MODELOPT, modelopt_config, quantization_of
 
@@ -315,6 +315,10 @@ def _no_weights(root: Path) -> InputError:
             f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
             "opened: save the model as safetensors first"
         )
+    if any(is_adapter(file) for file in root.glob("*.safetensors")):
+        return InputError(
+            f"{root}: expected a model's weights, found low-rank adapters alone; merge them into their model first"
+        )
     if snapshots := sorted(root.glob("snapshots/*")):
         return InputError(
             f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
@@ -342,7 +346,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     notes: list[str] = []
     # macOS leaves a `._name` beside each file that it copies; no shard's name begins with a dot.
-    found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith("."))
+    found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith(".") and not is_adapter(f))
     indexes = sorted(root.glob("*.safetensors.index.json"))
     if indexes:
         tensors, shards = _read_indexed(root, _index_of(root, indexes, notes), notes)

@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
@@ -76,6 +77,12 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         return sum(s.nbytes for s in self.shards)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether there is an index: engines without one take every *.safetensors for weights, adapters too."""
+        beside = any(f.parent == Path() and f.suffix == ".safetensors" for f in self.source.others)
+        return len(self.shards) > 1 or beside
 
     def digest(self) -> str:
         """Names this conversion: the same source, settings and version give the same 32 hex digits."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sample_models import (
     Tensors,
     block_fp8,
@@ -262,6 +263,18 @@ def test_a_nested_quantization_config_is_replaced(tmp_path):
     out = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in out["text_config"]
     assert out["quantization_config"]["format"] == "int-quantized"
+
+
+def test_an_index_keeps_adapters_apart_from_weights(tmp_path):
+    """vLLM takes all *.safetensors of a directory for weights where no index names them."""
+    src = write(tmp_path / "src", *llama(), files={"adapter_config.json": "{}"})
+    save_file({"base_model.x.lora_A.weight": torch.ones(2, 2)}, src / "adapter_model.safetensors")
+    lowbit.convert(src, tmp_path / "out", "int8")
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "out" / adapter).read_bytes() == (src / adapter).read_bytes()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {"model.safetensors"}
+    assert lowbit.verify(tmp_path / "out", src).ok
 
 
 @pytest.mark.parametrize("scheme", ["int8", "bf16", "fp16"])

@@ -409,6 +409,25 @@ def test_files_beside_the_weights(tmp_path):
     assert len(left) == 5
 
 
+@pytest.mark.parametrize("index", [True, False])
+def test_low_rank_adapters_belong_to_the_model(tmp_path, index):
+    """They were left out, and what said that they are there was carried."""
+    files = {"adapter_config.json": "{}", "adapter_model.safetensors": "x", "vision-lora/adapter_config.json": "{}",
+             "vision-lora/adapter_model.safetensors": "y", "old/adapter_model.safetensors": "z"}  # fmt: skip
+    tensors, config = llama()
+    found = open_checkpoint(write(tmp_path, tensors, config, files=files, place=len if index else None))
+    assert set(map(str, found.others)) == set(files) - {"old/adapter_model.safetensors"}
+    assert found.notes == ("other weights are left out: old/adapter_model.safetensors",)
+    assert found.tensors.keys() == tensors.keys()
+
+
+def test_adapters_without_their_model(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="found low-rank adapters alone; merge them into their model first"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_weights_of_a_sentence_transformers_own_modules_belong_to_it(tmp_path, listed):
     modules = [{"path": "", "type": "Transformer"}, *[{"path": "2_Dense", "type": "Dense"}] * listed]
