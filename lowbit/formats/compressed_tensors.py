@@ -168,14 +168,14 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
     if found and carried and layout.kv_cache is None:
         # AutoFP8 says `static` and ModelOpt part of it, and mean this; vLLM refuses one that does not say all.
-        return {**(_args(_STATIC_FP8) or {}), **(found if isinstance(found, dict) else {})}
+        return _STATIC_FP8 | (found if isinstance(found, dict) else {})
     args = _args(layout.kv_cache)
     if args is not None and args["strategy"] == "channel":
         args["strategy"] = "attn_head"
     return args
 
 
-_STATIC_FP8 = TensorSpec(dtype=E4M3FN, granularity=PerTensor())
+_STATIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def format_of(scheme: Scheme) -> str:

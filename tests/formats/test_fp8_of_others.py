@@ -20,7 +20,6 @@ KV = {
     "type": "float",
     "symmetric": True,
     "strategy": "tensor",
-    "group_size": None,
     "dynamic": False,
 }
 
