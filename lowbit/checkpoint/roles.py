@@ -91,7 +91,8 @@ KEEP_RULES = (
         "head",
         # Of classifiers, rerankers, reward models and embedders of each token
         _ahead(
-            "(pre_)?classifier", "score", "v_head", "(value|reward|rm)_head", "regression_layer",
+            "(pre_)?classifier", "classification_head", "sequence_summary", "logits_proj",
+            "score", "v_head", "(value|reward|rm)_head", "regression_layer",
             r"cls\.(predictions\.transform|seq_relationship)",
         ),
         "output head",
@@ -132,7 +133,7 @@ KEEP_RULES = (
         "other",
         _last(
             r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?(\.\d+)?", "embed_(global|timestep)", r"\w+_tokens?",
-            r"\w+_embeds_layers?(\.\d+)?", "visual_embeddings_table",
+            r"\w+_embeds_layers?(\.\d+)?", "visual_embeddings_table", r"HashBucketCodepointEmbedder_\d+",
         ),
         "an embedding by its name",
     ),
@@ -208,6 +209,8 @@ def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> t
     """(role, reason to keep it or "") of the module that owns a weight of that shape."""
     if reason := read_by_code(module, config):
         return "projection", reason
+    if module == _TIED_HEADS.get(str(config.get("model_type"))):  # untied, so that it is there
+        return "head", "output head"
     own = KEEP_RULES_OF.get(config.get("model_type", ""))
     for rule in (*([own] if own else ()), *KEEP_RULES):
         if rule.pattern.match(module):

@@ -80,6 +80,9 @@ KEPT = {
     "score.0": ("head", BIG),  # Qwen2.5-Math-RM
     "v_head": ("head", BIG),
     "linear": ("head", BIG),  # ColBERT
+    "classification_head.dense": ("head", BIG),  # BART
+    "sequence_summary.summary": ("head", BIG),  # XLNet
+    "logits_proj": ("head", BIG),
     "custom_text_proj": ("head", BIG),  # ColQwen
     "text_projection": ("head", BIG),  # CLIP
     "visual_projection": ("vision", BIG),
@@ -94,6 +97,7 @@ KEPT = {
     "embed_text_tokens": ("other", BIG),  # CSM
     "fine_acoustics.input_embeds_layers.0": ("other", BIG),  # Bark
     "vte": ("embedding", BIG),  # Ovis
+    "canine.char_embeddings.HashBucketCodepointEmbedder_0": ("other", BIG),
     "model.layers.0.mlp.router.classifier": ("router", BIG),  # LongCat-Flash
     "model.layers.0.mlp.router_gate": ("router", BIG),  # Doge
     "fc": ("projection", BIG),  # EAGLE
@@ -176,6 +180,16 @@ def test_towers_of_models_whose_names_are_others_text():
     assert role_of("model.encoder.layers.0.fc1", BIG, hears)[0] == "audio"
     assert role_of("vit.layers.0.self_attn.q_proj", BIG, sees)[0] == "vision"
     assert role_of("model.layers.0.self_attn.q_proj", BIG, hears) == ("linear", "")
+
+
+def test_heads_that_some_models_call_otherwise():
+    for model_type, head in (
+        ("modernbert", "decoder"),
+        ("distilbert", "vocab_projector"),
+        ("xlnet", "lm_loss"),
+    ):
+        assert role_of(head, BIG, {"model_type": model_type})[0] == "head"
+        assert role_of(head, BIG, {"model_type": "llama"}) == ("linear", "")
 
 
 def test_mamba_layers_that_vllm_does_not_quantize_stay():
