@@ -28,6 +28,9 @@ ITEM_BYTES = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
+# safetensors knows these, several elements to a byte.
+_NARROW = ("F4", "F6_E2M3", "F6_E3M2")
+
 FLOATS = ("BF16", "F16", "F32")
 
 INDEX = "model.safetensors.index.json"
@@ -189,6 +192,10 @@ def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _encodable(name):
         raise refuse(f"expected a name in UTF-8, found {name!r}")
+    if dtype in _NARROW:
+        raise InputError(
+            f"{file}: found {dtype} in the tensor {name!r}, which cannot be read; start from the model in float"
+        )
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise refuse(f"expected a known dtype for tensor {name!r}, found {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(d) for d in shape):

@@ -174,6 +174,11 @@ def make_plan(
         config=source.config,
     )
     config = _config(source, scheme, target, layout, replacements, stored, main_dtype)
+    if config.keys() == {"quantization_config"}:
+        warnings.append(
+            "config.json will say how the weights are quantized and nothing else, since the source has none: engines "
+            "need the model's own; put it beside weights that have its names for them, and convert again"
+        )
     if rotated := rotated_inputs(config):
         warnings.append(_about_rotated(rotated, planner.schemes))
     return Plan(

@@ -265,6 +265,16 @@ def test_a_nested_quantization_config_is_replaced(tmp_path):
     assert out["quantization_config"]["format"] == "int-quantized"
 
 
+def test_a_source_without_a_config_makes_no_model(tmp_path):
+    """Mistral's own format has params.json; what was written had a config.json that no engine can read."""
+    tensors, config = llama()
+    src = write(tmp_path / "src", tensors, None, files={"params.json": "{}"})
+    said = "since the source has none: engines need the model's own"
+    assert any(said in warning for warning in lowbit.plan(src, "int8").warnings)
+    assert not any(said in warning for warning in lowbit.plan(src, "bf16").warnings)
+    assert lowbit.plan(write(tmp_path / "whole", tensors, config), "int8").warnings == ()
+
+
 def test_an_index_keeps_adapters_apart_from_weights(tmp_path):
     """vLLM takes all *.safetensors of a directory for weights where no index names them."""
     src = write(tmp_path / "src", *llama(), files={"adapter_config.json": "{}"})

@@ -65,6 +65,14 @@ def test_every_dtype_that_safetensors_knows_has_its_size(tmp_path):
             pass
 
 
+def test_a_narrow_dtype_is_no_damage(tmp_path):
+    file = raw_file(tmp_path / "m.safetensors", {"a": entry("F4", (4, 4), (0, 8))}, b"\0" * 8)
+    with safe_open(file, "pt") as stream:
+        assert stream.get_slice("a").get_dtype() == "F4"
+    with pytest.raises(InputError, match="found F4 in the tensor 'a', which cannot be read; start from"):
+        read_header(file)
+
+
 BAD_HEADERS = {
     "empty file": (b"", None, "at least 8 bytes, found 0"),
     "cut in the length": (b"\x10\0\0", None, "at least 8 bytes, found 3"),
