@@ -134,6 +134,8 @@ KEEP_RULES = (
         _last(
             r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?(\.\d+)?", "embed_(global|timestep)", r"\w+_tokens?",
             r"\w+_embeds_layers?(\.\d+)?", "visual_embeddings_table", r"HashBucketCodepointEmbedder_\d+",
+            r"rel_pos(_[xy])?_bias", "query_feat", "queries_features", "reference_points", "position_embedding_table",
+            "embed_char", "pe_k",
         ),
         "an embedding by its name",
     ),

@@ -97,6 +97,9 @@ KEPT = {
     "embed_text_tokens": ("other", BIG),  # CSM
     "fine_acoustics.input_embeds_layers.0": ("other", BIG),  # Bark
     "vte": ("embedding", BIG),  # Ovis
+    "encoder.rel_pos_x_bias": ("other", BIG),  # LayoutLMv2 and 3 look rows of it up
+    "model.query_feat": ("other", BIG),  # LW-DETR
+    "t2u_model.model.decoder.embed_char": ("other", BIG),
     "canine.char_embeddings.HashBucketCodepointEmbedder_0": ("other", BIG),
     "model.layers.0.mlp.router.classifier": ("router", BIG),  # LongCat-Flash
     "model.layers.0.mlp.router_gate": ("router", BIG),  # Doge
