@@ -224,6 +224,9 @@ def _args(spec: TensorSpec | None) -> dict[str, Any] | None:
     return args
 
 
+_EXPONENTS = ("torch.uint8", "torch.float8_e8m0fnu")
+
+
 def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
     if args is None:
         return None
@@ -259,7 +262,7 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
         granularity=granularity,
         symmetric=bool(args.get("symmetric", True)),
         dynamic=bool(args.get("dynamic", False)),
-        scale="e8m0" if str(args.get("scale_dtype")) == "torch.uint8" else "float32",
+        scale="e8m0" if str(args.get("scale_dtype")) in _EXPONENTS else "float32",
     )
 
 

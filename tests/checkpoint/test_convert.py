@@ -265,6 +265,37 @@ def test_a_nested_quantization_config_is_replaced(tmp_path):
     assert out["quantization_config"]["format"] == "int-quantized"
 
 
+@pytest.mark.parametrize("stored", ["bytes", "F8_E8M0", "F8_E8M0, declared", "F32", "BF16"])
+def test_mxfp8_is_carried_however_its_exponents_are_stored(tmp_path, stored):
+    """Of E8M0 four bytes were written for each, over the tensors behind them."""
+    lowbit.convert(write(tmp_path / "src", *llama()), tmp_path / "mx", "mxfp8")
+    meant, config = load(tmp_path / "mx"), json.loads((tmp_path / "mx" / "config.json").read_text())
+    meant["model.layers.0.mlp.up_proj.weight_scale"][0, :2] = torch.tensor([0, 254])  # 2⁻¹²⁷ and 2¹²⁷
+    tensors = dict(meant)
+    for name in [n for n in meant if n.endswith("weight_scale")]:
+        exponents = meant[name].view(torch.float8_e8m0fnu)
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get(stored, torch.float8_e8m0fnu)
+        tensors[name] = meant[name] if stored == "bytes" else exponents.to(dtype)
+    if "declared" in stored:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["weights"]["scale_dtype"] = "torch.float8_e8m0fnu"
+    again = write(tmp_path / "again", tensors, config)
+    lowbit.convert(again, tmp_path / "out", "mxfp8")
+    written = load(tmp_path / "out")
+    assert written.keys() == meant.keys() and all(same_bits(written[n], meant[n]) for n in meant)
+
+
+@pytest.mark.parametrize("value", [0.75, 0.0, -1.0])
+def test_scales_that_are_no_powers_of_two_are_no_exponents(tmp_path, value):
+    lowbit.convert(write(tmp_path / "src", *llama()), tmp_path / "mx", "mxfp8")
+    tensors, config = load(tmp_path / "mx"), json.loads((tmp_path / "mx" / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = torch.full(tensors[name].shape, value)
+    src = write(tmp_path / "again", tensors, config)
+    with pytest.raises(InputError, match=r"up_proj\.weight_scale: expected scales that are powers of two"):
+        lowbit.convert(src, tmp_path / "out", "mxfp8")
+
+
 def test_a_source_without_a_config_makes_no_model(tmp_path):
     """Mistral's own format has params.json; what was written had a config.json that no engine can read."""
     tensors, config = llama()
