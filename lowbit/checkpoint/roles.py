@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lowbit.checkpoint.fused_experts import why_fused
@@ -207,16 +208,27 @@ _CONV1D = _last("c_attn", "c_proj", "c_fc", "q_attn")
 SMALLEST_SIDE = 16
 
 
-def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
-    """(role, reason to keep it or "") of the module that owns a weight of that shape."""
-    if reason := read_by_code(module, config):
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@lru_cache(4096)
+def _kept_by_name(module: str, model_type: str) -> tuple[str, str] | None:
+    """(role, reason) of a module that its name keeps, in which every number is 0: a hundred thousand experts are a few."""
+    if reason := read_by_code(module, {"model_type": model_type}):
         return "projection", reason
-    if module == _TIED_HEADS.get(str(config.get("model_type"))):  # untied, so that it is there
+    if module == _TIED_HEADS.get(model_type):  # untied, so that it is there
         return "head", "output head"
-    own = KEEP_RULES_OF.get(config.get("model_type", ""))
+    own = KEEP_RULES_OF.get(model_type)
     for rule in (*([own] if own else ()), *KEEP_RULES):
         if rule.pattern.match(module):
             return rule.role, rule.reason
+    return None
+
+
+def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
+    """(role, reason to keep it or "") of the module that owns a weight of that shape."""
+    if kept := _kept_by_name(_NUMBERS.sub("0", module), str(config.get("model_type", ""))):
+        return kept
     if reason := why_fused(module, shape):
         return "experts-3d", reason
     if len(shape) != 2:
