@@ -213,7 +213,7 @@ _NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @lru_cache(4096)
 def _kept_by_name(module: str, model_type: str) -> tuple[str, str] | None:
-    """(role, reason) of a module that its name keeps, in which every number is 0: a hundred thousand experts are a few."""
+    """(role, reason) of a module that its name keeps. Its numbers are all 0: a hundred thousand experts are a few."""
     if reason := read_by_code(module, {"model_type": model_type}):
         return "projection", reason
     if module == _TIED_HEADS.get(model_type):  # untied, so that it is there
