@@ -21,8 +21,8 @@ from lowbit.formats.format import (
     quantization_of,
     rotated_inputs,
 )
-from lowbit.formats.fp8_of_others import MODELOPT, READERS, modelopt_config
 from lowbit.formats.hf_fp8 import HfFp8
+from lowbit.formats.read_only import MODELOPT, READERS, modelopt_config
 from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
 
@@ -96,18 +96,22 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
 
 
 def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> bool:
-    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, bitsandbytes or ModelOpt (FP4) quantized.
+    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, MLX, bitsandbytes or ModelOpt (FP4) quantized.
 
     Their config may be a file of its own, so that config.json says nothing.
     """
     if name.endswith(_OF_OTHERS):
         return True
-    return name.endswith(".weight") and info.dtype in ("U8", "I8") and name + "_scale" in tensors
+    codes = name.endswith(".weight") and info.dtype in ("U8", "I8", "U32", "I32")
+    return codes and not tensors.keys().isdisjoint((name + "_scale", name.removesuffix("weight") + "scales"))
 
 
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
-    method = quantization.get("quant_method", "compressed-tensors")
-    readers = {name: f.read for name, f in METHODS.items()} | READERS
+    # Its first versions did not name themselves.
+    method = quantization.get(
+        "quant_method", "compressed-tensors" if "config_groups" in quantization else None
+    )
+    readers = {**{name: f.read for name, f in METHODS.items()}, **READERS}
     if not isinstance(method, str) or method not in readers:
         raise InputError(
             f"quantization_config: expected quant_method {' or '.join(readers)}, found {method!r}; "

@@ -73,13 +73,10 @@ class HfFp8(ConfigOnly):
         return read_fp8(_scheme_of(block), tensors, static=static)
 
 
-def read_fp8(
-    scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = False, format: str = "fp8"
-) -> dict[str, StoredModule]:
+def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = False) -> dict[str, StoredModule]:
     """Matrices of E4M3 codes under `scheme`, and DeepSeek-V4's FP4 beside them.
 
     `static`: those with a scale of their input are `fp8-static`, with compressed-tensors' tensors but for their names.
-    `format`: the one whose tensors the others are.
     """
     found: dict[str, StoredModule] = {}
     for name, info in tensors.items():
@@ -102,7 +99,7 @@ def read_fp8(
             shape=shape,
             scheme=here,
             names=names,
-            format=format if here is scheme or packed else "compressed-tensors",
+            format="compressed-tensors" if "input_scale" in names else "fp8",
         )
     return found
 

@@ -1,4 +1,4 @@
-"""FP8 as AutoFP8, ModelOpt and FBGEMM store it, and what others store that is not read."""
+"""Static FP8, what ModelOpt, FBGEMM and SGLang store, and what others store that is not read."""
 
 from __future__ import annotations
 
@@ -97,22 +97,21 @@ def test_modelopt_that_is_not_read(said, tmp_path):
         lowbit.plan(src, "int8")
 
 
-def test_fbgemm_has_a_scale_per_row(tmp_path):
-    tensors, config = llama()
-    stored = dict(tensors)
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        scale = tensors[name].float().abs().amax(1, keepdim=True) / 448
-        stored[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
-        stored[name + "_scale"] = scale
-        stored[name.removesuffix("weight") + "input_scale_ub"] = torch.tensor([1200.0])
-    config["quantization_config"] = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
-    src = write(tmp_path / "src", stored, config)
-    lowbit.convert(src, tmp_path / "out", "fp8")
+@pytest.mark.parametrize(
+    ("method", "scheme"), [("fbgemm_fp8", "fp8"), ("w8a8_fp8", "fp8"), ("w8a8_int8", "int8")]
+)
+def test_a_scale_per_row_under_other_names_is_carried_bit_for_bit(method, scheme, tmp_path):
+    lowbit.convert(write(tmp_path / "float", *llama()), tmp_path / "first", scheme)
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "activation_scheme": "dynamic"}
+    stored = load(tmp_path / "first")
+    bounds = {f"{NAME}.input_scale_ub": torch.tensor([1200.0])} if method == "fbgemm_fp8" else {}
+    src = write(tmp_path / "src", {**stored, **bounds}, config)
+    lowbit.convert(src, tmp_path / "out", scheme)
     written = load(tmp_path / "out")
-    assert same_bits(written[NAME + ".weight"], stored[NAME + ".weight"])
-    assert same_bits(written[NAME + ".weight_scale"], stored[NAME + ".weight_scale"])
-    assert not any("input_scale_ub" in name for name in written)
-    assert sum(t.numel() for t in tensors.values()) == lowbit.inspect(src).parameters
+    assert written.keys() == stored.keys() and all(same_bits(written[n], stored[n]) for n in stored)
+    assert quantization(tmp_path / "out") == quantization(tmp_path / "first")
+    assert lowbit.inspect(src).parameters == lowbit.inspect(tmp_path / "float").parameters
 
 
 OTHERS = {
@@ -123,6 +122,7 @@ OTHERS = {
         "weight.quant_map": torch.float32,
     },
     "NVFP4": {"weight": torch.uint8, "weight_scale": torch.float32},
+    "MLX": {"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.bfloat16},
     "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
     "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
 }
@@ -140,3 +140,13 @@ def test_weights_of_other_quantizations_are_refused(kind, scheme, tmp_path):
         InputError, match="found what belongs to weights of a quantization that cannot be read"
     ):
         lowbit.plan(src, scheme)
+
+
+def test_a_quantization_without_a_method(tmp_path):
+    """MLX's config says `group_size` and `bits`; it was said to be incomplete."""
+    tensors, config = llama()
+    src = write(tmp_path, tensors, {**config, "quantization_config": {"group_size": 64, "bits": 4}})
+    with pytest.raises(
+        InputError, match=r"expected quant_method compressed-tensors or .*, found None; start from"
+    ):
+        lowbit.plan(src, "int8")

@@ -1,8 +1,8 @@
-"""FP8 that is read and not written: ModelOpt's (`quant_method: modelopt`) and FBGEMM's (`fbgemm_fp8`).
+"""What is read and not written: FP8 of ModelOpt and FBGEMM, INT8 and FP8 of SGLang's `w8a8_int8` and `w8a8_fp8`.
 
-Source: vLLM's `quantization/modelopt.py` and `fbgemm_fp8.py`. ModelOpt has a scale per weight and one per input, and
-its config may be a file of its own. FBGEMM has a scale per row of a weight, and a bound of the activations, which are
-dynamic; the bound is not read.
+Source: vLLM's `quantization/modelopt.py` and `fbgemm_fp8.py`, SGLang's `w8a8_int8.py`. ModelOpt has a scale per weight
+and one per input, and its config may be a file of its own. The others have compressed-tensors' tensors, a scale per row
+and dynamic activations, and a config that says less; FBGEMM's bound of activations is not read.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowbit.errors import InputError
-from lowbit.formats.format import Info, StoredModule
+from lowbit.formats.compressed_tensors import CompressedTensors
+from lowbit.formats.format import Info, Layout, StoredModule
 from lowbit.formats.hf_fp8 import per_tensor, read_fp8
 from lowbit.scheme import get_scheme
 
 MODELOPT = "hf_quant_config.json"
+
+Reader = Callable[[Mapping[str, Any], Mapping[str, Info]], dict[str, StoredModule]]
 
 
 def modelopt_config(file: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,12 +39,20 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
     return read_fp8(per_tensor(), tensors, static=True)
 
 
-def _read_fbgemm(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
-    return read_fp8(get_scheme("fp8"), tensors, format="compressed-tensors")
+def _as(scheme: str) -> Reader:
+    """The reader of compressed-tensors' tensors, all under one scheme."""
+
+    def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+        theirs = CompressedTensors()
+        return theirs.read(theirs.config(Layout(modules={"": get_scheme(scheme)}, ignored=())), tensors)
+
+    return read
 
 
-READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Info]], dict[str, StoredModule]]] = {
+READERS: Mapping[str, Reader] = {
     "modelopt": _read_modelopt,
-    "fbgemm_fp8": _read_fbgemm,
+    "fbgemm_fp8": _as("fp8"),
+    "w8a8_fp8": _as("fp8"),
+    "w8a8_int8": _as("int8"),
 }
 """By `quant_method`."""
