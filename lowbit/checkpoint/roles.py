@@ -141,10 +141,13 @@ KEEP_RULES = (
         "an embedding by its name",
     ),
     Rule("other", _inside("ngram_embeddings"), "an embedding by its name"),  # LongCat-Flash, with its projections
-    # Towers, and what joins them to the text, by other names: `vision_resampler`, `vit_merger`, `whisper_encoder`
+)  # fmt: skip
+
+# Towers, and what joins them to the text, by other names: `vision_resampler`, `vit_merger`, `whisper_encoder`
+_TOWERS = (
     Rule("vision", _ahead(r"(\w+_)?(vision|visual|image|video)(_\w+)?", r"vit_\w+"), "vision tower"),
     Rule("audio", _ahead(r"(\w+_)?audio(_\w+)?", r"(\w+_)?whisper_\w+", "tts"), "audio tower"),
-)  # fmt: skip
+)
 
 # Their `encoder` hears; of other models it reads text, and is quantized.
 _HEARS = Rule("audio", re.compile(r"^(model\.)?(encoder|adapter)\."), "audio tower")
@@ -219,8 +222,10 @@ def _kept_by_name(module: str, model_type: str) -> tuple[str, str] | None:
     if module == _TIED_HEADS.get(model_type):  # untied, so that it is there
         return "head", "output head"
     own = KEEP_RULES_OF.get(model_type)
-    for rule in (*([own] if own else ()), *KEEP_RULES):
-        if rule.pattern.match(module):
+    # All of a model may lie below its own name: `audio_spectrogram_transformer`, `data2vec_vision`.
+    inside = module.removeprefix(model_type.replace("-", "_") + ".")
+    for rule in (*([own] if own else ()), *KEEP_RULES, *_TOWERS):
+        if rule.pattern.match(inside if rule in _TOWERS else module):
             return rule.role, rule.reason
     return None
 

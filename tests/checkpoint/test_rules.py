@@ -185,6 +185,13 @@ def test_towers_of_models_whose_names_are_others_text():
     assert role_of("model.layers.0.self_attn.q_proj", BIG, hears) == ("linear", "")
 
 
+def test_a_model_that_only_hears_or_sees_is_no_tower():
+    for model_type in ("audio-spectrogram-transformer", "data2vec-vision", "data2vec-audio"):
+        name = model_type.replace("-", "_") + ".encoder.layer.0.attention.attention.query"
+        assert role_of(name, BIG, {"model_type": model_type}) == ("linear", "")
+        assert role_of(name, BIG, {"model_type": "llava"})[0] in ("vision", "audio")
+
+
 def test_heads_that_some_models_call_otherwise():
     for model_type, head in (
         ("modernbert", "decoder"),
