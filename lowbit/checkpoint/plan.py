@@ -129,7 +129,15 @@ def make_plan(
     if replacements:
         warnings += replacements.notes
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
-    planner = Planner(source, stored, scheme, target, main_dtype, replacements, _one_scale(decisions))
+    planner = Planner(
+        source,
+        stored,
+        scheme,
+        target,
+        main_dtype,
+        replacements,
+        _one_scale(decisions, str(source.config.get("model_type"))),
+    )
     for module, decision in decisions.items():
         planner.add_module(module, decision)
     planner.add_rest()
@@ -263,12 +271,16 @@ def _read_by_torch(modules: Iterable[str], source: Checkpoint) -> dict[str, str]
     }  # fmt: skip
 
 
-def _one_scale(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
+def _one_scale(decisions: Mapping[str, Decision], model_type: str) -> dict[str, list[str]]:
     """Module with one scale per tensor → all that engines multiply by as one matrix with it."""
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module, decision in decisions.items():
         spec = decision.scheme.weights if decision.scheme else None
-        if spec is not None and isinstance(spec.granularity, PerTensor) and (key := matmul_key(module)):
+        if (
+            spec is not None
+            and isinstance(spec.granularity, PerTensor)
+            and (key := matmul_key(module, model_type))
+        ):
             groups[key].append(module)
     return {module: members for members in groups.values() for module in members}
 

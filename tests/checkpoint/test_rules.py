@@ -299,6 +299,21 @@ def test_fused_members_follow_one_that_stays(members):
         assert all(kept.rpartition(".")[2] in r and "--ignore" in r for r in others)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "")]
+)
+def test_what_some_models_join_to_q_k_and_v(model_type, name):
+    """A gate or beta that the source left in float kept engines from loading the rest as codes."""
+    members = [f"a.{m}" for m in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj")]
+    left = {"a.g_proj": "left", "a.b_proj": "left"}
+    found = decide(
+        dict.fromkeys(members, BIG), INT8, config={"model_type": model_type}, left_in_float=left
+    )  # fmt: skip
+    assert {m for m, d in found.items() if d.scheme} == (set() if name else {*members} - {*left})
+    if name:
+        assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
+
+
 def test_modules_of_different_parents_are_not_fused():
     assert fused_key("a.q_proj") != fused_key("b.k_proj")
     assert fused_key("a.o_proj") is None and fused_key("a.down_proj") is None
