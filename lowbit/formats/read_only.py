@@ -1,8 +1,8 @@
-"""What is read and not written: FP8 of ModelOpt and FBGEMM, INT8 and FP8 of SGLang's `w8a8_int8` and `w8a8_fp8`.
+"""What is read and not written: FP8 of ModelOpt, Quark and FBGEMM, INT8 and FP8 of SGLang's `w8a8_int8`, `w8a8_fp8`.
 
-Source: vLLM's `quantization/modelopt.py` and `fbgemm_fp8.py`, SGLang's `w8a8_int8.py`. ModelOpt has a scale per weight
-and one per input, and its config may be a file of its own. The others have compressed-tensors' tensors, a scale per row
-and dynamic activations, and a config that says less; FBGEMM's bound of activations is not read.
+Source: vLLM's `quantization/{modelopt,quark/quark,fbgemm_fp8}.py`, SGLang's `w8a8_int8.py`. ModelOpt and Quark have a
+scale per weight and one per input; ModelOpt's config may be a file of its own. The others have compressed-tensors'
+tensors, a scale per row and dynamic activations, and a config that says less; FBGEMM's bound of activations is left.
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
     return read_fp8(per_tensor(), tensors, static=True)
 
 
+def _read_quark(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+    # Those of single layers may differ in their outputs: how keys and values are cached.
+    groups = [config.get("global_quant_config"), *(config.get("layer_quant_config") or {}).values()]
+    for weight in [(group or {}).get("weight") for group in groups]:
+        said = weight if isinstance(weight, dict) else {}
+        if (said.get("dtype"), said.get("qscheme")) != ("fp8_e4m3", "per_tensor"):
+            raise InputError(
+                f"quantization_config: of Quark expected all weights in fp8_e4m3, per_tensor, found {weight}, which "
+                "cannot be read; start from the model in float"
+            )
+    return read_fp8(per_tensor(), tensors, static=True)
+
+
 def _as(scheme: str) -> Reader:
     """The reader of compressed-tensors' tensors, all under one scheme."""
 
@@ -51,6 +64,7 @@ def _as(scheme: str) -> Reader:
 
 READERS: Mapping[str, Reader] = {
     "modelopt": _read_modelopt,
+    "quark": _read_quark,
     "fbgemm_fp8": _as("fp8"),
     "w8a8_fp8": _as("fp8"),
     "w8a8_int8": _as("int8"),

@@ -14,6 +14,7 @@ import lowbit
 from lowbit.errors import InputError
 
 NAME = "model.layers.0.mlp.up_proj"
+QUARK_FP8 = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}, "input_tensors": {"dtype": "fp8_e4m3"}}
 AUTOFP8 = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
 KV = {
     "num_bits": 8,
@@ -47,6 +48,7 @@ def quantization(out: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("declared", [
     AUTOFP8,
     {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "producer": {"name": "modelopt"}},
+    {"quant_method": "quark", "layer_quant_config": {"*k_proj": QUARK_FP8}, "global_quant_config": QUARK_FP8},
 ])  # fmt: skip
 def test_static_fp8_is_carried_bit_for_bit(declared, tmp_path):
     stored, config, meant = per_tensor()
@@ -94,6 +96,22 @@ def test_modelopt_that_is_not_read(said, tmp_path):
     stored, config, _ = per_tensor()
     src = write(tmp_path / "src", stored, config, files={"hf_quant_config.json": json.dumps(said)})
     with pytest.raises(InputError, match=r"of ModelOpt expected quant_algo FP8, found (None|'NVFP4')"):
+        lowbit.plan(src, "int8")
+
+
+QUARK_OTHERS = [
+    {},
+    {"global_quant_config": {"weight": [QUARK_FP8["weight"]]}},
+    {"global_quant_config": {"weight": {"dtype": "fp4"}}},
+    {"global_quant_config": QUARK_FP8, "layer_quant_config": {"*lm_head": {}}},
+]
+
+
+@pytest.mark.parametrize("said", QUARK_OTHERS)
+def test_quark_that_is_not_read(said, tmp_path):
+    stored, config, _ = per_tensor()
+    src = write(tmp_path, stored, {**config, "quantization_config": {"quant_method": "quark", **said}})
+    with pytest.raises(InputError, match="of Quark expected all weights in fp8_e4m3, per_tensor"):
         lowbit.plan(src, "int8")
 
 
