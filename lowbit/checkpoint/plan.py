@@ -147,6 +147,11 @@ def make_plan(
             f"{target.name if target else 'plain'}, found none: {_why_kept(decisions)}"
         )
     planner.require_input_scales()
+    if planner.left_out:
+        warnings.append(
+            f"{len(planner.left_out)} scales of a quantized KV cache or attention are left out (first: "
+            f"{planner.left_out[0]}): engines take none for a model so written"
+        )
     if planner.dequantized:
         warnings.append(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "

@@ -76,6 +76,28 @@ def test_a_kv_cache_that_is_described_in_short(said, tmp_path):
     assert load(tmp_path / "out")["model.layers.0.self_attn.v_proj.v_scale"] == 0.25
 
 
+@pytest.mark.parametrize("kind", ["output_scale", "k_scale"])
+def test_scales_of_attention_have_names_that_engines_know(kind, tmp_path):
+    """vLLM refused a checkpoint in compressed-tensors with `k_proj.output_scale`, and one in BF16 with either."""
+    stored, config, _ = per_tensor()
+    at = "model.layers.0.self_attn."
+    names = {f"{at}{m}_proj.output_scale": 0.5 for m in "qkv"} | {f"{at}prob_output_scale": 0.5}
+    if kind == "k_scale":
+        names = {f"{at}{m}_proj.{m}_scale": 0.5 for m in "kv"}
+    stored |= {name: torch.tensor(value) for name, value in names.items()}
+    src = write(tmp_path / "src", stored, {**config, "quantization_config": AUTOFP8})
+    lowbit.convert(src, tmp_path / "out", "int8")
+    found = {name for name in load(tmp_path / "out") if name.startswith(at) and ".weight" not in name}
+    renamed = {f"{at}{m}_scale" for m in "qkv"}
+    assert found == (renamed if kind == "output_scale" else set(names))
+    plan = lowbit.plan(src, "bf16")
+    assert any(
+        f"{len(names)} scales of a quantized KV cache or attention are left out" in w for w in plan.warnings
+    )
+    lowbit.convert(src, tmp_path / "bf16", "bf16")
+    assert not any(name.endswith("_scale") for name in load(tmp_path / "bf16"))
+
+
 def test_modelopts_config_in_a_file_of_its_own(tmp_path):
     stored, config, meant = per_tensor(k_scale=0.5, v_scale=0.25)
     said = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
