@@ -83,7 +83,7 @@ KEEP_RULES = (
         re.compile(
             # Also InternLM2's within InternVL, ChatGLM's, and OLMo's and Molmo's as first published
             r"^((language_model\.)?output|head|proj_out|(transformer\.)?output_layer|(model\.)?transformer\.ff_out)$"
-            r"|(^|.*\.)(embed_out|score|classifier|qa_outputs|shared_head\.(head|output)|predictions\.decoder|codec_head)$"
+            r"|(^|.*\.)(embed_out|score|classifier|qa_outputs|shared_head\.(head|output)|predictions\.decoder|codec_head|unembed)$"
             r"|(^|.*\.)\w*lm_heads?(\.|$)"
         ),
         "output head",

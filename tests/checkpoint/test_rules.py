@@ -83,6 +83,7 @@ KEPT = {
     "classification_head.dense": ("head", BIG),  # BART
     "sequence_summary.summary": ("head", BIG),  # XLNet
     "logits_proj": ("head", BIG),
+    "model.llm.unembed": ("head", BIG),  # Inkling
     "custom_text_proj": ("head", BIG),  # ColQwen
     "text_projection": ("head", BIG),  # CLIP
     "visual_projection": ("vision", BIG),
