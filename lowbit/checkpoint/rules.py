@@ -26,6 +26,7 @@ FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
     ("c_fc_0", "c_fc_1"),
+    ("fc11", "fc12"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),

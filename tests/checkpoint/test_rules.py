@@ -285,6 +285,7 @@ def test_the_users_word_goes_before_the_rules():
         ("a.gate_proj", "a.up_proj"),
         ("a.w1", "a.w3"),
         ("a.c_fc_0", "a.c_fc_1"),  # EXAONE
+        ("a.fc11", "a.fc12"),  # Nomic BERT
         ("a.q_a_proj", "a.kv_a_proj_with_mqa"),
         ("a.in_proj_qkv", "a.in_proj_z"),
         ("a.in_proj_b", "a.in_proj_a"),

@@ -585,7 +585,8 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     assert with_joined(["a.q_a_proj", "a.kv_a_proj_with_mqa"], {})[2:] == [
         "a.fused_qkv_a_proj", "a.fused_qkv_a_proj_with_mqa",
     ]  # fmt: skip
-    assert with_joined(["mlp.c_fc_0", "mlp.c_fc_1"], {})[2:] == ["mlp.gate_up_proj"]
+    for pair in (["mlp.c_fc_0", "mlp.c_fc_1"], ["mlp.fc11", "mlp.fc12"]):
+        assert with_joined(pair, {})[2:] == ["mlp.gate_up_proj"]
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"], {}) == ["mlp.experts.0.up_proj"]
     for module in ("experts.3.up_proj", "experts"):
