@@ -33,9 +33,14 @@ BESIDE_CODES = (
     "input_zero_point",
     "weight_shape",
     "weight_zero_point",
+    "weight_scale",
+    "weight_offset",
+    "input_offset",
+    "deq_scale",
+    "quant_bias",
 )
-"""Tensors of a module that belong to its codes, beside their scale: `activation_scale` is Mistral's, `input_scale_ub`
-FBGEMM's."""
+"""Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
+`input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
