@@ -142,8 +142,7 @@ def _name_files(config: Any, checkpoint: Checkpoint) -> None:
 
 
 def _without_inner_config(config: Any) -> None:
-    """Where the quantization_config lies in a config inside it (`text_config`, …), it has been read."""
-    for inner in [value for value in vars(config).values() if hasattr(value, "to_diff_dict")]:
-        if hasattr(inner, "quantization_config"):
-            del inner.quantization_config
-        _without_inner_config(inner)
+    """Where a vision-language model's quantization_config lies in its text_config, it has been read."""
+    text = getattr(config, "text_config", None)
+    if text is not None and hasattr(text, "quantization_config"):
+        del text.quantization_config
