@@ -152,8 +152,9 @@ def search(
     """A recipe with a scheme per module: the least KL divergence for `budget` mean bits per weight (default 8.5).
 
     Or, with `max_kl`, the smallest model whose predicted KL is at most that. `candidates`: schemes to choose
-    from; float is always one. Modules that engines fuse get one scheme. `recipe.notes` has the curve
-    of bits against KL; `recipe.save` writes it for `lowbit convert --recipe`. The rest as for `calibrate`.
+    from; float is always one. Modules that engines fuse get one scheme. `ignore`: patterns of modules in float,
+    in the recipe too. `recipe.notes` has the curve of bits against KL; `recipe.save` writes it for `lowbit convert
+    --recipe`. The rest as for `calibrate`.
     """
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
@@ -169,7 +170,7 @@ def search(
         progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
-    return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points)
+    return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points, ignore=ignore)
 
 
 def _windows(
