@@ -105,7 +105,8 @@ def measure(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> Report:
-    """Perplexity of a checkpoint, quantized or not, its activations rounded as an engine would.
+    """Perplexity of a checkpoint, quantized or not, its activations rounded as an engine would, and keys and values
+    where it has scales for them.
 
     With `reference`, what it was made from: also the KL divergence to it in nats per token, how often the
     likeliest token is the same, and the error after each layer. `calibration`: `out` is evaluated with
