@@ -66,7 +66,7 @@ class KVCache:
     def of_config(cls, config: Mapping[str, Any]) -> KVCache | None:
         """As a config.json's `kv_cache_scheme` has it; None where it asks for none, or for another kind."""
         scheme = quantization_of(config).get("kv_cache_scheme") or {}
-        dtype = {"float": "e4m3fn", "int": "int8"}.get(scheme.get("type"))
+        dtype = {"float": "e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
         strategy = scheme.get("strategy")
         if dtype is None or scheme.get("num_bits") != 8 or strategy not in ("tensor", "attn_head"):
             return None
