@@ -390,6 +390,70 @@ def check_rotated_source(path, want) -> None:
             ask()
 
 
+@pytest.mark.parametrize("kind", ["qwen3-moe", "qwen3.5-moe", "mixtral"])
+def test_an_online_hadamard_of_experts(kind, tmp_path):
+    model = build(kind)
+    want = logits(model, inputs(kind))
+    model.save_pretrained(tmp_path / "src")
+    windows = list(torch.randint(0, model.config.vocab_size, (8, 32)))
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    loaded = load(tmp_path / "out", dtype=torch.float32)
+    found = logits(loaded, inputs(kind))
+    report = lowbit.measure(tmp_path / "out", windows)
+    assert (found - want).norm() < 0.05 * want.norm()
+    experts = [m for m in loaded.modules() if isinstance(m, QuantExperts)]
+    assert experts and all(m.hadamard == m.intermediate_size & -m.intermediate_size for m in experts)
+    with torch.no_grad():
+        nll = sum(
+            torch.nn.functional.cross_entropy(
+                loaded(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum"
+            )
+            for w in windows
+        )
+    assert float(nll) == pytest.approx(report.agreement.nll, rel=1e-3)
+    for m in experts:
+        m.hadamard = 0
+    assert (logits(loaded, inputs(kind)) - want).norm() > 3 * (found - want).norm()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", dtype=torch.float32), inputs(kind)), found)
+    file = tmp_path / "out/config.json"
+    config = json.loads(file.read_text())
+    for change, message in (
+        (
+            lambda names: names.pop(next(n for n in names if ".experts." in n)),
+            r"of all \d experts, or of none",
+        ),
+        (
+            lambda names: names.update({n: 3 for n in names if ".experts." in n}),
+            "a power of two that divides",
+        ),
+    ):
+        names = dict(config["lowbit"]["online_hadamard"])
+        change(names)
+        file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": names}}))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "out")
+
+
+def test_a_float_copy_of_a_rotated_layer_takes_inputs_as_they_are(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "src")
+    windows = list(torch.randint(0, model.config.vocab_size, (8, 32)))
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    loaded = load(tmp_path / "out", dtype=torch.float32)
+    with float_activations(loaded):
+        want = logits(loaded, inputs("llama"))
+    loaded.dequantize()
+    assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
+    torch.testing.assert_close(logits(loaded, inputs("llama")), want, rtol=1e-4, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    lowbit.convert(tmp_path / "again", tmp_path / "int8", "int8")
+    found = logits(load(tmp_path / "int8", dtype=torch.float32), inputs("llama"))
+    assert (found - want).norm() < 0.05 * want.norm()
+
+
 def test_a_calibration_with_an_online_hadamard_converts_and_runs(tmp_path):
     from lowbit.calibration.calibrate import calibrate
     from lowbit.calibration.methods import METHODS
