@@ -33,10 +33,17 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure prefill and decoding, alternating with the unquantized model in the same dtype."""
-    from lowbit.cli.models import open_model
+    from lowbit.cli.models import open_model, require_writer, too_long
     from lowbit.cli.output import print_json, say_bytes, table
+    from lowbit.errors import InputError
 
     model, _, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
+    require_writer(model, out)
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{out}: expected a decoder, whose prefill and decoding are measured, found {type(model).__name__}, "
+            "which has an encoder too"
+        )
     import torch
 
     from lowbit.nn.speed import measure, weight_bytes
@@ -44,9 +51,12 @@ def bench(
     models = {"lowbit": model, "unquantized": _unquantized(model, against)}
     rows: list[dict[str, Any]] = []
     for size in batch or [1, 8]:
-        found = measure(
-            models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-        )
+        try:
+            found = measure(
+                models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+            )
+        except IndexError as error:  # of learned positions
+            raise too_long(out, prompt_tokens + new_tokens) from error
         rows += [
             {
                 "model": name, "batch": size, "prefill_tokens_per_second": round(s.prefill, 1),
