@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.stacked import fill
+from lowbit.nn.stacked import fill, stack_of
 
 
 class StackedWeights(Mapping[str, Tensor]):
     """Stacked buffers of `experts`, made from the checkpoint's tensors in `weights` when asked for.
 
-    Offloaded to memory, those are views into one stack, which is then what is returned; on disk
+    Offloaded to memory, those lie in one stack, which is then what is returned; on disk
     they are read and stacked each time. The checkpoint's own names give its tensors, to be saved again.
     """
 
@@ -31,15 +31,9 @@ class StackedWeights(Mapping[str, Tensor]):
         if buffer not in self._names:
             return self._weights[buffer].clone()
         parts = [self._weights[name] for name in self._names[buffer]]
-        first = parts[0]
-        whole, size, offset = (len(parts), *first.shape), first.numel(), first.storage_offset()
-        memory = first.untyped_storage().data_ptr()
-        if all(
-            p.untyped_storage().data_ptr() == memory and p.storage_offset() == offset + i * size
-            for i, p in enumerate(parts)
-        ):
-            return first.as_strided(whole, (size, *first.stride()), offset)
-        stack = torch.empty(whole, dtype=self._dtypes[buffer])
+        if (stack := stack_of(parts)) is not None:
+            return stack
+        stack = torch.empty(len(parts), *parts[0].shape, dtype=self._dtypes[buffer])
         for i, part in enumerate(parts):
             fill(stack, i, part)
         return stack
