@@ -124,6 +124,11 @@ def measure(
         raise InputError(
             f"expected at least one window to measure on, and in a batch, found {len(windows)} and {batch_size}"
         )
+    if all(window.numel() < 2 for window in windows):
+        raise InputError(
+            "expected a window of at least two tokens, since each is predicted from those before it, found none; give "
+            "longer ones"
+        )
     if calibration is None:
         candidate = plain(out, device=where)
     else:
