@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowbit.nn.experts import QuantExperts
-from lowbit.nn.stacked import fill, stack_of
+from lowbit.nn.stacked import StackedModule, fill, stack_of
 
 
 class StackedWeights(Mapping[str, Tensor]):
@@ -20,7 +19,7 @@ class StackedWeights(Mapping[str, Tensor]):
     they are read and stacked each time. The checkpoint's own names give its tensors, to be saved again.
     """
 
-    def __init__(self, experts: QuantExperts, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, experts: StackedModule, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
         self._names: dict[str, list[str]] = {}
         for name, buffer, _, _ in experts.disk_tensors():
@@ -45,13 +44,9 @@ class StackedWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def follow_offloading(model: nn.Module) -> None:
-    """Let accelerate's hooks find the stacks of every QuantExperts that they offload."""
-    for module in model.modules():
-        if not isinstance(module, QuantExperts):
-            continue
-        hook: Any = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None and not isinstance(weights, StackedWeights):
-                each.weights_map = StackedWeights(module, weights)
+def follow_offloading(experts: StackedModule, hook: Any) -> None:
+    """Let accelerate's hook of `experts`, or those that it holds, find the stacks where it offloads them."""
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None and not isinstance(weights, StackedWeights):
+            each.weights_map = StackedWeights(experts, weights)

@@ -31,7 +31,6 @@ from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
-from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
@@ -195,7 +194,6 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
-        follow_offloading(model)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
         model.is_quantized = False
         return model

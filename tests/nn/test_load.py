@@ -21,7 +21,6 @@ from lowbit.cli.models import open_model
 from lowbit.errors import InputError
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
 from lowbit.nn.integration import register, unregister
-from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
@@ -248,7 +247,8 @@ def test_device_map(tmp_path):
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "mxfp8"])
 def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
     """To disk by a device map, and to memory as beside an accelerator: codes leave, results stay."""
-    from accelerate import cpu_offload
+    from accelerate import cpu_offload, disk_offload
+    from accelerate.hooks import remove_hook_from_submodules
 
     build(kind).save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
@@ -259,12 +259,16 @@ def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
     on_disk = load(tmp_path / "out", device_map=where, offload_folder=tmp_path / "offload")
     in_memory = load(tmp_path / "out")
     cpu_offload(in_memory, execution_device=torch.device("cpu"), offload_buffers=True)
-    follow_offloading(in_memory)
-    for model in (on_disk, in_memory):
+    by_hand = load(tmp_path / "out")
+    disk_offload(by_hand, tmp_path / "by_hand", execution_device=torch.device("cpu"), offload_buffers=True)
+    for model in (on_disk, in_memory, by_hand):
         quantized = [m for m in model.model.layers[1].modules() if isinstance(m, QuantModule)]
         assert quantized and all(m.get_buffer(n).is_meta for m in quantized for n in m.frozen)
         assert torch.equal(logits(model, batch), want)
         assert torch.equal(logits(model, batch), want)  # and again, when all has been given up once
+    remove_hook_from_submodules(in_memory)
+    assert not any(b.is_meta for b in in_memory.buffers())
+    assert torch.equal(logits(in_memory, batch), want)
 
 
 def test_bad_input(tmp_path):
