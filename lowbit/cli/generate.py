@@ -37,6 +37,8 @@ def generate(
         raise InputError(
             f"expected a finite --temperature, found {temperature}; 0 is the likeliest token every time"
         )
+    # Bytes of the command line that are not text in its encoding: tokenizers take no halves of characters.
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     model, tokenizer, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
     require_writer(model, out)
     import time

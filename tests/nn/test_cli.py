@@ -73,6 +73,14 @@ def test_generate(checkpoint):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_prompt_that_is_no_text(checkpoint):
+    """What a terminal or `$(cat file)` gives in another encoding, which Python hands on as halves of characters."""
+    latin, chinese = (b"w5 caf\xe9 w6".decode("utf-8", "surrogateescape"), "w5 \udce6\udcbc\udca2")
+    for prompt, read in ((latin, "w5 caf\ufffd w6"), (chinese, "w5 漢")):
+        found = json.loads(run("generate", checkpoint / "out", "-p", prompt, "--max-new-tokens", 2, "--json"))
+        assert found["prompt"] == read
+
+
 def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
     """Many end at once where their template is left out."""
     shutil.copytree(checkpoint / "out", tmp_path / "out")
