@@ -33,17 +33,11 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure prefill and decoding, alternating with the unquantized model in the same dtype."""
-    from lowbit.cli.models import open_model, require_writer, too_long
+    from lowbit.cli.models import open_model, require_decoder, too_long
     from lowbit.cli.output import print_json, say_bytes, table
-    from lowbit.errors import InputError
 
     model, _, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
-    require_writer(model, out)
-    if model.config.is_encoder_decoder:
-        raise InputError(
-            f"{out}: expected a decoder, whose prefill and decoding are measured, found {type(model).__name__}, "
-            "which has an encoder too"
-        )
+    require_decoder(model, out)
     import torch
 
     from lowbit.nn.speed import measure, weight_bytes
@@ -94,12 +88,15 @@ def bench(
 
 
 def _unquantized(model: Any, against: Path | None) -> Any:
+    from lowbit.cli.models import require_decoder
     from lowbit.errors import InputError
     from lowbit.nn import load
     from lowbit.nn.speed import dequantized_copy
 
     if against is not None:
-        return load(against, dtype=model.dtype, device=str(model.device))
+        other = load(against, dtype=model.dtype, device=str(model.device))
+        require_decoder(other, against)
+        return other
     try:
         return dequantized_copy(model, model.dtype)
     except ValueError as error:

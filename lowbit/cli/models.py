@@ -96,6 +96,18 @@ def require_writer(model: Any, path: Path) -> None:
         )
 
 
+def require_decoder(model: Any, path: Path) -> None:
+    """InputError unless prefill and decoding are all that a model does."""
+    from lowbit.errors import InputError
+
+    require_writer(model, path)
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{path}: expected a decoder, whose prefill and decoding are measured, found {type(model).__name__}, "
+            "which has an encoder too"
+        )
+
+
 def too_long(path: Path, tokens: int) -> InputError:
     """What to say where positions that are looked up in a table end before `tokens`."""
     from lowbit.errors import InputError

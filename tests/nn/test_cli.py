@@ -168,7 +168,8 @@ def test_models_that_do_not_go_on_from_text_are_named(checkpoint, tmp_path):
     ))  # fmt: skip
     for model, message in ((bert, "BertModel, which does not"), (whisper, "which takes input_features")):
         path = other(model, checkpoint, tmp_path / type(model).__name__)
-        for command in (("generate", path, "-p", "w1"), ("bench", path)):
+        against = ("bench", checkpoint / "out", "--against", path)
+        for command in (("generate", path, "-p", "w1"), ("bench", path), against):
             with pytest.raises(InputError, match=message):
                 run(*command)
 
