@@ -105,7 +105,8 @@ def measure(
     batch_size: int = 4,
     progress: Progress | None = None,
 ) -> Report:
-    """Perplexity of a checkpoint, quantized or not, its activations rounded as an engine would.
+    """Perplexity of a checkpoint, quantized or not, its activations rounded as an engine would, and keys and values
+    where it has scales for them.
 
     With `reference`, what it was made from: also the KL divergence to it in nats per token, how often the
     likeliest token is the same, and the error after each layer. `calibration`: `out` is evaluated with
@@ -122,6 +123,11 @@ def measure(
     if not windows or batch_size < 1:
         raise InputError(
             f"expected at least one window to measure on, and in a batch, found {len(windows)} and {batch_size}"
+        )
+    if all(window.numel() < 2 for window in windows):
+        raise InputError(
+            "expected a window of at least two tokens, since each is predicted from those before it, found none; give "
+            "longer ones"
         )
     if calibration is None:
         candidate = plain(out, device=where)
@@ -152,8 +158,9 @@ def search(
     """A recipe with a scheme per module: the least KL divergence for `budget` mean bits per weight (default 8.5).
 
     Or, with `max_kl`, the smallest model whose predicted KL is at most that. `candidates`: schemes to choose
-    from; float is always one. Modules that engines fuse get one scheme. `recipe.notes` has the curve
-    of bits against KL; `recipe.save` writes it for `lowbit convert --recipe`. The rest as for `calibrate`.
+    from; float is always one. Modules that engines fuse get one scheme. `ignore`: patterns of modules in float,
+    in the recipe too. `recipe.notes` has the curve of bits against KL; `recipe.save` writes it for `lowbit convert
+    --recipe`. The rest as for `calibrate`.
     """
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
@@ -169,7 +176,7 @@ def search(
         progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
-    return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points)
+    return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points, ignore=ignore)
 
 
 def _windows(

@@ -27,7 +27,7 @@ from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Selection, decide, left_by_source
+from lowbit.checkpoint.rules import Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.formats import get_format
 from lowbit.formats.format import Joined
@@ -41,10 +41,13 @@ Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
 
-def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> dict[str, Scheme]:
+def module_schemes(
+    model: LayerwiseModel, scheme: Scheme, selection: Selection, *, fits: Fits | None = None
+) -> dict[str, Scheme]:
     """Our name → scheme for every Linear of the decoder that will be quantized.
 
     Blocks that the default format does not take are what a conversion makes of them, a scale per channel.
+    `fits`: a format's `refuse`, where static activations that it does not take become dynamic, too.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
@@ -56,7 +59,7 @@ def module_schemes(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
     left = left_by_source(shapes, source.quantized)
     decisions = decide(
         shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused,
-        fits=_blocks_fit,
+        fits=fits or _blocks_fit,
     )  # fmt: skip
     return {
         names[m]: d.scheme

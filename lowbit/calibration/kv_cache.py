@@ -5,7 +5,7 @@ Works through transformers' table of attention functions, so for every architect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
 from lowbit.dtypes import DTYPES
 from lowbit.errors import InputError
+from lowbit.formats import quantization_of
 from lowbit.granularity import PerChannel, PerTensor
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
@@ -60,6 +61,16 @@ class KVCache:
         if name not in ("fp8", "int8") or rest not in ("", "head"):
             raise InputError(f"expected a KV cache of fp8, int8, fp8-head or int8-head, found {text!r}")
         return cls(dtype="e4m3fn" if name == "fp8" else "int8", per_head=rest == "head")
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> KVCache | None:
+        """As a config.json's `kv_cache_scheme` has it; None where it asks for none, or for another kind."""
+        scheme = quantization_of(config).get("kv_cache_scheme") or {}
+        dtype = {"float": "e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
+        strategy = scheme.get("strategy")
+        if dtype is None or scheme.get("num_bits") != 8 or strategy not in ("tensor", "attn_head"):
+            return None
+        return cls(dtype=dtype, per_head=strategy == "attn_head")
 
 
 class KVObserver:
@@ -111,6 +122,21 @@ def attentions(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         # Linear attention (MiniMax's) keeps a state, and has no config to choose an attention function by.
         if hasattr(module, "config") and any(isinstance(getattr(module, k, None), nn.Module) for k in KEYS):
             yield name, module
+
+
+def quantizers(
+    layer: nn.Module, cache: KVCache, disk: Callable[[str], str], scale_of: Callable[[str], Tensor | None]
+) -> dict[str, KVHook]:
+    """What rounds the layer's keys and values by stored scales (see `watched`).
+
+    `disk`: an attention module of the layer → its name on disk; `scale_of`: `….k_scale` → that tensor, or None.
+    """
+    hooks: dict[str, KVHook] = {}
+    for name, _ in attentions(layer):
+        k, v = (scale_of(f"{disk(name)}.{leaf}") for leaf in ("k_scale", "v_scale"))
+        if k is not None and v is not None:
+            hooks[name] = KVQuantizer(cache, k.float().reshape(-1), v.float().reshape(-1))
+    return hooks
 
 
 @contextmanager

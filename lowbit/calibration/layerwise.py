@@ -325,6 +325,12 @@ def _model_class(config: Any, source: Source) -> Any:
             f"{source.path}: expected a language model, to run it layer by layer, found {config.model_type!r}, for "
             f"which transformers has none; {INSTEAD}"
         )
+    if config.is_encoder_decoder:
+        # transformers would build the decoder alone, which says nothing of what it makes of an encoder's states.
+        raise InputError(
+            f"{source.path}: expected a decoder of text, to run it layer by layer, found {config.model_type!r}, whose "
+            f"decoder goes by what an encoder has read; {INSTEAD}"
+        )
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lowbit.calibration.kv_cache import KVCache, KVHook, KVQuantizer, attentions
+from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.shared_scale import share_scales
@@ -57,9 +57,10 @@ class Overlay:
                     zero_point=None, spec=scheme.weights,
                 )  # fmt: skip
                 weight_scales[name] = quantized[name].scale
-            found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
-            scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
-            scales[name] = (scale, zero)
+            if scheme.needs_calibration:
+                found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
+                scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
+                scales[name] = (scale, zero)
         quantized |= _rounded(plain, weight_scales, schemes)
         report = self.calibration.layers.get(prefix, {})
         rotated = set(report.get("online_hadamard", []))
@@ -72,14 +73,13 @@ class Overlay:
         """What rounds the layer's keys and values (see `kv_cache.watched`); empty without KV scales."""
         if not self.calibration.kv_cache:
             return {}
-        cache = KVCache(**self.calibration.kv_cache)
-        hooks: dict[str, KVHook] = {}
-        for name, _ in attentions(layer):
-            disk = self.model.disk_attention(f"{self.model.layer_name(index)}.{name}")
-            if self.calibration.has(f"{disk}.k_scale"):
-                k, v = (self._here(f"{disk}.{leaf}") for leaf in ("k_scale", "v_scale"))
-                hooks[name] = KVQuantizer(cache, k, v)
-        return hooks
+        prefix = self.model.layer_name(index)
+        return quantizers(
+            layer,
+            KVCache(**self.calibration.kv_cache),
+            lambda name: self.model.disk_attention(f"{prefix}.{name}"),
+            lambda name: self._here(name) if self.calibration.has(name) else None,
+        )
 
     def _here(self, name: str) -> Tensor:
         return _read(self.calibration, name).to(self.model.device)

@@ -95,7 +95,9 @@ def sensitivities(
     selection = selection or Selection()
     for warning in selection.warnings(reader.modules):
         warn(warning)
-    quantizable = module_schemes(model, schemes[0], selection)
+    # A conversion has a scale per channel where blocks or groups do not fit.
+    made = {s.name: module_schemes(model, s, selection) for s in schemes}
+    quantizable = list(dict.fromkeys(n for of in made.values() for n in of))
     if not quantizable:
         raise InputError(
             f"expected at least one weight to quantize in the layers of {source}, found none that the rules allow; "
@@ -130,20 +132,22 @@ def sensitivities(
             progress(model.layer_name(index), total - 1 - index, total)
         layer, prefix = model.load(index), model.layer_name(index) + "."
         names = [n.removeprefix(prefix) for n in quantizable if n.startswith(prefix)]
-        rounded = {n: _rounded(layer, n, schemes) for n in names}
+        candidates_of = {n: {c: of[prefix + n] for c, of in made.items() if prefix + n in of} for n in names}
+        rounded = {n: _rounded(layer, n, of) for n, of in candidates_of.items()}
         for batch, hidden in enumerate(states[index]):
             gradients[batch], seen = _layer_gradient(
                 model, layer, hidden, calls[batch][index], gradients[batch], names
             )
             for name, calls_of in seen.items():
                 for x, y, g in calls_of:
-                    for scheme, weight in zip(schemes, rounded[name], strict=True):
+                    for candidate, scheme in candidates_of[name].items():
                         q = x if scheme.activations is None else fake_quantize(x, scheme.activations)
-                        change = ((nn.functional.linear(q, weight) - y) * g).sum(-1).double().square().sum()
-                        costs[prefix + name][scheme.name] += 0.5 * float(change)
+                        lost = nn.functional.linear(q, rounded[name][candidate]) - y
+                        change = (lost * g).sum(-1).double().square().sum()
+                        costs[prefix + name][candidate] += 0.5 * float(change)
         states[index].close()
     tokens = sum(gathered(sum(int(b.numel()) for b in batches)))
-    return _units(model, quantizable, _summed(costs), [s.name for s in schemes], tokens)
+    return _units(model, made, _summed(costs), tokens)
 
 
 def _summed(costs: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -203,29 +207,34 @@ def _layer_gradient(
     return h.grad, seen
 
 
-def _rounded(layer: nn.Module, name: str, schemes: Sequence[Scheme]) -> list[Tensor]:
+def _rounded(layer: nn.Module, name: str, schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
     weight = layer.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    return [quantize(weight, s.weights, name=name).dequantize().to(weight) for s in schemes if s.weights]
+    return {
+        candidate: quantize(weight, s.weights, name=name).dequantize().to(weight)
+        for candidate, s in schemes.items()
+        if s.weights
+    }
 
 
 def _units(
     model: LayerwiseModel,
-    quantizable: Mapping[str, Scheme],
+    made: Mapping[str, Mapping[str, Scheme]],
     costs: Mapping[str, Mapping[str, float]],
-    names: Sequence[str],
     tokens: int,
 ) -> list[Unit]:
+    """`made`: candidate → module → the scheme that a conversion gives it; without those that it leaves in float."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(len(model)):
         shapes |= model.linear_shapes(index)
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for ours in quantizable:
+    for ours in dict.fromkeys(ours for of in made.values() for ours in of):
         disk = model.disk_name(ours)
         groups[fused_key(disk) or (disk,)].append(ours)
     units = []
     for members in groups.values():
-        cost = {n: sum(costs[m].get(n, 0.0) for m in members) / tokens for n in names}
+        possible = [n for n, of in made.items() if all(m in of for m in members)]
+        cost = {n: sum(costs[m].get(n, 0.0) for m in members) / tokens for n in possible}
         units.append(
             Unit(
                 modules=tuple(model.disk_name(m) for m in members),
@@ -319,8 +328,14 @@ def pick(points: Sequence[Choice], *, budget: float | None = None, max_kl: float
     return enough[0] if enough else points[-1]
 
 
-def recipe_of(units: Sequence[Unit], choice: Choice, points: Sequence[Choice]) -> Recipe:
-    """A recipe with the most common scheme as the main one and overrides for the rest."""
+def recipe_of(
+    units: Sequence[Unit], choice: Choice, points: Sequence[Choice], *, ignore: Sequence[str] = ()
+) -> Recipe:
+    """A recipe with the most common scheme as the main one and overrides for the rest.
+
+    `ignore`: patterns of modules that the search left in float, and so no units. The recipe's main scheme would
+    quantize them.
+    """
     weight: dict[str, int] = defaultdict(int)
     for unit, name in zip(units, choice.schemes, strict=True):
         weight[name] += unit.elements if name != FLOAT else 0
@@ -337,9 +352,11 @@ def recipe_of(units: Sequence[Unit], choice: Choice, points: Sequence[Choice]) -
             "or a budget"
         )
     step = max(1, len(points) // 32)
+    schemes = dict.fromkeys(n for unit in units for n in unit.cost if n != FLOAT)
     notes = {
         "bits": round(choice.bits, 4), "predicted_kl": float(f"{choice.kl:.4g}"),
         "curve": [[round(p.bits, 3), float(f"{p.kl:.4g}")] for p in points[::step]],
-        "uniform": {n: float(f"{sum(u.cost[n] for u in units):.4g}") for n in units[0].cost if n != FLOAT},
+        # What a conversion leaves in float under a scheme costs nothing.
+        "uniform": {n: float(f"{sum(u.cost.get(n, 0.0) for u in units):.4g}") for n in schemes},
     }  # fmt: skip
-    return Recipe(scheme=main, overrides=overrides, notes=notes)
+    return Recipe(scheme=main, ignore=tuple(ignore), overrides=overrides, notes=notes)

@@ -33,10 +33,11 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure prefill and decoding, alternating with the unquantized model in the same dtype."""
-    from lowbit.cli.models import open_model
+    from lowbit.cli.models import open_model, require_decoder, too_long
     from lowbit.cli.output import print_json, say_bytes, table
 
     model, _, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
+    require_decoder(model, out)
     import torch
 
     from lowbit.nn.speed import measure, weight_bytes
@@ -44,9 +45,12 @@ def bench(
     models = {"lowbit": model, "unquantized": _unquantized(model, against)}
     rows: list[dict[str, Any]] = []
     for size in batch or [1, 8]:
-        found = measure(
-            models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-        )
+        try:
+            found = measure(
+                models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+            )
+        except IndexError as error:  # of learned positions
+            raise too_long(out, prompt_tokens + new_tokens) from error
         rows += [
             {
                 "model": name, "batch": size, "prefill_tokens_per_second": round(s.prefill, 1),
@@ -84,12 +88,15 @@ def bench(
 
 
 def _unquantized(model: Any, against: Path | None) -> Any:
+    from lowbit.cli.models import require_decoder
     from lowbit.errors import InputError
     from lowbit.nn import load
     from lowbit.nn.speed import dequantized_copy
 
     if against is not None:
-        return load(against, dtype=model.dtype, device=str(model.device))
+        other = load(against, dtype=model.dtype, device=str(model.device))
+        require_decoder(other, against)
+        return other
     try:
         return dequantized_copy(model, model.dtype)
     except ValueError as error:

@@ -29,7 +29,7 @@ def generate(
     """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
     import math
 
-    from lowbit.cli.models import open_model
+    from lowbit.cli.models import open_model, require_writer, too_long
     from lowbit.cli.output import print_json, warn
     from lowbit.errors import InputError
 
@@ -37,12 +37,16 @@ def generate(
         raise InputError(
             f"expected a finite --temperature, found {temperature}; 0 is the likeliest token every time"
         )
+    # Bytes of the command line that are not text in its encoding: tokenizers take no halves of characters.
+    prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     model, tokenizer, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
+    require_writer(model, out)
     import time
 
     import torch
     from transformers import TextStreamer
 
+    from lowbit.calibration.positions import longest_text
     from lowbit.nn.speed import weight_bytes
 
     if chat:
@@ -67,13 +71,25 @@ def generate(
     # A prompt is shown as what the text goes on from; a chat template's own words are not for reading.
     streamer = None if json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     start = time.perf_counter()
-    with torch.inference_mode():
-        made = model.generate(**ids, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    try:
+        with torch.inference_mode():
+            # One beam whatever the checkpoint's generation_config.json says: text appears as it is made.
+            made = model.generate(
+                **ids, max_new_tokens=max_new_tokens, num_beams=1, streamer=streamer, **sampling
+            )
+    except IndexError as error:  # of learned positions
+        if streamer is not None:
+            print()  # the text stands there up to where they end
+        raise too_long(out, count + max_new_tokens) from error
     spent = time.perf_counter() - start
-    new = made[0, count:]
+    # A decoder with an encoder begins a text of its own, with a token that is not its choice.
+    new = made[0, 1 if model.config.is_encoder_decoder else count :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if not text and not chat and getattr(tokenizer, "chat_template", None):
         warn("the model ended at once; --chat gives it the prompt as a user's message, which it was made for")
+    longest = longest_text(model, model.config.get_text_config())
+    if longest is not None and made.shape[1] > longest:
+        warn(f"the model was made for texts of at most {longest} tokens; what comes after those means little")
     if json:
         print_json({
             "prompt": prompt, "text": text, "prompt_tokens": count,

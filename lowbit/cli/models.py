@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from lowbit.errors import InputError
+
 Model = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint directory.")]
 DTypeName = Annotated[
     str,
@@ -76,6 +78,44 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
     model = load(path, dtype=wanted, device=device)
     seconds = time.perf_counter() - start
     return model, open_tokenizer(path), seconds
+
+
+def require_writer(model: Any, path: Path) -> None:
+    """InputError unless the model writes text, and goes on from text alone."""
+    from lowbit.errors import InputError
+
+    name = type(model).__name__
+    if not model.can_generate():
+        raise InputError(
+            f"{path}: expected a language model, which writes text, found {name}, which does not"
+        )
+    if model.main_input_name != "input_ids":
+        raise InputError(
+            f"{path}: expected a language model that goes on from text, found {name}, which takes "
+            f"{model.main_input_name}; run it with transformers and lowbit.load"
+        )
+
+
+def require_decoder(model: Any, path: Path) -> None:
+    """InputError unless prefill and decoding are all that a model does."""
+    from lowbit.errors import InputError
+
+    require_writer(model, path)
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{path}: expected a decoder, whose prefill and decoding are measured, found {type(model).__name__}, "
+            "which has an encoder too"
+        )
+
+
+def too_long(path: Path, tokens: int) -> InputError:
+    """What to say where positions that are looked up in a table end before `tokens`."""
+    from lowbit.errors import InputError
+
+    return InputError(
+        f"{path}: expected no more tokens, the prompt's and new ones, than the model has positions for, "
+        f"found {tokens}; ask for fewer"
+    )
 
 
 def quiet_transformers() -> None:

@@ -79,7 +79,7 @@ def search(
         return
     notes = recipe.notes
     bits, kl, curve = notes["bits"], notes["predicted_kl"], notes["curve"]
-    rows = [(b, f"{k:.5f}", "") for b, k in curve[:: max(1, len(curve) // 12)] if round(bits, 3) != b]
+    rows = [(b, f"{k:.5f}", "") for b, k in curve[:: max(1, len(curve) // 12)] if abs(b - bits) > 0.001]
     shown = [[f"{b:.3f}", k, mark] for b, k, mark in sorted([*rows, (bits, f"{kl:.5f}", "<-")])]
     print(table(["bits", "predicted KL", ""], shown, right={0, 1}))
     for name, uniform in notes["uniform"].items():

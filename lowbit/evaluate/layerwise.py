@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_schemes
 from lowbit.calibration.distributed import gathered, my_share
-from lowbit.calibration.kv_cache import KVHook, watched
+from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
@@ -28,6 +28,7 @@ from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection, decide
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
+from lowbit.formats import get_format
 from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import Quantized, quantize
@@ -65,9 +66,11 @@ class Candidate:
 
 
 def plain(path: str | Path, **model_options: Any) -> Candidate:
-    """A checkpoint as it is: weights dequantized; activations rounded as its quantization_config says."""
+    """A checkpoint as it is: weights dequantized; activations rounded as its quantization_config says, and
+    keys and values where it has scales for them."""
     model = LayerwiseModel(Source(path), **model_options)
     stored = stored_modules(model.source)
+    kv_cache = KVCache.of_config(model.source.config)
 
     def codes_of(disk: str) -> Quantized | None:
         """Codes and scale as they are stored, where that is a tensor each."""
@@ -105,7 +108,16 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
                     scales[name] = (scale, offset)
         return layer, install(layer, schemes, quantized, scales, frozenset(online))
 
-    return Candidate(model=model, load=load)
+    def scale_of(name: str) -> Tensor | None:
+        return model.source.raw(name).to(model.device) if model.source.has(name) else None
+
+    def kv_hooks(layer: nn.Module, index: int) -> dict[str, KVHook]:
+        if kv_cache is None:
+            return {}
+        prefix = model.layer_name(index)
+        return quantizers(layer, kv_cache, lambda name: model.disk_attention(f"{prefix}.{name}"), scale_of)
+
+    return Candidate(model=model, load=load, kv_hooks=kv_hooks)
 
 
 def rounded(
@@ -130,15 +142,16 @@ def rounded(
 
 
 def calibrated(source: str | Path, calibration: Calibration, **model_options: Any) -> Candidate:
-    """A source with a calibration laid over it, as `convert` will write it."""
+    """A source with a calibration laid over it, as `convert` will write it in the default format."""
     calibration.require()
     model = LayerwiseModel(
         Source(source), override=lambda n: tensor_of(calibration, n),
         config_overrides=dict(calibration.config_overrides), **model_options,
     )  # fmt: skip
     schemes = module_schemes(
-        model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration))
-    )
+        model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration)),
+        fits=get_format().refuse,
+    )  # fmt: skip
     _round_outside(model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration)))
     overlay = Overlay(calibration, model, schemes)
     return Candidate(model=model, load=overlay.load, kv_hooks=overlay.kv_hooks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lowbit import ops
 from lowbit.formats import Format
 from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
+from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
 from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, codes_of, pack, unpack
@@ -156,6 +158,11 @@ class QuantExperts(StackedModule):
                 ):
                     setattr(module, key, value)
         return module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":  # accelerate's, whoever asked for it
+            follow_offloading(self, value)
 
     def check_symmetric(self) -> None:
         """InputError for zero points of the weights other than 0, which no product here applies."""

@@ -225,8 +225,11 @@ class QuantLinear(QuantModule):
         return dequantize_rows(self.codes, self.scale, self.scheme.weights, dtype)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """A trainable Linear of the dequantized weight."""
-        return float_linear(self.dequantize(dtype), self._buffers["bias"]).train(self.training)
+        """A trainable Linear of the dequantized weight, for inputs as they are: a rotation is undone in the weight."""
+        weight = self.dequantize(torch.float32 if self.hadamard else dtype)
+        if self.hadamard:  # its matrix is its own inverse
+            weight = ops.hadamard(weight, self.hadamard).to(dtype)
+        return float_linear(weight, self._buffers["bias"]).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):

@@ -7,20 +7,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowbit.nn.experts import QuantExperts
-from lowbit.nn.stacked import fill
+from lowbit.nn.stacked import StackedModule, fill, stack_of
 
 
 class StackedWeights(Mapping[str, Tensor]):
     """Stacked buffers of `experts`, made from the checkpoint's tensors in `weights` when asked for.
 
-    Offloaded to memory, those are views into one stack, which is then what is returned; on disk
+    Offloaded to memory, those lie in one stack, which is then what is returned; on disk
     they are read and stacked each time. The checkpoint's own names give its tensors, to be saved again.
     """
 
-    def __init__(self, experts: QuantExperts, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, experts: StackedModule, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
         self._names: dict[str, list[str]] = {}
         for name, buffer, _, _ in experts.disk_tensors():
@@ -31,15 +30,9 @@ class StackedWeights(Mapping[str, Tensor]):
         if buffer not in self._names:
             return self._weights[buffer].clone()
         parts = [self._weights[name] for name in self._names[buffer]]
-        first = parts[0]
-        whole, size, offset = (len(parts), *first.shape), first.numel(), first.storage_offset()
-        memory = first.untyped_storage().data_ptr()
-        if all(
-            p.untyped_storage().data_ptr() == memory and p.storage_offset() == offset + i * size
-            for i, p in enumerate(parts)
-        ):
-            return first.as_strided(whole, (size, *first.stride()), offset)
-        stack = torch.empty(whole, dtype=self._dtypes[buffer])
+        if (stack := stack_of(parts)) is not None:
+            return stack
+        stack = torch.empty(len(parts), *parts[0].shape, dtype=self._dtypes[buffer])
         for i, part in enumerate(parts):
             fill(stack, i, part)
         return stack
@@ -51,13 +44,9 @@ class StackedWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def follow_offloading(model: nn.Module) -> None:
-    """Let accelerate's hooks find the stacks of every QuantExperts that they offload."""
-    for module in model.modules():
-        if not isinstance(module, QuantExperts):
-            continue
-        hook: Any = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None and not isinstance(weights, StackedWeights):
-                each.weights_map = StackedWeights(module, weights)
+def follow_offloading(experts: StackedModule, hook: Any) -> None:
+    """Let accelerate's hook of `experts`, or those that it holds, find the stacks where it offloads them."""
+    for each in getattr(hook, "hooks", (hook,)):
+        weights = getattr(each, "weights_map", None)
+        if weights is not None and not isinstance(weights, StackedWeights):
+            each.weights_map = StackedWeights(experts, weights)

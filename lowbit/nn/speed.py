@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_CACHES = ("past_key_values", "cache_params")
+"""What models call what they keep of the tokens that they have read; Mamba has the latter."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
@@ -42,10 +45,10 @@ def measure(
     One untimed round warms up. Every model gets the same prompt; the new tokens are fixed too,
     so that the work does not depend on what a model says.
     """
-    vocabulary = min(int(m.config.vocab_size) for m in models.values())
+    words = _words(models)
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator)
-    following = torch.randint(0, vocabulary, (batch, new_tokens), generator=generator)
+    prompt = words[torch.randint(0, len(words), (batch, prompt_tokens), generator=generator)]
+    following = words[torch.randint(0, len(words), (batch, new_tokens), generator=generator)]
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in models}
     for round_ in range(repeats + 1):
         for name, model in models.items():
@@ -64,17 +67,29 @@ def measure(
     }  # fmt: skip
 
 
+def _words(models: dict[str, Any]) -> torch.Tensor:
+    """Token ids that all models take as text: none that stands for a picture or a sound, which they would ask for."""
+    configs = [m.config for m in models.values()]
+    ids = torch.arange(min(int(c.get_text_config().vocab_size) for c in configs))
+    marks = {
+        value
+        for config in configs
+        for key, value in config.to_dict().items()
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    return ids[~torch.isin(ids, torch.tensor(sorted(marks), dtype=torch.long))]
+
+
 def _run(model: Any, prompt: torch.Tensor, following: torch.Tensor) -> tuple[float, float]:
     device = next(model.parameters()).device
     prompt, following = prompt.to(device), following.to(device)
     start = _now(device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     first = _now(device)
-    cache = out.past_key_values
+    name = next((n for n in _CACHES if out.get(n) is not None), _CACHES[0])
+    cache = {name: out[name]}
     for step in range(following.shape[1]):
-        out = model(
-            input_ids=following[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        out = model(input_ids=following[:, step : step + 1], use_cache=True, logits_to_keep=1, **cache)
         out.logits.argmax(-1)
     return first - start, _now(device) - first
 

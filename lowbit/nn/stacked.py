@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowbit.nn.linear import SCALES, as_stored_scale, wrong_codes
 from lowbit.nn.stored import QuantModule, codes_of
@@ -64,8 +65,8 @@ class StackedModule(QuantModule):
                         yield f"{i}.{name}.{suffix}", buffer, i, stack[i]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, _, _, view in self.disk_tensors():
-            destination[prefix + name] = view
+        for name, buffer, expert, view in self.disk_tensors():
+            destination[prefix + name] = on_its_own(view, self._buffers[buffer], expert)
         if "shape" in self.suffixes:
             for i in range(self.num_experts):
                 for name in self.projections.values():
@@ -123,6 +124,36 @@ class StackedModule(QuantModule):
         if name.isdigit() and int(name) < self.num_experts:
             return _Expert(self, int(name))
         return super().__getattr__(name)
+
+
+_STACKS: Any = WeakTensorKeyDictionary()
+"""What `on_its_own` gave and somebody holds → the stack that it lies in, and the expert."""
+
+
+def on_its_own(view: Tensor, stack: Tensor | None, expert: int) -> Tensor:
+    """The same memory as a storage of its own, that of one expert in `stack`; `stack_of` finds the stack again.
+
+    Who saves a state_dict (accelerate, safetensors' save_model) takes tensors in one storage for one tensor
+    under several names, and drops all but the first.
+    """
+    if type(view) is not Tensor or view.is_meta or not view.numel() or not view.is_contiguous():
+        return view
+    try:
+        # As bytes, since not every dtype can be handed over.
+        alone = torch.from_dlpack(view.detach().view(-1).view(torch.uint8))
+    except (RuntimeError, BufferError):  # a device that hands nothing over
+        return view
+    alone = alone.view(view.dtype).view(view.shape)
+    _STACKS[alone] = (stack, expert)
+    return alone
+
+
+def stack_of(parts: Sequence[Tensor]) -> Tensor | None:
+    """The stack whose experts `parts` are, all of them and in their order, as `on_its_own` gave them; else None."""
+    found = [_STACKS.get(part, (None, -1)) for part in parts]
+    stack = found[0][0]
+    whole = stack is not None and stack.shape[0] == len(parts)
+    return stack if whole and all(f[0] is stack and f[1] == i for i, f in enumerate(found)) else None
 
 
 def fill(stack: Tensor, expert: int, value: Tensor) -> None:

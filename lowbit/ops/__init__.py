@@ -53,6 +53,7 @@ from lowbit.ops import (  # noqa: F401  (importing them registers the operations
     register_bfloat16,
     register_quantize,
 )
+from lowbit.ops.checks import check_no_tangent
 from lowbit.ops.settings import (
     NoKernelError,
     allow_fallback,
@@ -132,6 +133,7 @@ def linear(
     arguments = (x, weight, weight_scale, bias, input_scale, input_zero_point, weight_sum, activations, block)
     if not torch.compiler.is_compiling() and eager.applies(*arguments[:-2]):
         return register.linear(*arguments)
+    check_no_tangent(x, bias)
     return _ops.linear.default(*arguments)
 
 
@@ -145,6 +147,7 @@ def linear_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if not torch.compiler.is_compiling() and eager.applies(x, weight, bias):
         return register_bfloat16.linear(x, weight, bias)
+    check_no_tangent(x, bias)
     return _ops.linear_bfloat16.default(x, weight, bias)
 
 
@@ -171,6 +174,7 @@ def linear_grouped(
     arguments = (x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
     if not torch.compiler.is_compiling() and eager.applies(*arguments[:-2]):
         return register.linear_grouped(*arguments)
+    check_no_tangent(x, bias, row_weight)
     return _ops.linear_grouped.default(*arguments)
 
 
@@ -248,4 +252,5 @@ def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple
 def hadamard(x: Tensor, block: int) -> Tensor:
     """x [..., K] · H, H block-diagonal of orthonormal Sylvester–Hadamard matrices of `block` (a power
     of two that divides K), computed in float32 and rounded to x.dtype. Its own inverse."""
+    check_no_tangent(x)
     return _ops.hadamard.default(x, block)

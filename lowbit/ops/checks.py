@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 CODES = (torch.int8, torch.float8_e4m3fn)
@@ -159,3 +160,14 @@ def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
     check_rows(x)
     require(dtype in CODES, lambda: f"expected dtype int8 or float8_e4m3fn, found {dtype}")
     require(group >= 0, lambda: f"expected a group of at least 0 elements (0: the whole row), found {group}")
+
+
+def check_no_tangent(*tensors: Tensor | None) -> None:
+    """NotImplementedError in forward-mode differentiation, where torch would take the derivative for zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "expected no tangents, found some: lowbit's operators have no forward-mode derivative (torch.func.jvp, "
+            "jacfwd); use reverse mode, or a Linear that to_linear() makes"
+        )

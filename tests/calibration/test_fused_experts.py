@@ -208,6 +208,10 @@ def test_static_int8_leaves_experts_dynamic(tmp_path):
     assert "model.layers.1.self_attn.q_proj.input_scale" in written
     assert not any(".experts." in n and n.endswith("input_scale") for n in written)
     lowbit.load(tmp_path / "out")
+    laid_over = lowbit.measure(tmp_path / "src", windows, calibration=tmp_path / "calib", device="cpu")
+    assert laid_over.agreement.perplexity == pytest.approx(
+        lowbit.measure(tmp_path / "out", windows, device="cpu").agreement.perplexity, rel=1e-6
+    )
 
 
 def test_a_model_that_sees_is_not_rotated(sources, windows, tmp_path):

@@ -58,6 +58,21 @@ def test_the_config_says_how_the_cache_is_quantized(kind, tmp_path):
     assert any("INT8" in w for w in warnings) == (kind == "int8")
 
 
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_an_evaluation_rounds_keys_and_values(kind, tmp_path):
+    """Of a converted checkpoint as of the calibration that it was made with."""
+    converted(LlamaForCausalLM(LlamaConfig(**DENSE)), tmp_path, kind)
+    laid_over = lowbit.measure(tmp_path / "src", WINDOWS, calibration=tmp_path / "calib", device="cpu")
+    written = lowbit.measure(tmp_path / "out", WINDOWS, reference=tmp_path / "src", device="cpu")
+    assert written.layer_errors == pytest.approx(laid_over.layer_errors, rel=1e-5)
+    assert written.agreement.kl == pytest.approx(laid_over.agreement.kl, rel=1e-4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    without = lowbit.measure(tmp_path / "out", WINDOWS, device="cpu")
+    assert without.agreement.nll != pytest.approx(written.agreement.nll, rel=1e-6)
+
+
 def test_scales_lie_beside_the_projections_of_a_vision_language_model(tmp_path):
     """`model.language_model.layers.…`, where k_proj is: engines that map prefixes refuse any other name."""
     tensors, config, _ = converted(model_of("seeing"), tmp_path, "fp8")

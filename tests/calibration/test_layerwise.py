@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.llama import modeling_llama
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen2 import modeling_qwen2
@@ -21,6 +27,7 @@ from lowbit.calibration.rotate_model import rotate_outside
 from lowbit.calibration.rotation import make_rotation
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
+from lowbit.errors import InputError
 from lowbit.evaluate import layerwise as evaluation
 from lowbit.evaluate.layerwise import plain, rounded
 from lowbit.scheme import get_scheme
@@ -112,6 +119,24 @@ def test_transforms_leave_float64_logits_unchanged(checkpoints, windows, name, t
     assert changes >= len(model)  # a transform that does nothing is no test
     logits, expected = model.head(hidden), whole_logits(checkpoints[name], ids)
     assert float((logits - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["whisper", "bart"])
+def test_a_decoder_that_goes_by_an_encoder_is_refused(kind, tmp_path):
+    """Its decoder alone ran: a perplexity, and scales, of text without the sound that it is about."""
+    sizes = {
+        "vocab_size": 128, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "pad_token_id": 0,
+        "decoder_start_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": 2, "bos_token_id": 1,
+    }  # fmt: skip
+    if kind == "whisper":
+        sizes.pop("forced_eos_token_id")
+        model = WhisperForConditionalGeneration(WhisperConfig(**sizes))
+    else:
+        model = BartForConditionalGeneration(BartConfig(**sizes))
+    model.save_pretrained(tmp_path / kind)
+    with pytest.raises(InputError, match=f"found '{kind}', whose decoder goes by what an encoder has read"):
+        LayerwiseModel(Source(tmp_path / kind))
 
 
 def test_a_residual_stream_that_cannot_be_rotated_is_refused(checkpoints, windows):

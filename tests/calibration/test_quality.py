@@ -76,6 +76,10 @@ def test_data_that_is_no_tokens(source, tmp_path):
             lowbit.measure(source, [wrong])
     with pytest.raises(InputError, match="at least one window to measure on"):
         lowbit.measure(source, [])
+    with pytest.raises(InputError, match="a window of at least two tokens"):
+        lowbit.measure(
+            source, [torch.tensor([5]), torch.tensor([6])]
+        )  # a perplexity of 1, whatever the model
     for wrong in ({"samples": 0}, {"length": -5}, {"seed": 2**70}):
         with pytest.raises(InputError, match="at least 1 and a seed of 64 bits, found"):
             lowbit.search(source, source.parent / "text.txt", **wrong)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import lowbit
 from lowbit.calibration.search import FLOAT, Unit, bits_of, curve, pick, recipe_of, sensitivities
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
@@ -44,6 +45,31 @@ def test_a_candidate_given_twice_counts_once(checkpoints, windows):
         for of in (["int8", "fp8"], ["int8", "W8A8", "fp8"])
     )
     assert once == twice
+
+
+def test_a_candidate_costs_what_a_conversion_makes_of_it(checkpoints, windows):
+    """Where blocks and groups do not fit, that is a scale per channel."""
+    per_channel = {"int8-block": "int8", "int8-weight-only": None, "mxfp8": None}
+    units = sensitivities(checkpoints["llama"], windows, [*per_channel, "int8"])
+    predicted = {name: sum(u.cost[name] for u in units) for name in per_channel}
+    assert predicted["int8-block"] == sum(u.cost["int8"] for u in units)
+    for name in per_channel:
+        report = evaluate(
+            rounded(checkpoints["llama"], get_scheme(name)), windows, plain(checkpoints["llama"])
+        )
+        assert predicted[name] == pytest.approx(report.agreement.mean_kl, rel=0.5)
+
+
+def test_what_is_ignored_stays_in_float_in_the_recipe(checkpoints, windows, tmp_path):
+    ignored = ("*.o_proj", "*.layers.1.mlp.down_proj")
+    recipe = lowbit.search(checkpoints["llama"], windows[:2], budget=8, ignore=ignored)
+    assert recipe.ignore == ignored
+    recipe.save(tmp_path / "recipe.yaml")
+    read = load_recipe(tmp_path / "recipe.yaml")
+    plan = lowbit.plan(checkpoints["llama"], read.scheme, ignore=read.ignore, overrides=dict(read.overrides))
+    kept = {n for n, d in plan.decisions.items() if d.scheme is None and "layers" in n and "norm" not in n}
+    attention = [f"model.layers.{i}.self_attn.o_proj" for i in range(3)]
+    assert kept == {*attention, "model.layers.1.mlp.down_proj"}
 
 
 def test_the_curve_is_optimal_at_its_points():

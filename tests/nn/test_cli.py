@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 from nn_reference import build
+from transformers import (
+    BertConfig,
+    BertModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.bench import bench
 from lowbit.cli.generate import generate
 from lowbit.errors import InputError
+from lowbit.nn.speed import _words
 
 app = typer.Typer()
 app.command("generate")(generate)
@@ -61,6 +73,14 @@ def test_generate(checkpoint):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_a_prompt_that_is_no_text(checkpoint):
+    """What a terminal or `$(cat file)` gives in another encoding, which Python hands on as halves of characters."""
+    latin, chinese = (b"w5 caf\xe9 w6".decode("utf-8", "surrogateescape"), "w5 \udce6\udcbc\udca2")
+    for prompt, read in ((latin, "w5 caf\ufffd w6"), (chinese, "w5 漢")):
+        found = json.loads(run("generate", checkpoint / "out", "-p", prompt, "--max-new-tokens", 2, "--json"))
+        assert found["prompt"] == read
+
+
 def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
     """Many end at once where their template is left out."""
     shutil.copytree(checkpoint / "out", tmp_path / "out")
@@ -77,7 +97,8 @@ def test_generate_says_why_a_chat_model_said_nothing(checkpoint, tmp_path):
     assert "w5" in said.stdout
     said = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "w5 w6", "--chat"])
     assert said.exit_code == 0 and not said.stdout.strip()
-    said = CliRunner().invoke(app, ["generate", str(checkpoint / "out"), "--prompt", "w5 w6"])
+    short = ["generate", str(checkpoint / "out"), "--prompt", "w5 w6", "--max-new-tokens", "8"]
+    said = CliRunner().invoke(app, short)
     assert said.exit_code == 0 and "warning" not in said.stderr
 
 
@@ -107,6 +128,90 @@ def test_bench(checkpoint):
     )
     assert [r["weight_bytes"] for r in against["results"]] == [r["weight_bytes"] for r in found["results"]]
     assert "prefill tok/s" in run("bench", checkpoint / "out", *options)
+
+
+def other(model, checkpoint, out):
+    """A float checkpoint of another architecture, with the tokenizer of the first."""
+    model.eval().save_pretrained(out)
+    for file in (checkpoint / "src").glob("tokenizer*"):
+        shutil.copy(file, out)
+    return out
+
+
+SMALL = {"vocab_size": 96, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 64}
+
+
+def test_a_decoder_with_an_encoder_begins_a_text_of_its_own(checkpoint, tmp_path):
+    """The prompt is not the beginning of what it puts out: as many tokens were cut from that."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**SMALL, decoder_start_token_id=0, eos_token_id=None))
+    model.generation_config.num_beams = 3  # of which no text can be shown as it is made
+    path = other(model, checkpoint, tmp_path / "t5")
+    found = json.loads(run("generate", path, "-p", "w5 w6 w7", "--max-new-tokens", 6, "--json"))
+    with torch.no_grad():
+        made = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False, num_beams=1)
+    assert (found["prompt_tokens"], found["new_tokens"]) == (3, 6)
+    assert found["text"].split() == [f"w{i}" for i in made[0, 1:].tolist()]
+    shown = run("generate", path, "-p", "w5 w6 w7", "--max-new-tokens", 6)
+    assert shown.split()[-6:] == found["text"].split()
+    with pytest.raises(InputError, match="expected a decoder"):
+        run("bench", path)
+
+
+def test_models_that_do_not_go_on_from_text_are_named(checkpoint, tmp_path):
+    bert = BertModel(BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    ))  # fmt: skip
+    whisper = WhisperForConditionalGeneration(WhisperConfig(
+        vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, decoder_start_token_id=1,
+    ))  # fmt: skip
+    for model, message in ((bert, "BertModel, which does not"), (whisper, "which takes input_features")):
+        path = other(model, checkpoint, tmp_path / type(model).__name__)
+        against = ("bench", checkpoint / "out", "--against", path)
+        for command in (("generate", path, "-p", "w1"), ("bench", path), against):
+            with pytest.raises(InputError, match=message):
+                run(*command)
+
+
+@pytest.mark.parametrize("kind", ["vision-language", "mamba"])
+def test_bench_of_what_sees_and_of_what_has_no_keys(kind, checkpoint, tmp_path):
+    if kind == "mamba":
+        model = MambaForCausalLM(
+            MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, state_size=8)
+        )
+    else:
+        model = build(kind)
+    path = other(model, checkpoint, tmp_path / kind)
+    options = ("--batch", 1, "--prompt-tokens", 200, "--new-tokens", 3, "--repeats", 1)
+    found = json.loads(run("bench", path, *options, "--json"))
+    assert all(r["decode_tokens_per_second"] > 0 for r in found["results"])
+
+
+def test_no_pictures_are_promised_to_a_model_that_is_timed():
+    config = build("vision-language").config
+    words = _words({"one": SimpleNamespace(config=config)})
+    assert config.image_token_index == 95
+    assert 95 not in words and {3, 94} <= set(words.tolist())
+
+
+def test_texts_longer_than_a_model_was_made_for(checkpoint, tmp_path):
+    learned = other(build("gpt2"), checkpoint, tmp_path / "gpt2")
+    for command in (
+        ("generate", learned, "-p", "w5 w6", "--max-new-tokens", 300),
+        ("bench", learned, "--prompt-tokens", 300, "--new-tokens", 1, "--batch", 1),
+    ):
+        with pytest.raises(InputError, match="than the model has positions for, found 30"):
+            run(*command)
+    said = CliRunner().invoke(
+        app, ["generate", str(checkpoint / "out"), "-p", "w5 w6", "--max-new-tokens", "90", "--json"]
+    )
+    beyond = json.loads(said.stdout)["new_tokens"] + 2 > 64
+    assert said.exit_code == 0 and ("at most 64 tokens" in said.stderr) == beyond
+    said = CliRunner().invoke(
+        app, ["generate", str(checkpoint / "out"), "-p", "w5 " * 70, "--max-new-tokens", "1"]
+    )
+    assert said.exit_code == 0 and "warning: the model was made for texts of at most 64 tokens" in said.stderr
 
 
 @pytest.mark.parametrize(

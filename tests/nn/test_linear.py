@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
+from torch.autograd import forward_ad
 
+from lowbit import ops
 from lowbit.errors import InputError
 from lowbit.nn import QuantLinear, float_activations, quantize_model
+from lowbit.nn.bfloat16 import BFloat16Linear
 from lowbit.quantize import choose_scale, dequantize, quantize, quantize_with
 from lowbit.scheme import SCHEMES
 
@@ -299,3 +302,23 @@ def test_row_blocks_change_nothing(monkeypatch):
         assert torch.equal(scale, want.scale)
         got = weights.dequantize_rows(codes, scale, spec, torch.bfloat16)
         assert torch.equal(got, want.dequantize().bfloat16())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
+def test_forward_mode_is_refused(scheme):
+    """torch takes the derivative of an operator that has none for zero, and says nothing."""
+    quant = QuantLinear.from_linear(nn.Linear(128, 128), scheme)
+    table = BFloat16Linear(128, 128)
+    x = torch.randn(3, 128)
+    for module in (quant, table):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(module, (x,), (x,))
+        with forward_ad.dual_level():
+            module(x)  # nothing to differentiate
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                module(forward_ad.make_dual(x, x))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.hadamard(x, 64), (x,), (x,))
+    linear = quant.to_linear()
+    _, tangent = torch.func.jvp(linear, (x,), (x,))
+    torch.testing.assert_close(tangent, x @ linear.weight.detach().T)

@@ -21,7 +21,6 @@ from lowbit.cli.models import open_model
 from lowbit.errors import InputError
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quantize_model
 from lowbit.nn.integration import register, unregister
-from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stored import QuantModule
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
@@ -248,7 +247,8 @@ def test_device_map(tmp_path):
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "mxfp8"])
 def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
     """To disk by a device map, and to memory as beside an accelerator: codes leave, results stay."""
-    from accelerate import cpu_offload
+    from accelerate import cpu_offload, disk_offload
+    from accelerate.hooks import remove_hook_from_submodules
 
     build(kind).save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme)
@@ -259,12 +259,16 @@ def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
     on_disk = load(tmp_path / "out", device_map=where, offload_folder=tmp_path / "offload")
     in_memory = load(tmp_path / "out")
     cpu_offload(in_memory, execution_device=torch.device("cpu"), offload_buffers=True)
-    follow_offloading(in_memory)
-    for model in (on_disk, in_memory):
+    by_hand = load(tmp_path / "out")
+    disk_offload(by_hand, tmp_path / "by_hand", execution_device=torch.device("cpu"), offload_buffers=True)
+    for model in (on_disk, in_memory, by_hand):
         quantized = [m for m in model.model.layers[1].modules() if isinstance(m, QuantModule)]
         assert quantized and all(m.get_buffer(n).is_meta for m in quantized for n in m.frozen)
         assert torch.equal(logits(model, batch), want)
         assert torch.equal(logits(model, batch), want)  # and again, when all has been given up once
+    remove_hook_from_submodules(in_memory)
+    assert not any(b.is_meta for b in in_memory.buffers())
+    assert torch.equal(logits(in_memory, batch), want)
 
 
 def test_bad_input(tmp_path):
@@ -388,6 +392,72 @@ def check_rotated_source(path, want) -> None:
     ):
         with pytest.raises(InputError, match="give the checkpoint from before the rotation"):
             ask()
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "qwen3.5-moe", "mixtral"])
+def test_an_online_hadamard_of_experts(kind, tmp_path):
+    model = build(kind)
+    want = logits(model, inputs(kind))
+    model.save_pretrained(tmp_path / "src")
+    seed = torch.Generator().manual_seed(0)
+    windows = list(torch.randint(0, model.config.vocab_size, (8, 32), generator=seed))
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    loaded = load(tmp_path / "out", dtype=torch.float32)
+    found = logits(loaded, inputs(kind))
+    report = lowbit.measure(tmp_path / "out", windows)
+    assert (found - want).norm() < 0.05 * want.norm()
+    experts = [m for m in loaded.modules() if isinstance(m, QuantExperts)]
+    assert experts and all(m.hadamard == m.intermediate_size & -m.intermediate_size for m in experts)
+    with torch.no_grad():
+        nll = sum(
+            torch.nn.functional.cross_entropy(
+                loaded(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum"
+            )
+            for w in windows
+        )
+    assert float(nll) == pytest.approx(report.agreement.nll, rel=1e-3)
+    for m in experts:
+        m.hadamard = 0
+    assert (logits(loaded, inputs(kind)) - want).norm() > 2 * (found - want).norm()
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", dtype=torch.float32), inputs(kind)), found)
+    file = tmp_path / "out/config.json"
+    config = json.loads(file.read_text())
+    for change, message in (
+        (
+            lambda names: names.pop(next(n for n in names if ".experts." in n)),
+            r"of all \d experts, or of none",
+        ),
+        (
+            lambda names: names.update({n: 3 for n in names if ".experts." in n}),
+            "a power of two that divides",
+        ),
+    ):
+        names = dict(config["lowbit"]["online_hadamard"])
+        change(names)
+        file.write_text(json.dumps(config | {"lowbit": {"online_hadamard": names}}))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "out")
+
+
+def test_a_float_copy_of_a_rotated_layer_takes_inputs_as_they_are(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "src")
+    seed = torch.Generator().manual_seed(0)
+    windows = list(torch.randint(0, model.config.vocab_size, (8, 32), generator=seed))
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
+    loaded = load(tmp_path / "out", dtype=torch.float32)
+    with float_activations(loaded):
+        want = logits(loaded, inputs("llama"))
+    loaded.dequantize()
+    assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
+    torch.testing.assert_close(logits(loaded, inputs("llama")), want, rtol=1e-4, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "again")
+    lowbit.convert(tmp_path / "again", tmp_path / "int8", "int8")
+    found = logits(load(tmp_path / "int8", dtype=torch.float32), inputs("llama"))
+    assert (found - want).norm() < 0.05 * want.norm()
 
 
 def test_a_calibration_with_an_online_hadamard_converts_and_runs(tmp_path):

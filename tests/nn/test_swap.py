@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from nn_reference import build, inputs, logits, tiny
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -323,6 +326,27 @@ def test_experts_gradient_and_state():
         RuntimeError, match=r"2\.up_proj\.weight: expected codes in torch.float8_e4m3fn, found"
     ):
         fresh.load_state_dict(before, strict=False)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
+def test_experts_are_saved_by_who_drops_what_shares_memory(scheme, tmp_path):
+    """accelerate and safetensors take what lies in one storage for one tensor of many names."""
+    model = quantize_model(build("qwen3-moe"), scheme)
+    state = model.state_dict()
+    want = logits(model, inputs("qwen3-moe"))
+    Accelerator(cpu=True).save_model(model, tmp_path / "accelerate")
+    assert load_file(tmp_path / "accelerate" / "model.safetensors").keys() == state.keys()
+    save_model(model, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 2 * sum(t.nbytes for t in state.values())
+    for value in state.values():  # the same memory as the model's
+        value.view(torch.uint8).zero_()
+    assert not torch.equal(logits(model, inputs("qwen3-moe")), want)
+    load_model(model, tmp_path / "model.safetensors")
+    assert torch.equal(logits(model, inputs("qwen3-moe")), want)
+    for copied in (copy.deepcopy(state), torch.load(tmp_path / "state.pt", weights_only=True)):
+        model.load_state_dict(copied)
+        assert torch.equal(logits(model, inputs("qwen3-moe")), want)
 
 
 def test_experts_compile_whole():
