@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.beside import BESIDE_CODES
 from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
-from lowbit.checkpoint.planner import BESIDE_CODES, module_of
+from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lowbit.checkpoint.beside import BESIDE_CODES, is_of_attention, name_of_attention
 from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.jobs import Job, Source, StaticInput, constant_job, job_of, jobs_as_they_are, zeros
@@ -24,23 +24,6 @@ _INPUT_ZERO_POINT: Content = "input_zero_point"
 
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """config.json's names → safetensors' names."""
-
-
-BESIDE_CODES = (
-    "input_scale",
-    "activation_scale",
-    "input_scale_ub",
-    "input_zero_point",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_scale",
-    "weight_offset",
-    "input_offset",
-    "deq_scale",
-    "quant_bias",
-)
-"""Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
-`input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +52,6 @@ def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
             return module
     # Fused experts are parameters without the `.weight`.
     return ref.name if is_fused(ref) else None
-
-
-# Scales by which attention quantizes what it keeps, and what AutoFP8 and Quark call them.
-_OF_ATTENTION = re.compile(
-    r".*\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)"
-)
-_OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.output_scale")
 
 
 class Planner:
@@ -374,12 +350,11 @@ class Planner:
             replacement = self.replaced.pop(ref.name, None)
             if replacement is not None:
                 job = self._copy(replacement, ref.name)
-            elif quantized and _OF_ATTENTION.fullmatch(ref.name):
+            elif quantized and is_of_attention(ref.name):
                 if self.target is None or ref.name.endswith(".prob_output_scale"):
                     self.left_out.append(ref.name)
                     continue
-                # By these names engines find them in every format.
-                name = _OUTPUT_SCALE.sub(r"\1\2_scale", ref.name)
+                name = name_of_attention(ref.name)
                 job = self._copy(self.replaced.pop(name, ref), name)
             else:
                 job = self._carry(ref)

@@ -1,0 +1,36 @@
+"""Tensors that a quantized source has beside codes and their scales, by name."""
+
+from __future__ import annotations
+
+import re
+
+BESIDE_CODES = (
+    "input_scale",
+    "activation_scale",
+    "input_scale_ub",
+    "input_zero_point",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_scale",
+    "weight_offset",
+    "input_offset",
+    "deq_scale",
+    "quant_bias",
+)
+"""Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
+`input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
+
+_OF_ATTENTION = re.compile(
+    r".*\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)"
+)
+_OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.output_scale")
+
+
+def is_of_attention(name: str) -> bool:
+    """Whether a tensor is a scale or zero point by which attention quantizes queries, or what it caches."""
+    return _OF_ATTENTION.fullmatch(name) is not None
+
+
+def name_of_attention(name: str) -> str:
+    """What engines call such a tensor in every format: AutoFP8 and Quark have `k_proj.output_scale` for `k_scale`."""
+    return _OUTPUT_SCALE.sub(r"\1\2_scale", name)
