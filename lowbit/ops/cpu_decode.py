@@ -31,7 +31,7 @@ from lowbit.ops.cpu_emit import (
 from lowbit.ops.cpu_lookup import AT_ONCE, BYTES, IN_ORDER, Lookup
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
 from lowbit.ops.cpu_step import lanes
-from lowbit.ops.cpu_tiles import row_addresses, transpose
+from lowbit.ops.cpu_tiles import pack, row_addresses, transpose
 
 AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
 
@@ -198,3 +198,35 @@ def decode(lookup, storage, source, kind, target, n, padded):  # type: ignore[no
             decode_row(storage, source + whole, kind, target + 2 * whole, n - whole, padded - whole)
     else:
         decode_row(storage, source, kind, target, n, padded)
+
+
+@njit(inline="always")
+def fill_panel(
+    kind, storage, lookup, at_once, row_kind, size, row_element, step, columns, w, w_row, cols, depth, piece, padded,
+    straight, panel, panel_row, units, decoded,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """`depth` weights (of `size` bytes) of each of `cols` rows → the panel of a block, `units` of them.
+
+    Each `piece` along K is filled up to a whole `step` with zeros: `padded` elements in all. `straight`: rows are
+    packed as they stand. Else `at_once` codes (see `packs_at_once`) at a time where the rows are one piece, and
+    what is left by way of `decoded`, memory for `columns` rows of `row_kind`, whose elements take `row_element` bytes.
+    """
+    quick = depth // at_once * at_once if at_once and piece == depth else 0
+    done = quick * units // padded
+    for j in range(0, cols, columns):
+        valid = min(columns, cols - j)
+        rows_at, stride = w + j * w_row, w_row
+        at = panel + j // (panel_row // 4) * panel_row * units + j % (panel_row // 4) * 4
+        if at_once and quick > 0:
+            pack_codes(kind, storage, rows_at, stride, valid, at, panel_row, quick)
+        if done < units:
+            if not straight:
+                rows_at, stride = decoded, padded * row_element
+                for i in range(valid):
+                    source, target = w + (j + i) * w_row, decoded + i * stride
+                    for first in range(quick, depth, piece):
+                        count = min(piece, depth - first)
+                        filled = (count + step - 1) // step * step
+                        decode(lookup, storage, source + size * first, row_kind, target, count, filled)
+                        target += filled * row_element
+            pack(kind, rows_at, stride, valid, at + done * panel_row, panel_row, units - done)

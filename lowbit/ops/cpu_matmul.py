@@ -17,13 +17,12 @@ from numba import carray, cfunc
 from lowbit.compiling import CACHE
 from lowbit.ops import cpu_step
 from lowbit.ops.cpu_block import DOT_COLS, dot_rows, packed_rows
-from lowbit.ops.cpu_decode import decode, pack_codes, packs_at_once
+from lowbit.ops.cpu_decode import fill_panel, packs_at_once
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
 from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
-from lowbit.ops.cpu_tiles import pack
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
 M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
@@ -160,11 +159,8 @@ def matmul(
                 # The next task's weights: asked for while this one multiplies the last rows.
                 share, ahead = 0, w0
                 following = w0 + block_cols * w_row
-                if (
-                    k_all > 0
-                    and which == p[M_BLOCK_COUNT] - 1
-                    and following + block_cols * w_row <= p[M_W_END]
-                ):
+                last = k_all > 0 and which == p[M_BLOCK_COUNT] - 1
+                if last and following + block_cols * w_row <= p[M_W_END]:
                     panels = (cols + tile_cols - 1) // tile_cols * ((k_all + span - 1) // span)
                     share, ahead = block_cols * w_row // panels, following
                 for k0 in range(0, k_all, span):
@@ -173,41 +169,15 @@ def matmul(
                     w, a = w0 + w_size * k0, a0 + (g * a_group if grouped else k0 * element)
                     # Groups that fill no whole steps are padded one by one.
                     piece = min(group, depth) if grouped and group != group_padded else depth
-                    rest = depth % piece
-                    padded = (
-                        depth // piece * ((piece + step - 1) // step * step)
-                        + (rest + step - 1) // step * step
-                    )
+                    filled, rest = (piece + step - 1) // step * step, depth % piece
+                    padded = depth // piece * filled + (rest + step - 1) // step * step
                     units = padded * element // 4
                     group_units = group_padded * element // 4 if grouped else units
                     inside = w + (cols - 1) * w_row + w_size * padded <= p[M_W_END]
-                    quick = depth // at_once * at_once if at_once and piece == depth else 0
-                    for j in range(0, cols, lanes):
-                        valid = min(lanes, cols - j)
-                        rows_at, stride = w + j * w_row, w_row
-                        at = panel + j // tile_cols * tile_cols * 4 * units + j % tile_cols * 4
-                        if at_once and quick > 0:
-                            pack_codes(kind, stored, rows_at, stride, valid, at, panel_row, quick)
-                        if not (integer and inside and piece == depth):
-                            rows_at, stride = decoded, padded * row_element
-                            for i in range(valid):
-                                source_at, target = w + (j + i) * w_row, decoded + i * stride
-                                for done in range(quick, depth, piece):
-                                    count = min(piece, depth - done)
-                                    filled = (count + step - 1) // step * step
-                                    decode(
-                                        lookup,
-                                        stored,
-                                        source_at + w_size * done,
-                                        row_kind,
-                                        target,
-                                        count,
-                                        filled,
-                                    )
-                                    target += filled * row_element
-                        done = quick * element // 4
-                        if done < units:
-                            pack(kind, rows_at, stride, valid, at + done * panel_row, panel_row, units - done)
+                    fill_panel(
+                        kind, stored, lookup, at_once, row_kind, w_size, row_element, step, lanes, w, w_row, cols,
+                        depth, piece, padded, integer and inside and piece == depth, panel, panel_row, units, decoded,
+                    )  # fmt: skip
                     if grouped:
                         for each in range(some):
                             for j in range(cols):
