@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import InputError
 from lowbit.formats import Format, get_format
 from lowbit.scheme import Scheme, get_scheme
 
@@ -154,10 +155,10 @@ def codes_of(names: Mapping[str, str]) -> str:
 
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
-    """A scheme that quantizes weights; ValueError for one that does not (`bf16`)."""
+    """A scheme that quantizes weights; InputError for one that does not (`bf16`)."""
     scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
     if scheme.weights is None:
-        raise ValueError(
+        raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; use .to(dtype) for that"
         )
     return scheme

@@ -86,3 +86,19 @@ def test_data_that_is_no_tokens(source, tmp_path):
     with pytest.raises(InputError, match="expected data for method"):
         lowbit.calibrate(source, tmp_path / "c", method="gptq", device="cpu")
     assert not (tmp_path / "c").exists()
+
+
+def test_arguments_that_mean_nothing(source, tmp_path):
+    windows = [torch.arange(3, 35)]
+    with pytest.raises(InputError, match="a list of schemes as candidates, found 'int8'"):
+        lowbit.search(source, windows, candidates="int8")
+    for method in ("gptq", "absmax", {"name": "mine", "rotate": "hadamard"}):
+        with pytest.raises(InputError, match="expected a method that smooths, to give it an alpha, found"):
+            lowbit.calibrate(source, tmp_path / "c", method=method, alpha=0.5, data=windows)
+    with pytest.raises(InputError, match="a mapping of its settings or a Method, found 3"):
+        lowbit.calibrate(source, tmp_path / "c", method=3, data=windows)
+    with pytest.raises(InputError, match="a scheme that quantizes weights, found bf16"):
+        lowbit.quantize_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), "bf16")
+    assert not (tmp_path / "c").exists()
+    found = lowbit.calibrate(source, tmp_path / "c", method="smoothquant", alpha=0.25, data=windows)
+    assert found.method["smooth"] == 0.25
