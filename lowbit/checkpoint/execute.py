@@ -93,6 +93,7 @@ class Worker:
     def _copy(self, job: Job) -> dict[str, str]:
         assert job.source is not None
         ref, (content, out) = job.source.ref, next(iter(job.outputs.items()))
+        assert ref.nbytes == out.nbytes, out
         dtype = "F8_E8M0" if content == "scale" and ref.dtype == "U8" else ref.dtype
         digest, sums, looks_finite = xxhash.xxh3_128(), RowSums(job), True
         step = COPY_BYTES
@@ -117,11 +118,20 @@ class Worker:
         return done
 
     def _scale(self, job: Job) -> dict[str, str]:
-        """Scales in float32; zero points between float32 and int8."""
+        """Scales in float32 or as exponents; zero points between float32 and int8."""
         assert job.source is not None
         source, (out,) = job.source, job.outputs.values()
         if out.dtype == "I8":
             done = self._write_whole(out, np.array([whole_number(source.ref)], np.int8))
+        elif out.dtype == "U8":
+            scales = read_scale(replace(source, scale=source.ref))
+            bits = scales.view(np.uint32)
+            if not (((bits & 0x807FFFFF == 0) & (bits != 0)) | (bits == 1 << 22)).all():  # 2⁻¹²⁷ is subnormal
+                raise InputError(
+                    f"{source.ref.name}: expected scales that are powers of two, as config.json says, found others; "
+                    "the two do not belong together: fetch the checkpoint again"
+                )
+            done = self._write_scales(out, scales)
         else:
             done = self._write_whole(out, read_scale(replace(source, scale=source.ref)).reshape(-1))
         self._progress(sum(r.nbytes for r in source.refs))
@@ -283,6 +293,7 @@ class Worker:
 
     def _write_whole(self, out: OutTensor, values: np.ndarray) -> dict[str, str]:
         data = np.ascontiguousarray(values).view(np.uint8)
+        assert data.size == out.nbytes, out  # more would be written over what lies behind
         self._write(out, 0, data)
         return {out.name: xxhash.xxh3_128_hexdigest(data.data)}
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
-from lowbit.formats import quantization_of
+from lowbit.formats import configs_in, quantization_of
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: (GATE, UP), GATE: (GATE,), UP: (UP,), DOWN: (DOWN,)}
@@ -156,7 +156,7 @@ def why_fused(module: str, shape: Shape) -> str:
 
 def only_stacked(config: Mapping[str, Any]) -> bool:
     """Whether transformers loads a model's float experts from 3-D tensors alone."""
-    return any(str(c.get("model_type")) in _STACKED for c in _configs(config))
+    return any(str(c.get("model_type")) in _STACKED for c in configs_in(config))
 
 
 def is_fused(ref: TensorRef) -> bool:
@@ -250,7 +250,7 @@ def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str
     wanted = (GATE, UP, DOWN) if GATE in members or UP in members else (GATE_UP, DOWN)
     if missing := [k for k in wanted if k not in members]:
         return f"{fused}, without {' and '.join(missing)} beside it"
-    types = {str(c.get("model_type")) for c in _configs(config)}
+    types = {str(c.get("model_type")) for c in configs_in(config)}
     if types & _INTERLEAVED:
         return f"{fused}, in which gate and up projections alternate"
     down, orientation = members[DOWN], _orientation(members)
@@ -258,7 +258,7 @@ def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str
         shapes = " and ".join(str(list(members[k].shape)) for k in wanted)
         return f"{fused}, of shapes that do not fit together: {shapes}"
     hidden = down.shape[1] if orientation == "rows" else down.shape[2]
-    declared = {c["hidden_size"] for c in _configs(config) if isinstance(c.get("hidden_size"), int)}
+    declared = {c["hidden_size"] for c in configs_in(config) if isinstance(c.get("hidden_size"), int)}
     if declared and hidden not in declared:
         return f"{fused}, of hidden size {hidden}, which config.json does not have"
     if orientation == "columns" and not types & _TRANSPOSED:
@@ -297,14 +297,6 @@ def scale_block(block: Any) -> tuple[int, int]:
     ):
         return block[0], block[1]
     return 128, 128
-
-
-def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and those inside it (`text_config`, …)."""
-    yield config
-    for value in config.values():
-        if isinstance(value, Mapping):
-            yield from _configs(value)
 
 
 def _parts(parent: str, leaf: str, ref: TensorRef, orientation: Orientation) -> Iterator[TensorRef]:

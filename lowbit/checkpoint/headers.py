@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.others import entries, others_below
+from lowbit.checkpoint.others import entries, is_adapter, others_below
 from lowbit.errors import InputError
-from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, quantization_of
+from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, MODELOPT, modelopt_config, quantization_of
 
 # safetensors' own limit; a longer one is an attack or a broken file.
 MAX_HEADER_BYTES = 100_000_000
@@ -27,6 +27,9 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
+
+# safetensors knows these, several elements to a byte.
+_NARROW = ("F4", "F6_E2M3", "F6_E3M2")
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -70,7 +73,7 @@ class Checkpoint:
     shards: tuple[Path, ...] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     """`config.json`; empty where there is none. Where a file of its own describes the quantization
-    (msModelSlim's), that is its `quantization_config`."""
+    (msModelSlim's, ModelOpt's), that is its `quantization_config`."""
     others: tuple[Path, ...] = field(repr=False)
     """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
     notes: tuple[str, ...] = field(default=())
@@ -189,6 +192,10 @@ def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _encodable(name):
         raise refuse(f"expected a name in UTF-8, found {name!r}")
+    if dtype in _NARROW:
+        raise InputError(
+            f"{file}: found {dtype} in the tensor {name!r}, which cannot be read; start from the model in float"
+        )
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise refuse(f"expected a known dtype for tensor {name!r}, found {dtype!r}")
     if not isinstance(shape, list) or not all(_is_count(d) for d in shape):
@@ -315,6 +322,10 @@ def _no_weights(root: Path) -> InputError:
             f"{root}: expected *.safetensors, found {pickles[0]}; pickle files can run code and are never "
             "opened: save the model as safetensors first"
         )
+    if any(is_adapter(file) for file in root.glob("*.safetensors")):
+        return InputError(
+            f"{root}: expected a model's weights, found low-rank adapters alone; merge them into their model first"
+        )
     if snapshots := sorted(root.glob("snapshots/*")):
         return InputError(
             f"{root}: expected *.safetensors files, found a hub's cache; give the directory of a snapshot, such as "
@@ -342,7 +353,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     notes: list[str] = []
     # macOS leaves a `._name` beside each file that it copies; no shard's name begins with a dot.
-    found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith("."))
+    found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith(".") and not is_adapter(f))
     indexes = sorted(root.glob("*.safetensors.index.json"))
     if indexes:
         tensors, shards = _read_indexed(root, _index_of(root, indexes, notes), notes)
@@ -360,12 +371,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = _read_config(config_file) if config_file.is_file() else {}
     if not config:
         notes.append("no config.json: the architecture is unknown")
-    description = root / DESCRIPTION
-    if description.is_file():
-        if quantization_of(config):
-            notes.append(f"{DESCRIPTION} is left out: config.json has a quantization_config")
-        else:
-            config["quantization_config"] = {"quant_method": METHOD_OF_DESCRIPTION, **read_json(description)}
-    skip = {*found, *indexes, config_file, root / MANIFEST, description}
+    own: dict[Path, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        root / DESCRIPTION: lambda file: {"quant_method": METHOD_OF_DESCRIPTION, **file},
+        root / MODELOPT: modelopt_config,
+    }
+    for file, as_config in own.items():
+        if file.is_file() and quantization_of(config):
+            notes.append(f"{file.name} is left out: config.json has a quantization_config")
+        elif file.is_file():
+            config["quantization_config"] = as_config(read_json(file))
+    skip = {*found, *shards, *indexes, config_file, root / MANIFEST, *own}
     others = others_below(root, skip, notes)
     return Checkpoint(root, tensors, tuple(shards), config, others, tuple(notes))

@@ -117,6 +117,10 @@ def shard_of(job: Job) -> int:
     return next(iter(job.outputs.values())).shard
 
 
+_EXPONENTS = {"F8_E8M0", "U8"}
+"""Two names for bytes of biased exponents."""
+
+
 def jobs_as_they_are(
     source: Source, outputs: Mapping[Content, OutTensor], static: StaticInput | None
 ) -> list[Job]:
@@ -131,7 +135,8 @@ def jobs_as_they_are(
     if "scale" not in outputs:
         return [weight]
     out: dict[Content, OutTensor] = {"scale": outputs["scale"]}
-    if scale.dtype in ("F32", "U8") and source.divisor is None and source.offset is None:
+    same = scale.dtype == outputs["scale"].dtype or {scale.dtype, outputs["scale"].dtype} == _EXPONENTS
+    if same and source.divisor is None and source.offset is None:
         return [weight, job_of("copy", scale, out)]
     there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
     return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]

@@ -81,7 +81,8 @@ def differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str
     ]  # fmt: skip
     problems += [f"{n}: missing, or changed since it was written; convert again" for n in changed]
     if manifest["headers"]:
-        extra = sorted({f.name for f in root.glob("[!.]*.safetensors")} - set(manifest["headers"]))
+        ours = {*manifest["headers"], *manifest["files"]}
+        extra = sorted({f.name for f in root.glob("[!.]*.safetensors")} - ours)
         problems += [
             f"{n}: not written by this conversion, and engines may load it; remove it" for n in extra
         ]

@@ -24,7 +24,7 @@ def others_below(root: Path, skip: Collection[Path], notes: list[str]) -> tuple[
             continue
         other = file.relative_to(root)
         weights = Path(file.name.removesuffix(".index.json")).suffix in _WEIGHT_SUFFIXES
-        if weights and modules.isdisjoint(map(str, other.parents)):
+        if weights and modules.isdisjoint(map(str, other.parents)) and not is_adapter(file):
             notes.append(f"other weights are left out: {other}")
         else:
             others.append(other)
@@ -38,6 +38,14 @@ def _sentence_modules(root: Path) -> set[str]:
         return {m["path"] for m in modules} - {"", "."}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return set()
+
+
+def is_adapter(file: Path) -> bool:
+    """Whether a file holds low-rank adapters as peft saves them, which are loaded beside the weights.
+
+    Phi-4-multimodal and Granite Speech see and hear with theirs.
+    """
+    return file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file()
 
 
 def entries(directory: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
@@ -24,11 +25,12 @@ from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import (
     FORMATS,
+    QUANTIZATION_KEYS,
     Format,
     Layout,
     StoredModule,
+    configs_in,
     get_format,
-    quantization_of,
     read,
     rotated_inputs,
 )
@@ -76,6 +78,12 @@ class Plan:
     def output_bytes(self) -> int:
         return sum(s.nbytes for s in self.shards)
 
+    @property
+    def indexed(self) -> bool:
+        """Whether there is an index: engines without one take every *.safetensors for weights, adapters too."""
+        beside = any(f.parent == Path() and f.suffix == ".safetensors" for f in self.source.others)
+        return len(self.shards) > 1 or beside
+
     def digest(self) -> str:
         """Names this conversion: the same source, settings and version give the same 32 hex digits."""
         from lowbit import __version__
@@ -121,7 +129,15 @@ def make_plan(
     if replacements:
         warnings += replacements.notes
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
-    planner = Planner(source, stored, scheme, target, main_dtype, replacements, _one_scale(decisions))
+    planner = Planner(
+        source,
+        stored,
+        scheme,
+        target,
+        main_dtype,
+        replacements,
+        _one_scale(decisions, str(source.config.get("model_type"))),
+    )
     for module, decision in decisions.items():
         planner.add_module(module, decision)
     planner.add_rest()
@@ -131,6 +147,11 @@ def make_plan(
             f"{target.name if target else 'plain'}, found none: {_why_kept(decisions)}"
         )
     planner.require_input_scales()
+    if planner.left_out:
+        warnings.append(
+            f"{len(planner.left_out)} scales of a quantized KV cache or attention are left out (first: "
+            f"{planner.left_out[0]}): engines take none for a model so written"
+        )
     if planner.dequantized:
         warnings.append(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
@@ -165,7 +186,12 @@ def make_plan(
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
     )
-    config = _config(source, scheme, target, layout, replacements, stored)
+    config = _config(source, scheme, target, layout, replacements, stored, main_dtype)
+    if config.keys() == {"quantization_config"}:
+        warnings.append(
+            "config.json will say how the weights are quantized and nothing else, since the source has none: engines "
+            "need the model's own; put it beside weights that have its names for them, and convert again"
+        )
     if rotated := rotated_inputs(config):
         warnings.append(_about_rotated(rotated, planner.schemes))
     return Plan(
@@ -250,12 +276,16 @@ def _read_by_torch(modules: Iterable[str], source: Checkpoint) -> dict[str, str]
     }  # fmt: skip
 
 
-def _one_scale(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
+def _one_scale(decisions: Mapping[str, Decision], model_type: str) -> dict[str, list[str]]:
     """Module with one scale per tensor → all that engines multiply by as one matrix with it."""
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for module, decision in decisions.items():
         spec = decision.scheme.weights if decision.scheme else None
-        if spec is not None and isinstance(spec.granularity, PerTensor) and (key := matmul_key(module)):
+        if (
+            spec is not None
+            and isinstance(spec.granularity, PerTensor)
+            and (key := matmul_key(module, model_type))
+        ):
             groups[key].append(module)
     return {module: members for members in groups.values() for module in members}
 
@@ -327,17 +357,26 @@ def _config(
     layout: Layout,
     replacements: Replacements | None,
     stored: Mapping[str, StoredModule],
+    main_dtype: str,
 ) -> dict[str, Any]:
-    """The source's config.json with its quantization replaced."""
+    """The source's config.json with its quantization replaced, wherever in it that stood."""
     config = json.loads(json.dumps(source.config))
-    found = quantization_of(config)
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if holder.get(key) == found:
-                holder.pop(key)
-    if scheme.float_dtype is not None:
-        for holder in (config, config.get("text_config") or {}):
-            holder.update({k: scheme.float_dtype for k in ("torch_dtype", "dtype") if k in holder})
+    # Parts of the model may have another float dtype, in which they stay.
+    before = [
+        config.get("torch_dtype"),
+        config.get("dtype"),
+        *(n for n, d in FLOAT_NAMES.items() if d == main_dtype),
+    ]
+    for holder in list(configs_in(config)):
+        for key in QUANTIZATION_KEYS:
+            holder.pop(key, None)
+        for key in ("torch_dtype", "dtype"):
+            if (
+                scheme.float_dtype is not None
+                and key in holder
+                and (holder is config or holder[key] in before)
+            ):
+                holder[key] = scheme.float_dtype
     if replacements:
         config.update(replacements.config_overrides)
     if "expert_dtype" in config or any(m.spec.dtype is E2M1 for m in stored.values()):

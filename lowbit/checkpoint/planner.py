@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,11 +29,18 @@ FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 BESIDE_CODES = (
     "input_scale",
     "activation_scale",
+    "input_scale_ub",
     "input_zero_point",
     "weight_shape",
     "weight_zero_point",
+    "weight_scale",
+    "weight_offset",
+    "input_offset",
+    "deq_scale",
+    "quant_bias",
 )
-"""Tensors of a module that belong to its codes, beside their scale: `activation_scale` is Mistral's."""
+"""Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
+`input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,13 @@ def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
     return ref.name if is_fused(ref) else None
 
 
+# Scales by which attention quantizes what it keeps, and what AutoFP8 and Quark call them.
+_OF_ATTENTION = re.compile(
+    r".*\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)"
+)
+_OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.output_scale")
+
+
 class Planner:
     """Collects jobs while walking over the modules."""
 
@@ -86,6 +101,8 @@ class Planner:
         """(name of the source tensor whose place they take, jobs)"""
         self._taken: set[str] = set()
         self._uncalibrated: list[str] = []
+        self.left_out: list[str] = []
+        """Scales of attention, which what is written in plain float has no use for."""
         self.dequantized: list[str] = []
         """Modules in float whose weights are a calibration's codes."""
 
@@ -350,11 +367,22 @@ class Planner:
 
     def add_rest(self) -> None:
         """Everything that is no module's weight, and what only the calibration has."""
+        quantized = bool(self.stored or quantization_of(self.source.config))
         for ref in self.source.tensors.values():
             if ref.name in self._taken:
                 continue
             replacement = self.replaced.pop(ref.name, None)
-            job = self._copy(replacement, ref.name) if replacement is not None else self._carry(ref)
+            if replacement is not None:
+                job = self._copy(replacement, ref.name)
+            elif quantized and _OF_ATTENTION.fullmatch(ref.name):
+                if self.target is None or ref.name.endswith(".prob_output_scale"):
+                    self.left_out.append(ref.name)
+                    continue
+                # By these names engines find them in every format.
+                name = _OUTPUT_SCALE.sub(r"\1\2_scale", ref.name)
+                job = self._copy(self.replaced.pop(name, ref), name)
+            else:
+                job = self._carry(ref)
             self._jobs.append((ref.name, [job]))
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lowbit.checkpoint.fused_experts import why_fused
@@ -31,6 +32,11 @@ def _inside(*names: str) -> re.Pattern[str]:
     return re.compile(rf"(^|.*\.)({'|'.join(names)})(\.|$)")
 
 
+def _ahead(*names: str) -> re.Pattern[str]:
+    """One of these is a component of the name before any number: a part of the whole model, not of a layer."""
+    return re.compile(rf"^([^.\d][^.]*\.)*?({'|'.join(names)})(\.|$)")
+
+
 KEEP_RULES = (
     Rule(
         "vision",
@@ -42,15 +48,19 @@ KEEP_RULES = (
             "vision_backbone", "visual_tokenizer", "vision_embed_tokens", "image_embed",
             "embed_vision", "vpm", "resampler", "projector", "sam_model", "mlp_AR", "language_projection",
             "resampler_model", "qformer",
+            # Mistral's own format, Granite 4 Vision, Intern-S1-Pro
+            "patch_merger", "layerwise_projectors", "spatial_projectors", "time_series",
         ),
         "vision tower",
     ),
-    Rule("vision", re.compile(r"^(model\.)?mlp1\."), "vision tower"),  # InternVL's projector
+    # Projectors of InternVL, Bailing and MiniCPM-V 4.6; DeepSeek-OCR-2's tower
+    Rule("vision", re.compile(r"^(model\.)?(mlp1|linear_proj|merger|qwen2_model)\."), "vision tower"),
     Rule(
         "audio",
         _inside(
             "audio", "audio_tower", "audio_encoder", "audio_model", "audio_embed", "embed_audio", "audio_projector",
             "apm", "audio_projection_layer", "sound_encoder", "sound_projection", "token2wav", "code2wav",
+            "vq_adaptor", "linear_proj_audio",
         ),
         "audio tower",
     ),
@@ -59,22 +69,42 @@ KEEP_RULES = (
         _last(
             r"embed_tokens(\.\d+)?", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed", "embedding",
             "embeddings", "tok_embeddings", "word_embeddings", "position_embeddings", "token_type_embeddings", "wte",
-            "wpe", "shared", "relative_attention_bias",
+            "wpe", "shared", "relative_attention_bias", "vte", "codebook",
         ),
         "embedding",
     ),
     Rule(
+        "router",
+        _inside("gate", "router", "shared_expert_gate", "gate_linear", "router_gate"),
+        "router: it picks experts, and small errors there change which",
+    ),
+    Rule(
         "head",
         re.compile(
-            r"^(output|head)$|(^|.*\.)(lm_head|embed_out|score|classifier|qa_outputs|shared_head\.head|predictions\.decoder"
-            r"|lm_head\.(decoder|out_proj)|generator_lm_head)$"
+            # Also InternLM2's within InternVL, ChatGLM's, and OLMo's and Molmo's as first published
+            r"^((language_model\.)?output|head|proj_out|(transformer\.)?output_layer|(model\.)?transformer\.ff_out)$"
+            r"|(^|.*\.)(embed_out|score|classifier|qa_outputs|shared_head\.(head|output)|predictions\.decoder|codec_head|unembed)$"
+            r"|(^|.*\.)\w*lm_heads?(\.|$)"
         ),
         "output head",
     ),
     Rule(
-        "router",
-        _inside("gate", "router", "shared_expert_gate", "gate_linear"),
-        "router: it picks experts, and small errors there change which",
+        "head",
+        # Of classifiers, rerankers, reward models and embedders of each token
+        _ahead(
+            "(pre_)?classifier", "classification_head", "sequence_summary", "logits_proj",
+            "score", "v_head", "(value|reward|rm)_head", "regression_layer",
+            r"cls\.(predictions\.transform|seq_relationship)",
+        ),
+        "output head",
+    ),
+    Rule(
+        "head",
+        re.compile(
+            r"^head\.|(^|.*\.)pooler\.dense$"
+            r"|^(model\.)?(linear|colbert_linear|sparse_linear|custom_text_proj|embedding_proj_layer|text_projection)$"
+        ),
+        "behind the last layer; engines keep it in float",
     ),
     Rule(
         "projection",
@@ -82,6 +112,8 @@ KEEP_RULES = (
         _last("eh_proj", r"mtp\.fc", r"mtp_linear_proj(\.\d+)?", r"mtp_layers\.\d+\.input_proj"),
         "multi-token prediction joins two streams here; engines keep it in float",
     ),
+    Rule("projection", re.compile(r"^(model\.)?fc$"), "a draft model joins two streams here"),  # EAGLE
+    Rule("projection", _inside("masked_embedding", "self_conditioning"), "engines keep it in float"),  # Gemma 4's
     Rule("projection", _last("weights_proj"), "weights of the sparse-attention indexer"),
     Rule("projection", _last(r"indexer\.wk"), "engines join it with weights_proj, and take INT8 codes for weights"),
     Rule(
@@ -100,16 +132,28 @@ KEEP_RULES = (
     # Not of the role: where one is a Linear after all, engines must be told that it is in float.
     Rule(
         "other",
-        _last(r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?", "embed_global", "visual_embeddings_table"),
+        _last(
+            r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?(\.\d+)?", "embed_(global|timestep)", r"\w+_tokens?",
+            r"\w+_embeds_layers?(\.\d+)?", "visual_embeddings_table", r"HashBucketCodepointEmbedder_\d+",
+            r"rel_pos(_[xy])?_bias", "query_feat", "queries_features", "reference_points", "position_embedding_table",
+            "embed_char", "pe_k",
+        ),
         "an embedding by its name",
     ),
+    Rule("other", _inside("ngram_embeddings"), "an embedding by its name"),  # LongCat-Flash, with its projections
 )  # fmt: skip
 
+# Towers, and what joins them to the text, by other names: `vision_resampler`, `vit_merger`, `whisper_encoder`
+_TOWERS = (
+    Rule("vision", _ahead(r"(\w+_)?(vision|visual|image|video)(_\w+)?", r"vit_\w+"), "vision tower"),
+    Rule("audio", _ahead(r"(\w+_)?audio(_\w+)?", r"(\w+_)?whisper_\w+", "tts"), "audio tower"),
+)
+
 # Their `encoder` hears; of other models it reads text, and is quantized.
-_HEARS = Rule("audio", re.compile(r"^(model\.)?encoder\."), "audio tower")
+_HEARS = Rule("audio", re.compile(r"^(model\.)?(encoder|adapter)\."), "audio tower")
 KEEP_RULES_OF = {
-    "granite_speech": _HEARS,
-    "granite_speech_plus": _HEARS,
+    **dict.fromkeys(("granite_speech", "granite_speech_plus", "kimi_audio", "step_audio_2"), _HEARS),
+    "hunyuan_vl": Rule("vision", _ahead("vit"), "vision tower"),
     "jamba": Rule(
         "projection",
         _last(r"mamba\.(in|x|dt|out)_proj"),
@@ -161,20 +205,35 @@ _READ_BY_CODE_OF = {
 }
 
 # Stored [in, out] by these models' own Conv1D class, while every format stores [out, in].
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt_neo_x_conv1d", "clvp"}
 _CONV1D = _last("c_attn", "c_proj", "c_fc", "q_attn")
 
 SMALLEST_SIDE = 16
 
 
+_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@lru_cache(4096)
+def _kept_by_name(module: str, model_type: str) -> tuple[str, str] | None:
+    """(role, reason) of a module that its name keeps. Its numbers are all 0: a hundred thousand experts are a few."""
+    if reason := read_by_code(module, {"model_type": model_type}):
+        return "projection", reason
+    if module == _TIED_HEADS.get(model_type):  # untied, so that it is there
+        return "head", "output head"
+    own = KEEP_RULES_OF.get(model_type)
+    # All of a model may lie below its own name: `audio_spectrogram_transformer`, `data2vec_vision`.
+    inside = module.removeprefix(model_type.replace("-", "_") + ".")
+    for rule in (*([own] if own else ()), *KEEP_RULES, *_TOWERS):
+        if rule.pattern.match(inside if rule in _TOWERS else module):
+            return rule.role, rule.reason
+    return None
+
+
 def role_of(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
     """(role, reason to keep it or "") of the module that owns a weight of that shape."""
-    if reason := read_by_code(module, config):
-        return "projection", reason
-    own = KEEP_RULES_OF.get(config.get("model_type", ""))
-    for rule in (*([own] if own else ()), *KEEP_RULES):
-        if rule.pattern.match(module):
-            return rule.role, rule.reason
+    if kept := _kept_by_name(_NUMBERS.sub("0", module), str(config.get("model_type", ""))):
+        return kept
     if reason := why_fused(module, shape):
         return "experts-3d", reason
     if len(shape) != 2:

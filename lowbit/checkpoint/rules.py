@@ -25,6 +25,8 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
+    ("c_fc_0", "c_fc_1"),
+    ("fc11", "fc12"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("query", "key", "value"),
@@ -34,6 +36,12 @@ FUSED = (
     ("in_proj_b", "in_proj_a"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
+# model_type → what its engines join to another module beside it, and that module.
+_FUSED_OF = {
+    "olmo_hybrid": {"g_proj": "q_proj"},
+    "bailing_hybrid": {"b_proj": "q_proj"},  # Ling 3
+    "bailing_moe_v3_vl": {"b_proj": "q_proj"},
+}
 # The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
 # One matrix on disk of which engines divide the parts, that of time steps or gates as narrow as there are heads.
@@ -99,18 +107,19 @@ class Decision:
     as_found: bool = False
 
 
-def fused_key(module: str) -> tuple[str, ...] | None:
+def fused_key(module: str, model_type: str = "") -> tuple[str, ...] | None:
     """The same for all modules that an engine fuses with this one; None when it stands alone."""
     expert = EXPERT.match(module)
-    return (expert.group(1),) if expert else matmul_key(module)
+    return (expert.group(1),) if expert else matmul_key(module, model_type)
 
 
-def matmul_key(module: str) -> tuple[str, ...] | None:
+def matmul_key(module: str, model_type: str = "") -> tuple[str, ...] | None:
     """The same for all modules that an engine multiplies by as one matrix: of an expert, its own gate and up.
 
     One scale per tensor is one for all of them: engines that find several round the codes again, to the largest.
     """
     parent, _, name = module.rpartition(".")
+    name = _FUSED_OF.get(model_type, {}).get(name, name)
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
 
 
@@ -162,8 +171,9 @@ def decide(
         by_rule = Decision(scheme=None if stays else scheme, role=role, reason=stays)
         decisions[module] = decision or by_rule
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    model_type = str((config or {}).get("model_type"))
     for module in decisions:
-        groups[fused_key(module) or (module,)].append(module)
+        groups[fused_key(module, model_type) or (module,)].append(module)
     for members in groups.values():
         _make_fit(members, weights, decisions, fits, already)
         _make_agree(members, decisions)

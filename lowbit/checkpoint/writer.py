@@ -249,7 +249,7 @@ class OutputDirectory:
 
     def _beside(self) -> dict[Path, Path]:
         """All files but the shards → their names in PARTIAL, in the order in which they are shown."""
-        written = [*self.plan.files, *([INDEX] if len(self.plan.shards) > 1 else [])]
+        written = [*self.plan.files, *([INDEX] if self.plan.indexed else [])]
         names = {Path(name): Path(name) for name in written}
         names |= {file: OTHERS / file for file in self.plan.source.others}
         return names | {
@@ -259,7 +259,7 @@ class OutputDirectory:
     def _write_beside(self) -> dict[str, str]:
         """All files but the shards and the manifest, into PARTIAL; name → checksum."""
         contents = dict(self.plan.files)
-        if len(self.plan.shards) > 1:
+        if self.plan.indexed:
             contents[INDEX] = _index(self.plan)
         if self.plan.config:
             contents[CONFIG] = self.plan.config

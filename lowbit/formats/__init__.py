@@ -10,12 +10,28 @@ from lowbit.errors import InputError
 from lowbit.formats.ascend import DESCRIPTION, Ascend
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
 from lowbit.formats.compressed_tensors import CompressedTensors
-from lowbit.formats.format import Format, Info, Layout, Stored, StoredModule, quantization_of, rotated_inputs
+from lowbit.formats.format import (
+    QUANTIZATION_KEYS,
+    Format,
+    Info,
+    Layout,
+    Stored,
+    StoredModule,
+    configs_in,
+    quantization_of,
+    rotated_inputs,
+)
 from lowbit.formats.hf_fp8 import HfFp8
+from lowbit.formats.read_only import MODELOPT, READERS, modelopt_config
 from lowbit.formats.sglang import SglangInt8
 from lowbit.scheme import nearest
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+# What other quantizations store beside, or in place of, `….weight`.
+_OF_OTHERS = (
+    ".qweight", ".qzeros", ".weight_packed", ".compressed", ".bitmask", ".W_q", ".SCB", ".absmax", ".quant_map",
+)  # fmt: skip
 
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), HfFp8(), Ascend(), SglangInt8())}
 METHODS: dict[str, Format] = {f.quant_method: f for f in FORMATS.values()}
@@ -26,12 +42,16 @@ __all__ = [
     "FORMATS",
     "METHODS",
     "METHOD_OF_DESCRIPTION",
+    "MODELOPT",
+    "QUANTIZATION_KEYS",
     "Format",
     "Info",
     "Layout",
     "Stored",
     "StoredModule",
+    "configs_in",
     "get_format",
+    "modelopt_config",
     "quantization_of",
     "read",
     "rotated_inputs",
@@ -62,6 +82,11 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
     found = _read_declared(quantization, tensors) if quantization else _read_undeclared(tensors)
     taken = {name for module in found.values() for name in module.names.values()}
     for name, info in tensors.items():
+        if name not in taken and _quantized_otherwise(name, info, tensors):
+            raise InputError(
+                f"{name}: found what belongs to weights of a quantization that cannot be read; start from the model in "
+                "float, or dequantize the checkpoint with its own tools first"
+            )
         if info.dtype in _FLOAT8 and name not in taken:
             raise InputError(
                 f"{name}: found {info.dtype} codes {list(info.shape)} that cannot be read; expected FP8 in E4M3 "
@@ -70,15 +95,30 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
     return found
 
 
+def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> bool:
+    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, MLX, bitsandbytes or ModelOpt (FP4) quantized.
+
+    Their config may be a file of its own, so that config.json says nothing.
+    """
+    if name.endswith(_OF_OTHERS):
+        return True
+    codes = name.endswith(".weight") and info.dtype in ("U8", "I8", "U32", "I32")
+    return codes and not tensors.keys().isdisjoint((name + "_scale", name.removesuffix("weight") + "scales"))
+
+
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
-    method = quantization.get("quant_method", "compressed-tensors")
-    if not isinstance(method, str) or method not in METHODS:
+    # Its first versions did not name themselves.
+    method = quantization.get(
+        "quant_method", "compressed-tensors" if "config_groups" in quantization else None
+    )
+    readers = {**{name: f.read for name, f in METHODS.items()}, **READERS}
+    if not isinstance(method, str) or method not in readers:
         raise InputError(
-            f"quantization_config: expected quant_method {' or '.join(METHODS)}, found {method!r}; "
+            f"quantization_config: expected quant_method {' or '.join(readers)}, found {method!r}; "
             "start from the model in float, or dequantize it with its own tools first"
         )
     try:
-        return METHODS[method].read(quantization, tensors)
+        return readers[method](quantization, tensors)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, re.error) as error:

@@ -34,6 +34,8 @@ _SCHEMES = {
     "W8A8": get_scheme("int8-static-asym"),
     "W8A8_MXFP8": get_scheme("mxfp8"),
 }
+# Static while decoding and dynamic before, so that it has the scales of both: read as dynamic.
+_READ_AS = {"W8A8_MIX": "W8A8_DYNAMIC"}
 _RANKS = list(_SCHEMES)
 """The type of a model of several types is that of the highest rank."""
 _FLOAT = "FLOAT"
@@ -173,11 +175,11 @@ class Ascend:
             module, _, last = name.rpartition(".")
             if last != "weight" or kind == _FLOAT:
                 others.append(name)
-            elif kind in _SCHEMES:
-                found[module] = self._module(module, info, kind, tensors)
+            elif (read_as := _READ_AS.get(kind, kind)) in _SCHEMES:
+                found[module] = self._module(module, info, read_as, tensors)
             else:
                 raise InputError(
-                    f"{DESCRIPTION}: expected {', '.join((_FLOAT, *_SCHEMES))}, found {kind} for {name}; "
+                    f"{DESCRIPTION}: expected {', '.join((_FLOAT, *_SCHEMES, *_READ_AS))}, found {kind} for {name}; "
                     "start from the model in float"
                 )
         for name in others:

@@ -110,10 +110,17 @@ class CompressedTensors(ConfigOnly):
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+        sparsity = (config.get("sparsity_config") or {}).get("format")
+        for found_format in (sparsity, config.get("format")):
+            if str(found_format).startswith(("sparse", "marlin")):
+                raise InputError(
+                    f"quantization_config: expected weights with all of their columns, found {found_format}; "
+                    "decompress the checkpoint with compressed-tensors first, or start from the model in float"
+                )
         groups = [
             (g.get("targets") or [], _scheme_of(g)) for g in (config.get("config_groups") or {}).values()
         ]
-        if not groups:
+        if not groups and not config.get("kv_cache_scheme"):  # which may be all that is quantized
             raise InputError(
                 "quantization_config: expected config_groups, found none; the config is incomplete"
             )
@@ -160,11 +167,15 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     found = quantization_of(layout.config).get("kv_cache_scheme")
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
     if found and carried and layout.kv_cache is None:
-        return dict(found)
+        # AutoFP8 says `static` and ModelOpt part of it, and mean this; vLLM refuses one that does not say all.
+        return _STATIC_FP8 | (found if isinstance(found, dict) else {})
     args = _args(layout.kv_cache)
     if args is not None and args["strategy"] == "channel":
         args["strategy"] = "attn_head"
     return args
+
+
+_STATIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def format_of(scheme: Scheme) -> str:
@@ -213,6 +224,9 @@ def _args(spec: TensorSpec | None) -> dict[str, Any] | None:
     return args
 
 
+_EXPONENTS = ("torch.uint8", "torch.float8_e8m0fnu")
+
+
 def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
     if args is None:
         return None
@@ -236,7 +250,10 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
             size = args.get("group_size")
             granularity = PerGroup(size) if isinstance(size, int) and size > 0 else PerChannel()
         case "block":
-            rows, cols = args.get("block_structure") or (128, 128)
+            block = args.get("block_structure") or (128, 128)
+            rows, cols = (
+                block.split("x") if isinstance(block, str) else block
+            )  # older versions wrote "128x128"
             granularity = PerBlock(int(rows), int(cols))
         case _:
             raise InputError(f"quantization_config: expected a known strategy, found {strategy!r}")
@@ -245,7 +262,7 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
         granularity=granularity,
         symmetric=bool(args.get("symmetric", True)),
         dynamic=bool(args.get("dynamic", False)),
-        scale="e8m0" if str(args.get("scale_dtype")) == "torch.uint8" else "float32",
+        scale="e8m0" if str(args.get("scale_dtype")) in _EXPONENTS else "float32",
     )
 
 

@@ -7,7 +7,7 @@ again (`read`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -99,10 +99,23 @@ class Layout:
     """The model's own config.json."""
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def configs_in(config: Any) -> Iterator[dict[str, Any]]:
+    """A model's config.json and the configs inside it (`text_config`, `llm_config`, …), the outer ones first."""
+    if isinstance(config, dict):
+        yield config
+        for key, value in config.items():
+            if key not in QUANTIZATION_KEYS:
+                yield from configs_in(value)
+
+
 def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a model's config.json, also where it lies in `text_config`; {} if none."""
-    for holder in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
+    """The `quantization_config` of a model's config.json, also where it lies in `text_config` or another config inside
+    it; {} if none."""
+    for holder in configs_in(config):
+        for key in QUANTIZATION_KEYS:
             if isinstance(holder.get(key), dict):
                 return holder[key]
     return {}

@@ -15,6 +15,7 @@ from lowbit.dtypes import E2M1
 from lowbit.errors import InputError
 from lowbit.formats.format import (
     ConfigOnly,
+    Content,
     Info,
     Joined,
     Layout,
@@ -30,6 +31,7 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 # What a scale is called; newer models shorten it.
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
+_INPUT_SCALES = (".input_scale", ".activation_scale")  # the latter is Mistral's
 
 FP4 = Scheme(name="fp4", weights=TensorSpec(dtype=E2M1, granularity=PerGroup(32), scale="e8m0"))
 """DeepSeek-V4's routed experts: two codes to a byte, MXFP4's scales."""
@@ -67,31 +69,50 @@ class HfFp8(ConfigOnly):
         block = config.get("weight_block_size")
         if block is not None and (not isinstance(block, list | tuple) or len(block) != 2):
             raise InputError(f"quantization_config: expected weight_block_size [rows, cols], found {block!r}")
-        scheme = _scheme_of(block)
-        found: dict[str, StoredModule] = {}
-        for name, info in tensors.items():
-            if not name.endswith(".weight") or info.dtype not in ("F8_E4M3", "I8") or len(info.shape) != 2:
-                continue
-            module = name.removesuffix(".weight")
-            scale = next((s for suffix in SCALE_SUFFIXES if (s := module + suffix) in tensors), None)
-            if scale is None:
-                raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
-            packed = info.dtype == "I8"
-            here = FP4 if packed else scheme
-            shape = (info.shape[0], info.shape[1] * (2 if packed else 1))
-            assert here.weights is not None
-            check_scale(module, scale, tuple(tensors[scale].shape), shape, here.weights)
-            found[module] = StoredModule(
-                shape=shape, scheme=here, names={"codes": name, "scale": scale}, format=self.name
-            )
-        return found
+        static = block is None and config.get("activation_scheme") == "static"
+        return read_fp8(_scheme_of(block), tensors, static=static)
+
+
+def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = False) -> dict[str, StoredModule]:
+    """Matrices of E4M3 codes under `scheme`, and DeepSeek-V4's FP4 beside them.
+
+    `static`: those with a scale of their input are `fp8-static`, with compressed-tensors' tensors but for their names.
+    """
+    found: dict[str, StoredModule] = {}
+    for name, info in tensors.items():
+        if not name.endswith(".weight") or info.dtype not in ("F8_E4M3", "I8") or len(info.shape) != 2:
+            continue
+        module = name.removesuffix(".weight")
+        scale = next((s for suffix in SCALE_SUFFIXES if (s := module + suffix) in tensors), None)
+        if scale is None:
+            raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
+        packed = info.dtype == "I8"
+        here = FP4 if packed else scheme
+        names: dict[Content, str] = {"codes": name, "scale": scale}
+        shape = (info.shape[0], info.shape[1] * (2 if packed else 1))
+        assert here.weights is not None
+        check_scale(module, scale, tuple(tensors[scale].shape), shape, here.weights)
+        of_input = next((s for suffix in _INPUT_SCALES if (s := module + suffix) in tensors), None)
+        if static and not packed and of_input is not None:
+            here, names["input_scale"] = get_scheme("fp8-static"), of_input
+        found[module] = StoredModule(
+            shape=shape,
+            scheme=here,
+            names=names,
+            format="compressed-tensors" if "input_scale" in names else "fp8",
+        )
+    return found
 
 
 def _scheme_of(block: Sequence[int] | None) -> Scheme:
     """The preset for 128×128 blocks; without blocks there is one scale per weight."""
     preset = get_scheme("fp8-block")
-    if block is not None:
-        return with_blocks(preset, block)
+    return per_tensor() if block is None else with_blocks(preset, block)
+
+
+def per_tensor() -> Scheme:
+    """FP8 with one scale per weight, activations dynamic."""
+    preset = get_scheme("fp8-block")
     assert preset.weights is not None
     weights = replace(preset.weights, granularity=PerTensor())
     return replace(get_scheme("fp8"), name="fp8-tensor", weights=weights, alias=None)

@@ -16,6 +16,8 @@ _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 _JOINED = {
     "q_proj": ("qkv_proj",), "k_proj": ("qkv_proj",), "v_proj": ("qkv_proj",),
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
+    "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
+    "fc11": ("gate_up_proj",), "fc12": ("gate_up_proj",),
     "q_a_proj": _LATENT, "kv_a_proj_with_mqa": _LATENT,
     "in_proj_qkv": ("in_proj_qkvz",), "in_proj_z": ("in_proj_qkvz",),
     "in_proj_b": ("in_proj_ba",), "in_proj_a": ("in_proj_ba",),

@@ -188,14 +188,15 @@ def typical_rows(rows: int, experts: int) -> int:
 def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) -> tuple[Tile, int, int]:
     """(tile, operand kind, quantization mode) of a product."""
     have = instructions()
-    quantizes = activations.kind != "none"
+    quantizes, grouped = activations.kind != "none", bool(activations.group or weights.group)
     if quantizes and weights.tensor.dtype == torch.int8:
-        grouped = bool(activations.group or weights.group)
         tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
         return tile, A_I16 if tile.kind.startswith("pmaddwd") else A_I8, MODE_INT8
     # All weights and e4m3 codes are exact in bfloat16.
-    parts, plain = 1 if quantizes else PARTS[x.dtype], weights.tensor.dtype == torch.bfloat16
-    tile = float_tile(have, rows, parts=parts, plain=plain, float64=settings.float64_sums)
+    tile = float_tile(
+        have, rows, weight=weights.tensor.dtype, parts=1 if quantizes else PARTS[x.dtype], grouped=grouped,
+        float64=settings.float64_sums,
+    )  # fmt: skip
     codes = x.dtype == torch.float8_e4m3fn
     mode = MODE_E4M3 if quantizes and not codes else MODE_NONE
     return tile, A_F32 if tile.kind.startswith("fma") else A_BF16, mode
@@ -313,7 +314,7 @@ def product(
     routed: Tensor | None = None,
 ) -> Call:
     """The call for x [M, K] (last stride 1); the other arguments as in `cpu.linear`. M and N are not 0."""
-    from lowbit.ops.cpu_step import lanes, operand_step
+    from lowbit.ops.cpu_step import operand_step
 
     (rows, k), n = x.shape, weights.n
     tensor = weights.tensor if weights.tensor.is_contiguous() else weights.tensor.contiguous()
@@ -354,11 +355,16 @@ def product(
         from lowbit.ops import cpu_matmul
 
         lookup = instructions().byte_lookup and kind == A_BF16
-        function = cpu_matmul.matmul(tile.kind, storage, tile.rows, tile.vectors, lookup)
-        # float64 sums stay in registers until they are rounded: all of a group in one pass.
-        chunk = layout.padded if tile.kind.startswith("fmad") else min(up(_CHUNK[kind], step), layout.padded)
-        decoded = lanes(tile.kind) * chunk * (1 if kind in (A_I8, A_I16) else element)
-        slot = up(8 * height * width + 16 * width + width * chunk * element + decoded, 64)
+        function = cpu_matmul.matmul(
+            tile.kind, storage, tile.rows, tile.vectors, grouped=per_group, byte_lookup=lookup
+        )
+        most = up(_CHUNK[kind], step)
+        if per_group:
+            chunk = min(max(most // layout.padded, 1), layout.groups) * layout.padded
+        else:
+            # float64 sums stay in registers until they are rounded: all of K in one pass.
+            chunk = layout.padded if tile.kind.startswith("fmad") else min(most, layout.padded)
+        slot = up(cpu_matmul.slot_bytes(tile, height, width, chunk, layout.padded), 64)
     prepare_slot = up(4 * layout.group, 64)
     static = static_scale(x.dtype, mode, activations)
     prepare = prepare_block(

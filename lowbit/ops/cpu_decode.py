@@ -13,11 +13,10 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from lowbit.ops.cpu_emit import (
-    I8,
-    I16,
+    F32,
+    I32,
     I64,
     bf16_to_f32,
-    call,
     e4m3_to_f32,
     f32_to_bf16,
     load,
@@ -29,9 +28,11 @@ from lowbit.ops.cpu_emit import (
     store,
     vec,
 )
+from lowbit.ops.cpu_lookup import AT_ONCE, BYTES, IN_ORDER, Lookup
 from lowbit.ops.cpu_params import A_BF16, A_F32, W_BF16, W_E4M3, W_U8
+from lowbit.ops.cpu_step import lanes
+from lowbit.ops.cpu_tiles import row_addresses, transpose
 
-AT_ONCE = 64
 AHEAD = 4096  # bytes: codes further on are asked for, to come into the second cache
 
 
@@ -78,45 +79,13 @@ def decode_row(storage, source, kind, target, n, padded):  # type: ignore[no-unt
         plain[n:padded] = 0
 
 
-def _table(storage: int) -> list[int]:
-    """bfloat16 bits of what each of 128 magnitudes stands for."""
-    import torch
-
-    codes = torch.arange(128, dtype=torch.uint8)
-    values = codes.view(torch.float8_e4m3fn) if storage == W_E4M3 else codes
-    bits = values.to(torch.bfloat16).view(torch.int16)
-    if storage == W_E4M3:
-        bits[127] = 0x7FC0
-    return [int(value) for value in bits]
-
-
 @intrinsic(prefer_literal=True)
 def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyped-def]
-    """n codes (a multiple of 64) → bfloat16, by looking both bytes up: wants AVX-512 VBMI.
-
-    `storage` is a compile-time constant. Half the instructions of going through float32.
-    """
+    """n codes (a multiple of 64) → bfloat16. `storage` is a compile-time constant."""
     if not isinstance(storage, types.Literal):
         return None
-    stored = storage.literal_value
+    lookup = Lookup(storage.literal_value)
     signature = types.void(storage, *[types.int64] * 3)
-    table = _table(stored)
-    bytes_ = vec(I8, AT_ONCE)
-
-    def constant(values: list[int]) -> ir.Constant:
-        return ir.Constant(
-            bytes_, [ir.Constant(I8, value - 256 if value > 127 else value) for value in values]
-        )
-
-    halves = [
-        [constant([bits >> shift & 0xFF for bits in table[first : first + 64]]) for first in (0, 64)]
-        for shift in (0, 8)
-    ]
-    # Bytes are interleaved within 128 bits: which codes must stand there for whole rows to come out.
-    quads = [0, 4, 1, 5, 2, 6, 3, 7]
-    order = [8 * quad + i for quad in quads for i in range(8)]
-    low = [16 * part + i + side for part in range(4) for i in range(8) for side in (0, 64)]
-    high = [16 * part + 8 + i + side for part in range(4) for i in range(8) for side in (0, 64)]
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, target, n = args[1:]
@@ -124,27 +93,9 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
         def body(position: Any, _: list) -> list:
             here = builder.add(source, position)
             prefetch(builder, builder.add(here, ir.Constant(I64, AHEAD)), 2)
-            codes = load(builder, here, bytes_)
-            codes = shuffle(builder, codes, codes, order)
-            sign_bits = splat(ir.Constant(I8, -128), AT_ONCE)
-            if stored == W_U8:  # int8 plus 128
-                codes = builder.xor(codes, sign_bits)
-            magnitude = codes
-            if stored != W_E4M3:
-                negated = builder.sub(splat(ir.Constant(I8, 0), AT_ONCE), codes)
-                negative = builder.icmp_signed("<", codes, splat(ir.Constant(I8, 0), AT_ONCE))
-                magnitude = builder.select(negative, negated, codes)
-            lower, upper = (
-                call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_, [pair[0], magnitude, pair[1]])
-                for pair in halves
-            )
-            upper = builder.or_(upper, builder.and_(codes, sign_bits))
-            if stored != W_E4M3:  # −128 is beyond the table: 0xC300
-                lowest = builder.icmp_signed("==", codes, sign_bits)
-                upper = builder.select(lowest, splat(ir.Constant(I8, -61), AT_ONCE), upper)
             at = builder.add(target, builder.mul(position, ir.Constant(I64, 2)))
-            for i, lanes in enumerate((low, high)):
-                found = builder.bitcast(shuffle(builder, lower, upper, lanes), vec(I16, AT_ONCE // 2))
+            codes = load(builder, here, BYTES)
+            for i, found in enumerate(lookup.emit(builder, shuffle(builder, codes, codes, IN_ORDER))):
                 store(builder, found, builder.add(at, ir.Constant(I64, 64 * i)))
             return []
 
@@ -152,6 +103,89 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def packs_at_once(kind: str, storage: int, lookup: bool) -> int:
+    """How many codes of a row `pack_codes` takes at a time; 0 where it does not know the kind."""
+    if storage == W_BF16 or kind.startswith(("dpbusd", "pmaddwd")):
+        return 0
+    return AT_ONCE if lookup else 4 * lanes(kind) if kind.startswith("fma") else 0
+
+
+@intrinsic(prefer_literal=True)
+def pack_codes(typingctx, kind, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
+    """`cpu_tiles.pack` of n codes of rows as stored: transposed as bytes, decoded after that.
+
+    `kind` and `storage` are compile-time constants, n is a multiple of `packs_at_once`. A half
+    or a quarter of what there is to transpose once they are decoded.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, storage)):
+        return None
+    columns, stored = lanes(kind.literal_value), storage.literal_value
+    lookup = Lookup(stored) if kind.literal_value.startswith("dpbf16") else None
+    # Four codes of a column are two units: the first of four columns, then the second.
+    order = [16 * part + 4 * column + pair + i for part in range(4) for pair in (0, 2)
+             for column in range(4) for i in (0, 1)]  # fmt: skip
+    signature = types.void(kind, storage, *[types.int64] * 6)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        source, stride, valid, target, ldt, n = args[2:]
+        rows = row_addresses(builder, source, stride, valid, columns)
+        ahead = builder.mul(stride, ir.Constant(I64, columns))
+        units_in_four = ir.Constant(I64, 1 if lookup else 0)  # a shift: two units, or four
+
+        def body(position: Any, _: list) -> list:
+            at_rows = [builder.add(row, position) for row in rows]
+            vectors = [load(builder, row, vec(I32, columns)) for row in at_rows]
+            for row in at_rows:
+                prefetch(builder, builder.add(row, ahead), 2)
+            unit = builder.add(target, builder.mul(builder.lshr(position, units_in_four), ldt))
+            for four in transpose(builder, vectors):
+                if lookup is None:
+                    units = _as_floats(builder, stored, four)
+                else:
+                    codes = builder.bitcast(four, BYTES)
+                    units = lookup.emit(builder, shuffle(builder, codes, codes, order))
+                for found in units:
+                    store(builder, found, unit)
+                    unit = builder.add(unit, ldt)
+            return []
+
+        loop(builder, n, 4 * columns, [], body)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _as_floats(builder: Any, stored: int, four: Any) -> list:
+    """A vector of four codes each → four of float32, exactly: the first codes, the second, …"""
+    count = four.type.count
+
+    def all_of(value: int) -> ir.Constant:
+        return splat(ir.Constant(I32, value), count)
+
+    real = vec(F32, count)
+    if stored != W_E4M3:
+        if stored == W_U8:  # int8 plus 128
+            four = builder.xor(four, all_of(-0x7F7F7F80))
+        tops = [builder.shl(four, all_of(shift)) for shift in (24, 16, 8, 0)]
+        return [builder.sitofp(builder.ashr(top, all_of(24)), real) for top in tops]
+    found = []
+    for shift in (0, 8, 16, 24):
+        code = builder.lshr(four, all_of(shift))
+        magnitude = builder.and_(code, all_of(0x7F))
+        bits = builder.shl(magnitude, all_of(20))
+        # Below 2⁻⁶ codes count 2⁻⁹: with a one in front, less that one. No denormals, which may be switched off.
+        normal = builder.add(bits, all_of(120 << 23))
+        small = builder.bitcast(builder.add(bits, all_of(121 << 23)), real)
+        small = builder.bitcast(builder.fsub(small, splat(ir.Constant(F32, 2.0**-6), count)), four.type)
+        value = builder.select(builder.icmp_unsigned("<", magnitude, all_of(8)), small, normal)
+        value = builder.select(
+            builder.icmp_unsigned("==", magnitude, all_of(0x7F)), all_of(0x7FC00000), value
+        )
+        sign = builder.shl(builder.and_(code, all_of(0x80)), all_of(24))
+        found.append(builder.bitcast(builder.or_(value, sign), real))
+    return found
 
 
 @njit(inline="always")

@@ -71,13 +71,11 @@ def load_columns(p, expert, n0, scale_at, w_scale, bias_at):  # type: ignore[no-
 
 
 @njit(inline="always")
-def finish_block(
-    integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c_row, spill, w_scale, bias_at
-):  # type: ignore[no-untyped-def]
+def finish_block(integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c_row, w_scale, bias_at):  # type: ignore[no-untyped-def]
     """Sums [rows, cols] of a block, rows `c_row` bytes apart → outputs; per group they are float32 and scaled.
 
-    `integer` and `unsigned` (128 · Σa is still to be taken off) are compile-time constants. `spill`,
-    `w_scale` and `bias_at` are memory for what `finish` wants, the first one as large as the sums.
+    `integer` and `unsigned` (128 · Σa is still to be taken off) are compile-time constants. `w_scale` and
+    `bias_at` are memory for what `finish` wants; the sums are overwritten.
     """
     cols = len(scale_at)
     load_columns(p, expert, n0, scale_at, w_scale, bias_at)
@@ -96,10 +94,7 @@ def finish_block(
             a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW]]
         if unsigned and p[M_K] > 0:
             offset = np.int32(carray(pointer(p[M_A_SUM]), 1 << 62, np.int32)[row0 + i] * 128)
-        finish(
-            integer, True, p[M_OUT_DTYPE], at, offset, a_scale, w_scale, bias_at, routed, out,
-            spill + i * c_row, cols,
-        )  # fmt: skip
+        finish(integer, True, p[M_OUT_DTYPE], at, offset, a_scale, w_scale, bias_at, routed, out, at, cols)
 
 
 @njit(inline="always")

@@ -25,6 +25,8 @@ class Tile:
     kind: str
     rows: int
     vectors: int
+    dot_rows: int = 0
+    """Up to so many rows are multiplied with weights as stored; for more, transposing them first pays."""
     parts: int = 1
     """bfloat16 values that an activation is the sum of (AMX)."""
 
@@ -32,21 +34,6 @@ class Tile:
     def matrix(self) -> bool:
         """It is AMX's (see `cpu_amx`): weights as stored at any number of rows, activations in panels."""
         return self.kind.startswith("tdp")
-
-    @property
-    def dot_rows(self) -> int:
-        """Up to so many rows are multiplied with weights as stored; for more, transposing them first pays.
-
-        Measured: with 32 registers the dot product of integers comes to nine tenths of the packed
-        tile's speed, with 16 to less than two thirds. Codes that become floats are decoded again for every
-        four (or two) rows.
-        """
-        wide = self.kind.endswith("512")
-        if self.matrix:
-            return 0
-        if self.kind.startswith(("dpbusd", "pmaddwd")):
-            return 48 if wide else 8
-        return 0 if self.kind.startswith("dpbf16") else 8 if wide else 4
 
     @property
     def cols(self) -> int:
@@ -72,23 +59,28 @@ class Instructions:
 
 
 # As many accumulators as leave registers for the vectors of B, one of A and one product: 32 of 512 bits, 16 of 256.
+# Rows as stored read weights from memory as fast as it can; their lanes are added up once per scale, and codes that
+# become floats are decoded again for every four (or two) rows. Measured on a Zen 4, with weights that no cache holds.
 _MULTIPLY_ADD = {
-    512: Tile(kind="pmaddwd512", rows=6, vectors=4),
-    256: Tile(kind="pmaddwd256", rows=6, vectors=2),
+    512: Tile(kind="pmaddwd512", rows=6, vectors=4, dot_rows=48),
+    256: Tile(kind="pmaddwd256", rows=6, vectors=2, dot_rows=24),
 }
 _INTEGER = {
-    "amx": Tile(kind="dpbusd512", rows=6, vectors=4),
-    "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4),
-    "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2),
+    "amx": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
+    "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
+    "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2, dot_rows=24),
     "avx512bw": _MULTIPLY_ADD[512],
     "avx2": _MULTIPLY_ADD[256],
 }
-_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4)
-_FLOAT = Tile(kind="fma256", rows=6, vectors=2)
+_DOT_ROWS_GROUPED = 12
+_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=16)
+_FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=10)
 # In float64 each vector takes two registers.
-_WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2)
-_DOUBLE = Tile(kind="fmad256", rows=4, vectors=1)
+_WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
+_DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
+# Twice float32's rate. e4m3 codes may be looked up while they are loaded; others of a few rows become float32 there.
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
+_BFLOAT_ROWS = 5
 _MATRIX_INTEGER = Tile(kind="tdpbssd512", rows=32, vectors=2)
 _MATRIX_BFLOAT = Tile(kind="tdpbf16512", rows=32, vectors=2)
 # Fewer rows are multiplied in vector registers: those read int8 weights of few rows at memory's speed. Measured on an
@@ -104,20 +96,27 @@ def integer_tile(
 
     Less a zero point, codes need 9 bits, so 16-bit operands. `grouped`: there are scales along K.
     """
+    tile = _INTEGER[instructions.name]
     if zero_point:
-        return _MULTIPLY_ADD[512 if instructions.wide else 256]
-    if instructions.name == "amx" and rows >= (_MATRIX_ROWS_OTHERWISE if grouped else _MATRIX_ROWS):
+        tile = _MULTIPLY_ADD[512 if instructions.wide else 256]
+    elif instructions.name == "amx" and rows >= (_MATRIX_ROWS_OTHERWISE if grouped else _MATRIX_ROWS):
         return _MATRIX_INTEGER
-    return _INTEGER[instructions.name]
+    return replace(tile, dot_rows=_DOT_ROWS_GROUPED) if grouped else tile
 
 
 def float_tile(
-    instructions: Instructions, rows: int, *, parts: int, plain: bool = False, float64: bool = False
+    instructions: Instructions,
+    rows: int,
+    *,
+    weight: torch.dtype,
+    parts: int,
+    grouped: bool = False,
+    float64: bool = False,
 ) -> Tile:
     """The tile for products of decoded codes accumulated in float32, or in float64.
 
-    `parts`: how many bfloat16 values an activation is the sum of, exactly; `plain`: weights are
-    bfloat16 and no codes. A few rows are decoded while they are loaded, which the float32 tiles do.
+    `weight`: bfloat16 values, or codes, packed ones as int32; `parts`: how many bfloat16 values an activation
+    is the sum of, exactly. A few rows are decoded while they are loaded, which the float32 tiles do.
     """
     if float64:
         return _WIDE_DOUBLE if instructions.wide else _DOUBLE
@@ -125,8 +124,12 @@ def float_tile(
         _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
     ):
         return replace(_MATRIX_BFLOAT, parts=parts)
-    tile = _WIDE_FLOAT if instructions.wide else _FLOAT
-    return _BFLOAT if parts == 1 and not plain and instructions.bfloat16 and rows > tile.dot_rows else tile
+    if instructions.bfloat16 and parts == 1 and weight != torch.bfloat16:
+        if instructions.byte_lookup and weight == torch.float8_e4m3fn:
+            return replace(_BFLOAT, dot_rows=8 if grouped else 16)
+        if rows >= _BFLOAT_ROWS:
+            return _BFLOAT
+    return _WIDE_FLOAT if instructions.wide else _FLOAT
 
 
 @cache

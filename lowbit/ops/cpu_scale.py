@@ -31,38 +31,8 @@ _CONVERT: dict[int, Any] = {F32_OUT: None, F16: emit_f32_to_f16, BF16: emit_f32_
 
 
 @intrinsic(prefer_literal=True)
-def add_scaled(typingctx, integer, sums, offset, a_scale, w_scale, totals, n):  # type: ignore[no-untyped-def]
-    """totals[j] += float32(sums[j] − offset) · a_scale · w_scale[j], and sums[j] = 0: one scale group.
-
-    `integer` (else sums are float32 and there is no offset) is a compile-time constant.
-    Addresses; n is rounded up to SCALE_LANES. By hand because numba computes in int64, which
-    does not vectorize.
-    """
-    if not isinstance(integer, types.Literal):
-        return None
-    whole = bool(integer.literal_value)
-    signature = types.void(integer, types.int64, types.int32, types.float32, *[types.int64] * 3)
-
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        sums, offset, a_scale, w_scale, totals, n = args[1:]
-        scaled = _scaled(builder, whole, sums, offset, a_scale, w_scale)
-
-        def body(position: Any, _: list) -> list:
-            here = builder.mul(position, ir.Constant(I64, 4))
-            value, target = scaled(here), builder.add(totals, here)
-            store(builder, builder.fadd(load(builder, target, value.type), value), target)
-            store(builder, ir.Constant(vec(I32, SCALE_LANES), None), builder.add(sums, here))
-            return []
-
-        loop(builder, n, SCALE_LANES, [], body)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
 def add_scaled_across(typingctx, integer, wide, sums, sums_row, a_scale, w_scale, totals, totals_row, n):  # type: ignore[no-untyped-def]
-    """`add_scaled` for a transposed block: totals[j, i] += float32(sums[j, i]) · a_scale[i] · w_scale[j].
+    """One group of a transposed block: totals[j, i] += float32(sums[j, i]) · a_scale[i] · w_scale[j].
 
     j < n, and i over `wide` vectors of SCALE_LANES; `integer` and `wide` are compile-time constants.
     Rows of sums and totals are `sums_row` and `totals_row` bytes apart.

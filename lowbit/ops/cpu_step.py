@@ -15,22 +15,26 @@ without VNNI, and is not used.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 
 from lowbit.ops.cpu_emit import BF16, F16, F32, F64, I8, I16, I32, I64, call, load, shuffle, splat, store, vec
+from lowbit.ops.cpu_lookup import IN_ORDER, Lookup
+from lowbit.ops.cpu_params import W_E4M3, W_I8, W_U8
 
 
 class Step:
     """One step along K: how both sides load, and what adds their product to an accumulator.
 
     `kind` is the instruction with its vector width in bits, then the weight's storage where
-    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`.
+    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
     """
 
     def __init__(self, kind: str) -> None:
+        self.kind = kind
         name, _, self.storage = kind.partition(":")
         self.name, self.bits = name[:-3], int(name[-3:])
         self.lanes = self.bits // 32
@@ -39,16 +43,18 @@ class Step:
             self.name, vec(I32, self.lanes)
         )
         self.elements = step_elements(kind)
+        # e4m3 by arithmetic; looked up, NaN codes are NaN and values are whole.
+        self.shrunk = self.storage == "e4m3" and self.name != "dpbf16"
         self.nan_codes: Any = None
         self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "fmad": 4, "dpbf16": 2}[self.name]
         stored = {"": self.a_bytes, "bf16": 2}.get(self.storage, 1)
         self.b_bytes = 1 if self.name in ("pmaddwd", "dpbusd") else stored
 
     def load_a(self, builder: Any, address: Any) -> Any:
-        """One vector; for `fma` and `fmad` with decoding, the two float vectors that match a half's worth."""
+        """One vector; where codes are decoded while loading, two, each for half of them."""
         if self.storage:
-            second = builder.add(address, ir.Constant(I64, 4 * self.lanes))
-            return [load(builder, address, self.real), load(builder, second, self.real)]
+            second = builder.add(address, ir.Constant(I64, self.bits // 8))
+            return [load(builder, at, vec(self.element, self.elements // 2)) for at in (address, second)]
         return load(builder, address, vec(self.element, self.elements))
 
     def load_b(self, builder: Any, address: Any) -> Any:
@@ -70,12 +76,15 @@ class Step:
         return builder.bitcast(builder.shl(wide, splat(ir.Constant(I32, 16), self.lanes)), self.real)
 
     def _decode(self, builder: Any, raw: Any) -> list:
-        """Stored codes → two float vectors; e4m3 times 2⁻⁸, which `finish` takes back.
+        """Stored codes → two vectors of the element; e4m3 as floats times 2⁻⁸, which `finish` takes back.
 
         NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
         decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
         and `finish` looks at that.
         """
+        if self.name == "dpbf16":
+            found = _lookup(self.storage).emit(builder, shuffle(builder, raw, raw, IN_ORDER))
+            return [builder.bitcast(half, vec(BF16, self.elements // 2)) for half in found]
         halves = [list(range(s, s + self.lanes)) for s in (0, self.lanes)]
         if self.storage != "e4m3":
             if self.storage == "u8":  # int8 plus 128: flipping the top bit takes it off
@@ -106,11 +115,12 @@ class Step:
         if self.name == "dpbusd":
             pair = self._declared(builder, [b, a], since=21)
             return call(builder, f"llvm.x86.avx512.vpdpbusd.{self.bits}", self.acc, [acc, *pair])
-        if self.name == "dpbf16":
-            pair = self._declared(builder, [a, b], since=16)
-            return call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, *pair])
         pairs = zip(a, b, strict=True) if self.storage else [(a, b)]
         for x, y in pairs:
+            if self.name == "dpbf16":
+                pair = self._declared(builder, [x, y], since=16)
+                acc = call(builder, f"llvm.x86.avx512bf16.dpbf16ps.{self.bits}", self.acc, [acc, *pair])
+                continue
             if self.name == "fmad":
                 x, y = (builder.fpext(v, self.acc) for v in (x, y))
             acc = call(
@@ -118,24 +128,35 @@ class Step:
             )
         return acc
 
-    def finish(self, builder: Any, sums: Any, nan_codes: Any) -> Any:
-        """Sums of one column, after the loop: what decoding left out."""
-        if self.storage != "e4m3":
+    def finish(self, builder: Any, sums: Any, any_nan: Any) -> Any:
+        """Sums after the loop, one in each lane: what decoding left out. `any_nan`: which of them met a NaN code."""
+        if not self.shrunk:
             return sums
+        one, count = self.acc.element, sums.type.count
+        scaled = builder.fmul(sums, splat(ir.Constant(one, 256.0), count))
+        return builder.select(any_nan, splat(ir.Constant(one, float("nan")), count), scaled)
+
+    def met_nan(self, builder: Any, nan_codes: Any) -> Any:
+        """Whether the largest magnitudes of a column's codes are those of NaN in any lane: a bit."""
         found = builder.icmp_unsigned("==", nan_codes, splat(ir.Constant(I16, 0x3F80), self.elements))
-        any_nan = builder.icmp_unsigned(
-            "!=", builder.bitcast(found, ir.IntType(self.elements)), ir.Constant(ir.IntType(self.elements), 0)
-        )
-        scaled = builder.fmul(sums, splat(ir.Constant(self.acc.element, 256.0), self.lanes))
-        return builder.select(any_nan, splat(ir.Constant(self.acc.element, float("nan")), self.lanes), scaled)
+        bits = ir.IntType(self.elements)
+        return builder.icmp_unsigned("!=", builder.bitcast(found, bits), ir.Constant(bits, 0))
 
     def add(self, builder: Any) -> Any:
         return builder.add if self.acc.element is I32 else builder.fadd
 
+    def as_f32(self, builder: Any, sums: Any, offset: Any = None) -> Any:
+        """Sums less an offset (of integers) in float32, rounded once."""
+        if self.name == "fmad":
+            return builder.fptrunc(sums, _as_f32(sums.type))
+        if self.acc.element is not I32:
+            return sums
+        return builder.sitofp(sums if offset is None else builder.sub(sums, offset), _as_f32(sums.type))
+
     def add_to(self, builder: Any, sums: Any, address: Any) -> None:
         """Add to what stands in memory, in 32 bits: float64 sums are rounded here, once."""
         if self.name == "fmad":
-            sums = builder.fptrunc(sums, _as_f32(sums.type))
+            sums = self.as_f32(builder, sums)
         store(builder, self.add(builder)(load(builder, address, sums.type), sums), address)
 
     @property
@@ -154,6 +175,11 @@ class Step:
         if self.name in ("pmaddwd", "dpbusd"):
             return builder.bitcast(self.load_b(builder, address), units)
         return load(builder, address, units)
+
+
+@cache
+def _lookup(storage: str) -> Lookup:
+    return Lookup({"i8": W_I8, "u8": W_U8, "e4m3": W_E4M3}[storage])
 
 
 def _as_f32(kind: ir.Type) -> ir.Type:

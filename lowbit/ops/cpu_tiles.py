@@ -11,13 +11,28 @@ in every lane, and nothing to add at the end, but wants weights transposed in un
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lowbit.ops.cpu_emit import I16, I32, I64, load, loop, prefetch, shuffle, spread, store, vec
+from lowbit.ops.cpu_emit import (
+    F32,
+    I1,
+    I16,
+    I32,
+    I64,
+    load,
+    loop,
+    prefetch,
+    shuffle,
+    splat,
+    spread,
+    store,
+    vec,
+)
 from lowbit.ops.cpu_step import Step, requests
 
 UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
@@ -48,7 +63,7 @@ def _reduce4(builder: Any, vectors: list, add: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k):  # type: ignore[no-untyped-def]
-    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr, weights as stored.
+    """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr, j < nr (4 or 1), weights as stored.
 
     `kind`, `mr`, `nr`, `cache` are compile-time constants. Addresses and row strides are in
     bytes; `c` is int32 (float32 for the float kinds, `fmad` too); `k` is a multiple of
@@ -61,56 +76,125 @@ def dot_tile(typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, acros
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
         return None
     step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
-    lines = requests(kind.literal_value, cols)
     signature = types.void(kind, mr, nr, cache, *[types.int64] * 10)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         a, lda, b, ldb, ahead, along, across, c, ldc, k = args[4:]
-        scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
-        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
-        b_rows = [builder.add(b, builder.mul(ldb, ir.Constant(I64, j))) for j in range(cols)]
-        zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
-        tracks_nan = step.storage == "e4m3"
-
-        def body(position: Any, values: list) -> list:
-            sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
-            offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
-            b_vectors = []
-            for j, row in enumerate(b_rows):
-                step.nan_codes = nans[j] if tracks_nan else None
-                b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
-                if j < lines:
-                    line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
-                    line = builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8)))
-                    prefetch(builder, line, cache.literal_value)
-                if tracks_nan:
-                    nans[j] = step.nan_codes
-            for i, row in enumerate(a_rows):
-                a_vector = step.load_a(builder, builder.add(row, offset_a))
-                for j, b_vector in enumerate(b_vectors):
-                    sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
-            return sums + nans
-
-        starts = [zero] * (rows * cols) + [no_nan] * (cols if tracks_nan else 0)
-        ended = loop(builder, k, step.elements, starts, body)
-        totals, nans = ended[: rows * cols], ended[rows * cols :] or [None] * cols
-        totals = [step.finish(builder, total, nans[at % cols]) for at, total in enumerate(totals)]
-        for i in range(rows):
-            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for j in range(0, cols, 4):
-                width = min(4, cols - j)
-                four = totals[i * cols + j : i * cols + j + width] + [zero] * (4 - width)
-                values = _reduce4(builder, four, step.add(builder))
-                address = builder.add(row_address, ir.Constant(I64, 4 * j))
-                if width == 4:
-                    step.add_to(builder, values, address)
-                    continue
-                for at in range(width):
-                    value = builder.extract_element(values, ir.Constant(I32, at))
-                    step.add_to(builder, value, builder.add(address, ir.Constant(I64, 4 * at)))
+        ask = (cache.literal_value, ahead, along, across)
+        zero = ir.Constant(I64, 0)
+        sums = _dot_sums(builder, step, (rows, cols), (a, lda), (b, ldb), ask, zero, k)
+        for i, values in enumerate(sums):
+            address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            values = values if cols == 4 else builder.extract_element(values, ir.Constant(I32, 0))
+            step.add_to(builder, values, address)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def scaled_dot_tile(
+    typingctx, kind, mr, nr, cache, a, lda, b, ldb, ahead, along, across, c, ldc, k, group, left, a_scale,
+    a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """c[i, j] = Σ over groups of K of float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order.
+
+    As `dot_tile`, for groups of `group` elements, a multiple of a step; the last may have fewer. c is float32. Row
+    i's scale stands at `a_scale` + `a_scale_row` · i, and `a_scale_group` on for the next group; column j's
+    at `w_scale` + the int64 at `w_at` + 8 · j, times 4, and `w_group` on. For dpbusd 128 · a_sum come off the
+    sums first: int32, `a_sum_row` apart, next to each other for the groups. Rows from `left` on take the last one's.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nr, cache)):
+        return None
+    step, rows, cols = Step(kind.literal_value), mr.literal_value, nr.literal_value
+    signature = types.void(kind, mr, nr, cache, *[types.int64] * 20)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ldb, ahead, along, across, c, ldc, k, group = args[4:15]
+        left, a_scale, a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_at, w_group = args[15:]
+        ask = (cache.literal_value, ahead, along, across)
+        four = ir.Constant(I64, 4)
+        scales_at = row_addresses(builder, a_scale, a_scale_row, left, rows)
+        codes_at = row_addresses(builder, a_sum, a_sum_row, left, rows)
+        columns_at = []
+        for j in range(cols):
+            offset = load(builder, builder.add(w_at, ir.Constant(I64, 8 * j)), I64)
+            columns_at.append(builder.add(w_scale, builder.mul(offset, four)))
+
+        def body(g: Any, totals: list) -> list:
+            start = builder.mul(g, group)
+            rest = builder.sub(k, start)
+            count = builder.select(builder.icmp_signed("<", group, rest), group, rest)
+            sums = _dot_sums(builder, step, (rows, cols), (a, lda), (b, ldb), ask, start, count)
+            columns: Any = ir.Constant(vec(F32, 4), None)
+            for j, at in enumerate(columns_at):
+                one = load(builder, builder.add(at, builder.mul(g, w_group)), F32)
+                columns = builder.insert_element(columns, one, ir.Constant(I32, j))
+            found = []
+            for i, values in enumerate(sums):
+                offset = None
+                if step.name == "dpbusd":
+                    codes = load(builder, builder.add(codes_at[i], builder.mul(g, four)), I32)
+                    offset = spread(builder, builder.shl(codes, ir.Constant(I32, 7)), 4)
+                scale = load(builder, builder.add(scales_at[i], builder.mul(g, a_scale_group)), F32)
+                value = builder.fmul(step.as_f32(builder, values, offset), spread(builder, scale, 4))
+                found.append(builder.fadd(totals[i], builder.fmul(value, columns)))
+            return found
+
+        last = builder.sub(builder.add(k, group), ir.Constant(I64, 1))
+        totals = loop(builder, builder.sdiv(last, group), 1, [ir.Constant(vec(F32, 4), None)] * rows, body)
+        for i, total in enumerate(totals):
+            address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+            store(
+                builder, total if cols == 4 else builder.extract_element(total, ir.Constant(I32, 0)), address
+            )
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _dot_sums(
+    builder: Any, step: Step, shape: tuple[int, int], a_side: tuple[Any, Any], b_side: tuple[Any, Any],
+    ask: tuple[int, Any, Any, Any], start: Any, count: Any,
+) -> list:  # fmt: skip
+    """The loop over `count` elements of K from `start` on of a dot tile: per row a vector of four columns' sums."""
+    rows, cols = shape
+    cache, ahead, along, across = ask
+    lines = requests(step.kind, cols)
+    scale_a, scale_b = ir.Constant(I64, step.a_bytes), ir.Constant(I64, step.b_bytes)
+    a_rows = [builder.add(a_side[0], builder.mul(a_side[1], ir.Constant(I64, i))) for i in range(rows)]
+    b_rows = [builder.add(b_side[0], builder.mul(b_side[1], ir.Constant(I64, j))) for j in range(cols)]
+    zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
+
+    def body(position: Any, values: list) -> list:
+        sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
+        position = builder.add(start, position)
+        offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
+        b_vectors = []
+        for j, row in enumerate(b_rows):
+            step.nan_codes = nans[j] if step.shrunk else None
+            b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
+            if j < lines:
+                line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
+                prefetch(builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache)
+            if step.shrunk:
+                nans[j] = step.nan_codes
+        for i, row in enumerate(a_rows):
+            a_vector = step.load_a(builder, builder.add(row, offset_a))
+            for j, b_vector in enumerate(b_vectors):
+                sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
+        return sums + nans
+
+    starts = [zero] * (rows * cols) + [no_nan] * (cols if step.shrunk else 0)
+    ended = loop(builder, count, step.elements, starts, body)
+    any_nan: Any = ir.Constant(vec(I1, 4), None)
+    for j, codes in enumerate(ended[rows * cols :]):
+        any_nan = builder.insert_element(any_nan, step.met_nan(builder, codes), ir.Constant(I32, j))
+    found = []
+    for first in range(0, rows * cols, cols):
+        sums = _reduce4(builder, ended[first : first + cols] + [zero] * (4 - cols), step.add(builder))
+        found.append(step.finish(builder, sums, any_nan))
+    return found
 
 
 @intrinsic(prefer_literal=True)
@@ -124,50 +208,97 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    unit_stride = ldb.literal_value
     signature = types.void(kind, mr, nv, ldb, *[types.int64] * 8)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         a, lda, b, ahead, along, c, ldc, units = args[4:]
-        a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
-        bytes_each = step.bits // 8
-
-        def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
-            b_vectors = [
-                load(
-                    builder,
-                    builder.add(b_here, ir.Constant(I64, unit_stride * u + bytes_each * v)),
-                    step.unit,
-                )
-                for v in range(vectors)
-            ]
-            for i, row in enumerate(a_here):
-                one = load(builder, builder.add(row, ir.Constant(I64, 4 * u)), I32)
-                everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
-                for v, b_vector in enumerate(b_vectors):
-                    at = i * vectors + v
-                    sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
-
-        def body(position: Any, sums: list) -> list:
-            sums = list(sums)
-            line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
-            prefetch(builder, builder.add(ahead, line), 2)
-            offset = builder.mul(position, ir.Constant(I64, 4))
-            a_here = [builder.add(row, offset) for row in a_rows]
-            b_here = builder.add(b, builder.mul(position, ir.Constant(I64, unit_stride)))
-            for u in range(UNROLL):
-                one_unit(u, a_here, b_here, sums)
-            return sums
-
-        totals = loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
-        for i in range(rows):
-            row_address = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
-            for v in range(vectors):
-                address = builder.add(row_address, ir.Constant(I64, bytes_each * v))
-                step.add_to(builder, totals[i * vectors + v], address)
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        for i, v, address in _places(builder, step, rows, vectors, c, ldc):
+            step.add_to(builder, sums[i * vectors + v], address)
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def scaled_tile(
+    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, left, a_scale, a_scale_row, a_sum,
+    a_sum_row, w_scale,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """c[i, j] += float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order: one group of K.
+
+    c, a_scale and w_scale are float32; row i of a_scale stands at `a_scale` + `a_scale_row` · i. For dpbusd
+    128 · a_sum[i], int32 and likewise placed, come off the sums first. Rows from `left` on take the scale of
+    the last: what they give is nobody's. The rest is as in `packed_tile`.
+    """
+    if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
+        return None
+    step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 14)
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        a, lda, b, ahead, along, c, ldc, units = args[4:12]
+        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[12:]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+
+        def of_rows(address: Any, row: Any, kind: Any) -> list:
+            places = row_addresses(builder, address, row, left, rows)
+            return [spread(builder, load(builder, at, kind), step.lanes) for at in places]
+
+        scales, offsets = of_rows(a_scale, a_scale_row, F32), [None] * rows
+        if step.name == "dpbusd":
+            seven = splat(ir.Constant(I32, 7), step.lanes)
+            offsets = [builder.shl(codes, seven) for codes in of_rows(a_sum, a_sum_row, I32)]
+        for i, v, address in _places(builder, step, rows, vectors, c, ldc):
+            value = step.as_f32(builder, sums[i * vectors + v], offsets[i])
+            columns = load(builder, builder.add(w_scale, ir.Constant(I64, 4 * v * step.lanes)), step.real)
+            value = builder.fmul(builder.fmul(value, scales[i]), columns)
+            store(builder, builder.fadd(load(builder, address, step.real), value), address)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _packed_sums(
+    builder: Any, step: Step, shape: tuple[int, int], unit_stride: int, a: Any, lda: Any, b: Any, ahead: Any,
+    along: Any, units: Any,
+) -> list:  # fmt: skip
+    """The loop over K of a packed tile: its accumulators, row by row."""
+    rows, vectors = shape
+    a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
+
+    def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
+        places = [unit_stride * u + step.bits // 8 * v for v in range(vectors)]
+        b_vectors = [load(builder, builder.add(b_here, ir.Constant(I64, at)), step.unit) for at in places]
+        for i, row in enumerate(a_here):
+            one = load(builder, builder.add(row, ir.Constant(I64, 4 * u)), I32)
+            everywhere = builder.bitcast(spread(builder, one, step.lanes), step.unit)
+            for v, b_vector in enumerate(b_vectors):
+                at = i * vectors + v
+                sums[at] = step.accumulate(builder, sums[at], everywhere, b_vector)
+
+    def body(position: Any, sums: list) -> list:
+        sums = list(sums)
+        line = builder.lshr(builder.mul(position, along), ir.Constant(I64, 8))
+        prefetch(builder, builder.add(ahead, line), 2)
+        offset = builder.mul(position, ir.Constant(I64, 4))
+        a_here = [builder.add(row, offset) for row in a_rows]
+        b_here = builder.add(b, builder.mul(position, ir.Constant(I64, unit_stride)))
+        for u in range(UNROLL):
+            one_unit(u, a_here, b_here, sums)
+        return sums
+
+    return loop(builder, units, UNROLL, [ir.Constant(step.acc, None)] * (rows * vectors), body)
+
+
+def _places(
+    builder: Any, step: Step, rows: int, vectors: int, c: Any, ldc: Any
+) -> Iterator[tuple[int, int, Any]]:
+    """(row, vector, address) of everything that a packed tile adds to; 32 bits a column."""
+    for i in range(rows):
+        row = builder.add(c, builder.mul(ldc, ir.Constant(I64, i)))
+        for v in range(vectors):
+            yield i, v, builder.add(row, ir.Constant(I64, 4 * step.lanes * v))
 
 
 @intrinsic(prefer_literal=True)
@@ -186,12 +317,7 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, stride, valid, target, ldt, units = args[1:]
         count = step.lanes
-        last = builder.sub(valid, ir.Constant(I64, 1))
-        rows = []
-        for j in range(count):
-            at = ir.Constant(I64, j)
-            at = builder.select(builder.icmp_signed("<", at, last), at, last)
-            rows.append(builder.add(source, builder.mul(at, stride)))
+        rows = row_addresses(builder, source, stride, valid, count)
         unit_bytes = ir.Constant(I64, 4 * step.b_bytes // step.a_bytes)
         ahead = builder.mul(stride, ir.Constant(I64, count))
 
@@ -210,6 +336,17 @@ def pack(typingctx, kind, source, stride, valid, target, ldt, units):  # type: i
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def row_addresses(builder: Any, source: Any, stride: Any, valid: Any, count: int) -> list:
+    """`count` addresses, `stride` apart; from `valid` on, the last valid one's."""
+    last = builder.sub(valid, ir.Constant(I64, 1))
+    found = []
+    for j in range(count):
+        at = ir.Constant(I64, j)
+        at = builder.select(builder.icmp_signed("<", at, last), at, last)
+        found.append(builder.add(source, builder.mul(at, stride)))
+    return found
 
 
 def transpose(builder: Any, rows: list) -> list:

@@ -80,6 +80,7 @@ _NAMES = {
     torch.int8: "int8", torch.float8_e4m3fn: "e4m3fn", torch.int32: "uint8",
     torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32",
 }  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def problem_of(
@@ -149,11 +150,14 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision | Refusal:
             implementation="cpu", kernel="portable", multiplies=both,
             note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
         )  # fmt: skip
+    grouped = problem.activations.startswith("group") or bool(problem.weight_group)
     if quantizes and problem.weight_dtype == "int8":
-        tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=bool(problem.weight_group))
+        tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=grouped)
         return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
-    parts = 1 if quantizes else PARTS[getattr(torch, problem.activation_dtype)]
-    tile = float_tile(have, rows, parts=parts, float64=float64_sums)
+    tile = float_tile(
+        have, rows, weight=_DTYPES[problem.weight_dtype], grouped=grouped, float64=float64_sums,
+        parts=1 if quantizes else PARTS[_DTYPES[problem.activation_dtype]],
+    )  # fmt: skip
     unit = "bfloat16" if "bf16" in tile.kind else "float64" if float64_sums else "float32"
     when = "while they are loaded" if rows <= tile.dot_rows else "block by block"
     return Decision(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sample_models import (
     Tensors,
     block_fp8,
@@ -262,6 +263,74 @@ def test_a_nested_quantization_config_is_replaced(tmp_path):
     out = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in out["text_config"]
     assert out["quantization_config"]["format"] == "int-quantized"
+
+
+@pytest.mark.parametrize("stored", ["bytes", "F8_E8M0", "F8_E8M0, declared", "F32", "BF16"])
+def test_mxfp8_is_carried_however_its_exponents_are_stored(tmp_path, stored):
+    """Of E8M0 four bytes were written for each, over the tensors behind them."""
+    lowbit.convert(write(tmp_path / "src", *llama()), tmp_path / "mx", "mxfp8")
+    meant, config = load(tmp_path / "mx"), json.loads((tmp_path / "mx" / "config.json").read_text())
+    meant["model.layers.0.mlp.up_proj.weight_scale"][0, :2] = torch.tensor([0, 254])  # 2⁻¹²⁷ and 2¹²⁷
+    tensors = dict(meant)
+    for name in [n for n in meant if n.endswith("weight_scale")]:
+        exponents = meant[name].view(torch.float8_e8m0fnu)
+        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get(stored, torch.float8_e8m0fnu)
+        tensors[name] = meant[name] if stored == "bytes" else exponents.to(dtype)
+    if "declared" in stored:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["weights"]["scale_dtype"] = "torch.float8_e8m0fnu"
+    again = write(tmp_path / "again", tensors, config)
+    lowbit.convert(again, tmp_path / "out", "mxfp8")
+    written = load(tmp_path / "out")
+    assert written.keys() == meant.keys() and all(same_bits(written[n], meant[n]) for n in meant)
+
+
+@pytest.mark.parametrize("value", [0.75, 0.0, -1.0])
+def test_scales_that_are_no_powers_of_two_are_no_exponents(tmp_path, value):
+    lowbit.convert(write(tmp_path / "src", *llama()), tmp_path / "mx", "mxfp8")
+    tensors, config = load(tmp_path / "mx"), json.loads((tmp_path / "mx" / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    tensors[name] = torch.full(tensors[name].shape, value)
+    src = write(tmp_path / "again", tensors, config)
+    with pytest.raises(InputError, match=r"up_proj\.weight_scale: expected scales that are powers of two"):
+        lowbit.convert(src, tmp_path / "out", "mxfp8")
+
+
+def test_a_source_without_a_config_makes_no_model(tmp_path):
+    """Mistral's own format has params.json; what was written had a config.json that no engine can read."""
+    tensors, config = llama()
+    src = write(tmp_path / "src", tensors, None, files={"params.json": "{}"})
+    said = "since the source has none: engines need the model's own"
+    assert any(said in warning for warning in lowbit.plan(src, "int8").warnings)
+    assert not any(said in warning for warning in lowbit.plan(src, "bf16").warnings)
+    assert lowbit.plan(write(tmp_path / "whole", tensors, config), "int8").warnings == ()
+
+
+def test_an_index_keeps_adapters_apart_from_weights(tmp_path):
+    """vLLM takes all *.safetensors of a directory for weights where no index names them."""
+    src = write(tmp_path / "src", *llama(), files={"adapter_config.json": "{}"})
+    save_file({"base_model.x.lora_A.weight": torch.ones(2, 2)}, src / "adapter_model.safetensors")
+    lowbit.convert(src, tmp_path / "out", "int8")
+    adapter = "adapter_model.safetensors"
+    assert (tmp_path / "out" / adapter).read_bytes() == (src / adapter).read_bytes()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {"model.safetensors"}
+    assert lowbit.verify(tmp_path / "out", src).ok
+
+
+@pytest.mark.parametrize("scheme", ["int8", "bf16", "fp16"])
+def test_a_quantization_config_within_any_part_is_replaced(scheme, tmp_path):
+    """InternVL has an `llm_config`, Qwen's Omni models a `text_config` in a `thinker_config`."""
+    text, text_config = block_fp8(*llama())
+    config = {"model_type": "internvl_chat", "llm_config": {"deeper": text_config}, "torch_dtype": "bfloat16",
+              "vision_config": {"torch_dtype": "float32", "quantization_config": {"quant_method": "fp8"}}}  # fmt: skip
+    lowbit.convert(write(tmp_path / "src", text, config), tmp_path / "out", scheme)
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in out["llm_config"]["deeper"]
+    assert out["vision_config"] == {"torch_dtype": "float32"}
+    assert ("quantization_config" in out) == (scheme == "int8")
+    dtype = "float16" if scheme == "fp16" else "bfloat16"
+    assert (out["torch_dtype"], out["llm_config"]["deeper"]["torch_dtype"]) == (dtype, dtype)
 
 
 def test_vision_towers_stay(tmp_path):

@@ -65,6 +65,14 @@ def test_every_dtype_that_safetensors_knows_has_its_size(tmp_path):
             pass
 
 
+def test_a_narrow_dtype_is_no_damage(tmp_path):
+    file = raw_file(tmp_path / "m.safetensors", {"a": entry("F4", (4, 4), (0, 8))}, b"\0" * 8)
+    with safe_open(file, "pt") as stream:
+        assert stream.get_slice("a").get_dtype() == "F4"
+    with pytest.raises(InputError, match="found F4 in the tensor 'a', which cannot be read; start from"):
+        read_header(file)
+
+
 BAD_HEADERS = {
     "empty file": (b"", None, "at least 8 bytes, found 0"),
     "cut in the length": (b"\x10\0\0", None, "at least 8 bytes, found 3"),
@@ -409,6 +417,25 @@ def test_files_beside_the_weights(tmp_path):
     assert len(left) == 5
 
 
+@pytest.mark.parametrize("index", [True, False])
+def test_low_rank_adapters_belong_to_the_model(tmp_path, index):
+    """They were left out, and what said that they are there was carried."""
+    files = {"adapter_config.json": "{}", "adapter_model.safetensors": "x", "vision-lora/adapter_config.json": "{}",
+             "vision-lora/adapter_model.safetensors": "y", "old/adapter_model.safetensors": "z"}  # fmt: skip
+    tensors, config = llama()
+    found = open_checkpoint(write(tmp_path, tensors, config, files=files, place=len if index else None))
+    assert set(map(str, found.others)) == set(files) - {"old/adapter_model.safetensors"}
+    assert found.notes == ("other weights are left out: old/adapter_model.safetensors",)
+    assert found.tensors.keys() == tensors.keys()
+
+
+def test_adapters_without_their_model(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="found low-rank adapters alone; merge them into their model first"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_weights_of_a_sentence_transformers_own_modules_belong_to_it(tmp_path, listed):
     modules = [{"path": "", "type": "Transformer"}, *[{"path": "2_Dense", "type": "Dense"}] * listed]
@@ -478,6 +505,19 @@ def test_the_index_decides_which_files_belong(tmp_path):
     found = open_checkpoint(tmp_path)
     assert "other" not in found.tensors
     assert any("left out: consolidated.safetensors" in n for n in found.notes)
+
+
+def test_shards_in_a_folder_that_the_index_names_are_not_said_to_be_left_out(tmp_path):
+    sharded(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    said["weight_map"] = {name: f"weights/{file}" for name, file in said["weight_map"].items()}
+    index.write_text(json.dumps(said))
+    (tmp_path / "weights").mkdir()
+    for file in tmp_path.glob("*.safetensors"):
+        file.rename(tmp_path / "weights" / file.name)
+    found = open_checkpoint(tmp_path)
+    assert len(found.shards) == 2 and not any("left out" in note for note in found.notes)
 
 
 def test_tensors_that_the_index_forgot_are_taken_along(tmp_path):

@@ -223,6 +223,22 @@ def test_two_outputs_of_one_name():
         assign([[OutTensor("a", "I8", (1,))], [OutTensor("a", "F32", (1,))]], 100)
 
 
+def test_what_fills_cache_lines_begins_at_one():
+    """Mapped weights that lie across lines are read slower, and torch's own products add in another order."""
+    modules = [
+        [
+            OutTensor(f"{name}.weight", "I8", (64, 96)),
+            OutTensor(f"{name}.weight_scale", "F32", (64, 1)),
+            OutTensor(f"{name}.input_scale", "F32", (1,)),
+            OutTensor(f"{name}.bias", "BF16", (33,)),
+        ]
+        for name in ("up", "a_name_of_another_length")
+    ]
+    _, placed = assign(modules, 1 << 20)
+    for module in modules:
+        assert [placed[t.name].offset % 64 for t in module[:2]] == [0, 0]
+
+
 def test_the_main_dtype_of_a_source_that_is_all_codes(tmp_path):
     """`--ignore` needs a float dtype; config.json names it when no float tensor does."""
     tensors, config = block_fp8(*llama(dtype=torch.float16))

@@ -72,6 +72,51 @@ KEPT = {
     "model.vision_projection.patch_merger.merging_layer": ("vision", BIG),  # LightOnOCR
     "model.vision_embed_tokens": ("vision", BIG),  # Fuyu
     "qformer.encoder.layer.0.attention.attention.key": ("vision", BIG),  # BLIP-2
+    "bert.pooler.dense": ("head", BIG),
+    "classifier.dense": ("head", BIG),  # RoBERTa's rerankers
+    "classifier.out_proj": ("head", BIG),
+    "head.dense": ("head", BIG),  # ModernBERT
+    "cls.predictions.transform.dense": ("head", BIG),
+    "score.0": ("head", BIG),  # Qwen2.5-Math-RM
+    "v_head": ("head", BIG),
+    "linear": ("head", BIG),  # ColBERT
+    "classification_head.dense": ("head", BIG),  # BART
+    "sequence_summary.summary": ("head", BIG),  # XLNet
+    "logits_proj": ("head", BIG),
+    "model.llm.unembed": ("head", BIG),  # Inkling
+    "custom_text_proj": ("head", BIG),  # ColQwen
+    "text_projection": ("head", BIG),  # CLIP
+    "visual_projection": ("vision", BIG),
+    "language_model.output": ("head", BIG),  # InternVL with InternLM2
+    "transformer.output_layer": ("head", BIG),  # ChatGLM
+    "model.transformer.ff_out": ("head", BIG),  # Molmo
+    "model.layers.45.transformer.shared_head.output": ("head", BIG),  # Step 3.5
+    "talker.code_predictor.lm_head.3": ("head", BIG),  # Qwen3-Omni
+    "talker.code_predictor.model.codec_embedding.3": ("other", BIG),
+    "model.ngram_embeddings.embedders.0": ("other", BIG),  # LongCat-Flash
+    "model.ngram_embeddings.post_projs.0": ("other", BIG),
+    "embed_text_tokens": ("other", BIG),  # CSM
+    "fine_acoustics.input_embeds_layers.0": ("other", BIG),  # Bark
+    "vte": ("embedding", BIG),  # Ovis
+    "encoder.rel_pos_x_bias": ("other", BIG),  # LayoutLMv2 and 3 look rows of it up
+    "model.query_feat": ("other", BIG),  # LW-DETR
+    "t2u_model.model.decoder.embed_char": ("other", BIG),
+    "canine.char_embeddings.HashBucketCodepointEmbedder_0": ("other", BIG),
+    "model.layers.0.mlp.router.classifier": ("router", BIG),  # LongCat-Flash
+    "model.layers.0.mlp.router_gate": ("router", BIG),  # Doge
+    "fc": ("projection", BIG),  # EAGLE
+    "vit_large_projector": ("vision", BIG),  # Step-3
+    "vision_language_adapter.w_in": ("vision", BIG),  # Pixtral as Mistral has it
+    "patch_merger.merging_layer": ("vision", BIG),
+    "model.vision_embedding.0.encoder.layers.0.mlp.fc1": ("vision", BIG),  # Isaac
+    "model.merger.mlp.0.linear_1": ("vision", BIG),  # MiniCPM-V 4.6
+    "model.linear_proj.0": ("vision", BIG),  # Bailing
+    "model.spatial_projectors.0.proj": ("vision", BIG),  # Granite 4 Vision
+    "model.qwen2_model.model.model.layers.0.mlp.up_proj": ("vision", BIG),  # DeepSeek-OCR-2
+    "vision_resampler.layers.0.q_proj": ("vision", BIG),
+    "continuous_audio_tower.layers.0.fc1": ("audio", BIG),
+    "mm_whisper_embeddings.whisper_encoder.transformer.layers.0.attention.wq": ("audio", BIG),  # Voxtral
+    "tts.model.layers.0.self_attn.q_proj": ("audio", BIG),  # MiniCPM-o
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),
@@ -106,6 +151,12 @@ QUANTIZED = {
     "model.layers.0.self_attn.forget_gate.f_a_proj": "linear",
     "model.layers.0.per_layer_input_gate": "linear",
     "model.layers.0.self_attn.qkv_proj.base_layer": "linear",
+    "model.transformer.blocks.0.ff_out": "linear",  # Molmo
+    "model.layers.0.mlp.vision_mlp.gate_proj": "linear",  # CogVLM: as large as the text's, in each layer
+    "vit.encoder.layer.0.attention.attention.query": "linear",  # a model that only sees
+    "model.layers.0.attn.linear": "linear",
+    "talker.model.layers.0.self_attn.q_proj": "linear",
+    "transformer.encoder.layers.0.self_attention.dense": "linear",
 }
 
 
@@ -126,6 +177,30 @@ def test_an_encoder_that_hears_stays():
     name = "encoder.layers.0.ff1.up_proj"
     assert role_of(name, BIG, {"model_type": "granite_speech"}) == ("audio", "audio tower")
     assert role_of(name, BIG, {"model_type": "bart"}) == ("linear", "")
+
+
+def test_towers_of_models_whose_names_are_others_text():
+    hears, sees = {"model_type": "kimi_audio"}, {"model_type": "hunyuan_vl"}
+    assert role_of("model.encoder.layers.0.fc1", BIG, hears)[0] == "audio"
+    assert role_of("vit.layers.0.self_attn.q_proj", BIG, sees)[0] == "vision"
+    assert role_of("model.layers.0.self_attn.q_proj", BIG, hears) == ("linear", "")
+
+
+def test_a_model_that_only_hears_or_sees_is_no_tower():
+    for model_type in ("audio-spectrogram-transformer", "data2vec-vision", "data2vec-audio"):
+        name = model_type.replace("-", "_") + ".encoder.layer.0.attention.attention.query"
+        assert role_of(name, BIG, {"model_type": model_type}) == ("linear", "")
+        assert role_of(name, BIG, {"model_type": "llava"})[0] in ("vision", "audio")
+
+
+def test_heads_that_some_models_call_otherwise():
+    for model_type, head in (
+        ("modernbert", "decoder"),
+        ("distilbert", "vocab_projector"),
+        ("xlnet", "lm_loss"),
+    ):
+        assert role_of(head, BIG, {"model_type": model_type})[0] == "head"
+        assert role_of(head, BIG, {"model_type": "llama"}) == ("linear", "")
 
 
 def test_mamba_layers_that_vllm_does_not_quantize_stay():
@@ -209,6 +284,8 @@ def test_the_users_word_goes_before_the_rules():
         ("a.q_proj", "a.k_proj", "a.v_proj"),
         ("a.gate_proj", "a.up_proj"),
         ("a.w1", "a.w3"),
+        ("a.c_fc_0", "a.c_fc_1"),  # EXAONE
+        ("a.fc11", "a.fc12"),  # Nomic BERT
         ("a.q_a_proj", "a.kv_a_proj_with_mqa"),
         ("a.in_proj_qkv", "a.in_proj_z"),
         ("a.in_proj_b", "a.in_proj_a"),
@@ -222,6 +299,21 @@ def test_fused_members_follow_one_that_stays(members):
         assert all(d.scheme is None for d in found.values())
         others = [d.reason for m, d in found.items() if m != kept]
         assert all(kept.rpartition(".")[2] in r and "--ignore" in r for r in others)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "")]
+)
+def test_what_some_models_join_to_q_k_and_v(model_type, name):
+    """A gate or beta that the source left in float kept engines from loading the rest as codes."""
+    members = [f"a.{m}" for m in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj")]
+    left = {"a.g_proj": "left", "a.b_proj": "left"}
+    found = decide(
+        dict.fromkeys(members, BIG), INT8, config={"model_type": model_type}, left_in_float=left
+    )  # fmt: skip
+    assert {m for m, d in found.items() if d.scheme} == (set() if name else {*members} - {*left})
+    if name:
+        assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
 
 
 def test_modules_of_different_parents_are_not_fused():

@@ -429,6 +429,33 @@ def test_static_to_compressed_tensors_and_back(tmp_path, dtype):
         lowbit.convert(tmp_path / "out", tmp_path / "no", "int8-static")
 
 
+@pytest.mark.parametrize("kind", ["W8A8", "W8A8_MIX"])
+def test_scales_for_static_and_dynamic_activations_in_one(tmp_path, kind):
+    """W8A8_MIX was refused; where W8A8 has a scale of the weight too, that was carried, or in the way."""
+    src = write(tmp_path / "src", *llama())
+    written, described = convert(src, tmp_path / "out")
+    module = "model.layers.0.mlp.up_proj"
+    scale = written[f"{module}.weight_scale"].reshape(-1)
+    written |= {
+        f"{module}.input_scale": torch.tensor([0.25]), f"{module}.input_offset": torch.tensor([3.0]),
+        f"{module}.deq_scale": 0.25 * scale, f"{module}.quant_bias": torch.zeros(scale.numel(), dtype=torch.int32),
+    }  # fmt: skip
+    described |= {name: kind for name in written if name.startswith(module + ".")}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    both = write(tmp_path / "both", written, config, files={DESCRIPTION: json.dumps(described)})
+    lowbit.convert(both, tmp_path / "ct", "int8")
+    lowbit.convert(src, tmp_path / "direct", "int8")
+    ct, direct = load(tmp_path / "ct"), load(tmp_path / "direct")
+    assert ct.keys() == direct.keys()
+    assert same_bits(ct[f"{module}.weight"], direct[f"{module}.weight"])
+    torch.testing.assert_close(
+        ct[f"{module}.weight_scale"], direct[f"{module}.weight_scale"], rtol=2e-7, atol=0
+    )
+    lowbit.convert(both, tmp_path / "floats", "bf16")
+    assert load(tmp_path / "floats").keys() == load(src).keys()
+    assert lowbit.inspect(both).parameters == lowbit.inspect(src).parameters
+
+
 def test_inspect_and_verify_know_it(tmp_path):
     src = write(tmp_path / "src", *deepseek_v3())
     convert(src, tmp_path / "out")

@@ -28,6 +28,7 @@ from lowbit.formats import FORMATS, get_format, quantization_of, read
 from lowbit.formats.format import Layout
 from lowbit.formats.joined import with_joined
 from lowbit.formats.name_patterns import name_patterns, towers, wherever
+from lowbit.granularity import PerBlock
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES, get_scheme
 
@@ -296,11 +297,46 @@ def test_a_group_for_one_name_does_not_take_the_others():
             module("a.b") | {"a.b.weight_g_idx": Info("I32", 256)},
             "a column order, which are not read",
         ),
+        (
+            {"config_groups": {"g": group(["Linear"])}, "sparsity_config": {"format": "sparse-24-bitmask"}},
+            {"a.b.compressed": Info("I8", 64, 64)},
+            "weights with all of their columns, found sparse-24-bitmask",
+        ),
+        (
+            {"config_groups": {"g": group(["Linear"], num_bits=4)}, "format": "marlin-24"},
+            {"a.b.weight_packed": Info("I32", 64, 64)},
+            "weights with all of their columns, found marlin-24",
+        ),
+        (
+            {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+            module("a.b"),
+            "a.b: expected a config group that targets it",
+        ),
     ],
 )
 def test_what_cannot_be_read(config, tensors, message):
     with pytest.raises(InputError, match=message):
         FORMAT.read(config, tensors)
+
+
+def test_only_the_kv_cache_is_quantized(tmp_path):
+    tensors, config = llama()
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([0.5])
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": cache,
+    }  # fmt: skip
+    lowbit.convert(write(tmp_path / "src", tensors, config), tmp_path / "out", "int8")
+    out = quantization_of(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert {key: out["kv_cache_scheme"][key] for key in cache} == cache
+    assert "model.layers.0.self_attn.k_scale" in load(tmp_path / "out")
+
+
+def test_a_block_as_older_versions_wrote_it():
+    tensors = {"a.b.weight": Info("F8_E4M3", 256, 512), "a.b.weight_scale": Info("BF16", 4, 4)}
+    groups = {"g": group(["Linear"], type="float", strategy="block", block_structure="64x128")}
+    found = FORMAT.read({"config_groups": groups}, tensors)
+    assert str(found["a.b"].spec.granularity) == str(PerBlock(64, 128))
 
 
 def test_a_checkpoint_of_the_library_itself(tmp_path):
@@ -549,6 +585,8 @@ def test_joined_modules_are_named_for_engines_that_ask_for_them():
     assert with_joined(["a.q_a_proj", "a.kv_a_proj_with_mqa"], {})[2:] == [
         "a.fused_qkv_a_proj", "a.fused_qkv_a_proj_with_mqa",
     ]  # fmt: skip
+    for pair in (["mlp.c_fc_0", "mlp.c_fc_1"], ["mlp.fc11", "mlp.fc12"]):
+        assert with_joined(pair, {})[2:] == ["mlp.gate_up_proj"]
     # Experts are asked for by the names of their members.
     assert with_joined(["mlp.experts.0.up_proj"], {}) == ["mlp.experts.0.up_proj"]
     for module in ("experts.3.up_proj", "experts"):

@@ -99,30 +99,40 @@ def test_dynamic_linear_equals_its_definition(isa, m, n, k, dtype):
     assert torch.equal(ops.linear(x, w, scale, bias, activations="token", block=(1, 0)), expected)
 
 
-def test_rows_at_the_end_of_memory_are_not_read_past():
-    """The last row of a ragged weight ends at a page that must not be touched."""
+@pytest.mark.parametrize(("k", "group"), [(37, 0), (165, 0), (165, 64), (128, 32), (200, 100)])
+def test_rows_at_the_end_of_memory_are_not_read_past(isa, k, group):
+    """The last row of a ragged weight ends at a page that must not be touched, and so do the scales of activations."""
     mmap = pytest.importorskip("mmap")
     page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, 4 * page)
+    memory = mmap.mmap(-1, 16 * page)
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if libc.mprotect(ctypes.c_void_p(address + 3 * page), page, 0):
-        pytest.skip("memory cannot be protected here")
-    n, k = 29, 37
+    n, end, other_end = 29, 4 * page, 12 * page
+    for guarded in (end, other_end):
+        if libc.mprotect(ctypes.c_void_p(address + guarded), page, 0):
+            pytest.skip("memory cannot be protected here")
     whole = torch.frombuffer(memory, dtype=torch.int8)
-    w = whole[3 * page - n * k : 3 * page].view(n, k)
-    w.copy_(codes(n, k))
-    for m in (1, 5, 20):
-        a = codes(m, k)
-        for activations, x in (("none", a.float()), ("codes", a)):
-            if activations == "none":
-                out = ops.linear(x, w, torch.ones(n, 1), activations="none", block=(1, 0))
-            else:
-                out = ops.matmul(a, torch.ones(1), w, torch.ones(n, 1), block=(1, 0), out_dtype=torch.float32)
-            assert torch.equal(out, product(a, w))
-    libc.mprotect(ctypes.c_void_p(address + 3 * page), page, 3)
+    w = whole[end - n * k : end].view(n, k)
+    groups, block = (-(-k // group), (1, group)) if group else (1, (1, 0))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        w.copy_((codes(n, k).clamp(-4, 4).to(dtype)).view(torch.int8))
+        values = w.view(dtype).float()
+        for m in (1, 5, 20):
+            a = codes(m, k).clamp(-4, 4)
+            scale = whole[other_end - 4 * m * groups : other_end].view(torch.float32).view(m, groups)
+            scale.copy_(2.0 ** torch.randint(-2, 3, (m, groups)))
+            spread = scale.repeat_interleave(group or k, 1)[:, :k]
+            for x in (a.float(), a.bfloat16()):
+                out = ops.linear(x, w.view(dtype), torch.ones(n, groups), activations="none", block=block)
+                assert torch.equal(out, (a.float() @ values.T).to(x.dtype))
+            out = ops.matmul(
+                a.to(dtype), scale, w.view(dtype), torch.ones(n, groups), block=block, out_dtype=torch.float32
+            )
+            assert torch.equal(out, (a.float() * spread) @ values.T)
+    for guarded in (end, other_end):
+        libc.mprotect(ctypes.c_void_p(address + guarded), page, 3)
 
 
 def test_threads_may_enter_at_once():

@@ -105,25 +105,38 @@ def test_cpu_names_its_tile(path):
 def having(monkeypatch):
     """Decide as for a CPU with other instructions."""
 
-    def have(name: str) -> None:
-        monkeypatch.setattr(cpu_call, "instructions", lambda: Instructions(name=name, bfloat16=True))
+    def have(name: str, byte_lookup: bool = False) -> None:
+        found = Instructions(name=name, bfloat16=True, byte_lookup=byte_lookup)
+        monkeypatch.setattr(cpu_call, "instructions", lambda: found)
         dispatch.choose_cpu.cache_clear()
 
     yield have
     dispatch.choose_cpu.cache_clear()
 
 
-def test_a_few_rows_are_decoded_while_loading(having):
-    having("avx512_vnni")
-    for m in (1, 8):
-        assert choose(problem("fp8", m=m), "cpu").kernel.startswith("fma512")
-    assert "dot products" in choose(problem("fp8", m=8), "cpu").kernel
-    assert "while they are loaded" in choose(problem("fp8", m=8), "cpu").note
-    assert choose(problem("fp8", m=9), "cpu").kernel == "dpbf16512, 6×64 tile"
-    assert "dot products" in choose(problem("int8", m=48), "cpu").kernel
-    assert choose(problem("int8", m=49), "cpu").kernel == "dpbusd512, 6×64 tile"
+@pytest.mark.parametrize("byte_lookup", [False, True])
+def test_a_few_rows_are_decoded_while_loading(having, byte_lookup):
+    having("avx512_vnni", byte_lookup=byte_lookup)
+    kind, most = (
+        ("dpbf16512", {"fp8": 16, "fp8-block": 8}) if byte_lookup else ("fma512", {"fp8": 4, "fp8-block": 4})
+    )
+    for scheme, m in most.items():
+        for few in (1, m):
+            chosen = choose(problem(scheme, m=few), "cpu")
+            assert chosen.kernel == f"{kind}, dot products with rows as stored"
+            assert "while they are loaded" in chosen.note
+        assert choose(problem(scheme, m=m + 1), "cpu").kernel == "dpbf16512, 6×64 tile"
+    assert (
+        choose(problem("int8-weight-only", m=4), "cpu").kernel == "fma512, dot products with rows as stored"
+    )
+    assert choose(problem("int8-weight-only", m=5), "cpu").kernel == "dpbf16512, 6×64 tile"
+    for scheme, m in (("int8", 48), ("int8-block", 12)):
+        assert "dot products" in choose(problem(scheme, m=m), "cpu").kernel
+        assert choose(problem(scheme, m=m + 1), "cpu").kernel == "dpbusd512, 6×64 tile"
     # Of a mixture the rows of one expert count.
-    assert choose(problem("fp8", m=64, experts=8), "cpu").kernel.startswith("fma512")
+    m = most["fp8"]
+    assert "dot products" in choose(problem("fp8", m=8 * m, experts=8), "cpu").kernel
+    assert choose(problem("fp8", m=8 * m + 1, experts=8), "cpu").kernel == "dpbf16512, 6×64 tile"
     assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith("fma512")
 
 

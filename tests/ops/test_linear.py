@@ -331,8 +331,11 @@ def test_bfloat16_instructions_are_tested_where_they_exist():
     if not have.bfloat16:
         pytest.skip("no bfloat16 dot product here")
     wanted = "tdpbf16512" if have.name == "amx" else "dpbf16512"
-    assert cpu_isa.float_tile(have, 16, parts=1).kind == wanted
-    assert have.name == "amx" or cpu_isa.float_tile(have, 16, parts=3).kind.startswith("fma")
+    for weight in (torch.int8, torch.float8_e4m3fn):
+        assert cpu_isa.float_tile(have, 16, weight=weight, parts=1).kind == wanted
+        assert have.name == "amx" or cpu_isa.float_tile(have, 16, weight=weight, parts=3).kind.startswith(
+            "fma"
+        )
 
 
 BAD = [
