@@ -52,7 +52,7 @@ class BFloat16Linear(StoredWeights):
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        weight, bias = self._buffers["weight"], self.stored_bias()
         assert weight is not None
         x = autocast_input(x)
         if x.dtype == torch.float32 and x.is_cpu and self.quantize_activations:
@@ -61,12 +61,12 @@ class BFloat16Linear(StoredWeights):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A trainable Linear of the widened weight."""
-        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        weight, bias = self._buffers["weight"], self.stored_bias()
         assert weight is not None
         return float_linear(weight.to(dtype, copy=True), bias).train(self.training)
 
     def extra_repr(self) -> str:
-        bias = self._buffers["bias"] is not None
+        bias = self.stored_bias() is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 

@@ -87,6 +87,10 @@ class StoredWeights(nn.Module):
             )
         return self
 
+    def stored_bias(self) -> Tensor | None:
+        """The buffer `bias`, or the Parameter that somebody has put in its place to train it."""
+        return self._buffers["bias"] if "bias" in self._buffers else self._parameters["bias"]
+
     def __getstate__(self) -> dict[str, Any]:
         # Plain pickle cannot hold float8 tensors (torch.save can).
         buffers = dict(self._buffers)
