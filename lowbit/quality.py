@@ -80,8 +80,17 @@ def calibrate(
     options = options or Options(device=join(device))
     if isinstance(method, str):
         chosen = best_method(target) if method == "best" else get_method(method)
+    elif isinstance(method, MethodClass):
+        chosen = method
+    elif isinstance(method, Mapping):
+        chosen = MethodClass.from_dict(dict(method))
     else:
-        chosen = method if isinstance(method, MethodClass) else MethodClass.from_dict(dict(method))
+        raise InputError(f"expected a method's name, a mapping of its settings or a Method, found {method!r}")
+    if alpha is not None and not chosen.smooths:
+        raise InputError(
+            f"expected a method that smooths, to give it an alpha, found {chosen.name}; smoothquant-gptq smooths and "
+            "rounds by GPTQ"
+        )
     chosen = replace(chosen, seed=seed, smooth=chosen.smooth if alpha is None else alpha)
     windows, described = _windows(src, data, samples, length, seed)
     return run(
@@ -168,6 +177,8 @@ def search(
 
     if budget is None and max_kl is None:
         budget = 8.5
+    if isinstance(candidates, str):
+        raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
     check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
     windows, _ = _windows(src, data, samples, length, seed)

@@ -85,6 +85,18 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
         found = model.source.raw(scale).float().reshape(shape)
         return Quantized(codes=codes, scale=found, zero_point=None, spec=spec)
 
+    def input_scale(disk: str) -> tuple[Tensor | None, Tensor | None]:
+        """(scale [1], zero point [1]) of static activations; (None, None) where they are dynamic."""
+        spec, zero = stored[disk].activations, f"{disk}.input_zero_point"
+        if spec is None or spec.dynamic:
+            return None, None
+        scale = model.source.raw(f"{disk}.input_scale").float().reshape(1).to(model.device)
+        offset = model.source.raw(zero).reshape(1).to(model.device) if model.source.has(zero) else None
+        return scale, offset
+
+    outside = {n: stored[d] for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
+    _round_inputs(model, outside, {n: input_scale(model.disk_name(n)) for n in outside})
+
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, prefix = model.load(index), model.layer_name(index)
         schemes: dict[str, Scheme] = {}
@@ -99,13 +111,7 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
                 schemes[name] = stored[disk]
                 if multiplies_integers(stored[disk], module.weight) and (q := codes_of(disk)) is not None:
                     quantized[name] = q
-                zero = f"{disk}.input_zero_point"
-                if not stored[disk].activations.dynamic:  # type: ignore[union-attr]
-                    scale = model.source.raw(f"{disk}.input_scale").float().reshape(1).to(model.device)
-                    offset = (
-                        model.source.raw(zero).reshape(1).to(model.device) if model.source.has(zero) else None
-                    )
-                    scales[name] = (scale, offset)
+                scales[name] = input_scale(disk)
         return layer, install(layer, schemes, quantized, scales, frozenset(online))
 
     def scale_of(name: str) -> Tensor | None:
@@ -159,15 +165,38 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
 
 @torch.no_grad()
 def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> None:
-    """Round what a conversion quantizes outside the decoder layers (Gemma 4's projection to per-layer inputs)."""
-    body = model.layers_name.rpartition(".")[0]
-    linears = {
-        model.disk_name(f"{body}.{n}"): m.weight for n, m in model.base.named_modules() if isinstance(m, nn.Linear)
-    }  # fmt: skip
-    shapes = {n: tuple(w.shape) for n, w in linears.items()}
-    for name, decision in decide(shapes, scheme, selection, config=model.source.config).items():
+    """Round what a conversion quantizes outside the decoder layers (Gemma 4's projection to per-layer inputs, a head
+    that an override names), and what these multiply."""
+    linears = {model.disk_name(n): (n, m) for n, m in _outside(model) if not m.weight.is_meta}
+    shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
+    found: dict[str, Scheme] = {}
+    for disk, decision in decide(shapes, scheme, selection, config=model.source.config).items():
         if decision.scheme is not None and decision.scheme.weights is not None:
-            linears[name].copy_(quantize(linears[name], decision.scheme.weights, name=name).dequantize())
+            name, module = linears[disk]
+            module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
+            found[name] = decision.scheme
+    _round_inputs(model, {n: s for n, s in found.items() if not s.needs_calibration}, {})
+
+
+def _outside(model: LayerwiseModel) -> Iterator[tuple[str, nn.Linear]]:
+    """(our name, module) of the Linears beside the decoder layers: of the body, the head, towers on meta."""
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def _round_inputs(
+    model: LayerwiseModel,
+    schemes: Mapping[str, Scheme],
+    scales: Mapping[str, tuple[Tensor | None, Tensor | None]],
+) -> None:
+    """Let the modules named round their inputs as an engine would, from now on."""
+    quantizers = {
+        n: ActivationQuantizer(s.activations, *scales.get(n, (None, None)))
+        for n, s in schemes.items()
+        if s.activations is not None
+    }
+    attach(model.model, quantizers)
 
 
 def _overrides(calibration: Calibration) -> dict[str, str]:

@@ -7,7 +7,11 @@ the time to read it, and nothing is rounded.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +22,8 @@ from lowbit.checkpoint.roles import role_of
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.stored import StoredWeights, autocast_input, float_linear
 from lowbit.nn.swap import replace_module
+
+_ASKS_FOR_DTYPE = re.compile(r"(\w+)\.weight\.dtype")
 
 
 class BFloat16Linear(StoredWeights):
@@ -46,7 +52,7 @@ class BFloat16Linear(StoredWeights):
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        weight, bias = self._buffers["weight"], self.stored_bias()
         assert weight is not None
         x = autocast_input(x)
         if x.dtype == torch.float32 and x.is_cpu and self.quantize_activations:
@@ -55,12 +61,12 @@ class BFloat16Linear(StoredWeights):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """A trainable Linear of the widened weight."""
-        weight, bias = self._buffers["weight"], self._buffers["bias"]
+        weight, bias = self._buffers["weight"], self.stored_bias()
         assert weight is not None
         return float_linear(weight.to(dtype, copy=True), bias).train(self.training)
 
     def extra_repr(self) -> str:
-        bias = self._buffers["bias"] is not None
+        bias = self.stored_bias() is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
@@ -143,15 +149,18 @@ def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
     # transformers ties biases (BERT's head has one in two modules) as it does weights: parameters only.
     shares_bias = {name.removesuffix(".bias") for pair in tied.items() for name in pair}
 
+    asked = _asked_for_their_dtype(model)
+
     def can_be(path: str) -> bool:
-        return path not in shares_bias and keepable(model.get_submodule(path))
+        read = path.rpartition(".")[2] in asked
+        return path not in shares_bias and not read and keepable(model.get_submodule(path))
 
     chosen: set[str] = set()
     for path, tensor in stored.items():
         module = model.get_submodule(path)
         if not can_be(path):
             continue
-        # Some code asks a module of a vision tower, or a router, for its weight's dtype.
+        # Towers and routers are few, and what their code does with their weights is their own.
         role, _ = role_of(tensor.removesuffix(".weight"), tuple(module.weight.shape), config)
         if module in ends or role == "linear":
             chosen.add(path)
@@ -172,6 +181,19 @@ def keep_bfloat16(model: Any, stored: Mapping[str, str]) -> None:
         assert weight is not None
         new.weight = nn.Parameter(weight, requires_grad=False)
         replace_module(model, path, new)
+
+
+def _asked_for_their_dtype(model: nn.Module) -> set[str]:
+    """Names of modules whose weight's dtype the model's code asks for, to cast what it gives them.
+
+    Mamba's head is one: its logits would be of bfloat16, in a model that computes in float32.
+    """
+    files = {type(m).__module__ for m in model.modules()}
+    found: set[str] = set()
+    for name in files:
+        with suppress(OSError, TypeError):  # no source there
+            found |= set(_ASKS_FOR_DTYPE.findall(inspect.getsource(sys.modules[name])))
+    return found - {"self"}
 
 
 def _or_none(asked: Callable[[], Any]) -> Any:

@@ -43,8 +43,8 @@ class QuantLinear(QuantModule):
     `input_scale` and `input_zero_point` when activations are static), for `fp8` `weight` and
     `weight_scale_inv`; for `ascend` see that format, whose `quant_bias` stands for the bias of a static
     layer (see `static`); `bias` in float. `.to(device)` moves them; `.half()`, `.bfloat16()` and
-    `.to(dtype)` cast `bias` only. Weights are frozen; a gradient reaches x through the
-    dequantized weight, as if x had not been quantized (a straight-through estimate).
+    `.to(dtype)` cast `bias` only, which may be made a Parameter and trained. Weights are frozen; a
+    gradient reaches x through the dequantized weight, as if x had not been quantized (a straight-through estimate).
 
     `quantize_activations = False` multiplies x as it is with the dequantized weight, by
     `F.linear`: a reference for what quantizing the activations costs. `hadamard` > 0: x is
@@ -229,7 +229,7 @@ class QuantLinear(QuantModule):
         weight = self.dequantize(torch.float32 if self.hadamard else dtype)
         if self.hadamard:  # its matrix is its own inverse
             weight = ops.hadamard(weight, self.hadamard).to(dtype)
-        return float_linear(weight, self._buffers["bias"]).train(self.training)
+        return float_linear(weight, self.stored_bias()).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,):
@@ -244,7 +244,7 @@ class QuantLinear(QuantModule):
     def _compute(self, x: Tensor) -> Tensor:
         if self.hadamard:
             x = ops.hadamard(x, self.hadamard)
-        bias = self._buffers["bias"]
+        bias = self.stored_bias()
         if not self.quantize_activations:
             weight = self.dequantize(x.dtype)
             bias = bias if self._static is None else self._static.of(self.content).bias
@@ -273,7 +273,7 @@ class QuantLinear(QuantModule):
         return x.to(torch.float32)
 
     def extra_repr(self) -> str:
-        bias = self._buffers["bias"] is not None
+        bias = self.stored_bias() is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"scheme={self.scheme.name}"

@@ -47,6 +47,10 @@ def load(
     """
     if device is not None and device_map is not None:
         raise InputError("expected device or device_map, found both; give one of them")
+    if device is not None:
+        _check_device(device)
+    if dtype is not None:
+        _check_dtype(dtype)
     if max_memory is not None and not isinstance(device_map, str):
         raise InputError(
             "expected device_map='auto' with max_memory, found a place for every module, or none"
@@ -69,12 +73,19 @@ def load(
     more: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if max_memory is not None:
         more["max_memory"] = dict(max_memory)
-    model, info = model_class.from_pretrained(
-        str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
-        trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
-        # Codes and scales are buffers: left out, all of them would stay on the device that computes.
-        offload_buffers=True, offload_folder=offload_folder, **more,
-    )  # fmt: skip
+    try:
+        model, info = model_class.from_pretrained(
+            str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
+            trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
+            # Codes and scales are buffers: left out, all of them would stay on the device that computes.
+            offload_buffers=True, offload_folder=offload_folder, **more,
+        )  # fmt: skip
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # a device_map, or an attention that is not installed
+        raise InputError(
+            f"{checkpoint.root}: expected what transformers can load it with, found: {error}"
+        ) from error
     # transformers would go on with random values in their place.
     if absent := sorted([*info["missing_keys"], *(m[0] for m in info["mismatched_keys"])]):
         if apart := [n for n in info["unexpected_keys"] if EXPERT.match(n)]:
@@ -88,6 +99,25 @@ def load(
             f"another shape (first: {absent[0]}); the checkpoint is incomplete: fetch or convert it again"
         )
     return model
+
+
+def _check_device(device: str | int | torch.device) -> None:
+    """InputError for a device that torch does not know, or cannot use here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"expected a device that torch can use, found {device} ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _check_dtype(dtype: torch.dtype | str) -> None:
+    """InputError unless a model can compute in it."""
+    floats = ("float32", "bfloat16", "float16", "float64")
+    if str(dtype).removeprefix("torch.") not in (*floats, "auto"):
+        raise InputError(f"expected a dtype of {', '.join(floats)} or auto, found {dtype}")
 
 
 def _check_devices(max_memory: Mapping[int | str, int | str]) -> None:

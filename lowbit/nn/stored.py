@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import InputError
 from lowbit.formats import Format, get_format
 from lowbit.scheme import Scheme, get_scheme
 
@@ -86,6 +87,10 @@ class StoredWeights(nn.Module):
             )
         return self
 
+    def stored_bias(self) -> Tensor | None:
+        """The buffer `bias`, or the Parameter that somebody has put in its place to train it."""
+        return self._buffers["bias"] if "bias" in self._buffers else self._parameters["bias"]
+
     def __getstate__(self) -> dict[str, Any]:
         # Plain pickle cannot hold float8 tensors (torch.save can).
         buffers = dict(self._buffers)
@@ -154,10 +159,10 @@ def codes_of(names: Mapping[str, str]) -> str:
 
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
-    """A scheme that quantizes weights; ValueError for one that does not (`bf16`)."""
+    """A scheme that quantizes weights; InputError for one that does not (`bf16`)."""
     scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
     if scheme.weights is None:
-        raise ValueError(
+        raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; use .to(dtype) for that"
         )
     return scheme

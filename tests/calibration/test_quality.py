@@ -86,3 +86,42 @@ def test_data_that_is_no_tokens(source, tmp_path):
     with pytest.raises(InputError, match="expected data for method"):
         lowbit.calibrate(source, tmp_path / "c", method="gptq", device="cpu")
     assert not (tmp_path / "c").exists()
+
+
+def test_arguments_that_mean_nothing(source, tmp_path):
+    windows = [torch.arange(3, 35)]
+    with pytest.raises(InputError, match="a list of schemes as candidates, found 'int8'"):
+        lowbit.search(source, windows, candidates="int8")
+    for method in ("gptq", "absmax", {"name": "mine", "rotate": "hadamard"}):
+        with pytest.raises(InputError, match="expected a method that smooths, to give it an alpha, found"):
+            lowbit.calibrate(source, tmp_path / "c", method=method, alpha=0.5, data=windows)
+    with pytest.raises(InputError, match="a mapping of its settings or a Method, found 3"):
+        lowbit.calibrate(source, tmp_path / "c", method=3, data=windows)
+    with pytest.raises(InputError, match="a scheme that quantizes weights, found bf16"):
+        lowbit.quantize_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), "bf16")
+    assert not (tmp_path / "c").exists()
+    found = lowbit.calibrate(source, tmp_path / "c", method="smoothquant", alpha=0.25, data=windows)
+    assert found.method["smooth"] == 0.25
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_quantized_head_rounds_what_it_multiplies(checkpoints, windows, tmp_path, scheme):
+    """Heads stay in float unless an override names one; then `lowbit.load` and engines round its input."""
+    alone = {"lm_head": scheme, "*.layers.*": "float"}
+    lowbit.convert(checkpoints["qwen3"], tmp_path / "out", scheme, overrides=alone)
+    report = lowbit.measure(tmp_path / "out", windows, device="cpu")
+    model = lowbit.load(tmp_path / "out", dtype=torch.float32)
+    assert isinstance(model.lm_head, lowbit.nn.QuantLinear)
+    with torch.no_grad():
+        nll = sum(
+            torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum")
+            for w in windows
+        )
+        with lowbit.nn.float_activations(model.lm_head):
+            other = sum(
+                torch.nn.functional.cross_entropy(
+                    model(input_ids=w[None]).logits[0, :-1], w[1:], reduction="sum"
+                )
+                for w in windows
+            )
+    assert abs(report.agreement.nll - float(nll)) < 0.05 * abs(float(other) - float(nll))

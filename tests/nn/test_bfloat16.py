@@ -86,6 +86,32 @@ def test_architectures(kind, tmp_path):
         assert torch.equal(logits(dequantized_copy(model, torch.float32), batch), logits(want, batch))
 
 
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_head_whose_dtype_is_asked_for_is_widened(kind, tie, tmp_path):
+    """`self.lm_head(hidden_states.to(self.lm_head.weight.dtype))`: logits came out in bfloat16's eight bits."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "tie_word_embeddings": tie,
+    }
+    torch.manual_seed(0)
+    if kind == "mamba":
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    else:
+        model = transformers.Mamba2ForCausalLM(
+            transformers.Mamba2Config(**sizes, num_heads=8, head_dim=16, n_groups=1)
+        )
+    model.bfloat16().save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    loaded, batch = load(tmp_path / "out", dtype=torch.float32), {"input_ids": torch.arange(2, 11)[None]}
+    want = type(model).from_pretrained(dequantized(tmp_path / "out", tmp_path / "float"), dtype=torch.float32)
+    with float_activations(loaded):
+        torch.testing.assert_close(logits(loaded, batch), logits(want.eval(), batch), rtol=1e-5, atol=1e-5)
+
+
 def test_moves_and_casts_leave_the_table_alone(tmp_path):
     model = load(converted("llama", tmp_path), dtype=torch.float32)
     ids = torch.tensor([[1, 2]])

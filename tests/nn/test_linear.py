@@ -233,6 +233,27 @@ def test_weights_are_frozen():
     assert linear.weight.requires_grad
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only", None])
+def test_a_bias_may_be_trained(scheme):
+    """A Parameter takes the buffer's place: torch moves it from the one table to the other."""
+    linear = nn.Linear(64, 32)
+    module = BFloat16Linear(64, 32, bias=True, dtype=torch.float32)
+    module.weight.copy_(linear.weight.detach())
+    module.bias.copy_(linear.bias.detach())
+    if scheme is not None:
+        module = QuantLinear.from_linear(linear, scheme)
+    x = torch.randn(5, 64)
+    want, keys = module(x), set(module.state_dict())
+    module.bias = nn.Parameter(module.bias.detach().clone())
+    assert torch.equal(module(x), want) and set(module.state_dict()) == keys
+    assert [n for n, _ in module.named_parameters()] == ["bias"]
+    module(x).sum().backward()
+    torch.testing.assert_close(module.bias.grad, torch.full((32,), 5.0))
+    assert torch.equal(copy.deepcopy(module)(x), want) and "bias=True" in repr(module)
+    assert torch.equal(module.to_linear().bias, linear.bias)
+    assert module.half().bias.dtype == torch.float16
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
 def test_compiles_whole_with_dynamic_rows(scheme):
     _, quant = make(128, 40, scheme)

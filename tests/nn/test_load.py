@@ -271,6 +271,24 @@ def test_what_is_offloaded_is_fetched_for_every_use(tmp_path, kind, scheme):
     assert torch.equal(logits(in_memory, batch), want)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "nowhere"}, "a device that torch can use, found nowhere"),
+        ({"device": 77}, "a device that torch can use, found 77"),
+        ({"dtype": "float33"}, "a dtype of float32, bfloat16"),
+        ({"dtype": torch.int8}, "a dtype of float32, bfloat16"),
+        ({"dtype": torch.float8_e4m3fn}, "or auto, found torch.float8_e4m3fn"),
+        ({"device_map": "nowhere"}, "load it with, found: When passing device_map"),
+        ({"attn_implementation": "flash"}, "load it with, found: Specified"),
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path, options, message):
+    build("llama").save_pretrained(tmp_path / "src")
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / "src", **options)
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(InputError, match="found nothing there"):
         load(tmp_path / "absent")
