@@ -2,6 +2,7 @@
 
     python scripts/bench_cpu.py                     # this machine as it is
     python scripts/bench_cpu.py --avx2              # torch, oneDNN and lowbit held to AVX2
+    python scripts/bench_cpu.py --copies 24         # weights that no cache holds, as in a model of many layers
     python scripts/bench_cpu.py --markdown > benchmarks/cpu.md
 
 Activations are bfloat16 but for `fp32` and what is `of fp32`, whose activations and results are float32.
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle, islice
 
 from machine import cpu_name  # beside this file
 
@@ -72,18 +74,20 @@ def _in_float64(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def measure(m: int, n: int, k: int, rounds: int) -> dict[str, float]:
-    """Seconds per call of each contender."""
-    calls = contenders(m, n, k)
-    repeats = max(1, int(2e8 / (m * n * k)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+def measure(m: int, n: int, k: int, rounds: int, copies: int) -> dict[str, float]:
+    """Seconds per call of each contender, whose copies take turns."""
+    sets = [contenders(m, n, k) for _ in range(copies)]
+    repeats, order = max(1, int(2e8 / (m * n * k))), cycle(range(copies))
+    seconds: dict[str, list[float]] = {name: [] for name in sets[0]}
+    for calls in sets:
+        for call in calls.values():
+            call()
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in seconds:
+            turns = list(islice(order, repeats))
             start = time.perf_counter()
-            for _ in range(repeats):
-                call()
+            for turn in turns:
+                sets[turn][name]()
             seconds[name].append((time.perf_counter() - start) / repeats)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -95,7 +99,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     rows = []
     with torch.inference_mode():
         for m in arguments.m:
-            seconds = measure(m, arguments.n, arguments.k, arguments.rounds)
+            seconds = measure(m, arguments.n, arguments.k, arguments.rounds, arguments.copies)
             for name, value in seconds.items():
                 rows.append(
                     {
@@ -145,6 +149,7 @@ def main() -> int:
     parser.add_argument("--k", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--copies", type=int, default=1, help="of each weight, which take turns")
     parser.add_argument("--avx2", action="store_true", help="hold torch, oneDNN and lowbit to AVX2")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -157,7 +162,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps({"machine": machine(), "rows": rows}, indent=2))
         return 0
-    print(f"{machine()}; N = {arguments.n}, K = {arguments.k}; {GOALS}\n")
+    copies = f", {arguments.copies} weights in turn" if arguments.copies > 1 else ""
+    print(f"{machine()}; N = {arguments.n}, K = {arguments.k}{copies}; {GOALS}\n")
     print(table(rows, arguments.markdown))
     return 0
 
