@@ -398,8 +398,7 @@ def product(
     block[M.PER_GROUP] = int(per_group)
     block[M.SLOT_BYTES] = slot
     block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
-    # Values in bfloat16 are widened while they are loaded, however many rows: faster than through a panel.
-    block[M.DOT_ROWS] = rows if tensor.dtype == torch.bfloat16 else tile.dot_rows
+    block[M.DOT_ROWS] = tile.dot_rows
     block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(tables[0]), len(blocks)
     if routed is not None:
         routed = routed.to(torch.float32).contiguous()

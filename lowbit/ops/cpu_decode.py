@@ -106,15 +106,15 @@ def decode_bf16(typingctx, storage, source, target, n):  # type: ignore[no-untyp
 
 
 def packs_at_once(kind: str, storage: int, lookup: bool) -> int:
-    """How many codes of a row `pack_codes` takes at a time; 0 where it does not know the kind."""
-    if storage == W_BF16 or kind.startswith(("dpbusd", "pmaddwd")):
-        return 0
-    return AT_ONCE if lookup else 4 * lanes(kind) if kind.startswith("fma") else 0
+    """How many codes (or bfloat16) of a row `pack_codes` takes at a time; 0 where it does not know the kind."""
+    if lookup:
+        return AT_ONCE
+    return (2 if storage == W_BF16 else 4) * lanes(kind) if kind.startswith("fma") else 0
 
 
 @intrinsic(prefer_literal=True)
 def pack_codes(typingctx, kind, storage, source, stride, valid, target, ldt, n):  # type: ignore[no-untyped-def]
-    """`cpu_tiles.pack` of n codes of rows as stored: transposed as bytes, decoded after that.
+    """`cpu_tiles.pack` of n codes (or bfloat16) of rows as stored: transposed as they are, decoded after that.
 
     `kind` and `storage` are compile-time constants, n is a multiple of `packs_at_once`. A half
     or a quarter of what there is to transpose once they are decoded.
@@ -132,14 +132,17 @@ def pack_codes(typingctx, kind, storage, source, stride, valid, target, ldt, n):
         source, stride, valid, target, ldt, n = args[2:]
         rows = row_addresses(builder, source, stride, valid, columns)
         ahead = builder.mul(stride, ir.Constant(I64, columns))
-        units_in_four = ir.Constant(I64, 1 if lookup else 0)  # a shift: two units, or four
+        halved = ir.Constant(
+            I64, 1 if lookup else 0
+        )  # four codes are two units of bfloat16 or four of float32
+        doubled = ir.Constant(I64, 1 if stored == W_BF16 else 0)
 
         def body(position: Any, _: list) -> list:
-            at_rows = [builder.add(row, position) for row in rows]
+            at_rows = [builder.add(row, builder.shl(position, doubled)) for row in rows]
             vectors = [load(builder, row, vec(I32, columns)) for row in at_rows]
             for row in at_rows:
                 prefetch(builder, builder.add(row, ahead), 2)
-            unit = builder.add(target, builder.mul(builder.lshr(position, units_in_four), ldt))
+            unit = builder.add(target, builder.mul(builder.lshr(position, halved), ldt))
             for four in transpose(builder, vectors):
                 if lookup is None:
                     units = _as_floats(builder, stored, four)
@@ -151,20 +154,23 @@ def pack_codes(typingctx, kind, storage, source, stride, valid, target, ldt, n):
                     unit = builder.add(unit, ldt)
             return []
 
-        loop(builder, n, 4 * columns, [], body)
+        loop(builder, n, (2 if stored == W_BF16 else 4) * columns, [], body)
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 def _as_floats(builder: Any, stored: int, four: Any) -> list:
-    """A vector of four codes each → four of float32, exactly: the first codes, the second, …"""
+    """A vector of four codes (or two bfloat16) each → four (or two) of float32, exactly: the first, the second, …"""
     count = four.type.count
 
     def all_of(value: int) -> ir.Constant:
         return splat(ir.Constant(I32, value), count)
 
     real = vec(F32, count)
+    if stored == W_BF16:
+        upper_halves = (builder.shl(four, all_of(16)), builder.and_(four, all_of(-0x10000)))
+        return [builder.bitcast(half, real) for half in upper_halves]
     if stored != W_E4M3:
         if stored == W_U8:  # int8 plus 128
             four = builder.xor(four, all_of(-0x7F7F7F80))

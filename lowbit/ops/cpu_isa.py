@@ -75,6 +75,7 @@ _INTEGER = {
 _DOT_ROWS_GROUPED = 12
 _WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=16)
 _FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=10)
+_WIDE_PLAIN = replace(_WIDE_FLOAT, dot_rows=128)  # bfloat16 values: one shift each while they are loaded
 # In float64 each vector takes two registers.
 _WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
 _DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
@@ -129,7 +130,9 @@ def float_tile(
             return replace(_BFLOAT, dot_rows=8 if grouped else 16)
         if rows >= _BFLOAT_ROWS:
             return _BFLOAT
-    return _WIDE_FLOAT if instructions.wide else _FLOAT
+    if instructions.wide:
+        return _WIDE_PLAIN if weight == torch.bfloat16 else _WIDE_FLOAT
+    return _FLOAT
 
 
 @cache
