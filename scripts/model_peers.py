@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 PEERS = (
-    "fp32", "bf16", "lowbit int8", "lowbit int8, bf16 activations", "lowbit fp8", "torchao int8 dynamic",
-    "torch.ao int8 dynamic", "transformers + compressed-tensors",
+    "fp32", "bf16", "lowbit int8", "lowbit int8, bf16 activations", "lowbit fp8", "lowbit fp8-block",
+    "lowbit int8-weight-only", "torchao int8 dynamic", "torch.ao int8 dynamic", "transformers + compressed-tensors",
 )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def build(name: str, src: Path, work: Path) -> Any:
     plain = transformers.AutoModelForCausalLM.from_pretrained
     if name in ("fp32", "bf16"):
         return plain(src, dtype=torch.float32 if name == "fp32" else torch.bfloat16).eval()
-    scheme = "fp8" if "fp8" in name else "int8"
+    scheme = name.removeprefix("lowbit ").partition(",")[0] if name.startswith("lowbit ") else "int8"
     out = convert(src, work / f"{src.name}-{scheme}", scheme)
     if name.startswith("lowbit"):
         return load(out, dtype=torch.bfloat16 if "bf16" in name else torch.float32)
