@@ -21,7 +21,7 @@ from lowbit.ops.cpu_decode import fill_panel, packs_at_once
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
-from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, A_I16, W_BF16, W_E4M3, W_I8, W_U8, M
+from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, W_BF16, W_E4M3, W_I8, W_U8, M
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
@@ -47,10 +47,10 @@ NEAR = 4096  # bytes that the first cache has room for beside what a tile works 
 
 def slot_bytes(tile: Tile, height: int, width: int, chunk: int, group_padded: int) -> int:
     """Scratch of one thread for blocks of height × width outputs: what `matmul` lays out, in this order."""
+    step = cpu_step.Step(tile.kind)
     sums, scales = 4 * height * width, 4 * max(1, chunk // group_padded) * width
-    element = {"dpbusd": 1, "pmaddwd": 2, "dpbf16": 2}.get(tile.kind[:-3], 4)
-    panel = -(-width // tile.cols) * tile.cols * chunk * element
-    decoded = cpu_step.lanes(tile.kind) * chunk * (1 if element == 1 or "pmaddwd" in tile.kind else element)
+    panel = -(-width // tile.cols) * tile.cols * chunk * step.a_bytes
+    decoded = step.lanes * chunk * step.b_bytes
     return sums + scales + 12 * width + LINE + panel + decoded
 
 
@@ -74,13 +74,12 @@ def matmul(
     unsigned = kind.startswith("dpbusd")
     integer = unsigned or kind.startswith("pmaddwd")
     step, lanes = cpu_step.operand_step(kind), cpu_step.lanes(kind)
-    operand = A_F32 if kind.startswith("fma") else A_I16 if kind.startswith("pmaddwd") else A_BF16
-    element = {A_I16: 2, A_F32: 4, A_BF16: 2}[operand] if not unsigned else 1
     # Weights as the tiles read them before packing: integers as stored, floats decoded.
-    row_kind, row_element = (A_I8_BYTES, 1) if integer else (operand, element)
+    row_kind = A_I8_BYTES if integer else A_F32 if kind.startswith("fma") else A_BF16
+    element, row_element = cpu_step.Step(kind).a_bytes, cpu_step.Step(kind).b_bytes
     stored = {"i8": W_I8, "e4m3": W_E4M3, "u8": W_U8, "bf16": W_BF16}[storage]
     plain = storage == "bf16"
-    lookup = byte_lookup and operand == A_BF16
+    lookup = byte_lookup and row_kind == A_BF16
     w_size = 2 if plain else 1
     # A few rows are bound by memory: decode while loading instead of into memory.
     dot_kind = f"{kind}:{storage}" if kind.startswith("fma") or (lookup and storage == "e4m3") else kind

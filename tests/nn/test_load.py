@@ -412,16 +412,21 @@ def check_rotated_source(path, want) -> None:
             ask()
 
 
+def rotated_online(model, path):
+    """The model with inputs rotated while running, converted to path/out and loaded; and what calibrated it."""
+    model.save_pretrained(path / "src")
+    seed = torch.Generator().manual_seed(0)
+    windows = list(torch.randint(0, model.config.vocab_size, (8, 32), generator=seed))
+    lowbit.calibrate(path / "src", path / "calib", "int8", method="rotate-gptq-online", data=windows)
+    lowbit.convert(path / "src", path / "out", "int8", calibration=path / "calib")
+    return load(path / "out", dtype=torch.float32), windows
+
+
 @pytest.mark.parametrize("kind", ["qwen3-moe", "qwen3.5-moe", "mixtral"])
 def test_an_online_hadamard_of_experts(kind, tmp_path):
     model = build(kind)
     want = logits(model, inputs(kind))
-    model.save_pretrained(tmp_path / "src")
-    seed = torch.Generator().manual_seed(0)
-    windows = list(torch.randint(0, model.config.vocab_size, (8, 32), generator=seed))
-    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
-    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
-    loaded = load(tmp_path / "out", dtype=torch.float32)
+    loaded, windows = rotated_online(model, tmp_path)
     found = logits(loaded, inputs(kind))
     report = lowbit.measure(tmp_path / "out", windows)
     assert (found - want).norm() < 0.05 * want.norm()
@@ -460,13 +465,7 @@ def test_an_online_hadamard_of_experts(kind, tmp_path):
 
 
 def test_a_float_copy_of_a_rotated_layer_takes_inputs_as_they_are(tmp_path):
-    model = build("llama")
-    model.save_pretrained(tmp_path / "src")
-    seed = torch.Generator().manual_seed(0)
-    windows = list(torch.randint(0, model.config.vocab_size, (8, 32), generator=seed))
-    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", "int8", method="rotate-gptq-online", data=windows)
-    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=tmp_path / "calib")
-    loaded = load(tmp_path / "out", dtype=torch.float32)
+    loaded, _ = rotated_online(build("llama"), tmp_path)
     with float_activations(loaded):
         want = logits(loaded, inputs("llama"))
     loaded.dequantize()
