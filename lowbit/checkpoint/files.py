@@ -45,6 +45,19 @@ def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "
     return fd
 
 
+def make_directories(directory: Path, made: list[Path]) -> None:
+    """A directory and those above it that are missing, each put into `made` when it is there."""
+    missing = [p for p in (directory, *directory.parents) if not p.exists()]
+    for path in reversed(missing):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            continue  # another part was faster
+        made.append(path)
+
+
 def create(file: Path, shard: Shard) -> int:
     """Open a shard, reserve its bytes on the disk, and write its header. What it holds stays."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

@@ -18,10 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.files import create, lock, may_pass, sync_directory, write_json
-from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL, read_json
+from lowbit.checkpoint.files import create, lock, make_directories, may_pass, sync_directory, write_json
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import Journal, Record, read_journals
-from lowbit.checkpoint.manifest import make_manifest
+from lowbit.checkpoint.layout import index_of
+from lowbit.checkpoint.manifest import listed_files, make_manifest
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.reading import file_checksum
@@ -30,7 +31,8 @@ from lowbit.formats import DESCRIPTION
 
 # Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
-# Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again.
+# Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again. It may name
+# files that an earlier conversion, killed while it showed them, left in OUT.
 REPLACING = "replacing"
 CONFIG = "config.json"
 # So long a part waits for another to remove what an earlier conversion left.
@@ -115,7 +117,7 @@ class OutputDirectory:
     def prepare(self) -> dict[int, int]:
         """Create this part's shards at their full size, headers written; shard number → file descriptor."""
         try:
-            self._make_directories()
+            make_directories(self.out, self._created)
             tidy = self._lock_out()
         except OSError as error:
             self._remove_made()  # no more: what else is there may be another's
@@ -123,7 +125,7 @@ class OutputDirectory:
         try:
             self._check_space()
             if self._stale:
-                shutil.rmtree(self.partial)
+                self._remove_stale()
             self.partial.mkdir(exist_ok=True)
             self._move_back()
             if self._overwrite:
@@ -166,17 +168,6 @@ class OutputDirectory:
             time.sleep(0.1)
             self._stale = False
             self._check()
-
-    def _make_directories(self) -> None:
-        missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
-        for path in reversed(missing):
-            try:
-                path.mkdir()
-            except FileExistsError:
-                if not path.is_dir():
-                    raise
-                continue  # another part was faster
-            self._created.append(path)
 
     def _check_space(self) -> None:
         others = sum((self.plan.source.root / f).stat().st_size for f in self.plan.source.others)
@@ -260,7 +251,7 @@ class OutputDirectory:
         """All files but the shards and the manifest, into PARTIAL; name → checksum."""
         contents = dict(self.plan.files)
         if self.plan.indexed:
-            contents[INDEX] = _index(self.plan)
+            contents[INDEX] = index_of(self.plan.shards)
         if self.plan.config:
             contents[CONFIG] = self.plan.config
         for name, content in contents.items():
@@ -318,15 +309,32 @@ class OutputDirectory:
             (self.out / name).replace(self.partial / name)
         (self.partial / FINISHING).unlink()
 
+    def _remove_stale(self) -> None:
+        """Another conversion in PARTIAL, which this one replaces; what it has shown goes with the old checkpoint.
+
+        Not what it was yet to show: a file of that name in OUT may be anybody's.
+        """
+        hidden = (self.partial, self.partial / OTHERS)
+        named = listed_files(self.partial / MANIFEST)
+        shown = [name for name in named if not any((place / name).exists() for place in hidden)]
+        if shown:
+            left = [*listed_files(self.partial / REPLACING), *shown]
+            write_json(self.partial / REPLACING, {"files": left})
+        for name in (FINISHING, MANIFEST):  # first: neither is true of what is left
+            (self.partial / name).unlink(missing_ok=True)
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != REPLACING:
+                path.unlink()
+
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each.
 
         And all that its manifest names, since another model's chat template, say, would be used; the manifest last.
         """
         self._old_removed = True
-        named: list[str] = []
-        with suppress(InputError, ValueError, TypeError):
-            named = [str(name) for name in read_json(self.out / MANIFEST).get("files", ())]
+        named = listed_files(self.out / MANIFEST) + listed_files(self.partial / REPLACING)
         ours = [Path(name) for name in named if ".." not in Path(name).parts and not Path(name).is_absolute()]
         for file in (Path(CONFIG), *ours, Path(INDEX), Path(DESCRIPTION)):
             self._remove(file)
@@ -395,9 +403,3 @@ class OutputDirectory:
         self._descriptors = {}
         if self.journal is not None:
             self.journal.close()
-
-
-def _index(plan: Plan) -> dict[str, Any]:
-    weight_map = {name: shard.file for shard in plan.shards for name in shard.names}
-    total = sum(shard.nbytes - len(shard.header) for shard in plan.shards)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -323,6 +323,28 @@ def test_an_overwriting_run_killed_at_any_step(replaced, tmp_path, again):
         assert everything(out) == result, (step, steps[step])
 
 
+def test_another_conversion_replaces_one_that_was_killed_at_any_step(replaced, tmp_path):
+    """Its chat template stayed, which the killed run's manifest alone names."""
+    convert, full, result = replaced
+    src = write(
+        tmp_path / "other", *deepseek_v3(), files={"chat_template.jinja": "y", "deep/er/mine.md": "y"}
+    )
+    with killed_at(-1) as steps:
+        full(tmp_path / "whole")
+        lowbit.convert(src, tmp_path / "whole", "int8", overwrite=True)
+    for step in range(len(steps)):
+        out = tmp_path / str(step)
+        full(out)
+        (out / "mine.md").write_text("x")
+        with killed_at(step), pytest.raises(Killed):
+            lowbit.convert(src, out, "int8", overwrite=True)
+        for again in range(0, 3 * (step % 3), 3):  # while it removes that one, say
+            with killed_at(step // 2 + again), pytest.raises(Killed):
+                lowbit.convert(src, out, "mxfp8" if again else "fp8", overwrite=True)
+        convert(out, overwrite=True)
+        assert everything(out) == {**result, "mine.md": b"x"}, (step, steps[step])
+
+
 def test_a_failure_while_replacing_keeps_the_new_one(replaced, tmp_path, monkeypatch):
     """The old one is gone then."""
     convert, full, result = replaced
