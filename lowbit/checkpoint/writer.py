@@ -399,7 +399,8 @@ class OutputDirectory:
 
     def _close(self) -> None:
         for fd in self._descriptors.values():
-            os.close(fd)
+            with suppress(OSError):  # as of the journal
+                os.close(fd)
         self._descriptors = {}
         if self.journal is not None:
             self.journal.close()

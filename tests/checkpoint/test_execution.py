@@ -22,7 +22,7 @@ from sample_models import block_fp8, deepseek_v3, llama, load, same_bits, write
 import lowbit
 from lowbit.checkpoint import execute, writer
 from lowbit.checkpoint.headers import PARTIAL
-from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.journal import Journal, read_journal
 from lowbit.checkpoint.reading import finite
 from lowbit.errors import InputError
 
@@ -446,6 +446,48 @@ def test_a_full_disk_leaves_nothing(src, tmp_path, monkeypatch, module, name, co
         lowbit.convert(src, tmp_path / "a" / "b" / "out", "int8", max_shard_size="200KB")
     monkeypatch.undo()
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+@pytest.mark.parametrize("lines", [0, 2])
+def test_no_space_for_the_journal(src, tmp_path, monkeypatch, lines):
+    """A line that could not be written was in the way of closing the file: no explanation, and OUT stayed locked."""
+    line, count = Journal._line, iter(range(100))
+
+    def full_after(self, entry):
+        if next(count) == lines:
+            (journal,) = (f for f in Path("/proc/self/fd").iterdir() if is_journal(f))
+            with Path("/dev/full").open("wb") as full:
+                os.dup2(full.fileno(), int(journal.name))
+        line(self, entry)
+
+    def is_journal(fd: Path) -> bool:
+        with suppress(OSError):
+            return fd.readlink().name == "journal.jsonl"
+        return False
+
+    monkeypatch.setattr(Journal, "_line", full_after)
+    with pytest.raises(InputError, match="the disk is full"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says which file a descriptor is")
+def test_a_file_system_that_fails_again_at_closing(src, tmp_path, monkeypatch):
+    """As one of a network may, which writes only then: what failed first is explained, and nothing is left."""
+    close = os.close
+
+    def closing(fd):
+        file = Path(f"/proc/self/fd/{fd}").readlink()
+        close(fd)
+        if file.parent.name == PARTIAL:
+            no_space()
+
+    monkeypatch.setattr(os, "pwrite", after(30, no_space, os.pwrite))
+    monkeypatch.setattr(os, "close", closing)
+    with pytest.raises(InputError, match="the disk is full"):
+        lowbit.convert(src, tmp_path / "out", "int8", max_shard_size="200KB")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("renames", [0, 3, 7, 9])
