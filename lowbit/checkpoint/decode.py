@@ -63,9 +63,13 @@ def check_shape(source: Source, shape: tuple[int, ...]) -> None:
     """InputError where a packed weight has fewer columns than its int32s have room for."""
     if source.shape is None:
         return
-    found = tuple(
-        read_bytes(source.shape).view({"I32": np.int32, "I64": np.int64}[source.shape.dtype]).tolist()
-    )
+    numbers = {"I32": np.int32, "I64": np.int64}
+    if source.shape.dtype not in numbers:
+        raise InputError(
+            f"{source.shape.name}: expected {' or '.join(numbers)}, found {source.shape.dtype}; "
+            "fetch the checkpoint again"
+        )
+    found = tuple(read_bytes(source.shape).view(numbers[source.shape.dtype]).tolist())
     if found != shape:
         raise InputError(
             f"{source.shape.name}: expected {list(shape)}, what the packed codes have room for, found {list(found)}; "
