@@ -21,6 +21,26 @@ def may_pass(error: OSError) -> bool:
     return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
 
 
+def explain(error: OSError, out: Path, source: Path, *, nbytes: int, kept: bool) -> InputError:
+    """An operating system's error while `nbytes` were being written to `out` → what to do about it.
+
+    `kept`: what was written by then stays.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        left = "stays" if kept else "has been removed"
+        return InputError(
+            f"{out}: the disk is full; {nbytes / 1e9:.2f} GB are needed. "
+            f"What was written {left}: free some space, or choose another disk"
+        )
+    ours = not isinstance(error.filename, str) or source not in Path(error.filename).parents
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
+        return InputError(f"{out}: no permission to write here ({error.strerror}); choose another place")
+    stays = ". What was written stays" if kept else ""
+    return InputError(
+        f"{error.filename or out}: {error.strerror or error}{stays}; check the file and the disk, and run again"
+    )
+
+
 def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "conversion") -> int:
     """Keep others of what we do out of a directory until the returned descriptor is closed.
 

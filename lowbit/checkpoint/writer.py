@@ -10,7 +10,6 @@ one that finds the files of all others finished does that.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -18,7 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.files import create, lock, make_directories, may_pass, sync_directory, write_json
+from lowbit.checkpoint.files import (
+    create,
+    explain,
+    lock,
+    make_directories,
+    may_pass,
+    sync_directory,
+    write_json,
+)
 from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.layout import index_of
@@ -52,6 +59,7 @@ class OutputDirectory:
         self.shards = self.part.shards(plan.shards)
         self.partial = self.out / PARTIAL
         self.digest = plan.digest()
+        self._stamps = plan.source.stamps()
         self._overwrite = overwrite
         self._created: list[Path] = []
         self._descriptors: dict[int, int] = {}
@@ -182,30 +190,12 @@ class OutputDirectory:
             )
 
     def _explain(self, error: OSError) -> InputError:
-        """An operating system's error → what to do about it."""
-        left = "stays" if self._kept else "has been removed"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return InputError(
-                f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
-                f"What was written {left}: free some space, or choose another disk"
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and self._is_output(error.filename):
-            return InputError(
-                f"{self.out}: no permission to write here ({error.strerror}); choose another place"
-            )
-        stays = ". What was written stays" if self._kept else ""
-        return InputError(
-            f"{error.filename or self.out}: {error.strerror or error}{stays}; check the file and the disk, "
-            "and run again"
-        )
-
-    def _is_output(self, filename: str | bytes | int | None) -> bool:
-        """Whether an error is about OUT and not about a file of the source."""
-        return not isinstance(filename, str) or self.plan.source.root not in Path(filename).parents
+        return explain(error, self.out, self.plan.source.root, nbytes=self.plan.output_bytes, kept=self._kept)
 
     def finish(self) -> dict[str, Any]:
         """Show the result under its final names; returns the manifest, or {} while other parts are missing."""
         assert self.journal is not None
+        self._require_same_source()
         for fd in self._descriptors.values():
             os.fsync(fd)
         self.journal.synced(self.shards)
@@ -237,6 +227,15 @@ class OutputDirectory:
         sync_directory(self.out)
         self._release()
         return manifest
+
+    def _require_same_source(self) -> None:
+        """InputError where a shard changed since: a download that reserves its files first looks whole at once."""
+        now = self.plan.source.stamps()
+        if changed := [file for file, stamp in self._stamps.items() if now[file] != stamp]:
+            raise InputError(
+                f"{changed[0]}: expected a source that stays as it is, but it changed while it was read; "
+                "convert again when it is complete"
+            )
 
     def _beside(self) -> dict[Path, Path]:
         """All files but the shards → their names in PARTIAL, in the order in which they are shown."""

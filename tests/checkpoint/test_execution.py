@@ -23,6 +23,7 @@ import lowbit
 from lowbit.checkpoint import execute, writer
 from lowbit.checkpoint.headers import PARTIAL
 from lowbit.checkpoint.journal import Journal, read_journal
+from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.reading import finite
 from lowbit.errors import InputError
 
@@ -173,6 +174,11 @@ def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkey
         with pytest.raises(InputError, match="MB of free disk space"):
             lowbit.convert(src, stopped, "int8", max_shard_size="200KB")
     assert len(everything(stopped)) == len(files) - 1
+    assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
+
+
+def test_what_was_written_is_space_that_is_not_needed_again(src, stopped, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
 
 
@@ -544,6 +550,13 @@ def test_too_little_space_is_refused_before_any_work(src, tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+def test_files_to_carry_need_space_too(tmp_path, monkeypatch):
+    src = write(tmp_path / "src", *llama(), files={"tokenizer.json": "x" * 5_000_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4_000_000))
+    with pytest.raises(InputError, match="expected 6 MB of free disk space, found 4 MB; free some"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
 def test_no_permission_to_write(src, tmp_path, monkeypatch, code):
     def refuse(self, *args, **kw):
@@ -622,6 +635,24 @@ def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", nothing)
     with pytest.raises(InputError, match="the file ended; it changed while reading"):
         lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [None, Part(number=2, count=3)])
+def test_a_source_that_changes_while_it_is_read(src, tmp_path, monkeypatch, part):
+    """A download that reserves its files first: their headers are there, and zeros for what is to come."""
+    run, shard = execute.Worker.run, min(src.glob("*.safetensors"))
+
+    def downloading(self, job):
+        with shard.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\1")
+        os.utime(shard, ns=(0, 0))  # whatever the clock's ticks are
+        return run(self, job)
+
+    monkeypatch.setattr(execute.Worker, "run", downloading)
+    with pytest.raises(InputError, match=f"{shard.name}: .*changed while it was read; convert again when"):
+        lowbit.convert(src, tmp_path / "out", "int8", part=part, max_shard_size="200KB")
     assert not (tmp_path / "out").exists()
 
 
