@@ -112,9 +112,13 @@ def write_json(file: Path, value: Any) -> None:
     aside.replace(file)
 
 
-def sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk. Some file systems sync no directories, and say so."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(fd)

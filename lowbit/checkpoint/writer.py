@@ -23,7 +23,7 @@ from lowbit.checkpoint.files import (
     lock,
     make_directories,
     may_pass,
-    sync_directory,
+    sync,
     write_json,
 )
 from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
@@ -211,20 +211,21 @@ class OutputDirectory:
         manifest = make_manifest(self.plan, self.digest, checksums=checksums, files=beside)
         write_json(self.partial / MANIFEST, manifest)
         (self.partial / FINISHING).touch()
-        sync_directory(self.partial)
+        sync(self.partial)
         if (self.partial / REPLACING).exists():
             self._remove_old()
         for shard in self.plan.shards:
             self._show(Path(shard.file), Path(shard.file))
         for file, hidden in self._beside().items():
             if file == Path(CONFIG):
-                sync_directory(self.out)
+                self._sync_shown()
             self._show(hidden, file)
+        self._sync_shown()
         self._shown = []
         # First, since beside it a result without a journal would be taken for one that any run may go on with.
         (self.partial / FINISHING).unlink()
         shutil.rmtree(self.partial)
-        sync_directory(self.out)
+        sync(self.out)
         self._release()
         return manifest
 
@@ -260,6 +261,7 @@ class OutputDirectory:
             copy = self.partial / OTHERS / file
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.plan.source.root / file, copy)
+            sync(copy)
             checksums[str(file)] = file_checksum(copy)
         return checksums
 
@@ -287,6 +289,11 @@ class OutputDirectory:
         (self.out / file).parent.mkdir(parents=True, exist_ok=True)
         (self.partial / hidden).replace(self.out / file)
         self._shown.append(file)
+
+    def _sync_shown(self) -> None:
+        """The names of all that is shown by now, in OUT and in folders below it."""
+        for folder in {parent for file in self._shown for parent in file.parents}:
+            sync(self.out / folder)
 
     def _move_back(self) -> None:
         """Undo the renames of a run that was killed among them; config.json goes first.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -388,6 +389,45 @@ def test_config_is_shown_last(src, tmp_path, monkeypatch):
     assert order[-1] == "config.json" and order[-2] == "lowbit_manifest.json"
     index = order.index("model.safetensors.index.json")
     assert all(name.endswith(".safetensors") for name in order[:index])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says which file a descriptor is")
+def test_all_is_on_the_disk_before_config_is_shown(src, tmp_path, monkeypatch):
+    """Files and their names, those that are carried too: a machine that loses power may keep the last rename alone."""
+    out, synced = tmp_path / "out", {}
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(fd):
+        file = Path(f"/proc/self/fd/{fd}").readlink()
+        synced[file] = sorted(p.name for p in file.iterdir()) if file.is_dir() else file.read_bytes()
+        fsync(fd)
+
+    def renaming(before, after):
+        for known in [k for k in synced if k == Path(before)]:
+            synced[Path(after)] = synced.pop(known)
+        if Path(after) == out / "config.json":
+            shown = {p for p in out.rglob("*") if PARTIAL not in p.parts}
+            assert all(synced[p] == p.read_bytes() for p in shown if p.is_file()) and len(shown) > 8
+            assert all(sorted(q.name for q in p.iterdir()) == synced[p] for p in shown | {out} if p.is_dir())
+        replace(before, after)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    assert "config.json" in synced[out]
+
+
+def test_a_file_system_that_syncs_no_directories(src, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_only(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    lowbit.convert(src, tmp_path / "out", "int8")
+    assert lowbit.verify(tmp_path / "out", src).ok
 
 
 def test_the_umask_decides_who_may_read_and_write(src, tmp_path):
