@@ -259,6 +259,10 @@ class Killed(BaseException):
     """Not even an error."""
 
 
+def die(*args, **kw):
+    raise Killed
+
+
 @contextmanager
 def killed_at(step: int):
     """Before the `step`th change of names while results are shown or moved back; yields a list of those that came."""
@@ -299,6 +303,12 @@ def replaced(tmp_path_factory):
     return convert, lambda out: shutil.copytree(root / "old", out), everything(root / "fresh")
 
 
+def shown(out: Path) -> dict[str, bytes] | None:
+    """What loaders find; None: no model."""
+    files = {name: data for name, data in everything(out).items() if not name.startswith(PARTIAL)}
+    return files if "config.json" in files else None
+
+
 def test_overwriting_leaves_nothing_of_what_was_there(replaced, tmp_path):
     """Another model's chat template would be used."""
     convert, full, result = replaced
@@ -314,14 +324,17 @@ def test_an_overwriting_run_killed_at_any_step(replaced, tmp_path, again):
     convert, full, result = replaced
     with killed_at(-1) as steps:
         full(tmp_path / "whole")
+        old = everything(tmp_path / "whole")
         convert(tmp_path / "whole", overwrite=True)
     for step in range(0, len(steps), 1 + again):
         out = tmp_path / str(step)
         full(out)
         with killed_at(step), pytest.raises(Killed):
             convert(out, overwrite=True)
+        assert shown(out) in (None, old, result), (step, steps[step])
         with killed_at(step % 4), suppress(Killed, InputError):  # once more
             convert(out, overwrite=again)
+        assert shown(out) in (None, old, result), (step, steps[step])
         try:
             convert(out, overwrite=again)
         except InputError as error:
@@ -361,6 +374,20 @@ def test_a_failure_while_replacing_keeps_the_new_one(replaced, tmp_path, monkeyp
         with pytest.raises(InputError, match="What was written stays"):
             convert(tmp_path / "out", overwrite=True)
     assert convert(tmp_path / "out") > 0 and everything(tmp_path / "out") == result
+
+
+def test_a_failure_after_the_old_one_was_half_removed_keeps_the_new_one(replaced, tmp_path, monkeypatch):
+    """By a run that was killed meanwhile."""
+    convert, full, result = replaced
+    out = tmp_path / "out"
+    full(out)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(writer.OutputDirectory, "_remove", after(2, die, writer.OutputDirectory._remove))
+        convert(out, overwrite=True)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="What was written stays"):
+        patched.setattr(shutil, "copyfile", no_space)
+        convert(out)
+    assert convert(out) > 0 and everything(out) == result
 
 
 def test_killed_while_clearing_up_the_result_stays(src, tmp_path, monkeypatch):
