@@ -56,7 +56,15 @@ def read_scale(source: Source) -> np.ndarray:
             "checkpoint with its own tools first"
         )
     columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
-    return np.ascontiguousarray(scale.reshape(-1, columns))
+    scale = np.ascontiguousarray(scale.reshape(-1, columns))
+    if len(source.ref.shape) == 2 and source.ref.elements:
+        expected = tuple(-(-n // tile) for n, tile in zip(source.unpacked, source.block, strict=True))
+        if scale.shape != expected:  # the loops would read past its end
+            raise InputError(
+                f"{source.scale.name}: expected {list(expected)} scales for {source.ref.name}, found "
+                f"{list(source.scale.shape)}; config and tensors do not belong together: fetch the checkpoint again"
+            )
+    return scale
 
 
 def check_shape(source: Source, shape: tuple[int, ...]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from lowbit.checkpoint.headers import TensorRef
+from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.dtypes import DType
 from lowbit.formats import StoredModule
@@ -53,9 +53,10 @@ class Source:
     @property
     def unpacked(self) -> tuple[int, ...]:
         """The weight's shape, as far as `ref` says: what is packed has room for so much."""
-        *rows, words = self.ref.shape
-        per_word = 32 // self.codes.bits if self.packed and self.codes else 1
-        return *rows, words * per_word
+        if self.codes is None or not self.ref.shape:
+            return self.ref.shape
+        *rows, items = self.ref.shape
+        return *rows, items * (8 * ITEM_BYTES[self.ref.dtype] // self.codes.bits)
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:

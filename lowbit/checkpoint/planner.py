@@ -159,7 +159,8 @@ class Planner:
         if codes is not None and codes.dtype not in FLOATS:
             assert scale is not None  # the store checks that codes have a scale
             self._check_replacement(module, codes, scale, scheme, shape)
-            source = Source(ref=codes, scale=scale)
+            block = block_shape((rows, cols), scheme.weights.granularity)
+            source = Source(ref=codes, scale=scale, block=block)
             return [*jobs_as_they_are(source, outputs, static), *jobs]
         source = self._weight(module)
         there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights

@@ -119,6 +119,16 @@ def test_columns_that_do_not_fill_an_int32_are_refused(tmp_path, asked):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_scales_of_other_groups_than_config_says_are_refused(tmp_path):
+    """The loops took what lies behind them for scales."""
+    name = "model.layers.0.mlp.experts.0.up_proj.weight_scale"
+    published(tmp_path / "src", **{name: torch.ones(128, 2, dtype=torch.bfloat16)})
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight_scale: expected a scale of shape \[128, 4\].*found \[128, 2\]"
+    ):
+        lowbit.plan(tmp_path / "src", "int8")
+
+
 def test_a_shape_in_another_dtype_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.0.up_proj.weight_shape"
     published(tmp_path / "src", **{name: torch.tensor([128, 128], dtype=torch.int16)})
