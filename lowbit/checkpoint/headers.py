@@ -28,6 +28,10 @@ ITEM_BYTES = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
+# A larger size in the shape of a tensor without elements, which takes no bytes in the file, is an attack: buffers for a
+# row of it would take all memory.
+_MOST_OF_NOTHING = 2**24
+
 # safetensors knows these, several elements to a byte.
 _NARROW = ("F4", "F6_E2M3", "F6_E3M2")
 
@@ -206,6 +210,8 @@ def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -
         raise refuse(f"expected a list of sizes as shape of {name!r}, found {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
         raise refuse(f"expected [begin, end] as data_offsets of {name!r}, found {offsets!r}")
+    if 0 in shape and max(shape) > _MOST_OF_NOTHING:
+        raise refuse(f"expected sizes of a weight as shape of {name!r}, found {shape!r}")
     begin, end = offsets
     ref = TensorRef(name, dtype, tuple(shape), file, data_start + begin)
     if end - begin != ref.nbytes:

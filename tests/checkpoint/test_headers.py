@@ -100,6 +100,7 @@ DAMAGED = {
     "backwards": ({"a": entry(offsets=(8, 0))}, b"\0" * 8, None, "expected 8 bytes for 'a'"),
     "wrong size": ({"a": entry(offsets=(0, 7))}, b"\0" * 7, None, "expected 8 bytes for 'a' (F32 [2]), found 7"),
     "huge shape": ({"a": entry(shape=(2**40, 2**40))}, b"\0" * 8, None, "for 'a' (F32"),
+    "huge shape of nothing": ({"a": entry(shape=(0, 2**62), offsets=(0, 0))}, b"", None, "expected sizes of a weight"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12, None, "overlap: 'b' begins at 4, expected 8"),
     "the same twice": ({"a": entry(), "b": entry()}, b"\0" * 8, None, "data offsets overlap"),
     "a hole": ({"a": entry(), "b": entry(offsets=(9, 17))}, b"\0" * 17, None, "leave a hole: 'b' begins at 9"),

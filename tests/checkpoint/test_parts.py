@@ -259,6 +259,19 @@ def test_a_part_does_not_wait_for_another_conversion_for_ever(src, tmp_path, mon
         writer.OutputDirectory(out, plan, part=part("1/2")).prepare()
 
 
+def test_a_part_removes_nothing_of_another_conversion_at_work(src, tmp_path, monkeypatch):
+    """Which parts share among themselves."""
+    monkeypatch.setattr(writer, "TIDY_SECONDS", 0.3)
+    plan, out = lowbit.plan(src, "int8", max_shard_size=SIZE), tmp_path / "out"
+    at_work = writer.OutputDirectory(out, plan, part=part("1/2"))
+    at_work.prepare()
+    before = everything(out)
+    other = lowbit.plan(src, "fp8", max_shard_size=SIZE)
+    with pytest.raises(InputError, match="another conversion is writing here"):
+        writer.OutputDirectory(out, other, part=part("1/2"), overwrite=True).prepare()
+    assert everything(out) == before
+
+
 @pytest.mark.parametrize("text", ["2", "a/b", "-1/2", "0/2", "3/2", "1/0"])
 def test_bad_parts(src, tmp_path, text):
     with pytest.raises(InputError, match=r"expected (--part I/N|part I of N) such as"):
