@@ -418,6 +418,15 @@ def test_files_beside_the_weights(tmp_path):
     assert len(left) == 5
 
 
+@pytest.mark.parametrize("name", ["model.onnx_data", "model.onnx_data_1", "decoder_model_q4.onnx.data"])
+def test_data_of_onnx_weights_is_left_out(tmp_path, name):
+    found = open_checkpoint(
+        write(tmp_path, *llama(), files={f"onnx/{name}": "old", "onnx/config.json": "{}"})
+    )
+    assert found.others == (Path("onnx/config.json"),)
+    assert f"other weights are left out: onnx/{name}" in found.notes
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_low_rank_adapters_belong_to_the_model(tmp_path, index):
     """They were left out, and what said that they are there was carried."""
