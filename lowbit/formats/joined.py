@@ -15,6 +15,7 @@ from typing import Any
 _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 _JOINED = {
     "q_proj": ("qkv_proj",), "k_proj": ("qkv_proj",), "v_proj": ("qkv_proj",),
+    "q": ("qkv",), "k": ("qkv",), "v": ("qkv",),  # the tower of Qwen2.5-Omni
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
     "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
     "fc11": ("gate_up_proj",), "fc12": ("gate_up_proj",),
@@ -66,10 +67,16 @@ def _in_phimoe(found: re.Match[str], config: Mapping[str, Any]) -> str:
     return found[0].replace(".block_sparse_moe.gate", ".mlp.router").replace(".block_sparse_moe.", ".mlp.")
 
 
-_ASKED_OF: dict[str, Callable[[re.Match[str], Mapping[str, Any]], str]] = {
-    "falcon_h1": _in_falcon_h1,
-    "zamba2": _in_zamba2,
-    "phimoe": _in_phimoe,
+def _in_blip2(found: re.Match[str], config: Mapping[str, Any]) -> str:
+    # vLLM gives what is in this tower names without the tower's.
+    return found[1]
+
+
+_ASKED_OF: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str], Mapping[str, Any]], str]]] = {
+    "falcon_h1": (_LAYER, _in_falcon_h1),
+    "zamba2": (_LAYER, _in_zamba2),
+    "phimoe": (_LAYER, _in_phimoe),
+    "blip-2": (re.compile(r"vision_model(\.encoder\..+)"), _in_blip2),
 }
 
 
@@ -85,8 +92,8 @@ def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         if own is None:
             for ours, theirs in _ASKED:
                 other = ours.sub(theirs, other)
-        elif match := _LAYER.fullmatch(module):
-            other = own(match, config)
+        elif match := own[0].fullmatch(module):
+            other = own[1](match, config)
         found |= {module: None, other: None}
     return list(found)
 

@@ -117,6 +117,7 @@ KEPT = {
     "continuous_audio_tower.layers.0.fc1": ("audio", BIG),
     "mm_whisper_embeddings.whisper_encoder.transformer.layers.0.attention.wq": ("audio", BIG),  # Voxtral
     "tts.model.layers.0.self_attn.q_proj": ("audio", BIG),  # MiniCPM-o
+    "text_model.head": ("head", BIG),  # SigLIP's
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),

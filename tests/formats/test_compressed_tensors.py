@@ -513,6 +513,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "zamba2"}, "layers.3.shared_transformer.feed_forward.up_proj", "model.feed_forward.up_proj"),
         ({"model_type": "phimoe"}, "layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
         ({"model_type": "glm4v"}, "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv_proj"),
+        ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
 def test_modules_that_vllm_names_otherwise(config, module, asked):
@@ -520,6 +521,13 @@ def test_modules_that_vllm_names_otherwise(config, module, asked):
     tower and PhiMoE's routers in BF16 for codes."""
     assert with_joined([f"model.{module}"], config)[0] == f"model.{module}"
     assert asked in with_joined([f"model.{module}"], config)
+
+
+def test_what_stays_in_blip2s_tower_is_named_without_the_tower():
+    """vLLM 0.32 took all of its BF16 weights for codes."""
+    linear = "vision_model.encoder.layers.3.self_attn.qkv"
+    assert ".encoder.layers.3.self_attn.qkv" in with_joined([linear], {"model_type": "blip-2"})
+    assert with_joined([linear], {"model_type": "gemma3"}) == [linear]
 
 
 def test_experts_in_one_tensor_are_ignored_as_engines_ask_for_them(tmp_path):
