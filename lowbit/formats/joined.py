@@ -15,6 +15,7 @@ from typing import Any
 _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 _JOINED = {
     "q_proj": ("qkv_proj",), "k_proj": ("qkv_proj",), "v_proj": ("qkv_proj",),
+    "query": ("qkv_proj",), "key": ("qkv_proj",), "value": ("qkv_proj",),
     "q": ("qkv",), "k": ("qkv",), "v": ("qkv",),  # the tower of Qwen2.5-Omni
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
     "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
@@ -34,12 +35,14 @@ _BESIDE = re.compile(r"(layers\.\d+)\.(experts(?:\.\d+\.|$))")
 
 
 # What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in LFM2; in MiniMax-M2;
-# in the towers of GLM-4.1V and 4.5V (SGLang in all towers).
+# in the towers of GLM-4.1V and 4.5V (SGLang in all towers); in BERT and its like.
 _ASKED = (
     (re.compile(r"\.mamba\."), ".mixer."),
     (re.compile(r"\.conv\.(?=(in|out)_proj$)"), ".short_conv."),
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
     (re.compile(r"\.attn\.qkv$"), ".attn.qkv_proj"),
+    (re.compile(r"\.attention\.self\.(?=(query|key|value)$)"), ".attention.output."),
+    (re.compile(r"^roberta\.(?=encoder\.)"), "bert."),
 )
 _LAYER = re.compile(r"(model\.)layers\.(\d+)\.(.+)")
 
@@ -72,29 +75,45 @@ def _in_blip2(found: re.Match[str], config: Mapping[str, Any]) -> str:
     return found[1]
 
 
+_IN_ROPE_BERT = {
+    "attn.Wqkv": "attention.qkv_proj", "attn.out_proj": "attention.dense", "attention.o_proj": "attention.dense",
+    "mlp.fc11": "mlp.gate_up_proj", "mlp.fc12": "mlp.gate_up_proj", "mlp.up_gate_proj": "mlp.gate_up_proj",
+    "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+}  # fmt: skip
+
+
+def _in_rope_bert(found: re.Match[str], config: Mapping[str, Any]) -> str:
+    layer, rest = found.groups()
+    return f".encoder.layer.{layer}.{_IN_ROPE_BERT.get(rest, rest)}"
+
+
+_ROPE_BERT = re.compile(r"(?:.*\.)?encoder\.layers?\.(\d+)\.(.+)")
+
 _ASKED_OF: dict[str, tuple[re.Pattern[str], Callable[[re.Match[str], Mapping[str, Any]], str]]] = {
     "falcon_h1": (_LAYER, _in_falcon_h1),
     "zamba2": (_LAYER, _in_zamba2),
     "phimoe": (_LAYER, _in_phimoe),
     "blip-2": (re.compile(r"vision_model(\.encoder\..+)"), _in_blip2),
+    **dict.fromkeys(("nomic_bert", "new", "gte"), (_ROPE_BERT, _in_rope_bert)),
 }
 
 
 def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Module names, each followed by the other one by which vLLM asks for its scheme, where there is one.
+    """Module names, each followed by the others by which vLLM asks for its scheme, where there are some.
 
     `config`: the model's config.json.
     """
     found: dict[str, None] = {}
     own = _ASKED_OF.get(config.get("model_type", ""))
     for module in modules:
-        other = module
+        found[module] = None
         if own is None:
+            other = module
             for ours, theirs in _ASKED:
                 other = ours.sub(theirs, other)
+                found[other] = None
         elif match := own[0].fullmatch(module):
-            other = own[1](match, config)
-        found |= {module: None, other: None}
+            found[own[1](match, config)] = None
     return list(found)
 
 

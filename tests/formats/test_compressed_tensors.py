@@ -513,6 +513,10 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "zamba2"}, "layers.3.shared_transformer.feed_forward.up_proj", "model.feed_forward.up_proj"),
         ({"model_type": "phimoe"}, "layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
         ({"model_type": "glm4v"}, "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv_proj"),
+        ({"model_type": "bert"}, "encoder.layer.0.attention.self.key", "model.encoder.layer.0.attention.output.qkv_proj"),
+        ({"model_type": "nomic_bert"}, "encoder.layers.3.attn.Wqkv", ".encoder.layer.3.attention.qkv_proj"),
+        ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
+        ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
         ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
@@ -521,6 +525,24 @@ def test_modules_that_vllm_names_otherwise(config, module, asked):
     tower and PhiMoE's routers in BF16 for codes."""
     assert with_joined([f"model.{module}"], config)[0] == f"model.{module}"
     assert asked in with_joined([f"model.{module}"], config)
+
+
+def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
+    """With `--ignore`, vLLM 0.32 took BF16 weights of RoBERTa's classifiers for codes."""
+    module = "roberta.encoder.layer.0.attention.self.query"
+    named = with_joined([module], {"model_type": "xlm-roberta"})
+    for start in ("roberta", "bert"):
+        assert f"{start}.encoder.layer.0.attention.output.qkv_proj" in named
+
+
+@pytest.mark.parametrize("layers", ["transformer.h", "roberta.encoder.layer", "model.blocks"])
+def test_patterns_leave_open_what_is_before_layers_by_other_names(layers):
+    """vLLM has `model.h` for GPTBigCode's `transformer.h`, and gave its c_attn the scheme of the others."""
+    names = [f"{layers}.{i}.attn.c_attn" for i in range(3)]
+    (pattern,) = name_patterns(names, [f"{layers}.{i}.mlp.c_fc" for i in range(3)])
+    assert re.match(pattern[3:], "model.x." + names[2].rpartition("model.")[2])
+    (pattern,) = name_patterns(names[:1], names[1:])
+    assert [bool(re.match(pattern[3:], f"y.{n}")) for n in names] == [True, False, False]
 
 
 def test_what_stays_in_blip2s_tower_is_named_without_the_tower():
