@@ -513,7 +513,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "zamba2"}, "layers.3.shared_transformer.feed_forward.up_proj", "model.feed_forward.up_proj"),
         ({"model_type": "phimoe"}, "layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
         ({"model_type": "glm4v"}, "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv_proj"),
-        ({"model_type": "bert"}, "encoder.layer.0.attention.self.key", "model.encoder.layer.0.attention.output.qkv_proj"),
+        ({"model_type": "bert"}, "layer.0.attention.self.key", "model.layer.0.attention.output.qkv_proj"),
         ({"model_type": "nomic_bert"}, "encoder.layers.3.attn.Wqkv", ".encoder.layer.3.attention.qkv_proj"),
         ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
         ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
