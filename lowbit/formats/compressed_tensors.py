@@ -90,7 +90,8 @@ class CompressedTensors(ConfigOnly):
             if i == 0:
                 targets = ["Linear"]
             else:
-                outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
+                # What is ignored is so whatever else takes it in: a tower has layers of its own.
+                outside = [m for m, other in layout.modules.items() if other != scheme]
                 targets = name_patterns(named(groups[scheme]), named(outside))
             body[f"group_{i}"] = {
                 "targets": targets,

@@ -535,6 +535,38 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
         assert f"{start}.encoder.layer.0.attention.output.qkv_proj" in named
 
 
+@pytest.mark.parametrize(
+    ("model_type", "module", "asked"),
+    [
+        ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
+        ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
+        ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
+        ("gemma3_text", "layers.0.mlp.up_proj", ".layers.0.mlp.gate_up_proj"),
+        ("modernbert", "layers.0.attn.Wo", ".encoder_layer.layers.0.attn.Wo"),
+    ],
+)
+def test_modules_of_a_model_that_vllm_builds_within_another(model_type, module, asked):
+    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes."""
+    assert with_joined([module], {"model_type": model_type})[0] == module
+    assert asked in with_joined([module], {"model_type": model_type})
+
+
+def test_a_group_has_patterns_that_also_take_in_what_is_ignored(tmp_path):
+    """Qwen2.5-Omni: its tower has layers too; patterns for the text's had no other start than the one on disk, which
+    vLLM changes, and gave it the other scheme."""
+    parts = ("thinker.model", "thinker.audio_tower")
+    names = [f"{p}.layers.{i}.self_attn.{x}_proj" for p in parts for i in range(2) for x in "qkv"]
+    source = write(
+        tmp_path / "src", {f"{n}.weight": torch.randn(64, 64) for n in names}, {"model_type": "qwen2_5_omni"}
+    )
+    config = lowbit.plan(source, "int8", overrides={"*.layers.0.*": "fp8"}).config["quantization_config"]
+    called = "language_model.model.layers.0.self_attn.qkv_proj"
+    targets = config["config_groups"]["group_1"]["targets"]
+    assert config["config_groups"]["group_1"]["weights"]["type"] == "int"  # of as many, the second
+    assert not any(re.match(t[3:], called) for t in targets)
+    assert any(re.match(t[3:], called.replace(".0.", ".1.")) for t in targets)
+
+
 @pytest.mark.parametrize("layers", ["transformer.h", "roberta.encoder.layer", "model.blocks"])
 def test_patterns_leave_open_what_is_before_layers_by_other_names(layers):
     """vLLM has `model.h` for GPTBigCode's `transformer.h`, and gave its c_attn the scheme of the others."""
