@@ -69,6 +69,12 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
+    "exaone": ((r"^transformer\.(?=h\.)", "model."),),
+    "whisper": (
+        (r"^model\.(encoder|decoder)\.layers\.(\d+)\.", r".\1.layers.\2.layers."),
+        (r"(?<=\.)(?=fc\d$)", "mlp."),
+        (r"\.encoder_attn\.[kv]_proj$", ".encoder_attn.kv_proj"),
+    ),
     "gemma3_text": ((r"^(?=layers\.)", "."),),  # EmbeddingGemma
     "modernbert": (
         (r"^(?:model\.)?(?=layers\.)", ".encoder_layer."),
@@ -77,6 +83,13 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     **dict.fromkeys(("nomic_bert", "new", "gte"), _ROPE_BERT),
 }
 """model_type → its own steps, in place of those for all others."""
+
+_UNNAMED = re.compile(r"score\.\d+")
+
+
+def unnamed(modules: Iterable[str]) -> list[str]:
+    """Those that vLLM asks for without any name: both layers of the head of Qwen2.5's reward models."""
+    return [m for m in modules if _UNNAMED.fullmatch(m)]
 
 
 def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lowbit.dtypes import E4M3FN, INT4, INT8
 from lowbit.errors import InputError
+from lowbit.formats.asked import unnamed
 from lowbit.formats.format import (
     ConfigOnly,
     Content,
@@ -106,7 +107,12 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": [*ignored, *first_experts(ignored), *wherever(ignored, quantized)],
+            "ignore": [
+                *ignored,
+                *first_experts(ignored),
+                *wherever(ignored, quantized),
+                *(["re:^$"] if unnamed(ignored) else []),
+            ],
             "config_groups": body,
         }
 

@@ -541,6 +541,14 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
         ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
         ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
+        ("exaone", "transformer.h.0.mlp.c_fc_1", "model.h.0.mlp.gate_up_proj"),
+        ("whisper", "model.decoder.layers.0.self_attn.q_proj", ".decoder.layers.0.layers.self_attn.qkv_proj"),
+        (
+            "whisper",
+            "model.decoder.layers.0.encoder_attn.v_proj",
+            ".decoder.layers.0.layers.encoder_attn.kv_proj",
+        ),
+        ("whisper", "model.encoder.layers.0.fc2", ".encoder.layers.0.layers.mlp.fc2"),
         ("gemma3_text", "layers.0.mlp.up_proj", ".layers.0.mlp.gate_up_proj"),
         ("modernbert", "layers.0.attn.Wo", ".encoder_layer.layers.0.attn.Wo"),
     ],
@@ -549,6 +557,17 @@ def test_modules_of_a_model_that_vllm_builds_within_another(model_type, module, 
     """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes."""
     assert with_joined([module], {"model_type": model_type})[0] == module
     assert asked in with_joined([module], {"model_type": model_type})
+
+
+def test_what_vllm_asks_for_without_a_name_is_ignored(tmp_path):
+    """Qwen2.5-Math-RM: vLLM 0.32 took its head for codes, without a scale."""
+    tensors = {f"{n}.weight": torch.randn(64, 64) for n in ("layers.0.mlp.up_proj", "score.0", "score.2")}
+    source = write(tmp_path / "src", tensors, {"model_type": "qwen2"})
+    ignored = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+    assert {"score.0", "score.2", "re:^$"} <= set(ignored)
+    del tensors["score.0.weight"], tensors["score.2.weight"]
+    source = write(tmp_path / "other", tensors, {"model_type": "qwen2"})
+    assert "re:^$" not in lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
 
 
 def test_a_group_has_patterns_that_also_take_in_what_is_ignored(tmp_path):
