@@ -28,7 +28,7 @@ from lowbit.formats import METHODS, StoredModule, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import refusal
+from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
 from lowbit.nn.rotated import rotate_inputs
@@ -36,7 +36,8 @@ from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
 
-# Where a weight is packed under another name: transformers' code initializes the weight of a Linear that is not filled.
+# Under names that weights have in float alone: transformers' code initializes a Linear's, packed here, and that of some
+# mixtures (Qwen3-Omni) their experts' while it looks for what is not filled.
 _FILLED: Any = SimpleNamespace(_is_hf_initialized=True)
 
 _RESHAPED = "transformers splits or joins this weight while loading, which codes do not survive"
@@ -151,7 +152,7 @@ class LowbitQuantizer(HfQuantizer):
                 in_float[name] = _RESHAPED
         _refuse(in_float)
         for path, members in experts.items():
-            _swap_experts(model, path, members, tensors)
+            _swap_experts(model, path, members, tensors, find)
             self._experts |= {t: path for m in members.values() for t in m.names.values()}
         rotate_inputs(model, find)
         self._float_experts = [
@@ -192,6 +193,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
                 vars(module).pop("weight", None)
+            if isinstance(module, QuantExperts):
+                for name in FUSED_PARAMETERS:
+                    vars(module).pop(name, None)
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
@@ -337,7 +341,11 @@ def float_dtype_of(stored: StoredModule, tensors: Mapping[str, TensorRef]) -> st
 
 
 def _swap_experts(
-    model: nn.Module, path: str, members: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+    model: nn.Module,
+    path: str,
+    members: Mapping[str, StoredModule],
+    tensors: Mapping[str, TensorRef],
+    find: Finder,
 ) -> None:
     experts = model.get_submodule(path)
     if problem := refusal(experts):
@@ -351,7 +359,7 @@ def _swap_experts(
             f"{path}: expected all {count} expert projections quantized alike, found {len(members)} in "
             f"{len(schemes)} schemes; convert the checkpoint again with one scheme for its experts"
         )
-    projections = {ROLES[p]: p for p in dict.fromkeys(m.rpartition(".")[2] for m in members)}
+    projections = {ROLES[p]: p for p in dict.fromkeys(find.projection(m) for m in members)}
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
     try:
         new = QuantExperts.like(
@@ -360,4 +368,5 @@ def _swap_experts(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    vars(new).update(dict.fromkeys(FUSED_PARAMETERS, _FILLED))
     replace_module(model, path, new)

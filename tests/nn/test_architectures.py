@@ -15,7 +15,7 @@ from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quanti
 
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
-    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step",
+    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step", "qwen3-omni", "hy-v4", "minimax-m3",
 ]  # fmt: skip
 
 
