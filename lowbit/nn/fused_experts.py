@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import orientation_of
 
-
 FUSED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """What transformers calls the weights of all experts; without a gate there is `up_proj`."""
 
