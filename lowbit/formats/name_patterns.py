@@ -44,7 +44,7 @@ def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
     """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
     number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
     pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
-    layers = re.search(r"layers\\\.(\\d\+|\d+)", pattern)
+    layers = re.search(r"\w*layers\\\.(\\d\+|\d+)", pattern)
     if layers is None:
         return (pattern,)
     before, after = pattern[: layers.start()], pattern[layers.start() :]

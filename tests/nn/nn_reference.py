@@ -228,7 +228,9 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
             }  # fmt: skip
             config = t.Step3p7Config(text_config=text, vision_config=vision, image_token_id=95)
             return t.Step3p7ForConditionalGeneration, config
-        case "hy-v4":  # its experts have a gate of their own and no act_fn, and other names on disk than in memory
+        case (
+            "hy-v4"
+        ):  # its experts have a gate of their own and no act_fn, and other names on disk than in memory
             config = t.HYV4Config(
                 **text | {"num_key_value_heads": 4}, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
                 qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
@@ -239,7 +241,10 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
             return t.HYV4ForCausalLM, config
         case "minimax-m3":
             config = t.MiniMaxM3VLTextConfig(
-                **text | {"intermediate_size": 48}, num_local_experts=4, num_experts_per_tok=2, swiglu_limit=0.5
+                **text | {"intermediate_size": 48},
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                swiglu_limit=0.5,
             )
             return t.MiniMaxM3VLForCausalLM, config
         case "qwen3-omni":  # transformers' code initializes its experts by their names in float
