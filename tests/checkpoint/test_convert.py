@@ -732,6 +732,16 @@ def test_scales_that_overflow_when_decoded(tmp_path, scheme):
     refused(tmp_path, tensors, config, r"up_proj\.weight: expected .*, found .*(inf|e\+38) at \[1", scheme)
 
 
+def test_scales_that_overflow_when_decoded_in_a_model_of_float32(tmp_path):
+    """Inf was written."""
+    tensors, config = block_fp8(*llama())
+    tensors = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in tensors.items()}
+    tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = 3e38
+    src = write(tmp_path / "src", tensors, {**config, "torch_dtype": "float32"})
+    with pytest.raises(InputError, match=r"down_proj\.weight: expected finite values, found -?inf at \["):
+        lowbit.convert(src, tmp_path / "out", "int8", ignore=["*.down_proj"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e5m2], ids=str)
 def test_a_matrix_of_another_dtype_is_refused_before_any_work(tmp_path, dtype):
     tensors, config = llama()
