@@ -223,6 +223,15 @@ def test_a_broken_manifest(out, body):
     assert "lowbit_manifest.json" in problems(out)
 
 
+def test_a_manifest_of_tensors_alone(out):
+    """As the first ones were."""
+    file = out / "lowbit_manifest.json"
+    body = json.loads(file.read_text())
+    del body["headers"], body["files"]
+    file.write_text(json.dumps(body))
+    assert lowbit.verify(out).ok
+
+
 def test_without_config_the_codes_cannot_be_read(out):
     (out / "config.json").unlink()
     assert "config.json has no quantization_config" in problems(out)
