@@ -550,6 +550,19 @@ def test_verify_finds_a_description_that_says_too_much_or_has_changed(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", ["deq_scale", "input_scale"])
+def test_verify_looks_at_the_scales_of_static_products(tmp_path, suffix):
+    src = write(tmp_path / "src", *llama())
+    calibrated(src, tmp_path / "calib", "int8-static", projections(src))
+    written, _ = convert(src, tmp_path / "out", "int8-static", calibration=tmp_path / "calib")
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    written[name][-1] = 0
+    files = {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_text()}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    problems = lowbit.verify(write(tmp_path / "bad", written, config, files=files)).problems
+    assert problems == (f"{name}: expected finite, positive scales, found others",)
+
+
 def test_asymmetric_weights_are_not_read_as_symmetric(tmp_path):
     src = write(tmp_path / "src", *llama())
     written, _ = convert(src, tmp_path / "out", "int8-weight-only")
