@@ -156,9 +156,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
                 raise refuse(f"expected a header of {length} bytes, but the file ends after {size - 8}")
             text = stream.read(length)
     except OSError as error:
-        raise InputError(
-            f"{file}: cannot be read ({error.strerror}); check the path and permissions"
-        ) from error
+        raise _unreadable(file, error) from error
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -186,6 +184,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     if position != size - 8 - length:
         raise refuse(f"expected {position} bytes of data, found {size - 8 - length} (truncated or padded)")
     return {ref.name: ref for _, _, ref in spans}, metadata
+
+
+def _unreadable(file: Path, error: OSError) -> InputError:
+    return InputError(f"{file}: cannot be read ({error.strerror}); check the path and permissions")
 
 
 def header_bytes(file: Path) -> int:
@@ -223,7 +225,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a small file; InputError when it is not one."""
     try:
         value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected a JSON object ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(value).__name__}")

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 from sample_models import llama, write
 
 import lowbit
-from lowbit.checkpoint.headers import ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
+from lowbit.checkpoint.headers import INDEX, ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
 from lowbit.errors import InputError
 
 
@@ -331,6 +331,13 @@ def test_a_broken_index(tmp_path, body):
     (tmp_path / "model.safetensors.index.json").write_text(body)
     with pytest.raises(InputError, match=r"index\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_an_index_that_cannot_be_read_is_not_to_be_fetched_again(tmp_path):
+    root = write(tmp_path, *llama())
+    (root / INDEX).mkdir()
+    with pytest.raises(InputError, match=r"index\.json: cannot be read \(Is a directory\); check the path"):
+        open_checkpoint(root)
 
 
 def test_two_indexes(tmp_path):
