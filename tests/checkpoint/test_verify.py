@@ -290,6 +290,26 @@ def test_errors_equal_a_float64_computation(tmp_path, scheme, source):
         assert error.scheme == scheme
 
 
+@pytest.mark.parametrize("source", ["bf16", "fp8", "int8-weight-only", "transposed"])
+def test_errors_do_not_depend_on_row_blocks(tmp_path, monkeypatch, source):
+    """Weights of several: no other test has any so large."""
+    if source == "transposed":
+        src = write(tmp_path / "src", *fused_mixture("llama4")[::2])
+    else:
+        src = write(tmp_path / "src", *(block_fp8(*llama()) if source == "fp8" else llama()))
+    if source == "int8-weight-only":
+        lowbit.convert(src, tmp_path / "packed", source)
+        src = tmp_path / "packed"
+    lowbit.convert(src, tmp_path / "out", "mxfp8")
+    whole = {e.name: e for e in lowbit.verify(tmp_path / "out", src).errors}
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 5000)
+    parts = lowbit.verify(tmp_path / "out", src)
+    assert parts.ok and len(parts.errors) == len(whole) > 10
+    for error in parts.errors:
+        assert error.sqnr_db == pytest.approx(whole[error.name].sqnr_db, abs=1e-9) and error.sqnr_db > 20
+        assert error.largest == whole[error.name].largest
+
+
 @pytest.mark.parametrize("experts", ["apart", "fused"])
 def test_what_was_dequantized_or_cast_is_compared_too(tmp_path, experts):
     """Weights that have the source's own dtype are copies, and are not."""
