@@ -290,6 +290,19 @@ def test_errors_equal_a_float64_computation(tmp_path, scheme, source):
         assert error.scheme == scheme
 
 
+@pytest.mark.parametrize("source", ["bf16", "fp8"])
+def test_a_source_with_nan_is_nothing_like_the_result(tmp_path, source):
+    tensors, config = llama() if source == "bf16" else block_fp8(*llama())
+    lowbit.convert(write(tmp_path / "src", tensors, config), tmp_path / "out", "int8")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name].view(torch.uint8)[-1, -2:] = 0xFF  # NaN in either dtype
+    found = lowbit.verify(tmp_path / "out", write(tmp_path / "damaged", tensors, config))
+    worst, second = found.errors[:2]
+    assert worst.name == name and worst.sqnr_db == -math.inf and math.isnan(worst.relative)
+    assert second.sqnr_db > 20
+    assert found.to_dict()["errors"][0]["relative"] is None
+
+
 @pytest.mark.parametrize("source", ["bf16", "fp8", "int8-weight-only", "transposed"])
 def test_errors_do_not_depend_on_row_blocks(tmp_path, monkeypatch, source):
     """Weights of several: no other test has any so large."""
