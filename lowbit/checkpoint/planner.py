@@ -249,6 +249,11 @@ class Planner:
                 )
 
     def _input_constant(self, module: str, content: Content, out: OutTensor, ref: TensorRef | None) -> Job:
+        if ref is not None and ref.elements != 1:
+            raise InputError(
+                f"{ref.name}: expected one number for all activations, found {list(ref.shape)}; "
+                "use a dynamic scheme such as int8 or fp8"
+            )
         if ref is not None:
             return job_of("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
         if content == _INPUT_SCALE:
