@@ -213,7 +213,7 @@ class Planner:
         if stored.format != self.target.name or stored.scheme != scheme or f"{module}.bias" in self.replaced:
             return []
         refs = {c: self.source.tensors[stored.names[c]] for c in outputs}
-        if any(refs[c].dtype != outputs[c].dtype for c in outputs):
+        if any((refs[c].dtype, refs[c].nbytes) != (o.dtype, o.nbytes) for c, o in outputs.items()):
             return []
         if static is not None and static.scale.name != stored.names["input_scale"]:
             return []

@@ -550,6 +550,18 @@ def test_verify_finds_a_description_that_says_too_much_or_has_changed(tmp_path):
     )
 
 
+def test_an_offset_of_all_rows_in_one_is_written_for_each(tmp_path):
+    """It was an AssertionError in the midst of the work."""
+    src = write(tmp_path / "src", *llama())
+    written, _ = convert(src, tmp_path / "out", "int8")
+    name = "model.layers.0.mlp.up_proj.weight_offset"
+    files = {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_text()}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    one = write(tmp_path / "one", {**written, name: torch.zeros(1)}, config, files=files)
+    again, _ = convert(one, tmp_path / "again", "int8")
+    assert again.keys() == written.keys() and all(same_bits(again[n], written[n]) for n in written)
+
+
 @pytest.mark.parametrize("suffix", ["deq_scale", "input_scale"])
 def test_verify_looks_at_the_scales_of_static_products(tmp_path, suffix):
     src = write(tmp_path / "src", *llama())
