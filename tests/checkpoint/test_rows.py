@@ -301,3 +301,9 @@ def test_scales_of_a_large_weight_are_decoded_in_place():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * codes.size
+
+
+def test_exponents_are_powers_of_two_down_to_a_subnormal_one():
+    for dtype in ("U8", "F8_E8M0"):
+        found = to_float(np.arange(256, dtype=np.uint8), dtype).astype(np.float64)
+        assert found[:255].tolist() == [2.0 ** (e - 127) for e in range(255)] and np.isnan(found[255])

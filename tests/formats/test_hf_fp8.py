@@ -177,3 +177,24 @@ def test_several_scales_of_an_input_are_refused(tmp_path, shape):
     with pytest.raises(InputError, match=r"input_scale: expected one number for all activations, found \["):
         lowbit.plan(src, "fp8-static")
     lowbit.convert(src, tmp_path / "out", "int8")
+
+
+def test_scales_of_inputs_beside_dynamic_activations_are_not_theirs(tmp_path):
+    """config.json says how the model is run; what a tool has left beside it does not."""
+    tensors, config = llama()
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
+        tensors |= {f"{name}_scale": torch.ones(()), name.replace("weight", "input_scale"): torch.ones(())}
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    src = write(tmp_path / "src", tensors, {**config, "quantization_config": quantization})
+    with pytest.raises(InputError, match="expected a calibrated input scale for every quantized module"):
+        lowbit.plan(src, "fp8-static")
+
+
+def test_what_config_says_goes_before_files_of_other_formats(tmp_path):
+    tensors, config = block_fp8(*llama())
+    other = json.dumps({"quantization": {"quant_algo": "NVFP4"}})
+    src = write(tmp_path / "src", tensors, config, files={"hf_quant_config.json": other})
+    plan = lowbit.plan(src, "int8")
+    assert "hf_quant_config.json is left out: config.json has a quantization_config" in plan.warnings
+    assert sum(d.scheme is not None for d in plan.decisions.values()) == 14
