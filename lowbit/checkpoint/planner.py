@@ -215,7 +215,9 @@ class Planner:
         refs = {c: self.source.tensors[stored.names[c]] for c in outputs}
         if any((refs[c].dtype, refs[c].nbytes) != (o.dtype, o.nbytes) for c, o in outputs.items()):
             return []
-        if static is not None and static.scale.name != stored.names["input_scale"]:
+        if static is not None and (static.scale, static.zero_point) != tuple(
+            self.source.tensors[stored.names[c]] for c in (_INPUT_SCALE, _INPUT_ZERO_POINT)
+        ):  # a calibration's, of the same names
             return []
         return [job_of("copy", refs[c], {c: outputs[c]}) for c in outputs]
 

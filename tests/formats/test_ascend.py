@@ -550,6 +550,28 @@ def test_verify_finds_a_description_that_says_too_much_or_has_changed(tmp_path):
     )
 
 
+def test_new_scales_of_inputs_are_in_what_is_computed_from_them(tmp_path):
+    """A static checkpoint calibrated again: its own deq_scale and quant_bias are of the old ones."""
+    src = write(tmp_path / "src", *with_biases(llama()))
+    modules = projections(src)
+    calibrated(src, tmp_path / "first", "int8-static-asym", modules, offset=-90)
+    out, _ = convert(src, tmp_path / "out", "int8-static-asym", calibration=tmp_path / "first")
+    given = calibrated(tmp_path / "out", tmp_path / "second", "int8-static-asym", modules[::-1], offset=7)
+    again, _ = convert(
+        tmp_path / "out", tmp_path / "again", "int8-static-asym", calibration=tmp_path / "second"
+    )
+    for m in modules:
+        scale = again[f"{m}.deq_scale"]
+        old = out[f"{m}.deq_scale"] / out[f"{m}.input_scale"]
+        torch.testing.assert_close(scale, given[f"{m}.input_scale"] * old, rtol=3e-7, atol=0)
+        assert same_bits(again[f"{m}.weight"], out[f"{m}.weight"]) and again[
+            f"{m}.input_offset"
+        ].tolist() == [7]
+        bias = (out[f"{m}.bias"].double() / scale.double()).round() if f"{m}.bias" in out else 0
+        expected = bias - 7 * again[f"{m}.weight"].sum(1, dtype=torch.int32)
+        assert torch.equal(again[f"{m}.quant_bias"].double(), expected.double()), m
+
+
 def test_an_offset_of_all_rows_in_one_is_written_for_each(tmp_path):
     """It was an AssertionError in the midst of the work."""
     src = write(tmp_path / "src", *llama())
