@@ -68,6 +68,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "phimoe": ((r"\.block_sparse_moe\.gate$", ".mlp.router"), (r"\.block_sparse_moe\.", ".mlp.")),
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
+    "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
     "exaone": ((r"^transformer\.(?=h\.)", "model."),),
     "whisper": (

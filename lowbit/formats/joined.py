@@ -56,3 +56,16 @@ def with_joined(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         if _BESIDE.search(module):
             names[_BESIDE.sub(r"\1.moe.\2", module)] = None
     return list(names)
+
+
+_MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def with_members(modules: Iterable[str]) -> list[str]:
+    """Module names, then those of the parts of what is joined on disk, each once: SGLang's block formats look for these
+    alone."""
+    names = dict.fromkeys(modules)
+    for module in list(names):
+        parent, _, last = module.rpartition(".")
+        names |= {f"{parent}.{part}": None for part in _MEMBERS.get(last, ())}
+    return list(names)

@@ -541,6 +541,7 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
         ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
         ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
+        ("hrm_text", "model.L_module.layers.0.attn.o_proj", "model.L_module.layers.0.self_attn.o_proj"),
         ("exaone", "transformer.h.0.mlp.c_fc_1", "model.h.0.mlp.gate_up_proj"),
         ("whisper", "model.decoder.layers.0.self_attn.q_proj", ".decoder.layers.0.layers.self_attn.qkv_proj"),
         (
@@ -568,6 +569,19 @@ def test_what_vllm_asks_for_without_a_name_is_ignored(tmp_path):
     del tensors["score.0.weight"], tensors["score.2.weight"]
     source = write(tmp_path / "other", tensors, {"model_type": "qwen2"})
     assert "re:^$" not in lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+
+
+def test_a_group_with_blocks_is_the_default(tmp_path):
+    """SGLang 0.5.23 looks for the size of blocks there alone, and failed to load GLM-4.5 with one layer in blocks."""
+    tensors = {f"layers.{i}.o_proj.weight": torch.randn(128, 128) for i in range(4)}
+    source = write(tmp_path / "src", tensors, {"model_type": "glm4_moe"})
+    config = lowbit.plan(source, "fp8", overrides={"layers.0.*": "fp8-block"}).config["quantization_config"]
+    first, second = config["config_groups"].values()
+    assert (first["targets"], first["weights"]["strategy"]) == (["Linear"], "block")
+    assert second["weights"]["strategy"] == "channel"
+    assert [any(re.match(t[3:], f"layers.{i}.o_proj") for t in second["targets"]) for i in range(4)] == [
+        False, True, True, True,
+    ]  # fmt: skip
 
 
 def test_a_group_has_patterns_that_also_take_in_what_is_ignored(tmp_path):

@@ -163,3 +163,14 @@ def test_a_tower_is_named_as_a_whole():
     layout = Layout(modules={text: get_scheme("fp8-block")}, ignored=("lm_head", tower))
     named = FORMAT.config(layout)["modules_to_not_convert"]
     assert named == ["lm_head", tower, "model.visual.blocks.0.mlp.gate_up_proj", "visual"]
+
+
+@pytest.mark.parametrize(("format", "key"), [("fp8", "modules_to_not_convert"), ("sglang", "ignored_layers")])
+def test_parts_of_what_is_joined_on_disk_are_named_too(format, key):
+    """SGLang looks for these alone, and took HRM's gate_up_proj in BF16 for codes."""
+    scheme = get_scheme("fp8-block" if format == "fp8" else "int8-block")
+    layout = Layout(
+        modules={"layers.0.o_proj": scheme}, ignored=("layers.0.gate_up_proj", "layers.0.qkv_proj")
+    )
+    named = get_format(format).config(layout)[key]
+    assert {f"layers.0.{p}_proj" for p in ("gate", "up", "gate_up", "q", "k", "v", "qkv")} <= set(named)
