@@ -11,15 +11,24 @@ _MAMBA = (
     "vLLM builds Mamba's layers in float whatever config.json says, and refuses codes; serve the result with "
     "transformers, or run it with lowbit"
 )
+# Where SGLang takes codes for weights without a word.
+_IN_SGLANG = (
+    "SGLang builds {0} in float whatever config.json says, and would take codes for weights; serve the result with "
+    "vLLM or transformers"
+)
 _OF_ANY = {
-    "gpt_oss": "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for "
-    "weights; serve the result with vLLM or transformers",
+    "gpt_oss": _IN_SGLANG.format("gpt-oss's attention"),
+    "whisper": _IN_SGLANG.format("Whisper's MLPs"),
     "mamba": _MAMBA,
     "falcon_mamba": _MAMBA,
 }
+_LLAMA = (
+    "SGLang's class for this model drops the scales of this format; leave --format out for it, or serve the result "
+    "with vLLM or transformers"
+)
 _BLOCKS_OF = {
-    "mistral3": "vLLM's Mistral 3 looks for other names of scales than this format has, and refuses blocks; "
-    "leave --format fp8 out",
+    **dict.fromkeys(("llama", "mistral", "ministral3", "phi3"), _LLAMA),
+    "mistral3": "vLLM's and SGLang's Mistral 3 look for other names of scales than this format has; leave --format out",
 }
 _GROUPS_OF = dict.fromkeys(
     ("bloom", "telechat"),
@@ -34,7 +43,7 @@ def engine_limits(config: Mapping[str, Any], format: str, schemes: Collection[Sc
         return []
     kind = str(config.get("model_type"))
     found = [_OF_ANY.get(kind)]
-    if format == "fp8":
+    if format in ("fp8", "sglang"):
         found.append(_BLOCKS_OF.get(kind))
     if any(s.activations is None for s in schemes) and format == "compressed-tensors":
         found.append(_GROUPS_OF.get(kind))

@@ -70,7 +70,10 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "openai_privacy_filter": _GPT_OSS,
     "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
-    "exaone": ((r"^transformer\.(?=h\.)", "model."),),
+    "exaone": (
+        (r"^transformer\.(?=h\.)", "model."),
+        (r"^model\.(h\.\d+)\.attn\.attention\.", r"transformer.\1.self_attn."),  # SGLang's
+    ),
     "whisper": (
         (r"^model\.(encoder|decoder)\.layers\.(\d+)\.", r".\1.layers.\2.layers."),
         (r"(?<=\.)(?=fc\d$)", "mlp."),

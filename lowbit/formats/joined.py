@@ -20,6 +20,7 @@ _JOINED = {
     "query": ("qkv_proj",), "key": ("qkv_proj",), "value": ("qkv_proj",),
     "q": ("qkv",), "k": ("qkv",), "v": ("qkv",),  # the tower of Qwen2.5-Omni
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
+    "w1": ("gate_up_proj",), "w3": ("gate_up_proj",), "w2": ("down_proj",),
     "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
     "fc11": ("gate_up_proj",), "fc12": ("gate_up_proj",),
     "q_a_proj": _LATENT, "kv_a_proj_with_mqa": _LATENT,

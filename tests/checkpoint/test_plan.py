@@ -254,10 +254,12 @@ def test_the_main_dtype_of_a_source_that_is_all_codes(tmp_path):
     ("model_type", "scheme", "format", "warned"),
     [
         ("falcon_mamba", "int8", None, "vLLM builds Mamba's layers in float"),
-        ("mistral3", "fp8-block", "fp8", "leave --format fp8 out"),
+        ("mistral3", "fp8-block", "fp8", "Mistral 3 look for other names of scales"),
         ("mistral3", "fp8-block", None, ""),
         ("bloom", "int8-weight-only", None, "vLLM rearranges the rows"),
         ("bloom", "int8", None, ""),
+        ("llama", "fp8-block", "fp8", "SGLang's class for this model drops the scales"),
+        ("whisper", "int8", None, "SGLang builds Whisper's MLPs in float"),
         ("falcon_mamba", "bf16", None, ""),
     ],
 )

@@ -543,6 +543,9 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
         ("hrm_text", "model.L_module.layers.0.attn.o_proj", "model.L_module.layers.0.self_attn.o_proj"),
         ("exaone", "transformer.h.0.mlp.c_fc_1", "model.h.0.mlp.gate_up_proj"),
+        ("exaone", "transformer.h.0.attn.attention.v_proj", "transformer.h.0.self_attn.qkv_proj"),
+        ("lfm2_moe", "model.layers.0.feed_forward.w3", "model.layers.0.feed_forward.gate_up_proj"),
+        ("lfm2_moe", "model.layers.0.feed_forward.w2", "model.layers.0.feed_forward.down_proj"),
         ("whisper", "model.decoder.layers.0.self_attn.q_proj", ".decoder.layers.0.layers.self_attn.qkv_proj"),
         (
             "whisper",
@@ -555,7 +558,7 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
     ],
 )
 def test_modules_of_a_model_that_vllm_builds_within_another(model_type, module, asked):
-    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes."""
+    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes; SGLang did of EXAONE and LFM2."""
     assert with_joined([module], {"model_type": model_type})[0] == module
     assert asked in with_joined([module], {"model_type": model_type})
 
