@@ -59,6 +59,10 @@ def _in_rope_bert(found: Match, config: Mapping[str, Any]) -> str:
     return f".encoder.layer.{layer}.{_IN_ROPE_BERT.get(rest, rest)}"
 
 
+def _behind_the_last(found: Match, config: Mapping[str, Any]) -> str:
+    return f"model.layers.{config.get('num_hidden_layers', 0) + int(found[1])}."
+
+
 _ROPE_BERT: tuple[Step, ...] = ((r"^(?:.*\.)?encoder\.layers?\.(\d+)\.(.+)$", _in_rope_bert),)
 _GPT_OSS: tuple[Step, ...] = ((r"\.self_attn\.", ".attn."),)
 _STEPS_OF: dict[str, tuple[Step, ...]] = {
@@ -68,6 +72,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "phimoe": ((r"\.block_sparse_moe\.gate$", ".mlp.router"), (r"\.block_sparse_moe\.", ".mlp.")),
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
+    "ernie4_5_moe": ((r"^model\.mtp_block\.(\d+)\.", _behind_the_last),),
     "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
     "exaone": (

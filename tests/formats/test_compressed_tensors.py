@@ -517,6 +517,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "nomic_bert"}, "encoder.layers.3.attn.Wqkv", ".encoder.layer.3.attention.qkv_proj"),
         ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
         ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
+        ({"model_type": "ernie4_5_moe", "num_hidden_layers": 8}, "mtp_block.0.mlp.x", "model.layers.8.mlp.x"),
         ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
