@@ -20,6 +20,7 @@ _STEPS: tuple[Step, ...] = (
     (r"\.block_sparse_moe\.", ".mlp."),  # MiniMax-M2
     (r"\.attn\.qkv$", ".attn.qkv_proj"),  # in the towers of GLM-4.1V and 4.5V (SGLang in all towers)
     (r"\.attention\.self\.(?=(query|key|value)$)", ".attention.output."),  # BERT and its like
+    (r"^fc$", "model.fc"),  # EAGLE
     (r"^roberta\.(?=encoder\.)", "bert."),
     (
         r"^(?=layers\.\d+\.(self_attn|mlp)\.)",
@@ -73,6 +74,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
     "ernie4_5_moe": ((r"^model\.mtp_block\.(\d+)\.", _behind_the_last),),
+    "mimo": ((r"^model\.mtp_layers\.(\d+)\.", _behind_the_last),),
     "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
     "exaone": (

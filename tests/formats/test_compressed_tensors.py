@@ -518,6 +518,7 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
         ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
         ({"model_type": "ernie4_5_moe", "num_hidden_layers": 8}, "mtp_block.0.mlp.x", "model.layers.8.mlp.x"),
+        ({"model_type": "mimo", "num_hidden_layers": 8}, "mtp_layers.1.mlp.x", "model.layers.9.mlp.x"),
         ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
@@ -540,6 +541,7 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
     ("model_type", "module", "asked"),
     [
         ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
+        ("llama", "fc", "model.fc"),
         ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
         ("hrm_text", "model.L_module.layers.0.attn.o_proj", "model.L_module.layers.0.self_attn.o_proj"),
