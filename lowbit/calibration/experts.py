@@ -10,13 +10,15 @@ their places, compute the same, and name their parts as checkpoints do:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.calls import INSTEAD
 from lowbit.errors import InputError
-from lowbit.nn.fused_experts import refusal, sizes, takes_sorted_rows
+from lowbit.nn.fused_experts import own_gate, refusal, sizes, takes_sorted_rows
 
 
 class Expert(nn.Module):
@@ -65,13 +67,10 @@ class UnfusedExperts(nn.ModuleList):
             )
         count, hidden, intermediate = sizes(fused)
         # A gate of the model's own (a clamp, say) reads the fused module's settings, none of its weights.
-        gate = getattr(fused, "_apply_gate", None)
-        own = gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate"
-        gated, act_fn = getattr(fused, "has_gate", True), fused.act_fn
-        assert callable(act_fn)
-        experts = [
-            Expert(hidden, intermediate, act_fn, gated, gate if own and gated else None) for _ in range(count)
-        ]
+        gated, gate = getattr(fused, "has_gate", True), own_gate(fused)
+        apply_gate = partial(gate, fused) if gated and gate is not None else None
+        act_fn: Any = getattr(fused, "act_fn", nn.Identity())  # without one, the gate is its own
+        experts = [Expert(hidden, intermediate, act_fn, gated, apply_gate) for _ in range(count)]
         return UnfusedRows(experts) if takes_sorted_rows(fused) else UnfusedExperts(experts)
 
     @property

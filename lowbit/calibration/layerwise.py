@@ -46,6 +46,7 @@ class LayerwiseModel:
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
         require_transformers()
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         self.source, self.device, self.dtype = source, choose_device(device), dtype
@@ -53,7 +54,7 @@ class LayerwiseModel:
         try:
             # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, StrictDataclassError) as error:
             found = source.config.get("model_type")
             raise InputError(
                 f"{source.path}: expected a config.json of an architecture that transformers has, found {found!r}, "

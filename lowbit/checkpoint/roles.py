@@ -136,7 +136,7 @@ KEEP_RULES = (
             r"(\w+_)?(embed|emb|embedding|embedder)s?(_\d+)?(\.\d+)?", "embed_(global|timestep)", r"\w+_tokens?",
             r"\w+_embeds_layers?(\.\d+)?", "visual_embeddings_table", r"HashBucketCodepointEmbedder_\d+",
             r"rel_pos(_[xy])?_bias", "query_feat", "queries_features", "reference_points", "position_embedding_table",
-            "embed_char", "pe_k",
+            "embed_char", "pe_k", "(un)?embedding_projection",
         ),
         "an embedding by its name",
     ),
@@ -153,6 +153,10 @@ _TOWERS = (
 _HEARS = Rule("audio", re.compile(r"^(model\.)?(encoder|adapter)\."), "audio tower")
 KEEP_RULES_OF = {
     **dict.fromkeys(("granite_speech", "granite_speech_plus", "kimi_audio", "step_audio_2"), _HEARS),
+    "ctrl": Rule("embedding", re.compile(r"^(transformer\.)?w$"), "embedding"),
+    # One weight in transformers' model, under two names
+    "granite_speech5_ctc": Rule("head", re.compile(r"^(encoder\.out|ctc_head)$"), "output head"),
+    "pp_doclayout_v3": Rule("head", _inside("enc_bbox_head", r"decoder\.bbox_embed"), "output head"),
     "hunyuan_vl": Rule("vision", _ahead("vit"), "vision tower"),
     "jamba": Rule(
         "projection",
@@ -184,6 +188,7 @@ _TIED_HEADS = {model_type: head for head, types in _CALLED.items() for model_typ
 that is not `lm_head`."""
 
 CASTS = "the model's own code casts activations to the dtype of this weight"
+_CASTS_TO_CODES = f"{CASTS}, to that of codes too"
 BY_TORCH = "torch's MultiheadAttention multiplies by this weight, past its module"
 _MULTIPLIES = "the model's own code multiplies by this weight, past its module"
 _SPLITS = "transformers has it joined on disk and split in memory, which codes do not survive"
@@ -193,6 +198,9 @@ _READ_BY_CODE = (
 )
 _READ_BY_CODE_OF = {
     **dict.fromkeys(("nllb-moe", "seamless_m4t", "seamless_m4t_v2"), (_last("fc2"), CASTS)),
+    **dict.fromkeys(
+        ("granite_speech5_ctc", "granite_speech5_encoder"), (_last("input_linear"), _CASTS_TO_CODES)
+    ),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), (_last("dt_proj"), _MULTIPLIES)),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), (_last("weights_in"), _SPLITS)),
     "hrm_text": (_last("gate_up_proj", "gqkv_proj"), _SPLITS),

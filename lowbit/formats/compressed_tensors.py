@@ -164,8 +164,7 @@ class CompressedTensors(ConfigOnly):
                     f"{info.dtype}; config.json and weights do not belong together"
                 )
             shape = (info.shape[0], info.shape[1] * (_per_int32(scheme) if kind == "weight_packed" else 1))
-            if kind == "weight":
-                check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
+            check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
             found[module] = StoredModule(shape=shape, scheme=scheme, names=contents, format=self.name)
         return found
 

@@ -6,13 +6,13 @@ import itertools
 import re
 from collections.abc import Iterable
 
-# What a model calls its layers.
-_LAYERS = ("layers", "layer", "blocks", "block", "h")
+# What a model calls its layers, `decoder_layers` too.
+_LAYERS = ("layers", r"\blayer", r"\bblocks", r"\bblock", r"\bh")
 # But for those of layers: patterns take in all experts of a layer, or none.
-_NUMBERS = re.compile("".join(rf"(?<!\b{name}\.)" for name in _LAYERS) + r"(?<=\.)\d+(?=\.)")
+_NUMBERS = re.compile("".join(rf"(?<!{name}\.)" for name in _LAYERS) + r"(?<=\.)\d+(?=\.)")
 # The same in an escaped name.
-_NUMBERS_ESCAPED = re.compile("".join(rf"(?<!\b{name}\\\.)" for name in _LAYERS) + r"(?<=\\\.)\d+(?=\\\.)")
-_LAYER = [re.compile(rf"\b{name}\\\.(\\d\+|\d+)") for name in _LAYERS]
+_NUMBERS_ESCAPED = re.compile("".join(rf"(?<!{name}\\\.)" for name in _LAYERS) + r"(?<=\\\.)\d+(?=\\\.)")
+_LAYER = [re.compile(rf"{name}\\\.(\\d\+|\d+)") for name in (r"\w*layers", *_LAYERS[1:])]
 
 
 def alike(names: Iterable[str]) -> list[str]:

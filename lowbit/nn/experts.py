@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
-from lowbit.nn.fused_experts import fused_weight, parameter, refusal, sizes
+from lowbit.nn.fused_experts import fused_weight, own_gate, parameter, refusal, sizes
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
@@ -136,8 +136,8 @@ class QuantExperts(StackedModule):
         """Uninitialized, for the shapes, device and gate of a fused module. ValueError where the layout differs."""
         if problem := refusal(experts):
             raise ValueError(f"{type(experts).__name__}: {problem}")
-        down, act_fn = parameter(experts, "down_proj"), experts.act_fn
-        assert callable(act_fn)
+        down, gate = parameter(experts, "down_proj"), own_gate(experts)
+        act_fn: Any = getattr(experts, "act_fn", nn.Identity())  # without one, the gate is its own
         count, hidden, intermediate = sizes(experts)
         found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
         if not getattr(experts, "has_gate", True):
@@ -146,8 +146,7 @@ class QuantExperts(StackedModule):
             count, hidden, intermediate, scheme=scheme, act_fn=act_fn, projections=found,
             format=format, names=names, device=down.device, float_dtype=float_dtype,
         )  # fmt: skip
-        gate = getattr(type(experts), "_apply_gate", None)
-        if gate is not None and getattr(gate, "__name__", "") != "_default_apply_gate":
+        if gate is not None:
             # A gate of the model's own (a clamp, say), with the plain attributes that it reads.
             module.apply_gate = gate
             for key, value in vars(experts).items():

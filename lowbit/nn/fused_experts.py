@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import orientation_of
+
+FUSED_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+"""What transformers calls the weights of all experts; without a gate there is `up_proj`."""
 
 
 def refusal(experts: nn.Module) -> str:
@@ -20,9 +24,9 @@ def refusal(experts: nn.Module) -> str:
         return "its gate and up projections are interleaved"
     if getattr(experts, "has_bias", False) or getattr(experts, "has_post_expert_norm", False):
         return "its experts have biases or norms of their own"
-    if not callable(getattr(experts, "act_fn", None)):
+    if not callable(getattr(experts, "act_fn", None)) and not (gated and own_gate(experts)):
         return "it has no act_fn"
-    extra = [n for n, _ in experts.named_parameters() if n not in ("gate_up_proj", "up_proj", "down_proj")]
+    extra = [n for n, _ in experts.named_parameters() if n not in FUSED_PARAMETERS]
     if extra:
         return f"it has parameters beside its projections: {', '.join(extra)}"
     count, hidden, intermediate = down.shape
@@ -33,6 +37,13 @@ def refusal(experts: nn.Module) -> str:
     if transposed(experts) and not takes_sorted_rows(experts):
         return "its experts are stored [E, in, out]"
     return ""
+
+
+def own_gate(experts: nn.Module) -> Callable[..., Tensor] | None:
+    """What a class of experts computes between its products in place of act(gate) · up (a clamp, say), which it may do
+    without an act_fn: (module, [T, 2I], gate and up side by side) → [T, I]."""
+    gate = getattr(type(experts), "_apply_gate", None)
+    return None if getattr(gate, "__name__", "") == "_default_apply_gate" else gate
 
 
 def transposed(experts: nn.Module) -> bool:

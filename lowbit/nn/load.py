@@ -78,7 +78,9 @@ def load(
             str(checkpoint.root), config=config, dtype=dtype or "auto", device_map=device_map,
             trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True,
             # Codes and scales are buffers: left out, all of them would stay on the device that computes.
-            offload_buffers=True, offload_folder=offload_folder, **more,
+            offload_buffers=True, offload_folder=offload_folder,
+            # Told of below, together with what is missing.
+            ignore_mismatched_sizes=True, **more,
         )  # fmt: skip
     except InputError:
         raise
@@ -138,6 +140,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
 
     register_names()
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     if not checkpoint.config:
         raise InputError(f"{checkpoint.root}: expected a config.json that names an architecture, found none")
@@ -146,7 +149,7 @@ def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any,
         config = transformers.AutoConfig.from_pretrained(
             str(checkpoint.root), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         raise InputError(
             f"{checkpoint.root}: transformers {transformers.__version__} cannot use this config.json ({error})"
         ) from error

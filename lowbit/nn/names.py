@@ -116,12 +116,16 @@ class Finder:
 
     def experts(self, module: str) -> str | None:
         """The fused experts that hold the checkpoint's expert projection `module`."""
-        match = _EXPERT_MODULE.match(self._renamed(module + ".weight").removesuffix(".weight"))
+        match = _EXPERT_MODULE.match(module_of(self._renamed(module + ".weight")))
         if match is None or match[3] not in ROLES:
             return None
         path = self._placed(match[1]) or self._placed_fused(module)
         down = None if path is None else getattr(self.modules[path], "down_proj", None)
         return path if isinstance(down, torch.Tensor) else None
+
+    def projection(self, module: str) -> str:
+        """What the checkpoint's expert projection `module` is called in memory: one of `ROLES`."""
+        return module_of(self._renamed(module + ".weight")).rpartition(".")[2]
 
     def _placed_fused(self, module: str) -> str | None:
         """Where the fused tensor is that would hold the down projection of the same expert as `module`."""

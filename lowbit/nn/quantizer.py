@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,16 +27,13 @@ from lowbit.formats import METHODS, StoredModule, read
 from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import refusal
+from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
 from lowbit.nn.rotated import rotate_inputs
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
-
-# Where a weight is packed under another name: transformers' code initializes the weight of a Linear that is not filled.
-_FILLED: Any = SimpleNamespace(_is_hf_initialized=True)
 
 _RESHAPED = "transformers splits or joins this weight while loading, which codes do not survive"
 
@@ -54,6 +50,14 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {}
+
+
+def _filled(*shape: int) -> Tensor:
+    """Under names that weights have in float alone, while transformers looks for what is not filled: its code asks for
+    their shapes to initialize a Linear's, packed here, and in some mixtures (Qwen3-Omni) their experts'."""
+    weight: Any = torch.empty(shape, device="meta")
+    weight._is_hf_initialized = True
+    return weight
 
 
 def runs(config: Mapping[str, Any]) -> bool:
@@ -136,9 +140,7 @@ class LowbitQuantizer(HfQuantizer):
         for name, module in stored.items():
             check_runnable(name, module)
             path = find.module(module.weight)
-            if path is not None and (
-                reason := _why_in_float(model, find.modules[path], name, module, tensors, find)
-            ):
+            if path is not None and (reason := _why_in_float(model, path, name, module, tensors, find)):
                 in_float[name] = reason
                 continue
             if path is not None:
@@ -151,7 +153,7 @@ class LowbitQuantizer(HfQuantizer):
                 in_float[name] = _RESHAPED
         _refuse(in_float)
         for path, members in experts.items():
-            _swap_experts(model, path, members, tensors)
+            _swap_experts(model, path, members, tensors, find)
             self._experts |= {t: path for m in members.values() for t in m.names.values()}
         rotate_inputs(model, find)
         self._float_experts = [
@@ -192,6 +194,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
                 vars(module).pop("weight", None)
+            if isinstance(module, QuantExperts):
+                for name in FUSED_PARAMETERS:
+                    vars(module).pop(name, None)
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
@@ -217,15 +222,21 @@ def _on_cpu(device_map: Any) -> bool:
 
 def _why_in_float(
     model: Any,
-    module: nn.Module,
+    path: str,
     name: str,
     stored: StoredModule,
     tensors: Mapping[str, TensorRef],
     find: Finder,
 ) -> str:
     """What transformers' code, or torch's, does with the weight that codes do not survive; "" for nothing."""
+    module = find.modules[path]
     if find.reshapes(stored.weight):
         return _RESHAPED
+    tied = f"{path}.weight"
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        if tied in pair:
+            other = pair[1 - pair.index(tied)].removesuffix(".weight")
+            return f"transformers makes it one weight with that of {other}, which is in float"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return BY_TORCH
     reason = read_by_code(name, {"model_type": model.config.model_type})
@@ -247,7 +258,9 @@ def _refuse(in_float: Mapping[str, str]) -> None:
 
 def _pattern(name: str) -> str:
     """A pattern for the module and its like in other layers and experts."""
-    return re.sub(r"(?<=_)\d+(?=\.)", "*", "*." + ".".join(name.split(".")[-2:]))
+    parts = name.split(".")
+    end = parts[-3:] if parts[-1].isdigit() else parts[-2:]
+    return re.sub(r"(?<=_)\d+(?=\.)", "*", ".".join(end if end == parts else ["*", *end]))
 
 
 def _parent(tensor: str) -> str:
@@ -308,11 +321,13 @@ def _swap_linear(
             f"{name}: expected a Linear for quantized codes, found {type(module).__name__}; "
             "convert the checkpoint again with --ignore for this module"
         )
-    n, _k = stored.shape
+    n, k = stored.shape
     weight = module.weight
     assert isinstance(weight, Tensor)
     expected = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
-    if stored.shape != expected and not ("packed" in stored.names and n == expected[0]):
+    # Of a packed weight the header tells the columns with those that fill an int32 up.
+    filled = "packed" in stored.names and n == expected[0] and 0 <= k - expected[1] < 4
+    if stored.shape != expected and not filled:
         raise InputError(
             f"{name}: expected a weight {list(expected)} for this config, found {list(stored.shape)}; "
             "config.json and weights do not belong together"
@@ -326,7 +341,7 @@ def _swap_linear(
     )  # fmt: skip
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
     if "weight" not in new._buffers:
-        new.weight = _FILLED
+        new.weight = _filled(*weight.shape)
     replace_module(model, path, new)
     find.modules[path] = new
 
@@ -337,7 +352,11 @@ def float_dtype_of(stored: StoredModule, tensors: Mapping[str, TensorRef]) -> st
 
 
 def _swap_experts(
-    model: nn.Module, path: str, members: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
+    model: nn.Module,
+    path: str,
+    members: Mapping[str, StoredModule],
+    tensors: Mapping[str, TensorRef],
+    find: Finder,
 ) -> None:
     experts = model.get_submodule(path)
     if problem := refusal(experts):
@@ -351,7 +370,7 @@ def _swap_experts(
             f"{path}: expected all {count} expert projections quantized alike, found {len(members)} in "
             f"{len(schemes)} schemes; convert the checkpoint again with one scheme for its experts"
         )
-    projections = {ROLES[p]: p for p in dict.fromkeys(m.rpartition(".")[2] for m in members)}
+    projections = {ROLES[p]: p for p in dict.fromkeys(find.projection(m) for m in members)}
     suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
     try:
         new = QuantExperts.like(
@@ -360,4 +379,6 @@ def _swap_experts(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    shapes = {n: p.shape for n, p in experts.named_parameters(recurse=False) if n in FUSED_PARAMETERS}
+    vars(new).update({n: _filled(*shape) for n, shape in shapes.items()})
     replace_module(model, path, new)

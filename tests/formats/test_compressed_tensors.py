@@ -393,6 +393,16 @@ def test_patterns_are_short_and_exact():
     assert name_patterns(layers, others + tower) == [r"re:model\.layers\.\d+\.mlp\.experts\.\d+\.up_proj$"]
 
 
+@pytest.mark.parametrize("stem", ["layers", "decoder_layers", "mtp_layers"])
+def test_patterns_of_layers_by_any_name_match_them(stem):
+    """LightGlue has `match_assignment_layers`, MiMo `mtp_layers`: nothing that began at `layers` was in their names."""
+    members = [f"model.{stem}.{i}.fc1" for i in range(3)]
+    others = [f"model.{stem}.{i}.fc2" for i in range(3)]
+    (target,) = name_patterns(members, others)
+    assert target == rf"re:.*\b{stem}\.\d+\.fc1$"
+    assert all(re.match(target[3:], n) for n in members) and not any(re.match(target[3:], n) for n in others)
+
+
 # Prefixes of language models in checkpoints → in vLLM (its models' `hf_to_vllm_mapper`), which translates the names
 # among the targets but no patterns.
 WRAPPED = {

@@ -20,6 +20,7 @@ from lowbit.scheme import Scheme, TensorSpec
 
 FUSED = {
     "qwen3-vl-moe": "rows", "llama4": "columns", "gemma4-moe": "rows", "granite-moe": "rows", "step": "apart",
+    "hy-v4": "rows", "minimax-m3": "rows",
 }  # fmt: skip
 """Architectures that transformers reads in 3-D only: [E, out, in] or [E, in, out], or gate and up apart too."""
 
@@ -227,6 +228,38 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
             }  # fmt: skip
             config = t.Step3p7Config(text_config=text, vision_config=vision, image_token_id=95)
             return t.Step3p7ForConditionalGeneration, config
+        case (
+            "hy-v4"
+        ):  # its experts have a gate of their own and no act_fn, and other names on disk than in memory
+            config = t.HYV4Config(
+                **text | {"num_key_value_heads": 4}, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+                qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                index_topk=8, index_head_dim=32, index_n_heads=2, swiglu_limit=0.5, hc_mult=2,
+                mlp_layer_types=["dense", "sparse"], layer_types=["indexed_attention"] * 2,
+                indexer_types=["full", "shared"],
+            )  # fmt: skip
+            return t.HYV4ForCausalLM, config
+        case "minimax-m3":
+            config = t.MiniMaxM3VLTextConfig(
+                **text | {"intermediate_size": 48},
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                swiglu_limit=0.5,
+            )
+            return t.MiniMaxM3VLForCausalLM, config
+        case "qwen3-omni":  # transformers' code initializes its experts by their names in float
+            audio = {
+                "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+                "output_dim": 64, "num_mel_bins": 16, "max_source_positions": 64, "downsample_hidden_size": 16,
+            }  # fmt: skip
+            moe = text | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+            vision = {
+                "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+                "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            }  # fmt: skip
+            return t.Qwen3OmniMoeThinkerForConditionalGeneration, t.Qwen3OmniMoeThinkerConfig(
+                text_config=moe, vision_config=vision, audio_config=audio
+            )
         case "vision-language":
             vision = t.CLIPVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,
@@ -242,7 +275,7 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
     raise ValueError(kind)
 
 
-SEEDS = {"llama4": 2}
+SEEDS = {"llama4": 2, "hy-v4": 1}
 """Where with seed 0 float rounding tips a code over in the first attention, and everything after follows."""
 
 

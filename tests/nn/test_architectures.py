@@ -15,7 +15,7 @@ from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quanti
 
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
-    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step",
+    "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step", "qwen3-omni", "hy-v4", "minimax-m3",
 ]  # fmt: skip
 
 
@@ -266,6 +266,35 @@ BEYOND_TEXT = {
         ),
         {"input_ids": torch.arange(2, 11)[None], "decoder_input_ids": torch.arange(4)[None]},
     ),
+    # Its code reads the dtype of one weight whatever that is; another is the output head's too.
+    "granite-speech": lambda: (
+        transformers.GraniteSpeech5ForCTC(
+            transformers.GraniteSpeech5CTCConfig(
+                vocab_size=64,
+                encoder_config={
+                    **SMALL, "num_key_value_heads": 4, "head_dim": 16, "num_mel_bins": 16, "context_size": 16,
+                    "subsample_layers": [0],
+                },
+            )
+        ),
+        {"input_features": torch.linspace(-1, 1, 16 * 64).view(1, 16, 64)},
+    ),
+    # Its code asks for the shapes of weights that it would initialize.
+    "funnel": lambda: (
+        transformers.FunnelForMaskedLM(
+            transformers.FunnelConfig(
+                vocab_size=64, block_sizes=[1, 1], num_decoder_layers=1, d_model=64, n_head=4, d_head=16, d_inner=128
+            )
+        ),
+        {"input_ids": torch.arange(2, 10)[None]},
+    ),
+    # Its embedding is called `w`.
+    "ctrl": lambda: (
+        transformers.CTRLLMHeadModel(
+            transformers.CTRLConfig(vocab_size=64, n_positions=32, n_embd=64, dff=128, n_layer=2, n_head=4)
+        ),
+        {"input_ids": torch.arange(2, 11)[None]},
+    ),
 }  # fmt: skip
 
 
@@ -341,6 +370,16 @@ def test_codes_of_weights_that_a_models_code_reads_are_refused(scheme, tmp_path)
             load(tmp_path / "out")(**batch)
         return
     with pytest.raises(InputError, match=r"casts activations .* --ignore '\*\.expert_\*\.wo'$"):
+        load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only"])
+def test_codes_of_what_transformers_ties_are_refused(scheme, tmp_path):
+    """One half of a pair cannot hold codes while the other is a float Linear: tying them ended in a TypeError."""
+    model, _ = BEYOND_TEXT["granite-speech"]()
+    model.save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme, overrides={"encoder.out": scheme})
+    with pytest.raises(InputError, match=r"one weight with that of ctc_head, .* --ignore 'encoder\.out'$"):
         load(tmp_path / "out")
 
 

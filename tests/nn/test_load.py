@@ -302,6 +302,13 @@ def test_bad_input(tmp_path):
     file.write_text(json.dumps(config | {"intermediate_size": 80}))
     with pytest.raises(InputError, match=r"config\.json and weights do not belong together"):
         load(tmp_path / "out")
+    # What transformers' own classes say of both was an error of another kind.
+    file.write_text(json.dumps(config | {"vocab_size": 80}))
+    with pytest.raises(InputError, match=r"another shape \(first: model\.embed_tokens\.weight"):
+        load(tmp_path / "out")
+    file.write_text(json.dumps(config | {"num_attention_heads": 7}))
+    with pytest.raises(InputError, match=r"cannot use this config\.json"):
+        load(tmp_path / "out")
     file.write_text(json.dumps(config))
     tensors = load_file(tmp_path / "out/model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight_scale"]
