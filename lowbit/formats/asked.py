@@ -74,6 +74,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
     "ernie4_5_moe": ((r"^model\.mtp_block\.(\d+)\.", _behind_the_last),),
+    "bailing_hybrid": ((r"\.attention\.", ".self_attn."),),  # Ling 3; not 2.5
     "mimo": ((r"^model\.mtp_layers\.(\d+)\.", _behind_the_last),),
     "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
