@@ -245,7 +245,7 @@ class LayerwiseModel:
     def _place_wrappers(self, body: str) -> None:
         """What wraps the body is on `device` to transformers, which asks the first parameter: a tower's, left on meta.
 
-        (SmolVLM's code moves embeddings there.) NaN in its place, of one element's memory, since no text passes it.
+        (Idefics 3's code moves embeddings there.) NaN in its place, of one element's memory, since no text passes it.
         """
         parts = body.split(".")
         for path in (".".join(parts[:n]) for n in range(len(parts) + 1)):

@@ -39,7 +39,7 @@ CHOSEN = [
     "llama4", "llama4-sees", "gemma3-sees", "gemma4", "gemma4-moe", "gemma4-sees", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5_moe-sees", "qwen3_next", "gpt_oss", "glm4_moe", "minimax_m2", "nemotron_h", "jamba",
     "bamba", "falcon_h1", "deepseek_v4", "gemma3n", "nanochat",
-    "smolvlm",
+    "idefics3",
 ]  # fmt: skip
 EACH = pytest.mark.parametrize(
     "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
