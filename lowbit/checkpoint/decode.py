@@ -56,16 +56,28 @@ def read_scale(source: Source) -> np.ndarray:
             "checkpoint with its own tools first"
         )
     columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
-    return np.ascontiguousarray(scale.reshape(-1, columns))
+    scale = np.ascontiguousarray(scale.reshape(-1, columns))
+    if len(source.ref.shape) == 2 and source.ref.elements:
+        expected = tuple(-(-n // tile) for n, tile in zip(source.unpacked, source.block, strict=True))
+        if scale.shape != expected:  # the loops would read past its end
+            raise InputError(
+                f"{source.scale.name}: expected {list(expected)} scales for {source.ref.name}, found "
+                f"{list(source.scale.shape)}; config and tensors do not belong together: fetch the checkpoint again"
+            )
+    return scale
 
 
 def check_shape(source: Source, shape: tuple[int, ...]) -> None:
     """InputError where a packed weight has fewer columns than its int32s have room for."""
     if source.shape is None:
         return
-    found = tuple(
-        read_bytes(source.shape).view({"I32": np.int32, "I64": np.int64}[source.shape.dtype]).tolist()
-    )
+    numbers = {"I32": np.int32, "I64": np.int64}
+    if source.shape.dtype not in numbers:
+        raise InputError(
+            f"{source.shape.name}: expected {' or '.join(numbers)}, found {source.shape.dtype}; "
+            "fetch the checkpoint again"
+        )
+    found = tuple(read_bytes(source.shape).view(numbers[source.shape.dtype]).tolist())
     if found != shape:
         raise InputError(
             f"{source.shape.name}: expected {list(shape)}, what the packed codes have room for, found {list(found)}; "

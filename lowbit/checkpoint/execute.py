@@ -82,7 +82,7 @@ class Worker:
             (out,) = job.outputs.values()
             self._write(out, 0, np.frombuffer(job.data, np.uint8))
             return {out.name: xxhash.xxh3_128_hexdigest(job.data)}
-        if job.kind == "copy":
+        if job.kind in ("copy", "repack"):
             return self._copy(job)
         if job.kind == "scale":
             return self._scale(job)
@@ -94,6 +94,7 @@ class Worker:
         assert job.source is not None
         ref, (content, out) = job.source.ref, next(iter(job.outputs.items()))
         assert ref.nbytes == out.nbytes, out
+        check_shape(job.source, job.shape)
         dtype = "F8_E8M0" if content == "scale" and ref.dtype == "U8" else ref.dtype
         digest, sums, looks_finite = xxhash.xxh3_128(), RowSums(job), True
         step = COPY_BYTES
@@ -102,6 +103,8 @@ class Worker:
             step = max(COPY_BYTES // row_bytes, 1) * row_bytes
         for start in range(0, ref.nbytes, step):
             part = self._read(ref, start, min(step, ref.nbytes - start))
+            if job.kind == "repack":
+                part ^= 0x80  # packed codes are those + 128, in the same order
             for at in range(0, part.size, _LOOK_BYTES):
                 look = part[at : at + _LOOK_BYTES]
                 digest.update(look.data)

@@ -21,6 +21,26 @@ def may_pass(error: OSError) -> bool:
     return error.errno in {getattr(errno, name, None) for name in _MAY_PASS}
 
 
+def explain(error: OSError, out: Path, source: Path, *, nbytes: int, kept: bool) -> InputError:
+    """An operating system's error while `nbytes` were being written to `out` → what to do about it.
+
+    `kept`: what was written by then stays.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        left = "stays" if kept else "has been removed"
+        return InputError(
+            f"{out}: the disk is full; {nbytes / 1e9:.2f} GB are needed. "
+            f"What was written {left}: free some space, or choose another disk"
+        )
+    ours = not isinstance(error.filename, str) or source not in Path(error.filename).parents
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
+        return InputError(f"{out}: no permission to write here ({error.strerror}); choose another place")
+    stays = ". What was written stays" if kept else ""
+    return InputError(
+        f"{error.filename or out}: {error.strerror or error}{stays}; check the file and the disk, and run again"
+    )
+
+
 def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "conversion") -> int:
     """Keep others of what we do out of a directory until the returned descriptor is closed.
 
@@ -43,6 +63,19 @@ def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "
         os.close(fd)
         return -1
     return fd
+
+
+def make_directories(directory: Path, made: list[Path]) -> None:
+    """A directory and those above it that are missing, each put into `made` when it is there."""
+    missing = [p for p in (directory, *directory.parents) if not p.exists()]
+    for path in reversed(missing):
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+            continue  # another part was faster
+        made.append(path)
 
 
 def create(file: Path, shard: Shard) -> int:
@@ -79,9 +112,13 @@ def write_json(file: Path, value: Any) -> None:
     aside.replace(file)
 
 
-def sync_directory(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk. Some file systems sync no directories, and say so."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(fd)

@@ -83,6 +83,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
+    def stamps(self) -> dict[Path, tuple[int, int]]:
+        """Shard → bytes, and nanoseconds of its last modification, both as of now."""
+        found = ((shard, shard.stat()) for shard in self.shards)
+        return {shard: (stat.st_size, stat.st_mtime_ns) for shard, stat in found}
+
     def fingerprint(self) -> str:
         """xxh3-128 over names, dtypes, shapes, places, file sizes and times: the source's identity.
 
@@ -95,9 +100,8 @@ class Checkpoint:
         def say(text: str) -> None:
             digest.update(text.encode(errors="surrogateescape"))  # names of files need not be UTF-8
 
-        for shard in self.shards:
-            stat = shard.stat()
-            say(f"{shard.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n")
+        for shard, (size, time) in self.stamps().items():
+            say(f"{shard.name}\0{size}\0{time}\n")
         for t in self.tensors.values():
             say(f"{t.name}\0{t.dtype}\0{t.shape}\0{t.file.name}\0{t.offset}\n")
         say(json.dumps(self.config, sort_keys=True))

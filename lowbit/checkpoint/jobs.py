@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
-from lowbit.checkpoint.headers import TensorRef
+from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.dtypes import DType
 from lowbit.formats import StoredModule
@@ -51,6 +51,14 @@ class Source:
         )
 
     @property
+    def unpacked(self) -> tuple[int, ...]:
+        """The weight's shape, as far as `ref` says: what is packed has room for so much."""
+        if self.codes is None or not self.ref.shape:
+            return self.ref.shape
+        *rows, items = self.ref.shape
+        return *rows, items * (8 * ITEM_BYTES[self.ref.dtype] // self.codes.bits)
+
+    @property
     def refs(self) -> tuple[TensorRef, ...]:
         return tuple(
             r for r in (self.ref, self.scale, self.shape, self.divisor, self.offset) if r is not None
@@ -78,11 +86,11 @@ class Job:
     """An independent piece of work: one module's weight, or one tensor carried along.
 
     `copy`: bytes as they are. `cast`: to another float dtype, dequantizing where there is a
-    source scale. `quantize`: codes and scales. `pack`: int8 codes into int32. `scale`: a source's
+    source scale. `quantize`: codes and scales. `repack`: int8 codes into int32, or out of it. `scale`: a source's
     scales in float32, or one number in float32 or int8. `constant`: bytes known now.
     """
 
-    kind: Literal["copy", "cast", "quantize", "pack", "scale", "constant"]
+    kind: Literal["copy", "cast", "quantize", "repack", "scale", "constant"]
     shape: tuple[int, ...]
     """Of the weight, unpacked."""
     source: Source | None
@@ -128,9 +136,10 @@ def jobs_as_they_are(
     scale = source.scale
     assert scale is not None
     codes: dict[Content, OutTensor] = {c: o for c, o in outputs.items() if c != "scale"}
+    there = source if static else replace(source, scale=None, divisor=None, offset=None)
     weight = Job(
-        kind="pack" if "packed" in outputs and not source.packed else "copy",
-        shape=source.ref.shape, source=source if static else Source(ref=source.ref), outputs=codes, static=static,
+        kind="copy" if ("packed" in outputs) == source.packed else "repack",
+        shape=source.unpacked, source=there, outputs=codes, static=static,
     )  # fmt: skip
     if "scale" not in outputs:
         return [weight]
@@ -138,8 +147,8 @@ def jobs_as_they_are(
     same = scale.dtype == outputs["scale"].dtype or {scale.dtype, outputs["scale"].dtype} == _EXPONENTS
     if same and source.divisor is None and source.offset is None:
         return [weight, job_of("copy", scale, out)]
-    there = Source(ref=scale, divisor=source.divisor, offset=source.offset)
-    return [weight, Job(kind="scale", shape=scale.shape, source=there, outputs=out)]
+    known = Source(ref=scale, divisor=source.divisor, offset=source.offset)
+    return [weight, Job(kind="scale", shape=scale.shape, source=known, outputs=out)]
 
 
 def job_of(

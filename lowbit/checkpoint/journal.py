@@ -8,8 +8,10 @@ made again. So no fsync is needed while working, and a lost page costs one job.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +26,15 @@ class Journal:
     def __init__(self, file: Path, digest: str) -> None:
         """Open for appending. The plan's digest is said again by each run that writes here."""
         self._lock = threading.Lock()
-        self._stream = file.open("a", encoding="utf-8")
-        # An empty line ends what a killed run may have left of its last one.
-        self._stream.write("\n")
-        self._line({"plan": digest})
+        # Without a buffer: what does not fit on the disk would be in the way of closing the file.
+        self._stream = file.open("ab", buffering=0)
+        try:
+            # An empty line ends what a killed run may have left of its last one.
+            self._write(b"\n")
+            self._line({"plan": digest})
+        except OSError:
+            self.close()
+            raise
 
     def record(self, job: int, checksums: Mapping[str, str]) -> None:
         """Job number `job` of the plan is written."""
@@ -40,14 +47,19 @@ class Journal:
     def synced(self, shards: Iterable[int]) -> None:
         """All jobs of these output files are written, and the files are on the disk."""
         self._line({"synced": sorted(shards)})
+        os.fsync(self._stream.fileno())  # other machines go by it
 
     def _line(self, entry: object) -> None:
         with self._lock:
-            self._stream.write(json.dumps(entry) + "\n")
-            self._stream.flush()
+            self._write(json.dumps(entry).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[self._stream.write(data) :]
 
     def close(self) -> None:
-        self._stream.close()
+        with suppress(OSError):  # what counts is synced; a network may say again what failed
+            self._stream.close()
 
 
 @dataclass(frozen=True, kw_only=True)

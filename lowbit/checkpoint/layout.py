@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
 from lowbit.errors import InputError
@@ -146,6 +147,13 @@ def _lay_out(file: str, number: int, tensors: list[OutTensor]) -> tuple[Shard, d
     placed = {t.name: OutTensor(t.name, t.dtype, t.shape, number, len(header) + at) for t, at in begins}
     names = tuple(t.name for t, _ in begins)
     return Shard(file=file, header=header, nbytes=len(header) + position, names=names), placed
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """`model.safetensors.index.json`: which file holds which tensor, and the bytes of all."""
+    weight_map = {name: shard.file for shard in shards for name in shard.names}
+    total = sum(shard.nbytes - len(shard.header) for shard in shards)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def out_like(ref: TensorRef, dtype: str | None = None) -> OutTensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -53,6 +55,13 @@ def read_manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
             f"{file}: expected dtype, shape and checksum of each tensor, found others; convert again"
         )
     return manifest
+
+
+def listed_files(file: Path) -> list[str]:
+    """The names of other files than shards that a manifest has; [] where there is none, or none that can be read."""
+    with suppress(InputError, TypeError):
+        return [str(name) for name in read_json(file).get("files", ())]
+    return []
 
 
 def differences(manifest: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:

@@ -159,12 +159,13 @@ class Planner:
         if codes is not None and codes.dtype not in FLOATS:
             assert scale is not None  # the store checks that codes have a scale
             self._check_replacement(module, codes, scale, scheme, shape)
-            source = Source(ref=codes, scale=scale)
+            block = block_shape((rows, cols), scheme.weights.granularity)
+            source = Source(ref=codes, scale=scale, block=block)
             return [*jobs_as_they_are(source, outputs, static), *jobs]
         source = self._weight(module)
         there = stored is not None and codes is None and scale is None and stored.spec == scheme.weights
-        if there and ("packed" in outputs) == source.packed:
-            # Already what is asked for: bit for bit, only names change.
+        if there:
+            # Already what is asked for: code for code, only names and packing change.
             return [*jobs_as_they_are(source, outputs, static), *jobs]
         spec = scheme.weights
         if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":

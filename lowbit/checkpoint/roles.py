@@ -101,7 +101,7 @@ KEEP_RULES = (
     Rule(
         "head",
         re.compile(
-            r"^head\.|(^|.*\.)pooler\.dense$"
+            r"^head\.|(^|.*\.)(pooler\.dense|text_model\.head)$"
             r"|^(model\.)?(linear|colbert_linear|sparse_linear|custom_text_proj|embedding_proj_layer|text_projection)$"
         ),
         "behind the last layer; engines keep it in float",

@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import gcd
 from types import MappingProxyType
 from typing import Any
 
 from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
-from lowbit.formats.format import Joined, StoredModule
+from lowbit.formats.format import Joined, StoredModule, configs_in
 from lowbit.formats.joined import EXPERT
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
@@ -46,6 +47,12 @@ _FUSED_OF = {
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
 # One matrix on disk of which engines divide the parts, that of time steps or gates as narrow as there are heads.
 _JOINED_ON_DISK = re.compile(r"^(.*\.)?((mamba|mixer)\.in_proj|in_proj_(qkvz|ba))$")
+
+# Others, of parts that engines divide: a layer's q, k and v, its keys and values, its gate and up.
+_QKV_ON_DISK = re.compile(r"^(.*\.)?(qkv_proj|query_key_value|key_value|c_attn|[Ww]qkv|W_pack)$")
+_GATE_UP_ON_DISK = re.compile(r"^(.*\.)?gate_up_proj$")
+# In these, heads of q, k and v alternate, and engines take them apart.
+_BY_HEAD = ("bloom", "falcon", "telechat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +187,7 @@ def decide(
     for module in decisions:
         groups[fused_key(module, model_type) or (module,)].append(module)
     for members in groups.values():
-        _make_fit(members, weights, decisions, fits, already)
+        _make_fit(members, weights, decisions, fits, already, config or {})
         _make_agree(members, decisions)
     return decisions
 
@@ -260,6 +267,7 @@ def _make_fit(
     decisions: dict[str, Decision],
     fits: Fits,
     already: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
 ) -> None:
     """Replace a scheme that does not fit one member's shape, for all members at once.
 
@@ -267,23 +275,54 @@ def _make_fit(
     ship, engines load. Nor are they in the way where nothing follows, in this matrix or on another
     device (`_LAST_UNDIVIDED`).
     """
-    fused = len(members) > 1 or _JOINED_ON_DISK.match(members[0]) is not None
+    shapes = {m: _narrowest(m, weights[m], config) for m in members}
+    fused = (
+        len(members) > 1
+        or _JOINED_ON_DISK.match(members[0]) is not None
+        or shapes[members[0]] != weights[members[0]]
+    )
     joined: Joined = "experts" if EXPERT.match(members[0]) else "fused" if fused else ""
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}
         free = carried | {m for m in having if m.rpartition(".")[2] in _LAST_UNDIVIDED}
         ours: dict[str, Joined] = {m: "" if m in free else joined for m in having}
-        problem = next((p for m in having if (p := fits(scheme, weights[m], ours[m]))), "")
+        problem = next((p for m in having if (p := fits(scheme, shapes[m], ours[m]))), "")
         if not problem:
             continue
         other = simpler(scheme)
-        if other is not None and any(fits(other, weights[m], joined) for m in having):
+        if other is not None and any(fits(other, shapes[m], joined) for m in having):
             other = None
         change = "dynamic activations" if scheme.needs_calibration else "a scale per channel"
         for m in having:
             reason = f"{problem}; {change} instead" if other else problem
             decisions[m] = replace(decisions[m], scheme=other, reason=reason)
+
+
+def _narrowest(module: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a part of a matrix that holds several on disk, at whose end others begin; `shape` for any other.
+
+    Where parts differ in height, it is what divides all of them.
+    """
+    if _GATE_UP_ON_DISK.match(module) and len(shape) == 2:
+        return (shape[0] // 2, shape[1])
+    if not _QKV_ON_DISK.match(module) or len(shape) != 2:
+        return shape
+    for part in configs_in(config):
+        heads = _number(part, "num_attention_heads", "n_head", "n_heads", "num_heads")
+        width = _number(part, "hidden_size", "n_embd", "d_model")
+        size = _number(part, "head_dim", "kv_channels") or (width // heads if heads else 0)
+        keys = _number(part, "num_key_value_heads", "num_kv_heads", "multi_query_group_num") or heads
+        for kv in (keys, heads, 1):
+            if size and shape[0] in ((heads + 2 * kv) * size, 2 * kv * size):
+                by_head = part.get("model_type") in _BY_HEAD
+                return (size if by_head else gcd(heads, kv) * size, shape[1])
+    return shape
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    """What a config has under the first of these names that it has a number for; 0 for none."""
+    return next((n for name in names if isinstance(n := config.get(name), int)), 0)
 
 
 def _make_agree(members: list[str], decisions: dict[str, Decision]) -> None:

@@ -10,7 +10,6 @@ one that finds the files of all others finished does that.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
@@ -18,10 +17,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.files import create, lock, may_pass, sync_directory, write_json
-from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL, read_json
+from lowbit.checkpoint.files import (
+    create,
+    explain,
+    lock,
+    make_directories,
+    may_pass,
+    sync,
+    write_json,
+)
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import Journal, Record, read_journals
-from lowbit.checkpoint.manifest import make_manifest
+from lowbit.checkpoint.layout import index_of
+from lowbit.checkpoint.manifest import listed_files, make_manifest
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.reading import file_checksum
@@ -30,7 +38,8 @@ from lowbit.formats import DESCRIPTION
 
 # Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
-# Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again.
+# Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again. It may name
+# files that an earlier conversion, killed while it showed them, left in OUT.
 REPLACING = "replacing"
 CONFIG = "config.json"
 # So long a part waits for another to remove what an earlier conversion left.
@@ -50,6 +59,7 @@ class OutputDirectory:
         self.shards = self.part.shards(plan.shards)
         self.partial = self.out / PARTIAL
         self.digest = plan.digest()
+        self._stamps = plan.source.stamps()
         self._overwrite = overwrite
         self._created: list[Path] = []
         self._descriptors: dict[int, int] = {}
@@ -115,7 +125,7 @@ class OutputDirectory:
     def prepare(self) -> dict[int, int]:
         """Create this part's shards at their full size, headers written; shard number → file descriptor."""
         try:
-            self._make_directories()
+            make_directories(self.out, self._created)
             tidy = self._lock_out()
         except OSError as error:
             self._remove_made()  # no more: what else is there may be another's
@@ -123,7 +133,7 @@ class OutputDirectory:
         try:
             self._check_space()
             if self._stale:
-                shutil.rmtree(self.partial)
+                self._remove_stale()
             self.partial.mkdir(exist_ok=True)
             self._move_back()
             if self._overwrite:
@@ -167,17 +177,6 @@ class OutputDirectory:
             self._stale = False
             self._check()
 
-    def _make_directories(self) -> None:
-        missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
-        for path in reversed(missing):
-            try:
-                path.mkdir()
-            except FileExistsError:
-                if not path.is_dir():
-                    raise
-                continue  # another part was faster
-            self._created.append(path)
-
     def _check_space(self) -> None:
         others = sum((self.plan.source.root / f).stat().st_size for f in self.plan.source.others)
         have = (
@@ -191,30 +190,12 @@ class OutputDirectory:
             )
 
     def _explain(self, error: OSError) -> InputError:
-        """An operating system's error → what to do about it."""
-        left = "stays" if self._kept else "has been removed"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return InputError(
-                f"{self.out}: the disk is full; {self.plan.output_bytes / 1e9:.2f} GB are needed. "
-                f"What was written {left}: free some space, or choose another disk"
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and self._is_output(error.filename):
-            return InputError(
-                f"{self.out}: no permission to write here ({error.strerror}); choose another place"
-            )
-        stays = ". What was written stays" if self._kept else ""
-        return InputError(
-            f"{error.filename or self.out}: {error.strerror or error}{stays}; check the file and the disk, "
-            "and run again"
-        )
-
-    def _is_output(self, filename: str | bytes | int | None) -> bool:
-        """Whether an error is about OUT and not about a file of the source."""
-        return not isinstance(filename, str) or self.plan.source.root not in Path(filename).parents
+        return explain(error, self.out, self.plan.source.root, nbytes=self.plan.output_bytes, kept=self._kept)
 
     def finish(self) -> dict[str, Any]:
         """Show the result under its final names; returns the manifest, or {} while other parts are missing."""
         assert self.journal is not None
+        self._require_same_source()
         for fd in self._descriptors.values():
             os.fsync(fd)
         self.journal.synced(self.shards)
@@ -230,22 +211,32 @@ class OutputDirectory:
         manifest = make_manifest(self.plan, self.digest, checksums=checksums, files=beside)
         write_json(self.partial / MANIFEST, manifest)
         (self.partial / FINISHING).touch()
-        sync_directory(self.partial)
+        sync(self.partial)
         if (self.partial / REPLACING).exists():
             self._remove_old()
         for shard in self.plan.shards:
             self._show(Path(shard.file), Path(shard.file))
         for file, hidden in self._beside().items():
             if file == Path(CONFIG):
-                sync_directory(self.out)
+                self._sync_shown()
             self._show(hidden, file)
+        self._sync_shown()
         self._shown = []
         # First, since beside it a result without a journal would be taken for one that any run may go on with.
         (self.partial / FINISHING).unlink()
         shutil.rmtree(self.partial)
-        sync_directory(self.out)
+        sync(self.out)
         self._release()
         return manifest
+
+    def _require_same_source(self) -> None:
+        """InputError where a shard changed since: a download that reserves its files first looks whole at once."""
+        now = self.plan.source.stamps()
+        if changed := [file for file, stamp in self._stamps.items() if now[file] != stamp]:
+            raise InputError(
+                f"{changed[0]}: expected a source that stays as it is, but it changed while it was read; "
+                "convert again when it is complete"
+            )
 
     def _beside(self) -> dict[Path, Path]:
         """All files but the shards → their names in PARTIAL, in the order in which they are shown."""
@@ -260,7 +251,7 @@ class OutputDirectory:
         """All files but the shards and the manifest, into PARTIAL; name → checksum."""
         contents = dict(self.plan.files)
         if self.plan.indexed:
-            contents[INDEX] = _index(self.plan)
+            contents[INDEX] = index_of(self.plan.shards)
         if self.plan.config:
             contents[CONFIG] = self.plan.config
         for name, content in contents.items():
@@ -270,6 +261,7 @@ class OutputDirectory:
             copy = self.partial / OTHERS / file
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.plan.source.root / file, copy)
+            sync(copy)
             checksums[str(file)] = file_checksum(copy)
         return checksums
 
@@ -298,6 +290,11 @@ class OutputDirectory:
         (self.partial / hidden).replace(self.out / file)
         self._shown.append(file)
 
+    def _sync_shown(self) -> None:
+        """The names of all that is shown by now, in OUT and in folders below it."""
+        for folder in {parent for file in self._shown for parent in file.parents}:
+            sync(self.out / folder)
+
     def _move_back(self) -> None:
         """Undo the renames of a run that was killed among them; config.json goes first.
 
@@ -318,15 +315,32 @@ class OutputDirectory:
             (self.out / name).replace(self.partial / name)
         (self.partial / FINISHING).unlink()
 
+    def _remove_stale(self) -> None:
+        """Another conversion in PARTIAL, which this one replaces; what it has shown goes with the old checkpoint.
+
+        Not what it was yet to show: a file of that name in OUT may be anybody's.
+        """
+        hidden = (self.partial, self.partial / OTHERS)
+        named = listed_files(self.partial / MANIFEST)
+        shown = [name for name in named if not any((place / name).exists() for place in hidden)]
+        if shown:
+            left = [*listed_files(self.partial / REPLACING), *shown]
+            write_json(self.partial / REPLACING, {"files": left})
+        for name in (FINISHING, MANIFEST):  # first: neither is true of what is left
+            (self.partial / name).unlink(missing_ok=True)
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != REPLACING:
+                path.unlink()
+
     def _remove_old(self) -> None:
         """The checkpoint that is replaced: config first, so that no moment shows half of each.
 
         And all that its manifest names, since another model's chat template, say, would be used; the manifest last.
         """
         self._old_removed = True
-        named: list[str] = []
-        with suppress(InputError, ValueError, TypeError):
-            named = [str(name) for name in read_json(self.out / MANIFEST).get("files", ())]
+        named = listed_files(self.out / MANIFEST) + listed_files(self.partial / REPLACING)
         ours = [Path(name) for name in named if ".." not in Path(name).parts and not Path(name).is_absolute()]
         for file in (Path(CONFIG), *ours, Path(INDEX), Path(DESCRIPTION)):
             self._remove(file)
@@ -391,13 +405,8 @@ class OutputDirectory:
 
     def _close(self) -> None:
         for fd in self._descriptors.values():
-            os.close(fd)
+            with suppress(OSError):  # as of the journal
+                os.close(fd)
         self._descriptors = {}
         if self.journal is not None:
             self.journal.close()
-
-
-def _index(plan: Plan) -> dict[str, Any]:
-    weight_map = {name: shard.file for shard in plan.shards for name in shard.names}
-    total = sum(shard.nbytes - len(shard.header) for shard in plan.shards)
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}

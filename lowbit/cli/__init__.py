@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -56,6 +57,7 @@ def main() -> None:
     from lowbit.cli.output import say_when_compiling
     from lowbit.errors import InputError
 
+    _open_what_is_closed()
     say_when_compiling()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Neither `→` nor a file's name that is no text can end a command, whatever the encoding.
@@ -79,6 +81,14 @@ def main() -> None:
             print(said, file=sys.stderr)
             _say_as_json(said)
         raise
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that were closed lead nowhere: a shard would get the number of one, and what is said there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The lowest number that is free, which is that one's.
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _say_as_json(error: str) -> None:

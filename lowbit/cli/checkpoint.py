@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
 
+
+def some_path(text: str) -> Path:
+    """A path that was given: Python takes an empty one, of a variable that is not set, for the current directory."""
+    if not text:
+        raise typer.BadParameter("expected a path, found nothing; '.' is the current directory")
+    return Path(text)
+
+
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="Checkpoint directory: *.safetensors and config.json.")
+    Path,
+    typer.Argument(
+        metavar="SRC", parser=some_path, help="Checkpoint directory: *.safetensors and config.json."
+    ),
 ]
 SchemeName = Annotated[
     str | None,

@@ -25,6 +25,7 @@ from lowbit.cli.checkpoint import (
     advice_on,
     headline,
     print_warnings,
+    some_path,
     summary,
     what_is_asked,
 )
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 
 def convert(
     src: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the result.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=some_path, help="New directory for the result.")
+    ],
     scheme: SchemeName = None,
     format: FormatName = None,
     target: TargetName = None,

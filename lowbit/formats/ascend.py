@@ -207,6 +207,11 @@ class Ascend:
                     f"{module}.weight: expected {name} beside a weight of type {kind}, found none in any shard; "
                     "the checkpoint is incomplete: fetch it again"
                 )
+            if content == "deq_scale" and tuple(tensors[name].shape) != info.shape[:1]:
+                raise InputError(
+                    f"{name}: expected one scale for each of {info.shape[0]} rows, found {list(tensors[name].shape)}; "
+                    "the checkpoint is incomplete: fetch it again"
+                )
             if content == "scale" and isinstance(scheme.weights.granularity, PerChannel | PerGroup):
                 check_scale(module, name, tuple(tensors[name].shape), _matrix(info), scheme.weights)
         return StoredModule(shape=_matrix(info), scheme=scheme, names=names, format=self.name)

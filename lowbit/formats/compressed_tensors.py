@@ -14,6 +14,7 @@ from typing import Any
 
 from lowbit.dtypes import E4M3FN, INT4, INT8
 from lowbit.errors import InputError
+from lowbit.formats.asked import unnamed
 from lowbit.formats.format import (
     ConfigOnly,
     Content,
@@ -90,7 +91,8 @@ class CompressedTensors(ConfigOnly):
             if i == 0:
                 targets = ["Linear"]
             else:
-                outside = [m for m in (*layout.modules, *layout.ignored) if layout.modules.get(m) != scheme]
+                # What is ignored is so whatever else takes it in: a tower has layers of its own.
+                outside = [m for m, other in layout.modules.items() if other != scheme]
                 targets = name_patterns(named(groups[scheme]), named(outside))
             body[f"group_{i}"] = {
                 "targets": targets,
@@ -105,7 +107,12 @@ class CompressedTensors(ConfigOnly):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": _kv_cache(layout),
-            "ignore": [*ignored, *first_experts(ignored), *wherever(ignored, quantized)],
+            "ignore": [
+                *ignored,
+                *first_experts(ignored),
+                *wherever(ignored, quantized),
+                *(["re:^$"] if unnamed(ignored) else []),
+            ],
             "config_groups": body,
         }
 

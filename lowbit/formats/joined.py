@@ -8,13 +8,17 @@ experts that are called w1, w2 and w3, it takes what the class names say.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lowbit.formats.asked import as_asked
 
 # Latent attention's by vLLM, then by SGLang.
 _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 _JOINED = {
     "q_proj": ("qkv_proj",), "k_proj": ("qkv_proj",), "v_proj": ("qkv_proj",),
+    "query": ("qkv_proj",), "key": ("qkv_proj",), "value": ("qkv_proj",),
+    "q": ("qkv",), "k": ("qkv",), "v": ("qkv",),  # the tower of Qwen2.5-Omni
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
     "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
     "fc11": ("gate_up_proj",), "fc12": ("gate_up_proj",),
@@ -30,65 +34,6 @@ _EXPERTS = re.compile(r"(?:.*\.(?=layers\.))?(.*\bexperts)$")
 _OF_EXPERTS = {"w1": ("gate_proj",), "w3": ("up_proj",), "w2": ("down_proj",)}
 # Gemma 4 has experts beside its MLP; engines put them below a module of their own.
 _BESIDE = re.compile(r"(layers\.\d+)\.(experts(?:\.\d+\.|$))")
-
-
-# What vLLM has in place of a part of a name when it asks for a scheme: in Granite 4 and Bamba; in LFM2; in MiniMax-M2;
-# in the towers of GLM-4.1V and 4.5V (SGLang in all towers).
-_ASKED = (
-    (re.compile(r"\.mamba\."), ".mixer."),
-    (re.compile(r"\.conv\.(?=(in|out)_proj$)"), ".short_conv."),
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
-    (re.compile(r"\.attn\.qkv$"), ".attn.qkv_proj"),
-)
-_LAYER = re.compile(r"(model\.)layers\.(\d+)\.(.+)")
-
-
-# These two have one number for each attention and each Mamba layer: those of the Mambas follow on the others.
-def _in_falcon_h1(found: re.Match[str], config: Mapping[str, Any]) -> str:
-    before, layer, rest = found.groups()
-    if not rest.startswith("mamba."):
-        return found[0].replace(".self_attn.", ".")
-    number = config.get("num_hidden_layers", 0) + int(layer)
-    return f"{before}{number}." + rest.replace("mamba.", "mixer.")
-
-
-def _in_zamba2(found: re.Match[str], config: Mapping[str, Any]) -> str:
-    before, layer, rest = found.groups()
-    if rest.startswith("shared_transformer."):
-        rest = rest.removeprefix("shared_transformer.").removeprefix("self_attn.")
-        return before + re.sub(r"(_adapter_list\.\d+)\.([01])$", lambda m: f"{m[1]}.{'AB'[int(m[2])]}", rest)
-    number = len(config.get("hybrid_layer_ids", ())) + int(layer)
-    return f"{number}." + rest.removeprefix("mamba_decoder.").replace("mamba.", "mixer.")
-
-
-def _in_phimoe(found: re.Match[str], config: Mapping[str, Any]) -> str:
-    # As transformers 5 saves it, by its classes' names; vLLM has the published one's own.
-    return found[0].replace(".block_sparse_moe.gate", ".mlp.router").replace(".block_sparse_moe.", ".mlp.")
-
-
-_ASKED_OF: dict[str, Callable[[re.Match[str], Mapping[str, Any]], str]] = {
-    "falcon_h1": _in_falcon_h1,
-    "zamba2": _in_zamba2,
-    "phimoe": _in_phimoe,
-}
-
-
-def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Module names, each followed by the other one by which vLLM asks for its scheme, where there is one.
-
-    `config`: the model's config.json.
-    """
-    found: dict[str, None] = {}
-    own = _ASKED_OF.get(config.get("model_type", ""))
-    for module in modules:
-        other = module
-        if own is None:
-            for ours, theirs in _ASKED:
-                other = ours.sub(theirs, other)
-        elif match := _LAYER.fullmatch(module):
-            other = own(match, config)
-        found |= {module: None, other: None}
-    return list(found)
 
 
 def first_experts(modules: Iterable[str]) -> list[str]:

@@ -6,8 +6,13 @@ import itertools
 import re
 from collections.abc import Iterable
 
+# What a model calls its layers, `decoder_layers` too.
+_LAYERS = ("layers", r"\blayer", r"\bblocks", r"\bblock", r"\bh")
 # But for those of layers: patterns take in all experts of a layer, or none.
-_NUMBERS = re.compile(r"(?<=\.)(?<!layers\.)\d+(?=\.)")
+_NUMBERS = re.compile("".join(rf"(?<!{name}\.)" for name in _LAYERS) + r"(?<=\.)\d+(?=\.)")
+# The same in an escaped name.
+_NUMBERS_ESCAPED = re.compile("".join(rf"(?<!{name}\\\.)" for name in _LAYERS) + r"(?<=\\\.)\d+(?=\\\.)")
+_LAYER = [re.compile(rf"{name}\\\.(\\d\+|\d+)") for name in (r"\w*layers", *_LAYERS[1:])]
 
 
 def alike(names: Iterable[str]) -> list[str]:
@@ -42,9 +47,9 @@ def name_patterns(members: Iterable[str], outside: Iterable[str]) -> list[str]:
 
 def _generalized(name: str, any_layer: bool) -> tuple[str, ...]:
     """Patterns of a name with any numbers in it, also that of the layer or not, the widest first."""
-    number = r"(?<=\\\.)\d+(?=\\\.)" if any_layer else r"(?<=\\\.)(?<!layers\\\.)\d+(?=\\\.)"
-    pattern = re.sub(number, r"\\d+", re.escape(name)) + "$"
-    layers = re.search(r"\w*layers\\\.(\\d\+|\d+)", pattern)
+    number = re.compile(r"(?<=\\\.)\d+(?=\\\.)") if any_layer else _NUMBERS_ESCAPED
+    pattern = number.sub(r"\\d+", re.escape(name)) + "$"
+    layers = next((found for layer in _LAYER if (found := layer.search(pattern))), None)
     if layers is None:
         return (pattern,)
     before, after = pattern[: layers.start()], pattern[layers.start() :]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 from safetensors.torch import save_file
 from sample_models import (
     Tensors,
@@ -187,6 +188,40 @@ def test_converting_what_is_already_so_is_bit_for_bit(tmp_path):
     written = load(tmp_path / "out")
     for name, t in tensors.items():
         assert same_bits(written[name.replace("_scale_inv", "_scale")], t), name
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["out of int32", "into int32"])
+def test_int8_codes_are_packed_and_unpacked_as_they_are(tmp_path, packed):
+    """Between W8A16 and W8A8, also those of -128, which most libraries write: rounded again, all of a row changed."""
+    tensors, config = llama(hidden=96, intermediate=160)  # which groups of 128 do not fit
+    modules = [n.removesuffix(".weight") for n in tensors if n.endswith("_proj.weight")]
+    codes = {m: torch.randint(-128, 128, tensors[f"{m}.weight"].shape).to(torch.int8) for m in modules}
+    scales = {m: (torch.rand(c.shape[0], 1) + 0.5).to(torch.bfloat16) for m, c in codes.items()}
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    if not packed:
+        group["input_activations"] = weights | {"strategy": "token", "dynamic": True}
+    for m, c in codes.items():
+        del tensors[f"{m}.weight"]
+        tensors[f"{m}.weight_scale"] = scales[m]
+        if packed:
+            tensors[f"{m}.weight_packed"] = pack_to_int32(c, 8)
+            tensors[f"{m}.weight_shape"] = torch.tensor(c.shape)
+        else:
+            tensors[f"{m}.weight"] = c
+    form = "pack-quantized" if packed else "int-quantized"
+    quantization = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    src = write(tmp_path / "src", tensors, config | {"quantization_config": quantization})
+    lowbit.convert(src, tmp_path / "out", "int8" if packed else "int8-weight-only")
+    written = load(tmp_path / "out")
+    for m, c in codes.items():
+        assert same_bits(written[f"{m}.weight_scale"], scales[m].float()), m
+        if packed:
+            assert same_bits(written[f"{m}.weight"], c), m
+        else:
+            assert torch.equal(unpack_from_int32(written[f"{m}.weight_packed"], 8, c.shape), c), m
+            assert written[f"{m}.weight_shape"].tolist() == list(c.shape)
+    assert lowbit.verify(tmp_path / "out", src).errors[0].largest == 0
 
 
 @pytest.mark.parametrize("source", ["bf16", "fp8"])

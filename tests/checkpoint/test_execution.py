@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -22,7 +23,8 @@ from sample_models import block_fp8, deepseek_v3, llama, load, same_bits, write
 import lowbit
 from lowbit.checkpoint import execute, writer
 from lowbit.checkpoint.headers import PARTIAL
-from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.journal import Journal, read_journal
+from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.reading import finite
 from lowbit.errors import InputError
 
@@ -176,6 +178,11 @@ def test_no_space_to_go_on_keeps_what_was_written(src, tmp_path, stopped, monkey
     assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
 
 
+def test_what_was_written_is_space_that_is_not_needed_again(src, stopped, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert lowbit.convert(src, stopped, "int8", max_shard_size="200KB").resumed_jobs > 0
+
+
 @pytest.mark.parametrize("failing", ["open", "posix_fallocate"])
 def test_what_cannot_be_gone_on_with_stays(src, stopped, monkeypatch, failing):
     """Such as the files of a colleague, whose umask keeps others from writing to them, or a quota."""
@@ -252,6 +259,10 @@ class Killed(BaseException):
     """Not even an error."""
 
 
+def die(*args, **kw):
+    raise Killed
+
+
 @contextmanager
 def killed_at(step: int):
     """Before the `step`th change of names while results are shown or moved back; yields a list of those that came."""
@@ -292,6 +303,12 @@ def replaced(tmp_path_factory):
     return convert, lambda out: shutil.copytree(root / "old", out), everything(root / "fresh")
 
 
+def shown(out: Path) -> dict[str, bytes] | None:
+    """What loaders find; None: no model."""
+    files = {name: data for name, data in everything(out).items() if not name.startswith(PARTIAL)}
+    return files if "config.json" in files else None
+
+
 def test_overwriting_leaves_nothing_of_what_was_there(replaced, tmp_path):
     """Another model's chat template would be used."""
     convert, full, result = replaced
@@ -307,20 +324,45 @@ def test_an_overwriting_run_killed_at_any_step(replaced, tmp_path, again):
     convert, full, result = replaced
     with killed_at(-1) as steps:
         full(tmp_path / "whole")
+        old = everything(tmp_path / "whole")
         convert(tmp_path / "whole", overwrite=True)
     for step in range(0, len(steps), 1 + again):
         out = tmp_path / str(step)
         full(out)
         with killed_at(step), pytest.raises(Killed):
             convert(out, overwrite=True)
+        assert shown(out) in (None, old, result), (step, steps[step])
         with killed_at(step % 4), suppress(Killed, InputError):  # once more
             convert(out, overwrite=again)
+        assert shown(out) in (None, old, result), (step, steps[step])
         try:
             convert(out, overwrite=again)
         except InputError as error:
             assert "--overwrite" in str(error) and not again
             convert(out, overwrite=True)
         assert everything(out) == result, (step, steps[step])
+
+
+def test_another_conversion_replaces_one_that_was_killed_at_any_step(replaced, tmp_path):
+    """Its chat template stayed, which the killed run's manifest alone names."""
+    convert, full, result = replaced
+    src = write(
+        tmp_path / "other", *deepseek_v3(), files={"chat_template.jinja": "y", "deep/er/mine.md": "y"}
+    )
+    with killed_at(-1) as steps:
+        full(tmp_path / "whole")
+        lowbit.convert(src, tmp_path / "whole", "int8", overwrite=True)
+    for step in range(len(steps)):
+        out = tmp_path / str(step)
+        full(out)
+        (out / "mine.md").write_text("x")
+        with killed_at(step), pytest.raises(Killed):
+            lowbit.convert(src, out, "int8", overwrite=True)
+        for again in range(0, 3 * (step % 3), 3):  # while it removes that one, say
+            with killed_at(step // 2 + again), pytest.raises(Killed):
+                lowbit.convert(src, out, "mxfp8" if again else "fp8", overwrite=True)
+        convert(out, overwrite=True)
+        assert everything(out) == {**result, "mine.md": b"x"}, (step, steps[step])
 
 
 def test_a_failure_while_replacing_keeps_the_new_one(replaced, tmp_path, monkeypatch):
@@ -332,6 +374,20 @@ def test_a_failure_while_replacing_keeps_the_new_one(replaced, tmp_path, monkeyp
         with pytest.raises(InputError, match="What was written stays"):
             convert(tmp_path / "out", overwrite=True)
     assert convert(tmp_path / "out") > 0 and everything(tmp_path / "out") == result
+
+
+def test_a_failure_after_the_old_one_was_half_removed_keeps_the_new_one(replaced, tmp_path, monkeypatch):
+    """By a run that was killed meanwhile."""
+    convert, full, result = replaced
+    out = tmp_path / "out"
+    full(out)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(writer.OutputDirectory, "_remove", after(2, die, writer.OutputDirectory._remove))
+        convert(out, overwrite=True)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="What was written stays"):
+        patched.setattr(shutil, "copyfile", no_space)
+        convert(out)
+    assert convert(out) > 0 and everything(out) == result
 
 
 def test_killed_while_clearing_up_the_result_stays(src, tmp_path, monkeypatch):
@@ -360,6 +416,45 @@ def test_config_is_shown_last(src, tmp_path, monkeypatch):
     assert order[-1] == "config.json" and order[-2] == "lowbit_manifest.json"
     index = order.index("model.safetensors.index.json")
     assert all(name.endswith(".safetensors") for name in order[:index])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says which file a descriptor is")
+def test_all_is_on_the_disk_before_config_is_shown(src, tmp_path, monkeypatch):
+    """Files and their names, those that are carried too: a machine that loses power may keep the last rename alone."""
+    out, synced = tmp_path / "out", {}
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(fd):
+        file = Path(f"/proc/self/fd/{fd}").readlink()
+        synced[file] = sorted(p.name for p in file.iterdir()) if file.is_dir() else file.read_bytes()
+        fsync(fd)
+
+    def renaming(before, after):
+        for known in [k for k in synced if k == Path(before)]:
+            synced[Path(after)] = synced.pop(known)
+        if Path(after) == out / "config.json":
+            shown = {p for p in out.rglob("*") if PARTIAL not in p.parts}
+            assert all(synced[p] == p.read_bytes() for p in shown if p.is_file()) and len(shown) > 8
+            assert all(sorted(q.name for q in p.iterdir()) == synced[p] for p in shown | {out} if p.is_dir())
+        replace(before, after)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    lowbit.convert(src, out, "int8", max_shard_size="200KB")
+    assert "config.json" in synced[out]
+
+
+def test_a_file_system_that_syncs_no_directories(src, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_only(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    lowbit.convert(src, tmp_path / "out", "int8")
+    assert lowbit.verify(tmp_path / "out", src).ok
 
 
 def test_the_umask_decides_who_may_read_and_write(src, tmp_path):
@@ -426,6 +521,48 @@ def test_a_full_disk_leaves_nothing(src, tmp_path, monkeypatch, module, name, co
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file that is always full")
+@pytest.mark.parametrize("lines", [0, 2])
+def test_no_space_for_the_journal(src, tmp_path, monkeypatch, lines):
+    """A line that could not be written was in the way of closing the file: no explanation, and OUT stayed locked."""
+    line, count = Journal._line, iter(range(100))
+
+    def full_after(self, entry):
+        if next(count) == lines:
+            (journal,) = (f for f in Path("/proc/self/fd").iterdir() if is_journal(f))
+            with Path("/dev/full").open("wb") as full:
+                os.dup2(full.fileno(), int(journal.name))
+        line(self, entry)
+
+    def is_journal(fd: Path) -> bool:
+        with suppress(OSError):
+            return fd.readlink().name == "journal.jsonl"
+        return False
+
+    monkeypatch.setattr(Journal, "_line", full_after)
+    with pytest.raises(InputError, match="the disk is full"):
+        lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="nothing says which file a descriptor is")
+def test_a_file_system_that_fails_again_at_closing(src, tmp_path, monkeypatch):
+    """As one of a network may, which writes only then: what failed first is explained, and nothing is left."""
+    close = os.close
+
+    def closing(fd):
+        file = Path(f"/proc/self/fd/{fd}").readlink()
+        close(fd)
+        if file.parent.name == PARTIAL:
+            no_space()
+
+    monkeypatch.setattr(os, "pwrite", after(30, no_space, os.pwrite))
+    monkeypatch.setattr(os, "close", closing)
+    with pytest.raises(InputError, match="the disk is full"):
+        lowbit.convert(src, tmp_path / "out", "int8", max_shard_size="200KB")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("renames", [0, 3, 7, 9])
 def test_a_failure_among_the_renames_leaves_nothing(src, tmp_path, monkeypatch, renames):
     out = tmp_path / "out"
@@ -478,6 +615,13 @@ def test_too_little_space_is_refused_before_any_work(src, tmp_path, monkeypatch)
     with pytest.raises(InputError, match="expected 2 MB of free disk space, found 0 MB; free some"):
         lowbit.convert(src, tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_to_carry_need_space_too(tmp_path, monkeypatch):
+    src = write(tmp_path / "src", *llama(), files={"tokenizer.json": "x" * 5_000_000})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4_000_000))
+    with pytest.raises(InputError, match="expected 6 MB of free disk space, found 4 MB; free some"):
+        lowbit.convert(src, tmp_path / "out", "int8")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
@@ -558,6 +702,24 @@ def test_a_source_that_shrinks_while_it_is_read(src, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", nothing)
     with pytest.raises(InputError, match="the file ended; it changed while reading"):
         lowbit.convert(src, tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [None, Part(number=2, count=3)])
+def test_a_source_that_changes_while_it_is_read(src, tmp_path, monkeypatch, part):
+    """A download that reserves its files first: their headers are there, and zeros for what is to come."""
+    run, shard = execute.Worker.run, min(src.glob("*.safetensors"))
+
+    def downloading(self, job):
+        with shard.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\1")
+        os.utime(shard, ns=(0, 0))  # whatever the clock's ticks are
+        return run(self, job)
+
+    monkeypatch.setattr(execute.Worker, "run", downloading)
+    with pytest.raises(InputError, match=f"{shard.name}: .*changed while it was read; convert again when"):
+        lowbit.convert(src, tmp_path / "out", "int8", part=part, max_shard_size="200KB")
     assert not (tmp_path / "out").exists()
 
 

@@ -109,12 +109,31 @@ def test_experts_may_stay_int4_beside_int8_attention(tmp_path):
     assert lowbit.verify(tmp_path / "out", source=tmp_path / "src").ok
 
 
-def test_columns_that_do_not_fill_an_int32_are_refused(tmp_path):
+@pytest.mark.parametrize("asked", [{}, {"keep": ["*experts*"], "overrides": {"*self_attn*": "int8"}}])
+def test_columns_that_do_not_fill_an_int32_are_refused(tmp_path, asked):
+    """Kept too: the shape that was written took in the padding."""
     name = "model.layers.0.mlp.experts.0.up_proj.weight_shape"
     published(tmp_path / "src", **{name: torch.tensor([128, 124], dtype=torch.int32)})
     with pytest.raises(InputError, match=r"up_proj.weight_shape: expected \[128, 128\].*found \[128, 124\]"):
-        lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+        lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", **asked)
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_scales_of_other_groups_than_config_says_are_refused(tmp_path):
+    """The loops took what lies behind them for scales."""
+    name = "model.layers.0.mlp.experts.0.up_proj.weight_scale"
+    published(tmp_path / "src", **{name: torch.ones(128, 2, dtype=torch.bfloat16)})
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight_scale: expected a scale of shape \[128, 4\].*found \[128, 2\]"
+    ):
+        lowbit.plan(tmp_path / "src", "int8")
+
+
+def test_a_shape_in_another_dtype_is_refused(tmp_path):
+    name = "model.layers.0.mlp.experts.0.up_proj.weight_shape"
+    published(tmp_path / "src", **{name: torch.tensor([128, 128], dtype=torch.int16)})
+    with pytest.raises(InputError, match=r"up_proj\.weight_shape: expected I32 or I64, found I16"):
+        lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
 
 
 def test_lowbit_does_not_run_int4(tmp_path):

@@ -117,6 +117,7 @@ KEPT = {
     "continuous_audio_tower.layers.0.fc1": ("audio", BIG),
     "mm_whisper_embeddings.whisper_encoder.transformer.layers.0.attention.wq": ("audio", BIG),  # Voxtral
     "tts.model.layers.0.self_attn.q_proj": ("audio", BIG),  # MiniCPM-o
+    "text_model.head": ("head", BIG),  # SigLIP's
     "model.norm": ("norm", (256,)),
     "model.layers.0.input_layernorm": ("norm", (256,)),
     "model.layers.0.self_attn.q_norm": ("norm", (256,)),
@@ -353,6 +354,31 @@ def test_a_mamba_in_proj_has_parts_that_engines_divide():
         decide({"layers.0.conv.in_proj": (1328, 256)}, block, fits=fits)["layers.0.conv.in_proj"].scheme
         is block
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "config", "scheme"),
+    [
+        # vLLM refuses the first of each pair: its parts, or heads that it takes apart, end within a block
+        ("attn.c_attn", 384, {"n_head": 4, "n_embd": 256, "multi_query": True}, "fp8"),
+        ("attn.c_attn", 768, {"n_head": 2, "n_embd": 512, "multi_query": True}, "fp8-block"),
+        ("qkv_proj", 448, {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 320}, "fp8"),
+        ("qkv_proj", 512, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}, "fp8-block"),
+        ("query_key_value", 768, {"model_type": "bloom", "n_head": 4, "hidden_size": 256}, "fp8"),
+        ("query_key_value", 768, {"model_type": "bloom", "n_head": 2, "hidden_size": 256}, "fp8-block"),
+        ("query_key_value", 768, {"model_type": "gpt_neox", "n_head": 4, "hidden_size": 256}, "fp8-block"),
+        ("key_value", 512, {"model_type": "telechat", "n_head": 4, "hidden_size": 256}, "fp8"),
+        ("qkv_proj", 512, {"text_config": {"n_heads": 6, "num_kv_heads": 1, "head_dim": 64}}, "fp8"),
+        ("mlp.gate_up_proj", 384, {}, "fp8"),
+        ("mlp.gate_up_proj", 512, {}, "fp8-block"),
+        ("qkv_proj", 640, {"n_head": 4, "hidden_size": 256}, "fp8-block"),  # another layout than is known
+    ],
+)
+def test_several_matrices_in_one_on_disk_have_parts_that_engines_divide(name, rows, config, scheme):
+    module, fits = f"model.layers.0.{name}", get_format("compressed-tensors").refuse
+    found = decide({module: (rows, 256)}, get_scheme("fp8-block"), fits=fits, config=config)[module]
+    assert found.scheme == get_scheme(scheme)
+    assert ("joined" in found.reason) == (scheme == "fp8")
 
 
 def test_qwen3_next_in_fp8_keeps_its_gates_in_float_and_no_more():

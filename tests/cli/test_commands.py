@@ -177,6 +177,7 @@ def test_of_several_workers_the_first_writes_the_document(run, tmp_path, monkeyp
         ["convert", "a", "b", "--workers", "0"],
         ["nonsense"],
         ["verify", "a", "--top", "x"],
+        ["plan", ""],
     ],
 )
 def test_bad_usage_is_exit_code_2_and_still_a_document(run, arguments):
@@ -277,11 +278,11 @@ def test_overwrite_and_refusal(run, src, tmp_path):
 
 def test_help_is_quick_and_loads_nothing_heavy():
     code = (
-        "import sys, time\nbegin = time.perf_counter()\nfrom lowbit.cli import main\n"
+        "import sys, time\nbegin = time.process_time()\nfrom lowbit.cli import main\n"
         "sys.argv = ['lowbit', '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'numba', 'numpy', 'transformers', 'triton', 'safetensors', 'xxhash'} & set(sys.modules)\n"
-        "print(time.perf_counter() - begin, sorted(heavy), file=sys.stderr)\n"
+        "print(time.process_time() - begin, sorted(heavy), file=sys.stderr)\n"
     )
     times = []
     for _ in range(3):
@@ -386,3 +387,28 @@ def test_output_that_nobody_reads_to_the_end(tmp_path):
     pipe.stdout.close()
     assert b"Traceback" not in pipe.stderr.read()
     pipe.wait(60)
+
+
+def test_an_empty_path_is_not_the_current_directory(run, src, tmp_path, monkeypatch):
+    """Of a variable that is not set; with --overwrite the checkpoint there was lost."""
+    lowbit.convert(src, tmp_path / "old", "fp8")
+    monkeypatch.chdir(tmp_path / "old")
+    for arguments in ([src, ""], ["", tmp_path / "out"]):
+        code, out, err = run("convert", *arguments, "--overwrite")
+        assert code == 2 and out == "" and "expected a path, found nothing" in err
+    assert lowbit.verify(tmp_path / "old", src).ok and not (tmp_path / "out").exists()
+    code, out, err = run("convert", src, ".", "--overwrite")
+    assert code == 0
+    assert json.loads(Path("config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_standard_streams_that_are_closed(src, tmp_path, closed):
+    def close():
+        os.close(closed)
+
+    out = tmp_path / "out"
+    done = subprocess.run([*LOWBIT, "convert", str(src), str(out)], preexec_fn=close, check=False)
+    assert done.returncode == 0 and lowbit.verify(out, src).ok
+    done = subprocess.run([*LOWBIT, "convert", str(src), str(out)], preexec_fn=close, check=False)
+    assert done.returncode == 2

@@ -429,6 +429,23 @@ def test_static_to_compressed_tensors_and_back(tmp_path, dtype):
         lowbit.convert(tmp_path / "out", tmp_path / "no", "int8-static")
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (64, 2)])
+def test_a_static_scale_that_is_not_one_per_row_is_refused(tmp_path, shape):
+    """The loops took what lies behind it for scales."""
+    src = write(tmp_path / "src", *llama())
+    written, described = convert(src, tmp_path / "out")
+    module = "model.layers.0.mlp.up_proj"
+    del written[f"{module}.weight_scale"], written[f"{module}.weight_offset"]
+    written |= {
+        f"{module}.input_scale": torch.tensor([0.25]), f"{module}.input_offset": torch.tensor([3.0]),
+        f"{module}.deq_scale": torch.ones(shape), f"{module}.quant_bias": torch.zeros(128, dtype=torch.int32),
+    }  # fmt: skip
+    described |= {name: "W8A8" for name in written if name.startswith(module + ".")}
+    bad = write(tmp_path / "bad", written, llama()[1], files={DESCRIPTION: json.dumps(described)})
+    with pytest.raises(InputError, match=r"up_proj\.deq_scale: expected one scale for each of"):
+        lowbit.plan(bad, "bf16")
+
+
 @pytest.mark.parametrize("kind", ["W8A8", "W8A8_MIX"])
 def test_scales_for_static_and_dynamic_activations_in_one(tmp_path, kind):
     """W8A8_MIX was refused; where W8A8 has a scale of the weight too, that was carried, or in the way."""

@@ -523,6 +523,11 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "zamba2"}, "layers.3.shared_transformer.feed_forward.up_proj", "model.feed_forward.up_proj"),
         ({"model_type": "phimoe"}, "layers.0.block_sparse_moe.gate", "model.layers.0.mlp.router"),
         ({"model_type": "glm4v"}, "visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv_proj"),
+        ({"model_type": "bert"}, "layer.0.attention.self.key", "model.layer.0.attention.output.qkv_proj"),
+        ({"model_type": "nomic_bert"}, "encoder.layers.3.attn.Wqkv", ".encoder.layer.3.attention.qkv_proj"),
+        ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
+        ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
+        ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
 def test_modules_that_vllm_names_otherwise(config, module, asked):
@@ -530,6 +535,82 @@ def test_modules_that_vllm_names_otherwise(config, module, asked):
     tower and PhiMoE's routers in BF16 for codes."""
     assert with_joined([f"model.{module}"], config)[0] == f"model.{module}"
     assert asked in with_joined([f"model.{module}"], config)
+
+
+def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
+    """With `--ignore`, vLLM 0.32 took BF16 weights of RoBERTa's classifiers for codes."""
+    module = "roberta.encoder.layer.0.attention.self.query"
+    named = with_joined([module], {"model_type": "xlm-roberta"})
+    for start in ("roberta", "bert"):
+        assert f"{start}.encoder.layer.0.attention.output.qkv_proj" in named
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "asked"),
+    [
+        ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
+        ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
+        ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
+        ("exaone", "transformer.h.0.mlp.c_fc_1", "model.h.0.mlp.gate_up_proj"),
+        ("whisper", "model.decoder.layers.0.self_attn.q_proj", ".decoder.layers.0.layers.self_attn.qkv_proj"),
+        (
+            "whisper",
+            "model.decoder.layers.0.encoder_attn.v_proj",
+            ".decoder.layers.0.layers.encoder_attn.kv_proj",
+        ),
+        ("whisper", "model.encoder.layers.0.fc2", ".encoder.layers.0.layers.mlp.fc2"),
+        ("gemma3_text", "layers.0.mlp.up_proj", ".layers.0.mlp.gate_up_proj"),
+        ("modernbert", "layers.0.attn.Wo", ".encoder_layer.layers.0.attn.Wo"),
+    ],
+)
+def test_modules_of_a_model_that_vllm_builds_within_another(model_type, module, asked):
+    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes."""
+    assert with_joined([module], {"model_type": model_type})[0] == module
+    assert asked in with_joined([module], {"model_type": model_type})
+
+
+def test_what_vllm_asks_for_without_a_name_is_ignored(tmp_path):
+    """Qwen2.5-Math-RM: vLLM 0.32 took its head for codes, without a scale."""
+    tensors = {f"{n}.weight": torch.randn(64, 64) for n in ("layers.0.mlp.up_proj", "score.0", "score.2")}
+    source = write(tmp_path / "src", tensors, {"model_type": "qwen2"})
+    ignored = lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+    assert {"score.0", "score.2", "re:^$"} <= set(ignored)
+    del tensors["score.0.weight"], tensors["score.2.weight"]
+    source = write(tmp_path / "other", tensors, {"model_type": "qwen2"})
+    assert "re:^$" not in lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+
+
+def test_a_group_has_patterns_that_also_take_in_what_is_ignored(tmp_path):
+    """Qwen2.5-Omni: its tower has layers too; patterns for the text's had no other start than the one on disk, which
+    vLLM changes, and gave it the other scheme."""
+    parts = ("thinker.model", "thinker.audio_tower")
+    names = [f"{p}.layers.{i}.self_attn.{x}_proj" for p in parts for i in range(2) for x in "qkv"]
+    source = write(
+        tmp_path / "src", {f"{n}.weight": torch.randn(64, 64) for n in names}, {"model_type": "qwen2_5_omni"}
+    )
+    config = lowbit.plan(source, "int8", overrides={"*.layers.0.*": "fp8"}).config["quantization_config"]
+    called = "language_model.model.layers.0.self_attn.qkv_proj"
+    targets = config["config_groups"]["group_1"]["targets"]
+    assert config["config_groups"]["group_1"]["weights"]["type"] == "int"  # of as many, the second
+    assert not any(re.match(t[3:], called) for t in targets)
+    assert any(re.match(t[3:], called.replace(".0.", ".1.")) for t in targets)
+
+
+@pytest.mark.parametrize("layers", ["transformer.h", "roberta.encoder.layer", "model.blocks"])
+def test_patterns_leave_open_what_is_before_layers_by_other_names(layers):
+    """vLLM has `model.h` for GPTBigCode's `transformer.h`, and gave its c_attn the scheme of the others."""
+    names = [f"{layers}.{i}.attn.c_attn" for i in range(3)]
+    (pattern,) = name_patterns(names, [f"{layers}.{i}.mlp.c_fc" for i in range(3)])
+    assert re.match(pattern[3:], "model.x." + names[2].rpartition("model.")[2])
+    (pattern,) = name_patterns(names[:1], names[1:])
+    assert [bool(re.match(pattern[3:], f"y.{n}")) for n in names] == [True, False, False]
+
+
+def test_what_stays_in_blip2s_tower_is_named_without_the_tower():
+    """vLLM 0.32 took all of its BF16 weights for codes."""
+    linear = "vision_model.encoder.layers.3.self_attn.qkv"
+    assert ".encoder.layers.3.self_attn.qkv" in with_joined([linear], {"model_type": "blip-2"})
+    assert with_joined([linear], {"model_type": "gemma3"}) == [linear]
 
 
 def test_experts_in_one_tensor_are_ignored_as_engines_ask_for_them(tmp_path):
