@@ -136,6 +136,11 @@ class CompressedTensors(ConfigOnly):
         for name, info in tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight_packed":
+                if info.dtype != "I32" or len(info.shape) != 2:
+                    raise InputError(
+                        f"{name}: expected packed codes as I32 [N, K / codes in an int32], found {info.dtype} "
+                        f"{list(info.shape)}, which cannot be read; start from the model in float"
+                    )
                 contents: dict[Content, str] = {"packed": name, "shape": module + ".weight_shape"}
             elif kind == "weight" and info.dtype in ("I8", "F8_E4M3") and len(info.shape) == 2:
                 contents = {"codes": name}

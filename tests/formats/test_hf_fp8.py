@@ -174,3 +174,17 @@ def test_parts_of_what_is_joined_on_disk_are_named_too(format, key):
     )
     named = get_format(format).config(layout)[key]
     assert {f"layers.0.{p}_proj" for p in ("gate", "up", "gate_up", "q", "k", "v", "qkv")} <= set(named)
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (64, 1)])
+def test_several_scales_of_an_input_are_refused(tmp_path, shape):
+    """It was an AssertionError in the midst of the work."""
+    tensors, config = llama()
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
+        tensors |= {f"{name}_scale": torch.ones(()), name.replace("weight", "input_scale"): torch.ones(shape)}
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    src = write(tmp_path / "src", tensors, {**config, "quantization_config": quantization})
+    with pytest.raises(InputError, match=r"input_scale: expected one number for all activations, found \["):
+        lowbit.plan(src, "fp8-static")
+    lowbit.convert(src, tmp_path / "out", "int8")
