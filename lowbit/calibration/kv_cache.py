@@ -87,6 +87,12 @@ class KVObserver:
         self.values.update(value)
         return key, value
 
+    @property
+    def seen(self) -> bool:
+        """Whether any came: attention to an encoder (BART's) is not called where there is none."""
+        observer = self.keys.extremes if isinstance(self.keys, HistogramObserver) else self.keys
+        return observer.low is not None
+
     def scales(self) -> tuple[Tensor, Tensor]:
         """(k_scale, v_scale), float32 [1] or [heads]."""
         found = []

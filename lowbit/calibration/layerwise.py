@@ -237,8 +237,24 @@ class LayerwiseModel:
             self._fill(
                 self.model.get_submodule(part), part, optional=("weight",) if tied and part == name else ()
             )
-        if tied and head is not None:
+        # As transformers does: a head that the checkpoint has is its own, whatever config.json says.
+        if tied and head is not None and head.weight.is_meta:  # type: ignore[union-attr]
             head.weight = self.model.get_input_embeddings().weight
+        self._place_wrappers(body)
+
+    def _place_wrappers(self, body: str) -> None:
+        """What wraps the body is on `device` to transformers, which asks the first parameter: a tower's, left on meta.
+
+        (Idefics 3's code moves embeddings there.) NaN in its place, of one element's memory, since no text passes it.
+        """
+        parts = body.split(".")
+        for path in (".".join(parts[:n]) for n in range(len(parts) + 1)):
+            wrapper = self.model.get_submodule(path)
+            name, first = next(wrapper.named_parameters(), ("", None))
+            if first is not None and first.is_meta:
+                filled = torch.full((), torch.nan, dtype=first.dtype, device=self.device).expand(first.shape)
+                parent, leaf = wrapper.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                parent._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
 
     def _fill(self, module: nn.Module, prefix: str, optional: tuple[str, ...] = ()) -> None:
         missing = []

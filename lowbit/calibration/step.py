@@ -187,7 +187,7 @@ class LayerStep:
             with watched(self.layer, dict(kv)):
                 self.statistics = self._collect(self.wanted, self._all_data(passes.hands_on == "watch"))
             merge_observers([o for k in kv.values() for o in (k.keys, k.values)], run.model.device)
-            self.kv_scales = {n: observer.scales() for n, observer in kv.items()}
+            self.kv_scales = {n: observer.scales() for n, observer in kv.items() if observer.seen}
         tokens = {n: torch.stack(gathered(m.token_counts)).sum(0) for n, m in self.experts.items()}
         if any(int(counts.sum()) for counts in tokens.values()):
             self.report["experts"] = {n: {"tokens": counts.tolist()} for n, counts in tokens.items()}

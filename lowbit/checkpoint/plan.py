@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.engine_limits import engine_limits
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
 from lowbit.checkpoint.layout import Shard, assign, parse_size
 from lowbit.checkpoint.planner import FLOAT_NAMES, Planner, Replacements, module_of
 from lowbit.checkpoint.roles import BY_TORCH, with_heads
-from lowbit.checkpoint.rules import Decision, Selection, decide, left_by_source, matmul_key
+from lowbit.checkpoint.rules import Decision, Selection, decide, dynamic_instead, left_by_source, matmul_key
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import (
@@ -122,12 +123,21 @@ def make_plan(
     main_dtype = main_float(source, stored)
     fused = fused_names(on_disk, source.tensors)
     decisions = _decisions(source, stored, scheme, target, selection, replacements, fused)
+    never_run = dynamic_instead(decisions, stored, replacements.tensors) if replacements else {}
+    if never_run:
+        first = selection.with_first(never_run)
+        decisions = _decisions(source, stored, scheme, target, first, replacements, fused)
     decisions |= {
         n: replace(decisions[n], reason=r) for n, r in experts.whole.items() if _by_rule(decisions[n])
     }
     warnings = [*source.notes, *selection.warnings({*decisions, *fused.values()})]
     if replacements:
         warnings += replacements.notes
+    if never_run:
+        warnings.append(
+            f"{len(never_run)} modules that the calibration did not run, outside of its layers, have dynamic "
+            f"activations (first: {next(iter(never_run))})"
+        )
     source, decisions = _fuse_floats(on_disk, decisions, stored, fused)
     planner = Planner(
         source,
@@ -157,11 +167,7 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
-    if source.config.get("model_type") == "gpt_oss" and planner.schemes:
-        warnings.append(
-            "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for weights; "
-            "serve the result with vLLM or transformers"
-        )
+    warnings += engine_limits(source.config, target.name if target else "", set(planner.schemes.values()))
     apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
     if apart and only_stacked(source.config):
         warnings.append(

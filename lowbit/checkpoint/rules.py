@@ -18,7 +18,7 @@ from typing import Any
 from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
-from lowbit.formats.format import Joined, configs_in
+from lowbit.formats.format import Joined, StoredModule, configs_in
 from lowbit.formats.joined import EXPERT
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
@@ -52,7 +52,7 @@ _JOINED_ON_DISK = re.compile(r"^(.*\.)?((mamba|mixer)\.in_proj|in_proj_(qkvz|ba)
 _QKV_ON_DISK = re.compile(r"^(.*\.)?(qkv_proj|query_key_value|key_value|c_attn|[Ww]qkv|W_pack)$")
 _GATE_UP_ON_DISK = re.compile(r"^(.*\.)?gate_up_proj$")
 # In these, heads of q, k and v alternate, and engines take them apart.
-_BY_HEAD = ("bloom", "falcon", "telechat")
+_BY_HEAD = ("bloom", "falcon", "persimmon", "telechat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,11 @@ class Selection:
         return cls(
             ignore=_listed("ignore", ignore), keep=_listed("keep", keep), overrides=dict(overrides or {})
         )
+
+    def with_first(self, overrides: Mapping[str, str]) -> Selection:
+        """With these overrides before all others, so that they decide."""
+        others = {p: s for p, s in self.overrides.items() if p not in overrides}
+        return replace(self, overrides={**overrides, **others})
 
     def unmatched(self, modules: Iterable[str]) -> list[str]:
         """The patterns that match no module: most likely typing errors."""
@@ -236,6 +241,24 @@ def simpler(scheme: Scheme) -> Scheme | None:
     if scheme.weights is not None and isinstance(scheme.weights.granularity, PerGroup):
         return replace(scheme, weights=replace(scheme.weights, granularity=PerChannel()))
     return None
+
+
+def dynamic_instead(
+    decisions: Mapping[str, Decision], stored: Mapping[str, StoredModule], calibrated: Collection[str]
+) -> dict[str, str]:
+    """Modules that are to be static, of which neither source nor calibration has an input's scale → a dynamic scheme.
+
+    Multi-token prediction and what lies beside the layers: a calibration does not run them. `calibrated`: its tensors.
+    """
+    found: dict[str, str] = {}
+    for module, decision in decisions.items():
+        scheme = decision.scheme
+        if scheme is None or not scheme.needs_calibration or f"{module}.input_scale" in calibrated:
+            continue
+        if module not in stored or stored[module].scheme.activations != scheme.activations:
+            assert scheme.weights is not None
+            found[module] = "int8" if scheme.weights.dtype.kind == "int" else "fp8"
+    return found
 
 
 def _make_fit(

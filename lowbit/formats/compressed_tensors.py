@@ -83,11 +83,12 @@ class CompressedTensors(ConfigOnly):
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in layout.modules.items():
             groups.setdefault(scheme, []).append(module)
-        ranked = sorted(groups, key=lambda s: -len(groups[s]))
+        # Mostly the largest first; but SGLang looks for the size of blocks there alone.
+        ranked = sorted(groups, key=lambda s: (not _in_blocks(s), -len(groups[s])))
         formats = list(dict.fromkeys(format_of(s) for s in ranked))
         body: dict[str, Any] = {}
         for i, scheme in enumerate(ranked):
-            # The largest group is the default; the others name their modules, and names win over classes.
+            # The first group is the default; the others name their modules, and names win over classes.
             if i == 0:
                 targets = ["Linear"]
             else:
@@ -213,6 +214,10 @@ _STRATEGIES = {
     PerGroup: "group",
     PerBlock: "block",
 }
+
+
+def _in_blocks(scheme: Scheme) -> bool:
+    return scheme.weights is not None and isinstance(scheme.weights.granularity, PerBlock)
 
 
 def _args(spec: TensorSpec | None) -> dict[str, Any] | None:

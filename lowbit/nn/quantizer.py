@@ -208,6 +208,8 @@ class LowbitQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantExperts):
                 raise InputError(f"{name}: experts cannot be dequantized in place; convert with scheme bf16")
+        if isinstance(dtype, str):  # what save_pretrained leaves in the config
+            dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, new in in_float(model, dtype or torch.float32).items():
             replace_module(model, name, new)
         if hasattr(model.config, "lowbit"):  # of rotations, which the float weights have not

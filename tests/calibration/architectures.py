@@ -78,6 +78,7 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
     "qwen2_vl": _seeing("Qwen2VL", {**NO_HEAD, **MROPE}, SEES),
     "qwen2_5_vl": _seeing("Qwen2_5_VL", {**NO_HEAD, **MROPE}, SEES),
     "qwen3_vl": _seeing("Qwen3VL", {**TEXT, **MROPE}, SEES),
+    "idefics3": _seeing("Idefics3", {**TEXT, "model_type": "llama"}, SIGLIP, scale_factor=2),
     "qwen3_vl_moe": _seeing("Qwen3VLMoe", {**TEXT, **MOE, **MROPE}, SEES),
     "mixtral": _of("MixtralConfig", **TEXT, **MOE),
     "deepseek_v2": _of("DeepseekV2Config", **NO_HEAD | LATENT | {"topk_method": "greedy"}),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, TEXT, build
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma3nConfig, ZayaConfig, ZayaForCausalLM
 
@@ -39,6 +39,7 @@ CHOSEN = [
     "llama4", "llama4-sees", "gemma3-sees", "gemma4", "gemma4-moe", "gemma4-sees", "qwen2_5_vl", "qwen3_vl",
     "qwen3_vl_moe", "qwen3_5_moe-sees", "qwen3_next", "gpt_oss", "glm4_moe", "minimax_m2", "nemotron_h", "jamba",
     "bamba", "falcon_h1", "deepseek_v4", "gemma3n", "nanochat",
+    "idefics3",
 ]  # fmt: skip
 EACH = pytest.mark.parametrize(
     "name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
@@ -335,6 +336,30 @@ def test_static_and_dynamic_modules_mix_in_a_layer(sources, tmp_path, ids, range
     assert modules and all(static in m for m in modules) and len(modules) == 2 * (3 if static == "mlp" else 4)
     lowbit.convert(source, tmp_path / "out", scheme, overrides=dynamic, calibration=tmp_path / "calib")
     assert lowbit.verify(tmp_path / "out", source=source).ok
+
+
+@pytest.mark.parametrize(("scheme", "instead"), [("int8-static", "int8"), ("fp8-static", "fp8")])
+def test_what_a_calibration_does_not_run_is_dynamic(sources, tmp_path, ids, scheme, instead):
+    """Multi-token prediction, behind the last layer: the conversion asked for the calibration that it was given."""
+    tensors = load_file(sources("deepseek_v3") / "model.safetensors")
+    more = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if "layers.1." in n}
+    (tmp_path / "src").mkdir()
+    save_file(tensors | more, tmp_path / "src/model.safetensors", {"format": "pt"})
+    shutil.copy(sources("deepseek_v3") / "config.json", tmp_path / "src")
+    lowbit.calibrate(tmp_path / "src", tmp_path / "calib", scheme, method="absmax", data=list(ids))
+    asked = {"*.layers.2.self_attn.o_proj": scheme, "*.layers.0.mlp.down_proj": "float"}
+    done = lowbit.convert(
+        tmp_path / "src", tmp_path / "out", scheme, overrides=asked, calibration=tmp_path / "calib"
+    )
+    assert sum("outside of its layers" in w for w in done.plan.warnings) == 1
+    schemes = {m: d.scheme.name if d.scheme else "float" for m, d in done.plan.decisions.items()}
+    assert {schemes[m] for m in schemes if ".layers.2." in m} == {instead, "float"}
+    assert schemes["model.layers.2.self_attn.o_proj"] == instead
+    assert schemes["model.layers.0.self_attn.o_proj"] == scheme
+    assert schemes["model.layers.0.mlp.down_proj"] == "float"
+    assert lowbit.verify(tmp_path / "out", source=tmp_path / "src").ok
+    with pytest.raises(InputError, match="calibrated input scale"):
+        lowbit.plan(tmp_path / "src", scheme)
 
 
 @pytest.mark.parametrize("name", ["llama4-sees", "gemma4", "jamba"])

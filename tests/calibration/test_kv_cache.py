@@ -10,6 +10,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file
 from test_fused_experts import TEXT, model_of
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     LlamaConfig,
@@ -105,6 +107,17 @@ def test_linear_attention_has_no_cache(tmp_path):
     config = MiniMaxConfig(**TEXT, layer_types=["linear_attention", "full_attention"], block_size=16)
     tensors, _, _ = converted(MiniMaxForCausalLM(config), tmp_path, "fp8")
     assert [n for n in tensors if n.endswith(".k_scale")] == ["model.layers.1.self_attn.k_scale"]
+
+
+def test_attention_that_nothing_calls_has_no_scales(tmp_path):
+    """BART's decoder alone attends to no encoder."""
+    config = BartConfig(
+        vocab_size=128, d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96,
+        max_position_embeddings=64, is_encoder_decoder=False,
+    )  # fmt: skip
+    tensors, _, _ = converted(BartForCausalLM(config), tmp_path, "fp8")
+    found = {n for n in tensors if n.endswith("k_scale")}
+    assert found == {f"model.decoder.layers.{i}.self_attn.k_scale" for i in range(2)}
 
 
 def test_latent_attention_has_no_keys_to_calibrate(tmp_path):

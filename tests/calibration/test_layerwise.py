@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -119,6 +122,27 @@ def test_transforms_leave_float64_logits_unchanged(checkpoints, windows, name, t
     assert changes >= len(model)  # a transform that does nothing is no test
     logits, expected = model.head(hidden), whole_logits(checkpoints[name], ids)
     assert float((logits - expected).abs().max()) < 1e-9 * float(expected.abs().max())
+
+
+def test_a_head_of_its_own_is_not_tied_whatever_config_json_says(tmp_path, windows):
+    """Nor does transformers tie two that differ."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    model.config.tie_word_embeddings = True
+    tensors = {n: t.clone() for n, t in model.state_dict().items()}
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = windows[0][None] % 64
+    want = whole_logits(tmp_path, ids)
+    layered = LayerwiseModel(Source(tmp_path), dtype=torch.float64)
+    call = layered.embed(ids)
+    got = layered.head(layered.run(layered.load(0), 0, call.hidden, call.kwargs[0]))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["whisper", "bart"])

@@ -446,10 +446,12 @@ def test_ignore_dequantizes_and_keep_carries_fp8(tmp_path):
         assert done.plan.decisions[kept].as_found
     q = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert q["format"] == "mixed-precision"
-    assert [g["format"] for g in q["config_groups"].values()] == ["int-quantized", "float-quantized"]
+    # Blocks are the default, since SGLang looks for their size there.
+    assert [g["format"] for g in q["config_groups"].values()] == ["float-quantized", "int-quantized"]
     assert q["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert set(q["config_groups"]["group_1"]["targets"]) == {
-        rf"re:.*\blayers\.1\.mlp\.{m}_proj$" for m in ("gate", "up", "down", "gate_up")
+        *(rf"re:.*\blayers\.0\.mlp\.{m}_proj$" for m in ("gate", "up", "gate_up")),
+        *(rf"re:.*\blayers\.\d+\.self_attn\.{m}_proj$" for m in ("q", "k", "v", "o", "qkv")),
     }
     assert down in q["ignore"]
 

@@ -165,6 +165,17 @@ def test_a_tower_is_named_as_a_whole():
     assert named == ["lm_head", tower, "model.visual.blocks.0.mlp.gate_up_proj", "visual"]
 
 
+@pytest.mark.parametrize(("format", "key"), [("fp8", "modules_to_not_convert"), ("sglang", "ignored_layers")])
+def test_parts_of_what_is_joined_on_disk_are_named_too(format, key):
+    """SGLang looks for these alone, and took HRM's gate_up_proj in BF16 for codes."""
+    scheme = get_scheme("fp8-block" if format == "fp8" else "int8-block")
+    layout = Layout(
+        modules={"layers.0.o_proj": scheme}, ignored=("layers.0.gate_up_proj", "layers.0.qkv_proj")
+    )
+    named = get_format(format).config(layout)[key]
+    assert {f"layers.0.{p}_proj" for p in ("gate", "up", "gate_up", "q", "k", "v", "qkv")} <= set(named)
+
+
 @pytest.mark.parametrize("shape", [(2,), (0,), (64, 1)])
 def test_several_scales_of_an_input_are_refused(tmp_path, shape):
     """It was an AssertionError in the midst of the work."""

@@ -475,6 +475,7 @@ def test_a_float_copy_of_a_rotated_layer_takes_inputs_as_they_are(tmp_path):
     loaded, _ = rotated_online(build("llama"), tmp_path)
     with float_activations(loaded):
         want = logits(loaded, inputs("llama"))
+    loaded.save_pretrained(tmp_path / "as it is")  # which leaves the name of the dtype in the config
     loaded.dequantize()
     assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
     torch.testing.assert_close(logits(loaded, inputs("llama")), want, rtol=1e-4, atol=1e-4)
