@@ -168,8 +168,10 @@ def unfit_value(
 
 
 def overflowed(codes: np.ndarray, dtype: str) -> bool:
-    """Whether finite values, by now uint8 bytes of `dtype`, were rounded out of its range: only F16 and BF16 have one
-    narrower than float32's."""
+    """Whether finite values, by now uint8 bytes of `dtype`, were rounded out of its range, or of float32's by the
+    source's scales."""
+    if dtype == "F32":
+        return bool(((codes.view(np.uint32) & 0x7FFFFFFF) >= 0x7F800000).any())
     if dtype not in LIMITS:
         return False
     infinity = 0x7C00 if dtype == "F16" else 0x7F80

@@ -26,10 +26,10 @@ from lowbit.checkpoint.decode import (
     whole_number,
 )
 from lowbit.checkpoint.headers import TensorRef
-from lowbit.checkpoint.jobs import Job
+from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_bytes, read_exactly
-from lowbit.checkpoint.static import RowSums, static_tensors
+from lowbit.checkpoint.static import RowSums, require_no_bias, static_tensors
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
@@ -96,7 +96,8 @@ class Worker:
         assert ref.nbytes == out.nbytes, out
         check_shape(job.source, job.shape)
         dtype = "F8_E8M0" if content == "scale" and ref.dtype == "U8" else ref.dtype
-        digest, sums, looks_finite = xxhash.xxh3_128(), RowSums(job), True
+        summed = job.static is not None or job.source.hidden_bias is not None
+        digest, sums, looks_finite = xxhash.xxh3_128(), RowSums(job.shape, wanted=summed), True
         step = COPY_BYTES
         if ref.pitch:  # whole rows only
             row_bytes = ref.nbytes // ref.shape[0]
@@ -114,6 +115,7 @@ class Worker:
             self._progress(part.size)
         if not looks_finite:
             self._not_finite_in(out.name)
+        _require_no_hidden_bias(job.source, sums)
         done = {out.name: digest.hexdigest()}
         if job.static is not None:
             done |= self._write_static(job, sums, read_scale(job.source))
@@ -184,7 +186,8 @@ class Worker:
         scales, given = self._scales_for(job)
         power_of_2 = job.spec is not None and job.spec.scale != "float32"
 
-        digest, sums = xxhash.xxh3_128(), RowSums(job)
+        digest, sums = xxhash.xxh3_128(), RowSums(job.shape, wanted=job.static is not None)
+        theirs = RowSums(job.shape, wanted=source.hidden_bias is not None)
         row_bytes, out_row = loops.source_bytes(kind, cols), out_cols * loops.OUTPUT_BYTES[out_kind]
         step = self._rows_per_block(row_bytes, tile_rows)
         values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
@@ -206,8 +209,10 @@ class Worker:
                 )  # fmt: skip
             digest.update(codes.data)
             sums.add(codes)
+            theirs.add(part)
             self._write(out, row * out_row, codes)
             self._progress(part.size)
+        _require_no_hidden_bias(source, theirs)
         done = {out.name: digest.hexdigest()}
         if "scale" in job.outputs:
             done |= self._write_scales(job.outputs["scale"], scales)
@@ -331,6 +336,14 @@ class Worker:
 
     def _floats(self, name: str, count: int) -> np.ndarray:
         return self._buffer(name, count * 4).view(np.float32)
+
+
+def _require_no_hidden_bias(source: Source, sums: RowSums) -> None:
+    """InputError where the source's `quant_bias` holds a bias that nothing else holds."""
+    if source.hidden_bias is not None:
+        held, zero_point = source.hidden_bias
+        values = read_bytes(held).view(np.int32).astype(np.int64)
+        require_no_bias(values, whole_number(zero_point), sums.values, held.name)
 
 
 def _out_kind(job: Job, out: OutTensor) -> int:

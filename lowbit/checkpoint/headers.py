@@ -28,6 +28,10 @@ ITEM_BYTES = {
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
+# A larger size in the shape of a tensor without elements, which takes no bytes in the file, is an attack: buffers for a
+# row of it would take all memory.
+_MOST_OF_NOTHING = 2**24
+
 # safetensors knows these, several elements to a byte.
 _NARROW = ("F4", "F6_E2M3", "F6_E3M2")
 
@@ -152,9 +156,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
                 raise refuse(f"expected a header of {length} bytes, but the file ends after {size - 8}")
             text = stream.read(length)
     except OSError as error:
-        raise InputError(
-            f"{file}: cannot be read ({error.strerror}); check the path and permissions"
-        ) from error
+        raise _unreadable(file, error) from error
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
@@ -184,6 +186,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     return {ref.name: ref for _, _, ref in spans}, metadata
 
 
+def _unreadable(file: Path, error: OSError) -> InputError:
+    return InputError(f"{file}: cannot be read ({error.strerror}); check the path and permissions")
+
+
 def header_bytes(file: Path) -> int:
     """How many bytes come before the data of a safetensors file."""
     with file.open("rb") as stream:
@@ -206,6 +212,8 @@ def _read_entry(name: str, entry: Any, *, data_start: int, refuse, file: Path) -
         raise refuse(f"expected a list of sizes as shape of {name!r}, found {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
         raise refuse(f"expected [begin, end] as data_offsets of {name!r}, found {offsets!r}")
+    if 0 in shape and max(shape) > _MOST_OF_NOTHING:
+        raise refuse(f"expected sizes of a weight as shape of {name!r}, found {shape!r}")
     begin, end = offsets
     ref = TensorRef(name, dtype, tuple(shape), file, data_start + begin)
     if end - begin != ref.nbytes:
@@ -217,7 +225,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a small file; InputError when it is not one."""
     try:
         value = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: expected a JSON object ({error}); fetch the file again") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, found a {type(value).__name__}")

@@ -34,11 +34,16 @@ class Source:
     """One number that `scale` is divided by: where activation and weight scale are stored multiplied."""
     offset: TensorRef | None = None
     """Zero points of the weight, which must all be 0."""
+    hidden_bias: tuple[TensorRef, TensorRef] | None = None
+    """`quant_bias` and the activations' zero point of a module that has no other bias: together they must say none."""
 
     @classmethod
     def of(cls, module: StoredModule, tensors: Mapping[str, TensorRef]) -> Source:
         """The weight of a quantized module of a checkpoint."""
         names = module.names
+        hidden = None
+        if "quant_bias" in names and module.weight.removesuffix(".weight") + ".bias" not in tensors:
+            hidden = (tensors[names["quant_bias"]], tensors[names["input_zero_point"]])
         return cls(
             ref=tensors[module.weight],
             packed="packed" in names,
@@ -48,6 +53,7 @@ class Source:
             block=block_shape(module.shape, module.spec.granularity),
             divisor=tensors[names["input_scale"]] if "scale" not in names else None,
             offset=tensors[names["offset"]] if "offset" in names else None,
+            hidden_bias=hidden,
         )
 
     @property
@@ -60,9 +66,8 @@ class Source:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        return tuple(
-            r for r in (self.ref, self.scale, self.shape, self.divisor, self.offset) if r is not None
-        )
+        known = (self.ref, self.scale, self.shape, self.divisor, self.offset, *(self.hidden_bias or ()))
+        return tuple(r for r in known if r is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from lowbit.errors import InputError
 
 # Other copies of the weights (and pickles): not carried along.
 _WEIGHT_SUFFIXES = {
-    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite",
+    ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite",
 }  # fmt: skip
+# model.onnx_data, model.onnx_data_1, model.onnx.data
+_BESIDE_ONNX = re.compile(r".*\.onnx[._]data(_\d+)?")
 
 
 def others_below(root: Path, skip: Collection[Path], notes: list[str]) -> tuple[Path, ...]:
@@ -23,7 +26,8 @@ def others_below(root: Path, skip: Collection[Path], notes: list[str]) -> tuple[
         if file in skip:
             continue
         other = file.relative_to(root)
-        weights = Path(file.name.removesuffix(".index.json")).suffix in _WEIGHT_SUFFIXES
+        suffix = Path(file.name.removesuffix(".index.json")).suffix
+        weights = suffix in _WEIGHT_SUFFIXES or _BESIDE_ONNX.fullmatch(file.name)
         if weights and modules.isdisjoint(map(str, other.parents)) and not is_adapter(file):
             notes.append(f"other weights are left out: {other}")
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.checkpoint.engine_limits import engine_limits
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
@@ -166,11 +167,7 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
-    if source.config.get("model_type") == "gpt_oss" and planner.schemes:
-        warnings.append(
-            "SGLang builds gpt-oss's attention in float whatever config.json says, and would take codes for weights; "
-            "serve the result with vLLM or transformers"
-        )
+    warnings += engine_limits(source.config, target.name if target else "", set(planner.schemes.values()))
     apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
     if apart and only_stacked(source.config):
         warnings.append(

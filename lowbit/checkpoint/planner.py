@@ -213,7 +213,7 @@ class Planner:
         if stored.format != self.target.name or stored.scheme != scheme or f"{module}.bias" in self.replaced:
             return []
         refs = {c: self.source.tensors[stored.names[c]] for c in outputs}
-        if any(refs[c].dtype != outputs[c].dtype for c in outputs):
+        if any((refs[c].dtype, refs[c].nbytes) != (o.dtype, o.nbytes) for c, o in outputs.items()):
             return []
         if static is not None and static.scale.name != stored.names["input_scale"]:
             return []
@@ -249,6 +249,11 @@ class Planner:
                 )
 
     def _input_constant(self, module: str, content: Content, out: OutTensor, ref: TensorRef | None) -> Job:
+        if ref is not None and ref.elements != 1:
+            raise InputError(
+                f"{ref.name}: expected one number for all activations, found {list(ref.shape)}; "
+                "use a dynamic scheme such as int8 or fp8"
+            )
         if ref is not None:
             return job_of("copy" if ref.dtype == out.dtype else "scale", ref, {content: out})
         if content == _INPUT_SCALE:

@@ -52,7 +52,7 @@ _JOINED_ON_DISK = re.compile(r"^(.*\.)?((mamba|mixer)\.in_proj|in_proj_(qkvz|ba)
 _QKV_ON_DISK = re.compile(r"^(.*\.)?(qkv_proj|query_key_value|key_value|c_attn|[Ww]qkv|W_pack)$")
 _GATE_UP_ON_DISK = re.compile(r"^(.*\.)?gate_up_proj$")
 # In these, heads of q, k and v alternate, and engines take them apart.
-_BY_HEAD = ("bloom", "falcon", "telechat")
+_BY_HEAD = ("bloom", "falcon", "persimmon", "telechat")
 
 
 @dataclass(frozen=True, kw_only=True)

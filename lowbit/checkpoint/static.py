@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from lowbit.checkpoint.jobs import Job
 from lowbit.errors import InputError
 
 _LARGEST = 2**31 - 1
 
 
 class RowSums:
-    """Σ_k of int8 codes [N, K] that pass in blocks of bytes, wherever these are cut. Idle unless the job wants them."""
+    """Σ_k of int8 codes [N, K] that pass in blocks of bytes, wherever these are cut. Idle where they are not wanted."""
 
-    def __init__(self, job: Job) -> None:
-        self._wanted = job.static is not None
-        self._cols = job.shape[-1] if self._wanted else 1
+    def __init__(self, shape: tuple[int, ...], *, wanted: bool) -> None:
+        self._wanted = wanted
+        self._cols = shape[-1] if wanted else 1
         self._position = 0
-        self.values = np.zeros(job.shape[0] if self._wanted else 0, np.int64)
+        self.values = np.zeros(shape[0] if wanted else 0, np.int64)
 
     def add(self, block: np.ndarray) -> None:
         """The next bytes, uint8."""
@@ -39,6 +38,21 @@ class RowSums:
         sums = np.add.reduceat(block.view(np.int8), starts, dtype=np.int64)
         self.values[row : row + sums.size] += sums
         self._position += block.size
+
+
+def require_no_bias(quant_bias: np.ndarray, offset: int, sums: np.ndarray, name: str) -> None:
+    """InputError naming `name` where int32 [N] holds more than the part of the offset, given row sums int64 [N].
+
+    Some versions of msModelSlim write no other bias. The slack is for those that compute that part in float32.
+    """
+    part = offset * sums
+    left = quant_bias + part
+    if (beyond := np.abs(left) > 1 + np.abs(part) / 2**16).any():
+        row = int(np.flatnonzero(beyond)[0])
+        raise InputError(
+            f"{name}: expected no bias in it, since there is none beside it, found one of {left[row]} steps in row "
+            f"{row}, which would be lost; start from the model in float, or quantize it so that biases are written too"
+        )
 
 
 def static_tensors(

@@ -34,7 +34,7 @@ from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.reading import file_checksum
 from lowbit.errors import InputError
-from lowbit.formats import DESCRIPTION
+from lowbit.formats import DESCRIPTION, MODELOPT
 
 # Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
 FINISHING = "finishing"
@@ -342,7 +342,8 @@ class OutputDirectory:
         self._old_removed = True
         named = listed_files(self.out / MANIFEST) + listed_files(self.partial / REPLACING)
         ours = [Path(name) for name in named if ".." not in Path(name).parts and not Path(name).is_absolute()]
-        for file in (Path(CONFIG), *ours, Path(INDEX), Path(DESCRIPTION)):
+        indexes = (file.relative_to(self.out) for file in self.out.glob("*.safetensors.index.json"))
+        for file in (Path(CONFIG), *ours, *indexes, Path(DESCRIPTION), Path(MODELOPT)):
             self._remove(file)
         for shard in self.out.glob("*.safetensors"):
             shard.unlink()

@@ -103,7 +103,9 @@ def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> 
     if name.endswith(_OF_OTHERS):
         return True
     codes = name.endswith(".weight") and info.dtype in ("U8", "I8", "U32", "I32")
-    return codes and not tensors.keys().isdisjoint((name + "_scale", name.removesuffix("weight") + "scales"))
+    module = name.removesuffix("weight")
+    scales = (name + "_scale", name + "_scale_inv", module + "scale", module + "scales")
+    return codes and not tensors.keys().isdisjoint(scales)
 
 
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

@@ -207,13 +207,16 @@ class Ascend:
                     f"{module}.weight: expected {name} beside a weight of type {kind}, found none in any shard; "
                     "the checkpoint is incomplete: fetch it again"
                 )
-            if content == "deq_scale" and tuple(tensors[name].shape) != info.shape[:1]:
+            found = tensors[name]
+            if content in ("deq_scale", "quant_bias") and (
+                tuple(found.shape) != info.shape[:1] or (content == "quant_bias" and found.dtype != "I32")
+            ):
                 raise InputError(
-                    f"{name}: expected one scale for each of {info.shape[0]} rows, found {list(tensors[name].shape)}; "
-                    "the checkpoint is incomplete: fetch it again"
+                    f"{name}: expected one number for each of {info.shape[0]} rows, found {found.dtype} "
+                    f"{list(found.shape)}; the checkpoint is incomplete: fetch it again"
                 )
             if content == "scale" and isinstance(scheme.weights.granularity, PerChannel | PerGroup):
-                check_scale(module, name, tuple(tensors[name].shape), _matrix(info), scheme.weights)
+                check_scale(module, name, tuple(found.shape), _matrix(info), scheme.weights)
         return StoredModule(shape=_matrix(info), scheme=scheme, names=names, format=self.name)
 
 

@@ -20,6 +20,7 @@ _STEPS: tuple[Step, ...] = (
     (r"\.block_sparse_moe\.", ".mlp."),  # MiniMax-M2
     (r"\.attn\.qkv$", ".attn.qkv_proj"),  # in the towers of GLM-4.1V and 4.5V (SGLang in all towers)
     (r"\.attention\.self\.(?=(query|key|value)$)", ".attention.output."),  # BERT and its like
+    (r"^fc$", "model.fc"),  # EAGLE
     (r"^roberta\.(?=encoder\.)", "bert."),
     (
         r"^(?=layers\.\d+\.(self_attn|mlp)\.)",
@@ -59,6 +60,10 @@ def _in_rope_bert(found: Match, config: Mapping[str, Any]) -> str:
     return f".encoder.layer.{layer}.{_IN_ROPE_BERT.get(rest, rest)}"
 
 
+def _behind_the_last(found: Match, config: Mapping[str, Any]) -> str:
+    return f"model.layers.{config.get('num_hidden_layers', 0) + int(found[1])}."
+
+
 _ROPE_BERT: tuple[Step, ...] = ((r"^(?:.*\.)?encoder\.layers?\.(\d+)\.(.+)$", _in_rope_bert),)
 _GPT_OSS: tuple[Step, ...] = ((r"\.self_attn\.", ".attn."),)
 _STEPS_OF: dict[str, tuple[Step, ...]] = {
@@ -68,8 +73,15 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "phimoe": ((r"\.block_sparse_moe\.gate$", ".mlp.router"), (r"\.block_sparse_moe\.", ".mlp.")),
     "gpt_oss": _GPT_OSS,
     "openai_privacy_filter": _GPT_OSS,
+    "ernie4_5_moe": ((r"^model\.mtp_block\.(\d+)\.", _behind_the_last),),
+    "bailing_hybrid": ((r"\.attention\.", ".self_attn."),),  # Ling 3; not 2.5
+    "mimo": ((r"^model\.mtp_layers\.(\d+)\.", _behind_the_last),),
+    "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
-    "exaone": ((r"^transformer\.(?=h\.)", "model."),),
+    "exaone": (
+        (r"^transformer\.(?=h\.)", "model."),
+        (r"^model\.(h\.\d+)\.attn\.attention\.", r"transformer.\1.self_attn."),  # SGLang's
+    ),
     "whisper": (
         (r"^model\.(encoder|decoder)\.layers\.(\d+)\.", r".\1.layers.\2.layers."),
         (r"(?<=\.)(?=fc\d$)", "mlp."),

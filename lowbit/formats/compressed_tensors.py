@@ -83,11 +83,12 @@ class CompressedTensors(ConfigOnly):
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in layout.modules.items():
             groups.setdefault(scheme, []).append(module)
-        ranked = sorted(groups, key=lambda s: -len(groups[s]))
+        # Mostly the largest first; but SGLang looks for the size of blocks there alone.
+        ranked = sorted(groups, key=lambda s: (not _in_blocks(s), -len(groups[s])))
         formats = list(dict.fromkeys(format_of(s) for s in ranked))
         body: dict[str, Any] = {}
         for i, scheme in enumerate(ranked):
-            # The largest group is the default; the others name their modules, and names win over classes.
+            # The first group is the default; the others name their modules, and names win over classes.
             if i == 0:
                 targets = ["Linear"]
             else:
@@ -135,6 +136,11 @@ class CompressedTensors(ConfigOnly):
         for name, info in tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight_packed":
+                if info.dtype != "I32" or len(info.shape) != 2:
+                    raise InputError(
+                        f"{name}: expected packed codes as I32 [N, K / codes in an int32], found {info.dtype} "
+                        f"{list(info.shape)}, which cannot be read; start from the model in float"
+                    )
                 contents: dict[Content, str] = {"packed": name, "shape": module + ".weight_shape"}
             elif kind == "weight" and info.dtype in ("I8", "F8_E4M3") and len(info.shape) == 2:
                 contents = {"codes": name}
@@ -208,6 +214,10 @@ _STRATEGIES = {
     PerGroup: "group",
     PerBlock: "block",
 }
+
+
+def _in_blocks(scheme: Scheme) -> bool:
+    return scheme.weights is not None and isinstance(scheme.weights.granularity, PerBlock)
 
 
 def _args(spec: TensorSpec | None) -> dict[str, Any] | None:

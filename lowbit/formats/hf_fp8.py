@@ -24,7 +24,7 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
-from lowbit.formats.joined import with_joined
+from lowbit.formats.joined import with_joined, with_members
 from lowbit.formats.name_patterns import towers
 from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
 from lowbit.scheme import Scheme, TensorSpec, get_scheme
@@ -56,7 +56,7 @@ class HfFp8(ConfigOnly):
         return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
-        ignored = with_joined(layout.ignored, layout.config)
+        ignored = with_joined(with_members(layout.ignored), layout.config)
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",

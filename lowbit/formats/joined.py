@@ -20,6 +20,7 @@ _JOINED = {
     "query": ("qkv_proj",), "key": ("qkv_proj",), "value": ("qkv_proj",),
     "q": ("qkv",), "k": ("qkv",), "v": ("qkv",),  # the tower of Qwen2.5-Omni
     "gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",),
+    "w1": ("gate_up_proj",), "w3": ("gate_up_proj",), "w2": ("down_proj",),
     "c_fc_0": ("gate_up_proj",), "c_fc_1": ("gate_up_proj",),
     "fc11": ("gate_up_proj",), "fc12": ("gate_up_proj",),
     "q_a_proj": _LATENT, "kv_a_proj_with_mqa": _LATENT,
@@ -55,4 +56,17 @@ def with_joined(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
         names |= {f"{parent}.{name}": None for name in renamed.get(last, ())}
         if _BESIDE.search(module):
             names[_BESIDE.sub(r"\1.moe.\2", module)] = None
+    return list(names)
+
+
+_MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def with_members(modules: Iterable[str]) -> list[str]:
+    """Module names, then those of the parts of what is joined on disk, each once: SGLang's block formats look for these
+    alone."""
+    names = dict.fromkeys(modules)
+    for module in list(names):
+        parent, _, last = module.rpartition(".")
+        names |= {f"{parent}.{part}": None for part in _MEMBERS.get(last, ())}
     return list(names)

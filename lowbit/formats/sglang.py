@@ -22,7 +22,7 @@ from lowbit.formats.format import (
     missing_scale,
 )
 from lowbit.formats.hf_fp8 import SCALE_SUFFIXES, block_problem, block_tensors, with_blocks
-from lowbit.formats.joined import with_joined
+from lowbit.formats.joined import with_joined, with_members
 from lowbit.scheme import Scheme, get_scheme
 
 _SCALE = SCALE_SUFFIXES[0]
@@ -68,7 +68,7 @@ class SglangInt8(ConfigOnly):
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
             # The engine asks for the names of the modules that it builds, and compares them as a whole.
-            "ignored_layers": with_joined(layout.ignored, layout.config),
+            "ignored_layers": with_joined(with_members(layout.ignored), layout.config),
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

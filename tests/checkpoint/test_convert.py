@@ -26,6 +26,7 @@ from sample_models import (
 
 import lowbit
 from lowbit.checkpoint.headers import ITEM_BYTES, open_checkpoint, read_header
+from lowbit.checkpoint.layout import OutTensor, assign
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
 from lowbit.quantize import choose_scale, quantize_with
@@ -445,10 +446,12 @@ def test_ignore_dequantizes_and_keep_carries_fp8(tmp_path):
         assert done.plan.decisions[kept].as_found
     q = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert q["format"] == "mixed-precision"
-    assert [g["format"] for g in q["config_groups"].values()] == ["int-quantized", "float-quantized"]
+    # Blocks are the default, since SGLang looks for their size there.
+    assert [g["format"] for g in q["config_groups"].values()] == ["float-quantized", "int-quantized"]
     assert q["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert set(q["config_groups"]["group_1"]["targets"]) == {
-        rf"re:.*\blayers\.1\.mlp\.{m}_proj$" for m in ("gate", "up", "down", "gate_up")
+        *(rf"re:.*\blayers\.0\.mlp\.{m}_proj$" for m in ("gate", "up", "gate_up")),
+        *(rf"re:.*\blayers\.\d+\.self_attn\.{m}_proj$" for m in ("q", "k", "v", "o", "qkv")),
     }
     assert down in q["ignore"]
 
@@ -568,6 +571,16 @@ def test_shards_keep_the_limit_and_the_index_is_right(tmp_path, limit):
     check_output(out, tensors, done.plan)
 
 
+def test_no_file_of_several_modules_passes_the_limit():
+    """By a byte neither, headers included; and each begins with as many as fit."""
+    for elements in (3, 400):
+        many = [[OutTensor(f"{'é' * (n % 7)}{n}", "I8", (elements + n % 50,))] for n in range(300)]
+        for limit in range(1000, 1300):
+            shards, _ = assign(many, limit)
+            assert all(s.nbytes <= limit or len(s.names) == 1 for s in shards), limit
+        assert len(shards) < 200
+
+
 def test_a_module_larger_than_the_limit_gets_a_shard_of_its_own(tmp_path):
     tensors, config = llama()
     src = write(tmp_path / "src", tensors, config)
@@ -584,6 +597,7 @@ def test_tensors_are_aligned(tmp_path, scheme):
     lowbit.convert(src, tmp_path / "out", scheme)
     for ref in open_checkpoint(tmp_path / "out").tensors.values():
         assert ref.offset % ITEM_BYTES[ref.dtype] == 0
+        assert ref.offset % 64 == 0 or ref.nbytes % 64 != 0  # those of whole cache lines begin at one
 
 
 def odd_tensors() -> Tensors:
@@ -718,6 +732,16 @@ def test_scales_that_overflow_when_decoded(tmp_path, scheme):
     tensors, config = block_fp8(*llama())
     tensors["model.layers.0.mlp.up_proj.weight_scale_inv"][1, 0] = 2e38
     refused(tmp_path, tensors, config, r"up_proj\.weight: expected .*, found .*(inf|e\+38) at \[1", scheme)
+
+
+def test_scales_that_overflow_when_decoded_in_a_model_of_float32(tmp_path):
+    """Inf was written."""
+    tensors, config = block_fp8(*llama())
+    tensors = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in tensors.items()}
+    tensors["model.layers.0.mlp.down_proj.weight_scale_inv"][0, 0] = 3e38
+    src = write(tmp_path / "src", tensors, {**config, "torch_dtype": "float32"})
+    with pytest.raises(InputError, match=r"down_proj\.weight: expected finite values, found -?inf at \["):
+        lowbit.convert(src, tmp_path / "out", "int8", ignore=["*.down_proj"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e5m2], ids=str)

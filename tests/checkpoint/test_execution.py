@@ -27,6 +27,7 @@ from lowbit.checkpoint.journal import Journal, read_journal
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.reading import finite
 from lowbit.errors import InputError
+from lowbit.formats import DESCRIPTION, MODELOPT
 
 
 @pytest.fixture
@@ -819,6 +820,15 @@ def test_out_must_be_empty_or_new(src, tmp_path):
     assert everything(out) == first
     lowbit.convert(src, out, "fp8", overwrite=True, max_shard_size="200KB")
     lowbit.convert(src, tmp_path / "fresh", "fp8", max_shard_size="200KB")
+    assert everything(out) == everything(tmp_path / "fresh")
+
+
+def test_overwrite_leaves_no_index_of_a_checkpoint_that_has_no_manifest(src, tmp_path):
+    """It would name shards that are gone, and a description tensors, or a quantization that is no more."""
+    files = {DESCRIPTION: "{}", MODELOPT: "{}", "consolidated.safetensors.index.json": "{}"}
+    out = write(tmp_path / "out", *deepseek_v3(), files=files, place=lambda n: len(n) % 2)
+    lowbit.convert(src, out, "int8", overwrite=True)
+    lowbit.convert(src, tmp_path / "fresh", "int8")
     assert everything(out) == everything(tmp_path / "fresh")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 from sample_models import llama, write
 
 import lowbit
-from lowbit.checkpoint.headers import ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
+from lowbit.checkpoint.headers import INDEX, ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
 from lowbit.errors import InputError
 
 
@@ -100,6 +100,7 @@ DAMAGED = {
     "backwards": ({"a": entry(offsets=(8, 0))}, b"\0" * 8, None, "expected 8 bytes for 'a'"),
     "wrong size": ({"a": entry(offsets=(0, 7))}, b"\0" * 7, None, "expected 8 bytes for 'a' (F32 [2]), found 7"),
     "huge shape": ({"a": entry(shape=(2**40, 2**40))}, b"\0" * 8, None, "for 'a' (F32"),
+    "huge shape of nothing": ({"a": entry(shape=(0, 2**62), offsets=(0, 0))}, b"", None, "expected sizes of a weight"),
     "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12, None, "overlap: 'b' begins at 4, expected 8"),
     "the same twice": ({"a": entry(), "b": entry()}, b"\0" * 8, None, "data offsets overlap"),
     "a hole": ({"a": entry(), "b": entry(offsets=(9, 17))}, b"\0" * 17, None, "leave a hole: 'b' begins at 9"),
@@ -332,6 +333,13 @@ def test_a_broken_index(tmp_path, body):
         open_checkpoint(tmp_path)
 
 
+def test_an_index_that_cannot_be_read_is_not_to_be_fetched_again(tmp_path):
+    root = write(tmp_path, *llama())
+    (root / INDEX).mkdir()
+    with pytest.raises(InputError, match=r"index\.json: cannot be read \(Is a directory\); check the path"):
+        open_checkpoint(root)
+
+
 def test_two_indexes(tmp_path):
     sharded(tmp_path)
     (tmp_path / "old.safetensors.index.json").write_text("{}")
@@ -415,6 +423,15 @@ def test_files_beside_the_weights(tmp_path):
     assert set(names) == {".gitattributes", "generation_config.json", "inference/kernel.py", "tokenizer.json"}
     left = [n for n in found.notes if n.startswith("other weights are left out")]
     assert len(left) == 5
+
+
+@pytest.mark.parametrize("name", ["model.onnx_data", "model.onnx_data_1", "decoder_model_q4.onnx.data"])
+def test_data_of_onnx_weights_is_left_out(tmp_path, name):
+    found = open_checkpoint(
+        write(tmp_path, *llama(), files={f"onnx/{name}": "old", "onnx/config.json": "{}"})
+    )
+    assert found.others == (Path("onnx/config.json"),)
+    assert f"other weights are left out: onnx/{name}" in found.notes
 
 
 @pytest.mark.parametrize("index", [True, False])

@@ -129,6 +129,15 @@ def test_scales_of_other_groups_than_config_says_are_refused(tmp_path):
         lowbit.plan(tmp_path / "src", "int8")
 
 
+@pytest.mark.parametrize(
+    "packed", [torch.zeros(128, 16, dtype=torch.int64), torch.zeros(2, 64, 16, dtype=torch.int32)]
+)
+def test_codes_packed_otherwise_are_refused(tmp_path, packed):
+    published(tmp_path / "src", **{"model.layers.0.mlp.experts.0.up_proj.weight_packed": packed})
+    with pytest.raises(InputError, match=r"up_proj\.weight_packed: expected packed codes as I32 \[N, K"):
+        lowbit.plan(tmp_path / "src", "int8")
+
+
 def test_a_shape_in_another_dtype_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.0.up_proj.weight_shape"
     published(tmp_path / "src", **{name: torch.tensor([128, 128], dtype=torch.int16)})

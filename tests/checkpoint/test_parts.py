@@ -175,6 +175,20 @@ def test_other_settings_do_not_mix(src, tmp_path):
     assert lowbit.verify(out).ok
 
 
+def test_journals_of_two_conversions_are_nobodys(src, tmp_path):
+    """As where the file system has no locks, and both begin at once."""
+    out = tmp_path / "out"
+    convert(src, out, "1/2")
+    for other in "abcdefghij":
+        (out / PARTIAL / "journal-2-of-2.jsonl").write_text(json.dumps({"plan": other}) + "\n")
+        before = everything(out)
+        with pytest.raises(
+            InputError, match="unfinished conversion of another source or with other settings"
+        ):
+            convert(src, out, "2/2")
+        assert everything(out) == before
+
+
 def test_a_failing_part_takes_only_its_own_files(src, tmp_path, monkeypatch, alone):
     from lowbit.checkpoint import execute
 
@@ -257,6 +271,19 @@ def test_a_part_does_not_wait_for_another_conversion_for_ever(src, tmp_path, mon
     writer.OutputDirectory(out, plan).prepare()
     with pytest.raises(InputError, match="another conversion is writing here"):
         writer.OutputDirectory(out, plan, part=part("1/2")).prepare()
+
+
+def test_a_part_removes_nothing_of_another_conversion_at_work(src, tmp_path, monkeypatch):
+    """Which parts share among themselves."""
+    monkeypatch.setattr(writer, "TIDY_SECONDS", 0.3)
+    plan, out = lowbit.plan(src, "int8", max_shard_size=SIZE), tmp_path / "out"
+    at_work = writer.OutputDirectory(out, plan, part=part("1/2"))
+    at_work.prepare()
+    before = everything(out)
+    other = lowbit.plan(src, "fp8", max_shard_size=SIZE)
+    with pytest.raises(InputError, match="another conversion is writing here"):
+        writer.OutputDirectory(out, other, part=part("1/2"), overwrite=True).prepare()
+    assert everything(out) == before
 
 
 @pytest.mark.parametrize("text", ["2", "a/b", "-1/2", "0/2", "3/2", "1/0"])

@@ -248,3 +248,23 @@ def test_the_main_dtype_of_a_source_that_is_all_codes(tmp_path):
     from sample_models import load
 
     assert load(tmp_path / "out")["model.layers.0.self_attn.o_proj.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "format", "warned"),
+    [
+        ("falcon_mamba", "int8", None, "vLLM builds Mamba's layers in float"),
+        ("mistral3", "fp8-block", "fp8", "Mistral 3 look for other names of scales"),
+        ("mistral3", "fp8-block", None, ""),
+        ("bloom", "int8-weight-only", None, "vLLM rearranges the rows"),
+        ("bloom", "int8", None, ""),
+        ("llama", "fp8-block", "fp8", "SGLang's class for this model drops the scales"),
+        ("whisper", "int8", None, "SGLang builds Whisper's MLPs in float"),
+        ("falcon_mamba", "bf16", None, ""),
+    ],
+)
+def test_what_an_engine_does_not_load_is_warned_of(tmp_path, model_type, scheme, format, warned):
+    tensors = {"model.layers.0.mixer.in_proj.weight": torch.randn(128, 128)}
+    source = write(tmp_path / "src", tensors, {"model_type": model_type})
+    warnings = lowbit.plan(source, scheme, format=format).warnings
+    assert [w for w in warnings if "vLLM" in w and warned in w] if warned else not warnings

@@ -223,6 +223,15 @@ def test_a_broken_manifest(out, body):
     assert "lowbit_manifest.json" in problems(out)
 
 
+def test_a_manifest_of_tensors_alone(out):
+    """As the first ones were."""
+    file = out / "lowbit_manifest.json"
+    body = json.loads(file.read_text())
+    del body["headers"], body["files"]
+    file.write_text(json.dumps(body))
+    assert lowbit.verify(out).ok
+
+
 def test_without_config_the_codes_cannot_be_read(out):
     (out / "config.json").unlink()
     assert "config.json has no quantization_config" in problems(out)
@@ -279,6 +288,39 @@ def test_errors_equal_a_float64_computation(tmp_path, scheme, source):
         assert error.relative == pytest.approx(relative, rel=1e-9)
         assert error.largest == pytest.approx(largest, rel=1e-9)
         assert error.scheme == scheme
+
+
+@pytest.mark.parametrize("source", ["bf16", "fp8"])
+def test_a_source_with_nan_is_nothing_like_the_result(tmp_path, source):
+    tensors, config = llama() if source == "bf16" else block_fp8(*llama())
+    lowbit.convert(write(tmp_path / "src", tensors, config), tmp_path / "out", "int8")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name].view(torch.uint8)[-1, -2:] = 0xFF  # NaN in either dtype
+    found = lowbit.verify(tmp_path / "out", write(tmp_path / "damaged", tensors, config))
+    worst, second = found.errors[:2]
+    assert worst.name == name and worst.sqnr_db == -math.inf and math.isnan(worst.relative)
+    assert second.sqnr_db > 20
+    assert found.to_dict()["errors"][0]["relative"] is None
+
+
+@pytest.mark.parametrize("source", ["bf16", "fp8", "int8-weight-only", "transposed"])
+def test_errors_do_not_depend_on_row_blocks(tmp_path, monkeypatch, source):
+    """Weights of several: no other test has any so large."""
+    if source == "transposed":
+        src = write(tmp_path / "src", *fused_mixture("llama4")[::2])
+    else:
+        src = write(tmp_path / "src", *(block_fp8(*llama()) if source == "fp8" else llama()))
+    if source == "int8-weight-only":
+        lowbit.convert(src, tmp_path / "packed", source)
+        src = tmp_path / "packed"
+    lowbit.convert(src, tmp_path / "out", "mxfp8")
+    whole = {e.name: e for e in lowbit.verify(tmp_path / "out", src).errors}
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 5000)
+    parts = lowbit.verify(tmp_path / "out", src)
+    assert parts.ok and len(parts.errors) == len(whole) > 10
+    for error in parts.errors:
+        assert error.sqnr_db == pytest.approx(whole[error.name].sqnr_db, abs=1e-9) and error.sqnr_db > 20
+        assert error.largest == whole[error.name].largest
 
 
 @pytest.mark.parametrize("experts", ["apart", "fused"])

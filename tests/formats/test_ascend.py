@@ -429,20 +429,43 @@ def test_static_to_compressed_tensors_and_back(tmp_path, dtype):
         lowbit.convert(tmp_path / "out", tmp_path / "no", "int8-static")
 
 
+@pytest.mark.parametrize("scheme", ["int8", "bf16", "int8-static-asym"])
+@pytest.mark.parametrize("offset", [0, -90])
+def test_biases_that_only_quant_bias_holds_are_not_lost(tmp_path, scheme, offset):
+    """As versions of msModelSlim write them. Where it holds the part of the offset alone, there is no bias."""
+    tensors, config = with_biases(llama())
+    src = write(tmp_path / "src", tensors, config)
+    calibrated(src, tmp_path / "calib", "int8-static-asym", projections(src), offset=offset)
+    written, described = convert(src, tmp_path / "out", "int8-static-asym", calibration=tmp_path / "calib")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    left = {n: t for n, t in written.items() if not n.endswith("_proj.bias")}
+    assert len(left) < len(written)
+    files = {DESCRIPTION: json.dumps({n: k for n, k in described.items() if n in left or n not in written})}
+    with pytest.raises(InputError, match=r"quant_bias: expected no bias in it.*which would be lost"):
+        lowbit.convert(write(tmp_path / "old", left, config, files=files), tmp_path / "no", scheme)
+    assert not (tmp_path / "no").exists()
+    for name in [n for n in left if n.endswith("quant_bias")]:
+        codes = left[name.replace("quant_bias", "weight")].float()
+        left[name] = (-offset * codes.sum(1) - 0.25).round().to(torch.int32)  # in float32, as it does
+    lowbit.convert(write(tmp_path / "none", left, config, files=files), tmp_path / "yes", scheme)
+    assert lowbit.verify(tmp_path / "yes", tmp_path / "none").ok
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (64, 2)])
 def test_a_static_scale_that_is_not_one_per_row_is_refused(tmp_path, shape):
     """The loops took what lies behind it for scales."""
     src = write(tmp_path / "src", *llama())
     written, described = convert(src, tmp_path / "out")
     module = "model.layers.0.mlp.up_proj"
+    rows = len(written[f"{module}.weight"])
     del written[f"{module}.weight_scale"], written[f"{module}.weight_offset"]
     written |= {
         f"{module}.input_scale": torch.tensor([0.25]), f"{module}.input_offset": torch.tensor([3.0]),
-        f"{module}.deq_scale": torch.ones(shape), f"{module}.quant_bias": torch.zeros(128, dtype=torch.int32),
+        f"{module}.deq_scale": torch.ones(shape), f"{module}.quant_bias": torch.zeros(rows, dtype=torch.int32),
     }  # fmt: skip
     described |= {name: "W8A8" for name in written if name.startswith(module + ".")}
     bad = write(tmp_path / "bad", written, llama()[1], files={DESCRIPTION: json.dumps(described)})
-    with pytest.raises(InputError, match=r"up_proj\.deq_scale: expected one scale for each of"):
+    with pytest.raises(InputError, match=r"up_proj\.deq_scale: expected one number for each of"):
         lowbit.plan(bad, "bf16")
 
 
@@ -457,6 +480,7 @@ def test_scales_for_static_and_dynamic_activations_in_one(tmp_path, kind):
         f"{module}.input_scale": torch.tensor([0.25]), f"{module}.input_offset": torch.tensor([3.0]),
         f"{module}.deq_scale": 0.25 * scale, f"{module}.quant_bias": torch.zeros(scale.numel(), dtype=torch.int32),
     }  # fmt: skip
+    written[f"{module}.quant_bias"] -= 3 * written[f"{module}.weight"].sum(1, dtype=torch.int32)
     described |= {name: kind for name in written if name.startswith(module + ".")}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     both = write(tmp_path / "both", written, config, files={DESCRIPTION: json.dumps(described)})
@@ -524,6 +548,31 @@ def test_verify_finds_a_description_that_says_too_much_or_has_changed(tmp_path):
         f"{DESCRIPTION}: describes model.ghost.weight, which is in no shard",
         f"{DESCRIPTION}: missing, or changed since it was written; convert again",
     )
+
+
+def test_an_offset_of_all_rows_in_one_is_written_for_each(tmp_path):
+    """It was an AssertionError in the midst of the work."""
+    src = write(tmp_path / "src", *llama())
+    written, _ = convert(src, tmp_path / "out", "int8")
+    name = "model.layers.0.mlp.up_proj.weight_offset"
+    files = {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_text()}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    one = write(tmp_path / "one", {**written, name: torch.zeros(1)}, config, files=files)
+    again, _ = convert(one, tmp_path / "again", "int8")
+    assert again.keys() == written.keys() and all(same_bits(again[n], written[n]) for n in written)
+
+
+@pytest.mark.parametrize("suffix", ["deq_scale", "input_scale"])
+def test_verify_looks_at_the_scales_of_static_products(tmp_path, suffix):
+    src = write(tmp_path / "src", *llama())
+    calibrated(src, tmp_path / "calib", "int8-static", projections(src))
+    written, _ = convert(src, tmp_path / "out", "int8-static", calibration=tmp_path / "calib")
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    written[name][-1] = 0
+    files = {DESCRIPTION: (tmp_path / "out" / DESCRIPTION).read_text()}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    problems = lowbit.verify(write(tmp_path / "bad", written, config, files=files)).problems
+    assert problems == (f"{name}: expected finite, positive scales, found others",)
 
 
 def test_asymmetric_weights_are_not_read_as_symmetric(tmp_path):

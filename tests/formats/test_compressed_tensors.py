@@ -527,6 +527,8 @@ def test_modules_have_the_name_by_which_vllm_asks_for_their_scheme(tmp_path, par
         ({"model_type": "nomic_bert"}, "encoder.layers.3.attn.Wqkv", ".encoder.layer.3.attention.qkv_proj"),
         ({"model_type": "nomic_bert"}, "encoder.layers.3.mlp.fc12", ".encoder.layer.3.mlp.gate_up_proj"),
         ({"model_type": "new"}, "encoder.layer.3.attention.o_proj", ".encoder.layer.3.attention.dense"),
+        ({"model_type": "ernie4_5_moe", "num_hidden_layers": 8}, "mtp_block.0.mlp.x", "model.layers.8.mlp.x"),
+        ({"model_type": "mimo", "num_hidden_layers": 8}, "mtp_layers.1.mlp.x", "model.layers.9.mlp.x"),
         ({"model_type": "qwen2_5_omni"}, "visual.blocks.0.attn.k", "model.visual.blocks.0.attn.qkv"),
     ],
 )  # fmt: skip
@@ -549,9 +551,15 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
     ("model_type", "module", "asked"),
     [
         ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
+        ("bailing_hybrid", "model.layers.0.attention.f_proj", "model.layers.0.self_attn.f_proj"),
+        ("llama", "fc", "model.fc"),
         ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
+        ("hrm_text", "model.L_module.layers.0.attn.o_proj", "model.L_module.layers.0.self_attn.o_proj"),
         ("exaone", "transformer.h.0.mlp.c_fc_1", "model.h.0.mlp.gate_up_proj"),
+        ("exaone", "transformer.h.0.attn.attention.v_proj", "transformer.h.0.self_attn.qkv_proj"),
+        ("lfm2_moe", "model.layers.0.feed_forward.w3", "model.layers.0.feed_forward.gate_up_proj"),
+        ("lfm2_moe", "model.layers.0.feed_forward.w2", "model.layers.0.feed_forward.down_proj"),
         ("whisper", "model.decoder.layers.0.self_attn.q_proj", ".decoder.layers.0.layers.self_attn.qkv_proj"),
         (
             "whisper",
@@ -564,7 +572,7 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
     ],
 )
 def test_modules_of_a_model_that_vllm_builds_within_another(model_type, module, asked):
-    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes."""
+    """In HF fp8, vLLM 0.32 took BF16 of what stays in float in such models for codes; SGLang did of EXAONE and LFM2."""
     assert with_joined([module], {"model_type": model_type})[0] == module
     assert asked in with_joined([module], {"model_type": model_type})
 
@@ -578,6 +586,19 @@ def test_what_vllm_asks_for_without_a_name_is_ignored(tmp_path):
     del tensors["score.0.weight"], tensors["score.2.weight"]
     source = write(tmp_path / "other", tensors, {"model_type": "qwen2"})
     assert "re:^$" not in lowbit.plan(source, "int8").config["quantization_config"]["ignore"]
+
+
+def test_a_group_with_blocks_is_the_default(tmp_path):
+    """SGLang 0.5.23 looks for the size of blocks there alone, and failed to load GLM-4.5 with one layer in blocks."""
+    tensors = {f"layers.{i}.o_proj.weight": torch.randn(128, 128) for i in range(4)}
+    source = write(tmp_path / "src", tensors, {"model_type": "glm4_moe"})
+    config = lowbit.plan(source, "fp8", overrides={"layers.0.*": "fp8-block"}).config["quantization_config"]
+    first, second = config["config_groups"].values()
+    assert (first["targets"], first["weights"]["strategy"]) == (["Linear"], "block")
+    assert second["weights"]["strategy"] == "channel"
+    assert [any(re.match(t[3:], f"layers.{i}.o_proj") for t in second["targets"]) for i in range(4)] == [
+        False, True, True, True,
+    ]  # fmt: skip
 
 
 def test_a_group_has_patterns_that_also_take_in_what_is_ignored(tmp_path):

@@ -163,3 +163,28 @@ def test_a_tower_is_named_as_a_whole():
     layout = Layout(modules={text: get_scheme("fp8-block")}, ignored=("lm_head", tower))
     named = FORMAT.config(layout)["modules_to_not_convert"]
     assert named == ["lm_head", tower, "model.visual.blocks.0.mlp.gate_up_proj", "visual"]
+
+
+@pytest.mark.parametrize(("format", "key"), [("fp8", "modules_to_not_convert"), ("sglang", "ignored_layers")])
+def test_parts_of_what_is_joined_on_disk_are_named_too(format, key):
+    """SGLang looks for these alone, and took HRM's gate_up_proj in BF16 for codes."""
+    scheme = get_scheme("fp8-block" if format == "fp8" else "int8-block")
+    layout = Layout(
+        modules={"layers.0.o_proj": scheme}, ignored=("layers.0.gate_up_proj", "layers.0.qkv_proj")
+    )
+    named = get_format(format).config(layout)[key]
+    assert {f"layers.0.{p}_proj" for p in ("gate", "up", "gate_up", "q", "k", "v", "qkv")} <= set(named)
+
+
+@pytest.mark.parametrize("shape", [(2,), (0,), (64, 1)])
+def test_several_scales_of_an_input_are_refused(tmp_path, shape):
+    """It was an AssertionError in the midst of the work."""
+    tensors, config = llama()
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
+        tensors |= {f"{name}_scale": torch.ones(()), name.replace("weight", "input_scale"): torch.ones(shape)}
+    quantization = {"quant_method": "fp8", "activation_scheme": "static"}
+    src = write(tmp_path / "src", tensors, {**config, "quantization_config": quantization})
+    with pytest.raises(InputError, match=r"input_scale: expected one number for all activations, found \["):
+        lowbit.plan(src, "fp8-static")
+    lowbit.convert(src, tmp_path / "out", "int8")

@@ -164,6 +164,7 @@ OTHERS = {
     "NVFP4": {"weight": torch.uint8, "weight_scale": torch.float32},
     "MLX": {"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.bfloat16},
     "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
+    "MXFP4": {"weight": torch.uint8, "scale": torch.uint8},
     "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
 }
 

@@ -1,0 +1,50 @@
+"""What engines do not load of some models, however it is written: a conversion says so before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lowbit.scheme import Scheme
+
+_MAMBA = (
+    "vLLM builds Mamba's layers in float whatever config.json says, and refuses codes; serve the result with "
+    "transformers, or run it with lowbit"
+)
+# Where SGLang takes codes for weights without a word.
+_IN_SGLANG = (
+    "SGLang builds {0} in float whatever config.json says, and would take codes for weights; serve the result with "
+    "vLLM or transformers"
+)
+_OF_ANY = {
+    "gpt_oss": _IN_SGLANG.format("gpt-oss's attention"),
+    "whisper": _IN_SGLANG.format("Whisper's MLPs"),
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+}
+_LLAMA = (
+    "SGLang's class for this model drops the scales of this format; leave --format out for it, or serve the result "
+    "with vLLM or transformers"
+)
+_BLOCKS_OF = {
+    **dict.fromkeys(("llama", "mistral", "ministral3", "phi3"), _LLAMA),
+    "mistral3": "vLLM's and SGLang's Mistral 3 look for other names of scales than this format has; leave --format out",
+}
+_GROUPS_OF = dict.fromkeys(
+    ("bloom", "telechat"),
+    "vLLM rearranges the rows of this model's attention while loading, and refuses weight-only codes; "
+    "serve the result with transformers, or take int8",
+)
+
+
+def engine_limits(config: Mapping[str, Any], format: str, schemes: Collection[Scheme]) -> list[str]:
+    """Warnings for what is to be quantized to `schemes` in a format, by the model's config.json; [] mostly."""
+    if not schemes:
+        return []
+    kind = str(config.get("model_type"))
+    found = [_OF_ANY.get(kind)]
+    if format in ("fp8", "sglang"):
+        found.append(_BLOCKS_OF.get(kind))
+    if any(s.activations is None for s in schemes) and format == "compressed-tensors":
+        found.append(_GROUPS_OF.get(kind))
+    return [warning for warning in found if warning]
