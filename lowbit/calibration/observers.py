@@ -162,7 +162,7 @@ class HistogramObserver:
         last = (below < 1.0 - tail).sum(1).clamp(max=self.bins - 1)
         edge_low = first * step - self.width
         edge_high = (last + 1) * step - self.width
-        return torch.maximum(low, edge_low.float()), torch.minimum(high, edge_high.float())
+        return _required(torch.maximum(low, edge_low.float()), torch.minimum(high, edge_high.float()))
 
     def mse_range(self, spec: TensorSpec, steps: int = 100) -> tuple[Tensor, Tensor]:
         """The shrunken range whose quantization error over the histogram is smallest."""

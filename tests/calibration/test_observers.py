@@ -93,6 +93,11 @@ def test_percentile_leaves_out_the_tail():
     assert float(observer.percentile_range(100.0)[1]) == 1.0
     with pytest.raises(ValueError, match="percentile"):
         observer.percentile_range(0.99)
+    for sign in (1, -1):  # all on one side of 0, which any range contains
+        observer = make_observer("percentile")
+        observer.update(sign * torch.linspace(5, 6, 1000))
+        low, high = observer.percentile_range(99.9)
+        assert float(low if sign > 0 else high) == 0 and abs(float(high - low) - 6) < 0.01
 
 
 @pytest.mark.parametrize(
