@@ -162,7 +162,7 @@ def norm_gain(norm: nn.Module, width: int) -> tuple[float, bool]:
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(weight) + 0.5
     try:
         y = norm(x).double()
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:  # of a gate that is None
         raise ValueError(f"{type(norm).__name__} takes more than what it normalizes (a gate)") from error
     x, w = x.double(), weight.double()
     plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True))

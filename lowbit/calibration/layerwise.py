@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved, shared_states
 from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import fused_modules, unfuse
+from lowbit.calibration.joined import SplitLinear, part_name
 from lowbit.calibration.kv_cache import KEYS
 from lowbit.calibration.names import CheckpointNames
 from lowbit.calibration.positions import longest_text
@@ -174,6 +175,10 @@ class LayerwiseModel:
         for name, module in fused_modules(layer):
             if not any(self.source.has(self.disk_name(f"{prefix}.{name}.{p}")) for p in module._parameters):
                 unfuse(layer, name)
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear) and (of := self._names.apart.get(f"{prefix}.{name}.weight")):
+                rows = {part_name(t): self.source.tensors[t].shape[0] for t in of}
+                layer.set_submodule(name, SplitLinear(module, rows))
         return layer
 
     @torch.no_grad()
@@ -222,6 +227,9 @@ class LayerwiseModel:
             disk.endswith(".weight") and self.source.has_weight(disk.removesuffix(".weight"))
         ):
             return self.source.tensor(disk, self.dtype).to(self.device)
+        if name in self._names.joined:
+            parts, dim = self._names.joined[name]
+            return torch.cat([self.source.tensor(p, self.dtype) for p in parts], dim).to(self.device)
         return None
 
     def _fill_outside(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lowbit.calibration.joined import part_name, part_of
 from lowbit.nn.names import ROLES
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)(?P<rest>\..+)?$")
@@ -17,25 +18,46 @@ class CheckpointNames:
 
     def __init__(self, model: nn.Module, tensors: Iterable[str]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 
-        renamings = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]  # type: ignore[arg-type]
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        renamings = [r for r in mapping if isinstance(r, WeightRenaming)]
+        converters = [c for c in mapping if isinstance(c, WeightConverter)]
         parts = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
         parts |= {n for n, _ in model.named_buffers()}
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._tensors: dict[str, str] = {}
         self._modules: dict[str, str] = {}
+        joined: dict[str, dict[int, str]] = {}
+        dims: dict[str, int] = {}
         for disk in tensors:
             name = _plain_expert(apply_renamings(disk, renamings))
-            # A checkpoint of the body alone, or of the whole where the body is wanted.
-            for candidate in (name, prefix + name, name.removeprefix(prefix)):
-                if _is_in(candidate, parts):
-                    name = candidate
-                    break
+            name = _as_in(name, parts, prefix)
             self._tensors[name] = disk
+            if name not in parts and (part := part_of(name, converters)) is not None:
+                target, position, dim = part
+                target = _as_in(target, parts, prefix)
+                joined.setdefault(target, {})[position], dims[target] = disk, dim
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
                 self._modules[ours] = theirs
+
+        self.joined: dict[str, tuple[list[str], int]] = {}
+        """A convolution's tensor → the checkpoint's tensors that transformers joins to it, in order, and the dim."""
+        self.apart: dict[str, list[str]] = {}
+        """A Linear's weight → the same, by rows: each of these is quantized under its own name."""
+        for target in joined.keys() & parts:
+            theirs = [joined[target][i] for i in sorted(joined[target])]
+            module = model.get_submodule(target.rpartition(".")[0])
+            # Nothing else: what a transform may change is written, and has to have a name.
+            if isinstance(module, nn.Conv1d):
+                self.joined[target] = theirs, dims[target]
+            elif isinstance(module, nn.Linear) and target.endswith(".weight"):
+                self.apart[target] = theirs
+                for tensor in theirs:
+                    part = f"{target.rpartition('.')[0]}.{part_name(tensor)}"
+                    self._tensors[f"{part}.weight"] = tensor
+                    self._modules[part] = tensor.rpartition(".")[0]
 
     def __call__(self, name: str) -> str:
         """The checkpoint's name of a tensor or module of ours; the same name where it has none."""
@@ -54,6 +76,12 @@ def _plain_expert(name: str) -> str:
         return name
     role = ROLES[match["projection"]]
     return f"{match['experts']}.{match['index']}.{role}_proj{match['rest'] or ''}"
+
+
+def _as_in(name: str, parts: set[str], prefix: str) -> str:
+    """The name with which the model has it: a checkpoint may be of the body alone, or of the whole for the body."""
+    candidates = (name, prefix + name, name.removeprefix(prefix))
+    return next((c for c in candidates if _is_in(c, parts)), name)
 
 
 def _is_in(name: str, parts: set[str]) -> bool:

@@ -167,6 +167,23 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
         "mlp_layer_types": ["hash_moe", "moe", "moe"], "sliding_window": 16,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
     }),
+    "olmo_hybrid": _of("OlmoHybridConfig", **NO_HEAD | LINEAR),
+    "kimi_linear": _of("KimiLinearConfig", **NO_HEAD | LATENT | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_local_experts": 4, "linear_head_dim": 16,
+        "linear_num_heads": 4, "layer_types": LINEAR["layer_types"], "mlp_layer_types": ["dense", "sparse"],
+    }),
+    "bailing_hybrid": _of("BailingHybridConfig", **NO_HEAD | LATENT | {
+        "head_dim": 16, "num_local_experts": 4, "layer_types": LINEAR["layer_types"], "num_mtp_layers": 0,
+        "mlp_layer_types": ["dense", "sparse"],
+    }),
+    "minimax_m3_vl": _of(
+        "MiniMaxM3VLConfig", "MiniMaxM3SparseForConditionalGeneration", vision_config=SIGLIP | {"num_channels": 3},
+        projector_hidden_size=64, text_config={
+            **TEXT, **MOE, "intermediate_size": 32, "dense_intermediate_size": 96, "shared_intermediate_size": 32,
+            "rotary_dim": 16, "mlp_layer_types": ["dense", "sparse"], "index_n_heads": 2, "index_head_dim": 16,
+            "index_block_size": 8, "index_topk_blocks": 2,
+        },
+    ),
     "gpt_neox": _of("GPTNeoXConfig", **NO_HEAD),
     "opt": _of("OPTConfig", vocab_size=128, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
                max_position_embeddings=128, word_embed_proj_dim=64),
