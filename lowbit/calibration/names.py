@@ -28,16 +28,16 @@ class CheckpointNames:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._tensors: dict[str, str] = {}
         self._modules: dict[str, str] = {}
-        joined: dict[str, dict[int, str]] = {}
+        places: dict[str, dict[int, str]] = {}
         dims: dict[str, int] = {}
         for disk in tensors:
             name = _plain_expert(apply_renamings(disk, renamings))
             name = _as_in(name, parts, prefix)
             self._tensors[name] = disk
-            if name not in parts and (part := part_of(name, converters)) is not None:
-                target, position, dim = part
+            if name not in parts and (found := part_of(name, converters)) is not None:
+                target, position, dim = found
                 target = _as_in(target, parts, prefix)
-                joined.setdefault(target, {})[position], dims[target] = disk, dim
+                places.setdefault(target, {})[position], dims[target] = disk, dim
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
                 self._modules[ours] = theirs
@@ -46,18 +46,18 @@ class CheckpointNames:
         """A convolution's tensor → the checkpoint's tensors that transformers joins to it, in order, and the dim."""
         self.apart: dict[str, list[str]] = {}
         """A Linear's weight → the same, by rows: each of these is quantized under its own name."""
-        for target in joined.keys() & parts:
-            theirs = [joined[target][i] for i in sorted(joined[target])]
+        for target in places.keys() & parts:
+            theirs = [places[target][i] for i in sorted(places[target])]
             module = model.get_submodule(target.rpartition(".")[0])
             # Nothing else: what a transform may change is written, and has to have a name.
             if isinstance(module, nn.Conv1d):
                 self.joined[target] = theirs, dims[target]
             elif isinstance(module, nn.Linear) and target.endswith(".weight"):
                 self.apart[target] = theirs
-                for tensor in theirs:
-                    part = f"{target.rpartition('.')[0]}.{part_name(tensor)}"
-                    self._tensors[f"{part}.weight"] = tensor
-                    self._modules[part] = tensor.rpartition(".")[0]
+                for disk in theirs:
+                    part = f"{target.rpartition('.')[0]}.{part_name(disk)}"
+                    self._tensors[f"{part}.weight"] = disk
+                    self._modules[part] = disk.rpartition(".")[0]
 
     def __call__(self, name: str) -> str:
         """The checkpoint's name of a tensor or module of ours; the same name where it has none."""
