@@ -47,14 +47,14 @@ class CheckpointNames:
         self.apart: dict[str, list[str]] = {}
         """A Linear's weight → the same, by rows: each of these is quantized under its own name."""
         for target in places.keys() & parts:
-            theirs = [places[target][i] for i in sorted(places[target])]
+            in_order = [places[target][i] for i in sorted(places[target])]
             module = model.get_submodule(target.rpartition(".")[0])
             # Nothing else: what a transform may change is written, and has to have a name.
             if isinstance(module, nn.Conv1d):
-                self.joined[target] = theirs, dims[target]
+                self.joined[target] = in_order, dims[target]
             elif isinstance(module, nn.Linear) and target.endswith(".weight"):
-                self.apart[target] = theirs
-                for disk in theirs:
+                self.apart[target] = in_order
+                for disk in in_order:
                     part = f"{target.rpartition('.')[0]}.{part_name(disk)}"
                     self._tensors[f"{part}.weight"] = disk
                     self._modules[part] = disk.rpartition(".")[0]
