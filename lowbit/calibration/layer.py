@@ -86,6 +86,7 @@ def quantize_weights(
     statistics: Mapping[str, InputStatistics],
     *,
     min_tokens: int,
+    model_type: str = "",
 ) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """Round every quantized Linear of the layer, groups that share an input together.
 
@@ -98,7 +99,15 @@ def quantize_weights(
     for first, members in groups_of(graph, schemes):
         weights = {m: _weight(layer, m) for m in members}
         tasks.append(
-            partial(round_members, weights, statistics.get(first), method, schemes, min_tokens=min_tokens)
+            partial(
+                round_members,
+                weights,
+                statistics.get(first),
+                method,
+                schemes,
+                min_tokens=min_tokens,
+                model_type=model_type,
+            )
         )
         rows, columns = sum(w.shape[0] for w in weights.values()), weights[first].shape[1]
         costs.append(columns**2 * (columns + rows))  # a factorization, and updates of every row
@@ -116,6 +125,7 @@ def round_members(
     schemes: Mapping[str, Scheme],
     *,
     min_tokens: int,
+    model_type: str = "",
 ) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """`quantize_weights` for Linear layers of one group: name → weight [N, K]."""
     quantized: dict[str, Quantized] = {}
@@ -134,7 +144,9 @@ def round_members(
         targets = None
         if hessian is not None and s is not None and s.cross is not None:
             targets = [compensate(w, hessian, s.cross, options.damping) for w in found]
-        codes = round_group(found, hessian, spec, options, targets=targets, names=names)
+        codes = round_group(
+            found, hessian, spec, options, targets=targets, names=names, model_type=model_type
+        )
         for m, rounded in zip(names, codes, strict=True):
             quantized[m] = rounded.quantized
             report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}

@@ -94,6 +94,11 @@ class LayerwiseModel:
         """The module that holds the decoder layers."""
         return self.model.get_submodule(self.layers_name.rpartition(".")[0])
 
+    @property
+    def model_type(self) -> str:
+        """What config.json calls the architecture: what engines join depends on it (see `rules.fused_key`)."""
+        return str(self.source.config.get("model_type"))
+
     def __len__(self) -> int:
         return len(self._meta_layers)
 

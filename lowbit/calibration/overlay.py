@@ -61,7 +61,7 @@ class Overlay:
                 found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
                 scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
                 scales[name] = (scale, zero)
-        quantized |= _rounded(plain, weight_scales, schemes)
+        quantized |= _rounded(plain, weight_scales, schemes, self.model.model_type)
         report = self.calibration.layers.get(prefix, {})
         rotated = set(report.get("online_hadamard", []))
         online = frozenset(
@@ -86,7 +86,10 @@ class Overlay:
 
 
 def _rounded(
-    weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], schemes: Mapping[str, Scheme]
+    weights: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme],
+    model_type: str,
 ) -> dict[str, Quantized]:
     """Plain rounding of `weights`, between `scales` that include those of the weights they are joined with."""
     by_spec: dict[TensorSpec, dict[str, Tensor]] = defaultdict(dict)
@@ -96,7 +99,7 @@ def _rounded(
         by_spec[spec][name] = scale
     found = {}
     for spec, own in by_spec.items():
-        for name, scale in share_scales(own, spec).items():
+        for name, scale in share_scales(own, spec, model_type).items():
             if name in weights:
                 codes = quantize_with(weights[name], scale, spec)
                 found[name] = Quantized(codes=codes, scale=scale, zero_point=None, spec=spec)

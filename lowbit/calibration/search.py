@@ -230,7 +230,7 @@ def _units(
     groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for ours in dict.fromkeys(ours for of in made.values() for ours in of):
         disk = model.disk_name(ours)
-        groups[fused_key(disk) or (disk,)].append(ours)
+        groups[fused_key(disk, model.model_type) or (disk,)].append(ours)
     units = []
     for members in groups.values():
         possible = [n for n, of in made.items() if all(m in of for m in members)]

@@ -62,6 +62,7 @@ def round_in_passing(
     min_tokens: int,
     prepare: Mapping[str, Callable[[Tensor], Tensor]],
     stored: torch.dtype | None = None,
+    model_type: str = "",
 ) -> Passed:
     """Smooth and round every quantized Linear of the layer during `run`, which must run it once over all data.
 
@@ -98,7 +99,9 @@ def round_in_passing(
         s = InputStatistics(wanted=seen, spec=scheme.activations)
         writes = any(m in graph.writers for m in members)
         s.update(x, _sketch(x, weights[first]) if writes and seen.anything else None)
-        codes, errors = round_members(weights, s, method, schemes, min_tokens=min_tokens)
+        codes, errors = round_members(
+            weights, s, method, schemes, min_tokens=min_tokens, model_type=model_type
+        )
         passed.quantized.update(codes)
         passed.errors.update(errors)
         return {m: rounded_module(linears[m], codes[m], schemes[m]) for m in members}, divisor

@@ -12,11 +12,14 @@ from lowbit.granularity import PerTensor
 from lowbit.scheme import TensorSpec
 
 
-def share_scales(scales: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
-    """Module → its scale; of scales per tensor the largest of those of the matrix that engines join it to."""
+def share_scales(scales: Mapping[str, Tensor], spec: TensorSpec, model_type: str = "") -> dict[str, Tensor]:
+    """Module → its scale; of scales per tensor the largest of those of the matrix that engines join it to.
+
+    `model_type`: config.json's, on which that depends (see `rules.matmul_key`).
+    """
     if not isinstance(spec.granularity, PerTensor):
         return dict(scales)
-    keys = {module: matmul_key(module) or (module,) for module in scales}
+    keys = {module: matmul_key(module, model_type) or (module,) for module in scales}
     largest: dict[tuple[str, ...], Tensor] = {}
     for module, scale in scales.items():
         key = keys[module]

@@ -212,7 +212,8 @@ class LayerStep:
         """Choose codes of weights, and scales of static activations, from the statistics."""
         run, method = self.run, self.run.method
         self.quantized, self.report["modules"] = quantize_weights(
-            self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=run.options.min_tokens
+            self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=run.options.min_tokens,
+            model_type=run.model.model_type,
         )  # fmt: skip
         self.input_scales, self.schemes = decided(
             lambda: input_scales(
@@ -236,6 +237,7 @@ class LayerStep:
             passed = round_in_passing(
                 self.layer, self.graph, run.method, self.schemes, self.wanted, self._all_data(hand_on),
                 min_tokens=run.options.min_tokens, prepare=self._prepare(), stored=run.norms_stored,
+                model_type=run.model.model_type,
             )  # fmt: skip
         self.quantized, self.report["modules"] = passed.quantized, passed.errors
         self.changed |= passed.changed

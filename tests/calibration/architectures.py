@@ -174,6 +174,7 @@ ARCHITECTURES: dict[str, Callable[[], torch.nn.Module]] = {
     }),
     "bailing_hybrid": _of("BailingHybridConfig", **NO_HEAD | LATENT | {
         "head_dim": 16, "num_local_experts": 4, "layer_types": LINEAR["layer_types"], "num_mtp_layers": 0,
+        "num_attention_heads": 16, "num_key_value_heads": 16,
         "mlp_layer_types": ["dense", "sparse"],
     }),
     "minimax_m3_vl": _of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
@@ -329,6 +330,30 @@ def test_search_counts_what_a_module_itself_puts_out(sources, ids):
     units = sensitivities(sources("llama4"), list(ids), ["int8"])
     cost = {u.modules[0].rpartition("layers.1.feed_forward.")[2]: u.cost["int8"] for u in units}
     assert cost["shared_expert.down_proj"] < 3 * cost["shared_expert.gate_proj"]
+
+
+@pytest.mark.parametrize(("name", "joined"), [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj")])
+def test_what_some_engines_join_to_q_k_and_v_agrees(sources, tmp_path, ids, name, joined):
+    """In a search's recipe one scheme, in a calibration one weight scale."""
+    source, scheme = sources(name), get_scheme("fp8-static")
+    units = sensitivities(source, list(ids), ["int8", "fp8"])
+    of = next(u.modules for u in units if any(re.search(r"layers\.0\..*q_proj", m) for m in u.modules))
+    members = {"q_proj", "k_proj", "v_proj", joined}
+    assert {m.rpartition(".")[2] for m in of} == members
+    calibrate(
+        source, tmp_path / "calib", scheme, METHODS["gptq"], list(ids), options=RunOptions(min_tokens=8)
+    )
+    lowbit.convert(source, tmp_path / "out", "fp8-static", calibration=tmp_path / "calib")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert len({float(written[f"{m}.weight_scale"]) for m in of}) == 1
+    # The evaluation of a calibration that leaves weights as they are rounds them itself.
+    calibrate(
+        source, tmp_path / "plain", scheme, METHODS["absmax"], list(ids), options=RunOptions(min_tokens=8)
+    )
+    lowbit.convert(source, tmp_path / "out-2", "fp8-static", calibration=tmp_path / "plain")
+    a = evaluate(plain(tmp_path / "out-2"), list(ids), plain(source)).agreement.to_dict(compared=True)
+    b = evaluate(calibrated(source, store.read(tmp_path / "plain")), list(ids), plain(source))
+    assert a == pytest.approx(b.agreement.to_dict(compared=True), rel=1e-6)
 
 
 def test_search_runs_where_some_modules_only_select(sources, ids):
