@@ -30,7 +30,8 @@ def compile_kernels(
     models: Annotated[
         bool,
         typer.Option(
-            "--models", help="The launches of models' layers, about 400 for a target, in place of the table's."
+            "--models",
+            help="The launches of models' layers, about 400 for a target, in place of the table's.",
         ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a list of rows.")] = False,
