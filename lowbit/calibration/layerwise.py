@@ -182,7 +182,7 @@ class LayerwiseModel:
                 unfuse(layer, name)
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear) and (of := self._names.apart.get(f"{prefix}.{name}.weight")):
-                rows = {part_name(t): self.source.tensors[t].shape[0] for t in of}
+                rows = {part_name(t): self.source.rows(t) for t in of}
                 layer.set_submodule(name, SplitLinear(module, rows))
         return layer
 

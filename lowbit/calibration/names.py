@@ -34,10 +34,11 @@ class CheckpointNames:
             name = _plain_expert(apply_renamings(disk, renamings))
             name = _as_in(name, parts, prefix)
             self._tensors[name] = disk
-            if name not in parts and (found := part_of(name, converters)) is not None:
+            whole = name.removesuffix("_packed")
+            if whole not in parts and (found := part_of(whole, converters)) is not None:
                 target, position, dim = found
                 target = _as_in(target, parts, prefix)
-                places.setdefault(target, {})[position], dims[target] = disk, dim
+                places.setdefault(target, {})[position], dims[target] = disk.removesuffix("_packed"), dim
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
                 self._modules[ours] = theirs

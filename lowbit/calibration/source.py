@@ -96,6 +96,10 @@ class Source:
     def has_weight(self, module: str) -> bool:
         return self.has(f"{module}.weight") or self.has(f"{module}.weight_packed")
 
+    def rows(self, weight: str) -> int:
+        """How many a matrix `….weight` has, which may be stored as `….weight_packed`."""
+        return (self._refs.get(weight) or self._refs[f"{weight}_packed"]).shape[0]
+
     def weight(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """`module`'s weight as floats of `dtype`, dequantized where it is stored quantized.
 

@@ -412,3 +412,11 @@ def test_an_evaluation_sees_what_was_written(sources, tmp_path, ids, name):
     b = evaluate(calibrated(source, store.read(tmp_path / "calib")), list(ids), plain(source))
     assert a == pytest.approx(b.agreement.to_dict(compared=True), rel=1e-3)
     assert 0 < a["kl"] < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["fp8-block", "int8-weight-only", "int8"])
+def test_linear_layers_that_transformers_joins_are_read_quantized(sources, tmp_path, ids, scheme):
+    """MiniMax-M3's gate and up, each with codes of its own, which may be packed."""
+    lowbit.convert(sources("minimax_m3_vl"), tmp_path / "out", scheme)
+    found = evaluate(plain(tmp_path / "out"), list(ids), plain(sources("minimax_m3_vl")))
+    assert 0 < found.agreement.to_dict(compared=True)["kl"] < 0.05
