@@ -31,18 +31,21 @@ class SplitLinear(nn.ModuleDict):
         return torch.cat([part(x) for part in self.values()], dim=-1)
 
 
-def part_of(name: str, converters: Sequence[Any]) -> tuple[str, int, int] | None:
-    """(the tensor that it is joined to, its place there, dim), where joining is all that transformers' tables do."""
-    from transformers.core_model_loading import Concatenate
-
+def converter_of(name: str, converters: Sequence[Any]) -> tuple[Any, str, str] | None:
+    """(transformers' converter that takes a tensor, what it makes of it, the pattern by which); None for none."""
     for converter in converters:
         target, pattern = converter.rename_source_key(name)
         if pattern is not None:
-            operations = converter.operations
-            if len(operations) != 1 or not isinstance(operations[0], Concatenate):
-                return None
-            return target, converter.source_patterns.index(pattern), operations[0].dim
+            return converter, target, pattern
     return None
+
+
+def joined_along(converter: Any) -> int | None:
+    """The dim along which a converter joins tensors, where that is all that it does."""
+    from transformers.core_model_loading import Concatenate
+
+    operations = converter.operations
+    return operations[0].dim if len(operations) == 1 and isinstance(operations[0], Concatenate) else None
 
 
 def part_name(tensor: str) -> str:

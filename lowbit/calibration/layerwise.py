@@ -293,6 +293,11 @@ class LayerwiseModel:
                     "repair the source"
                 )
             setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if name in own else tensor)
+        if of := self._names.made_of(missing):
+            raise InputError(
+                f"expected {missing[:4]} in {self.source.path}, found {of}, of which transformers makes such while "
+                f"loading: it splits or reorders it, which cannot be done layer by layer yet; {INSTEAD}"
+            )
         if missing:
             raise InputError(
                 f"expected {missing[:4]} in {self.source.path}, found no such tensors ({len(missing)} missing); "

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lowbit.calibration.joined import part_name, part_of
+from lowbit.calibration.joined import converter_of, joined_along, part_name
 from lowbit.nn.names import ROLES
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)(?P<rest>\..+)?$")
@@ -28,6 +28,8 @@ class CheckpointNames:
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._tensors: dict[str, str] = {}
         self._modules: dict[str, str] = {}
+        self.otherwise: dict[str, str] = {}
+        """What holds a module of ours → a tensor of the checkpoint that transformers splits, say, into such."""
         places: dict[str, dict[int, str]] = {}
         dims: dict[str, int] = {}
         for disk in tensors:
@@ -35,10 +37,16 @@ class CheckpointNames:
             name = _as_in(name, parts, prefix)
             self._tensors[name] = disk
             whole = name.removesuffix("_packed")
-            if whole not in parts and (found := part_of(whole, converters)) is not None:
-                target, position, dim = found
-                target = _as_in(target, parts, prefix)
-                places.setdefault(target, {})[position], dims[target] = disk.removesuffix("_packed"), dim
+            found = None if _is_in(whole, parts) else converter_of(whole, converters)
+            if found is not None:
+                converter, target, pattern = found
+                target, dim = _as_in(target, parts, prefix), joined_along(converter)
+                if dim is None:
+                    self.otherwise[_beside(target)] = disk
+                else:
+                    position = converter.source_patterns.index(pattern)
+                    places.setdefault(target, {})[position] = disk.removesuffix("_packed")
+                    dims[target] = dim
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
                 self._modules[ours] = theirs
@@ -60,6 +68,10 @@ class CheckpointNames:
                     self._tensors[f"{part}.weight"] = disk
                     self._modules[part] = disk.rpartition(".")[0]
 
+    def made_of(self, names: Iterable[str]) -> str | None:
+        """A tensor of the checkpoint that transformers makes into one of ours in another way than joining."""
+        return next((of for n in names if (of := self.otherwise.get(_beside(n)))), None)
+
     def __call__(self, name: str) -> str:
         """The checkpoint's name of a tensor or module of ours; the same name where it has none."""
         if name in self._tensors:
@@ -77,6 +89,11 @@ def _plain_expert(name: str) -> str:
         return name
     role = ROLES[match["projection"]]
     return f"{match['experts']}.{match['index']}.{role}_proj{match['rest'] or ''}"
+
+
+def _beside(tensor: str) -> str:
+    """What holds the module that a tensor is of."""
+    return tensor.rpartition(".")[0].rpartition(".")[0]
 
 
 def _as_in(name: str, parts: set[str], prefix: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from architectures import ARCHITECTURES, TEXT, build
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import Gemma3nConfig, ZayaConfig, ZayaForCausalLM
+from transformers import Gemma3nConfig, HrmTextConfig, HrmTextForCausalLM, ZayaConfig, ZayaForCausalLM
 
 import lowbit
 from lowbit.calibration import fold, layer, store
@@ -420,3 +420,13 @@ def test_linear_layers_that_transformers_joins_are_read_quantized(sources, tmp_p
     lowbit.convert(sources("minimax_m3_vl"), tmp_path / "out", scheme)
     found = evaluate(plain(tmp_path / "out"), list(ids), plain(sources("minimax_m3_vl")))
     assert 0 < found.agreement.to_dict(compared=True)["kl"] < 0.05
+
+
+def test_what_transformers_splits_while_loading_is_named(tmp_path):
+    """HRM's q, k, v and gate are one tensor: they were called missing, and config.json another checkpoint's."""
+    config = HrmTextConfig(**{k: v for k, v in TEXT.items() if k != "num_key_value_heads"})
+    HrmTextForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match=r"found model\.L_module\.layers\.0\.attn\.gqkv_proj\.weight, of which"
+    ):
+        LayerwiseModel(Source(tmp_path))
