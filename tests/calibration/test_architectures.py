@@ -429,4 +429,4 @@ def test_what_transformers_splits_while_loading_is_named(tmp_path):
     with pytest.raises(
         InputError, match=r"found model\.L_module\.layers\.0\.attn\.gqkv_proj\.weight, of which"
     ):
-        LayerwiseModel(Source(tmp_path))
+        LayerwiseModel(Source(tmp_path)).load(0)
