@@ -15,7 +15,16 @@ from lowbit.nn.fused_experts import fused_weight, own_gate, parameter, refusal, 
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
-from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, codes_of, pack, unpack
+from lowbit.nn.stored import (
+    TORCH_DTYPES,
+    as_format,
+    as_scheme,
+    autocast_input,
+    check_held,
+    codes_of,
+    pack,
+    unpack,
+)
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
 from lowbit.scheme import Scheme
@@ -99,13 +108,14 @@ class QuantExperts(StackedModule):
         or `gate_up_proj` [E, H, 2I] and `down_proj` [E, I, H].
 
         Raises ValueError for a layout that differs (see `refusal`), for static activations, whose scales are
-        measured on data, and for NaN or Inf.
+        measured on data, for a format that does not hold the scheme, and for NaN or Inf.
         """
         if as_scheme(scheme).needs_calibration:
             raise ValueError(
                 f"{name}: expected a scheme with dynamic activations, found {as_scheme(scheme).name}; use int8 or fp8 "
                 "here, or `lowbit convert --calibration` and lowbit.load"
             )
+        check_held(format, as_scheme(scheme), name)
         module = cls.like(experts, scheme, projections=projections, format=format)
         assert module.scheme.weights is not None
         for projection in module.projections:

@@ -17,6 +17,7 @@ from lowbit.nn.stored import (
     as_format,
     as_scheme,
     autocast_input,
+    check_held,
     codes_of,
     float_linear,
     pack,
@@ -110,9 +111,10 @@ class QuantLinear(QuantModule):
         Weights are quantized as `lowbit.quantize.quantize` does, row block by row block, so that
         no float32 copy of the whole weight exists. A static scheme needs `input_scale` (and
         `input_zero_point` when asymmetric) from a calibration. Raises ValueError for NaN or Inf
-        in the weight, naming `name`, and for a scheme that does not fit.
+        in the weight, naming `name`, and for a scheme that does not fit, or that the format does not hold.
         """
         scheme = as_scheme(scheme)
+        check_held(format, scheme, name)
         weight, bias = linear.weight, getattr(linear, "bias", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise ValueError(f"expected a layer with a 2-D weight, found {type(linear).__name__} in {name}")

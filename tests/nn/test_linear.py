@@ -71,6 +71,16 @@ def test_state_dict_is_the_format(scheme):
         assert set(quant.state_dict()) == {"weight", "weight_scale_inv", "bias"}
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8-static", "mxfp8"])
+@pytest.mark.parametrize("format", ["fp8", "sglang"])
+def test_a_format_that_does_not_hold_the_scheme(scheme, format):
+    """It was a KeyError of static schemes, and of the others codes that the format's engines read as blocks."""
+    with pytest.raises(
+        InputError, match=rf"q_proj: expected a format that holds {scheme}, found {format}; use one of"
+    ):
+        QuantLinear.from_linear(nn.Linear(256, 128), scheme, format=format, input_scale=0.1, name="q_proj")
+
+
 @pytest.mark.parametrize("scheme", DYNAMIC)
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to dtype", "to device and dtype"])
 def test_casts_touch_the_bias_only(scheme, cast):

@@ -295,6 +295,12 @@ def test_experts_match_the_fused_ones():
     torch.testing.assert_close(quant(x, index, weights), alone)
 
 
+def test_experts_of_a_scheme_that_the_format_does_not_hold():
+    experts = build("qwen3-moe").model.layers[1].mlp.experts
+    with pytest.raises(ValueError, match="experts: expected a format that holds int8, found fp8; use one of"):
+        QuantExperts.from_experts(experts, "int8", format="fp8")
+
+
 def test_experts_gradient_and_state():
     experts = build("qwen3-moe").model.layers[1].mlp.experts
     quant = QuantExperts.from_experts(experts, "fp8")
