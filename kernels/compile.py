@@ -1,9 +1,10 @@
 """Compile every kernel for every target and read back what became of it. No accelerator needed.
 
-    python -m lowbit.kernels.compile [--target sm90]… [--json | --markdown] [--jobs 2]
+    python -m lowbit.kernels.compile [--target sm90]… [--json | --markdown | --models] [--jobs 2]
 
-Each launch of `compile_cases.py` is recorded as its Python function makes it, compiled, and the
-matrix instruction, registers, spills and on-chip memory are read from the result. A row fails
+Each launch of `compile_cases.py`, or with `--models` of `compile_models.py`, is recorded as its
+Python function makes it, compiled, and the matrix instruction, registers, spills and on-chip
+memory are read from the result. A row fails
 where a low-precision product uses no low-precision matrix instruction though the target has
 one, where registers spill, where the program needs more memory than the target has, or where
 it does not compile. Rows are kept in a cache under the key of everything they depend on.
@@ -67,12 +68,20 @@ class _Job:
 
 
 def compile_rows(
-    targets: Sequence[str], jobs: int = 2, progress: Callable[[int, int], None] | None = None
+    targets: Sequence[str],
+    jobs: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    cases: Iterable[Case] = CASES,
+    once: bool = False,
 ) -> list[Row]:
-    """Rows for these targets in the order of CASES. `progress(done, all)` after each compilation."""
-    planned: list[Row | _Job] = []
+    """Rows for these targets in the order of `cases`. `progress(done, all)` after each compilation.
+
+    once: of cases that lead to the same launch, or to the same refusal, the first alone has a row.
+    """
+    cases, planned = list(cases), []
     for name in targets:
-        planned.extend(_plan(get_target(name)))
+        found = _plan(get_target(name), cases)
+        planned.extend(_first(found) if once else found)
     work = [p for p in planned if isinstance(p, _Job)]
     done: dict[int, Row] = {}
     missing: list[_Job] = []
@@ -95,10 +104,18 @@ def _report(progress: Callable[[int, int], None] | None, done: int, total: int) 
         progress(done, total)
 
 
-def _plan(target: Target) -> list[Row | _Job]:
+def _first(planned: Iterable[Row | _Job]) -> list[Row | _Job]:
+    first: dict[str, Row | _Job] = {}
+    for p in planned:
+        key = p.refusal if isinstance(p, Row) else json.dumps(asdict(p.launch), sort_keys=True)
+        first.setdefault(str(key), p)
+    return list(first.values())
+
+
+def _plan(target: Target, cases: Iterable[Case]) -> list[Row | _Job]:
     planned: list[Row | _Job] = []
     seen: set[str] = set()
-    for case in CASES:
+    for case in cases:
         try:
             launches = record(lambda case=case: case.call(target), target)  # type: ignore[misc]
         except ValueError as error:
@@ -320,11 +337,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--target", action="append", help=f"one of {', '.join(TARGETS)}; repeatable (default: all)"
     )
+    parser.add_argument(
+        "--models", action="store_true", help="launches of models' layers in place of the table's"
+    )
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/kernels.md")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     arguments = parser.parse_args(argv)
     targets = arguments.target or list(TARGETS)
+    cases: Iterable[Case] = CASES
+    if arguments.models:
+        from .compile_models import model_cases
+
+        cases = model_cases()
     try:
         for name in targets:
             get_target(name)
@@ -341,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
 
-    rows = compile_rows(targets, arguments.jobs, progress)
+    rows = compile_rows(targets, arguments.jobs, progress, cases, once=arguments.models)
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1, ensure_ascii=False))
     elif arguments.markdown:

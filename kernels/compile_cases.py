@@ -105,10 +105,10 @@ def _grouped(kind: str, block: bool, tokens: int) -> Callable[[Target], object]:
     return call
 
 
-def _mxfp8(m: int) -> Callable[[Target], object]:
+def _mxfp8(m: int, n: int = N) -> Callable[[Target], object]:
     def call(target: Target) -> object:
-        a, w = (empty(rows, K, dtype=torch.float8_e4m3fn) for rows in (m, N))
-        scales = (empty(rows, K // 32, dtype=torch.uint8) for rows in (m, N))
+        a, w = (empty(rows, K, dtype=torch.float8_e4m3fn) for rows in (m, n))
+        scales = (empty(rows, K // 32, dtype=torch.uint8) for rows in (m, n))
         return matmul_mxfp8(a, w, *scales)
 
     return call
@@ -150,6 +150,7 @@ CASES: tuple[Case, ...] = (
             ("prefill", _block(kind, TOKENS)),
             ("ragged, unaligned", _block(kind, 1000, 576, 7161)),
             ("groups, prefill", _block(kind, TOKENS, rows=1)),
+            ("groups, unaligned", _block(kind, 64, 576, 7161, rows=1)),
         )
     ),
     *(
@@ -176,6 +177,7 @@ CASES: tuple[Case, ...] = (
     Case(name="matmul_grouped bf16 × fp8 block", call=_grouped("bf16 × fp8", True, TOKENS), product="float"),
     Case(name="matmul_mxfp8 decode", call=_mxfp8(1), product="fp8"),
     Case(name="matmul_mxfp8 prefill", call=_mxfp8(TOKENS), product="fp8"),
+    Case(name="matmul_mxfp8 prefill, N=1000", call=_mxfp8(TOKENS, 1000), product="fp8"),
     *(
         Case(name=name, call=call, product="none")
         for name, call in (

@@ -94,28 +94,7 @@ def choose_launch(
         kernel, m=m, n=n, k=k, a_dtype=a_dtype, w_dtype=w_dtype, target=target, promote=promote
     )
     chosen = tuned or _heuristic(kernel, m_bucket(m), n, k, a_dtype, group_k, promote, target)
-    if not aligned and target.backend != "npu":
-        chosen = replace(
-            chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 128),
-            block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
-            persistent=False,
-        )  # fmt: skip
-    elif n % 16 and target.backend == "cuda":
-        # Results are stored one by one: addresses and masks of a larger tile would not fit the registers.
-        chosen = replace(chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 64))
-    elif group_k and not group_n and kernel != "matmul_mxfp8":
-        # A scale for each column of the tile, and for 8-bit activations for each row: room beside the sums.
-        if _eight_bit(a_dtype) or group_k < 64 or target.name in ("sm90", "sm100"):
-            chosen = replace(chosen, block_n=min(chosen.block_n, 64))
-        if a_dtype in ("float16", "bfloat16") and target.name == "sm90" and chosen.block_m <= 32:
-            long = group_k >= 128
-            chosen = replace(chosen, block_k=128 if long else 64, block_n=chosen.block_n if long else 32)
-    crowded = not aligned or (group_k and not group_n)
-    if a_dtype == "float32" and crowded and target.name in ("sm90", "sm100"):
-        # Beside three summands of each activation, addresses and masks or scales of columns find no room.
-        # Twice the warps halve what a thread holds; on sm90 they make more products of it, and shorter steps fewer.
-        more = {"num_warps": 8} if target.name == "sm100" and chosen.block_m == 64 else {"block_k": 32}
-        chosen = replace(chosen, **more)
+    chosen = _spare(chosen, kernel, n, a_dtype, target, group_n, group_k, aligned)
     return _fit(chosen, n, k, a_dtype, w_dtype, target, group_n, group_k)
 
 
@@ -178,6 +157,49 @@ def _heuristic(
     if kernel == "matmul_mxfp8" and target.name == "sm100":
         chosen = replace(chosen, block_m=128, block_n=128, num_warps=8)
     return replace(chosen, split_k=_split_k(kernel, m, n, k, chosen, target))
+
+
+def _spare(
+    chosen: LaunchParameters, kernel: str, n: int, a_dtype: str, target: Target, group_n: int, group_k: int,
+    aligned: bool,
+) -> LaunchParameters:  # fmt: skip
+    """Smaller tiles and steps where addresses, masks and scales would not fit the registers beside the sums.
+
+    Found by compiling (`lowbit kernels compile --models`), not by running.
+    """
+    groups = bool(group_k and not group_n)
+    if not aligned and target.backend != "npu":
+        chosen = replace(
+            chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 128),
+            block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
+            persistent=False,
+        )  # fmt: skip
+    elif n % 16 and target.backend == "cuda" and kernel != "matmul_mxfp8":
+        # Results are stored one by one: addresses and masks of a larger tile would not fit the registers.
+        chosen = replace(chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 64))
+    elif groups and kernel != "matmul_mxfp8":
+        # A scale for each column of the tile, and for 8-bit activations for each row: room beside the sums.
+        if _eight_bit(a_dtype) or group_k < 64 or target.name in ("sm90", "sm100"):
+            chosen = replace(chosen, block_n=min(chosen.block_n, 64))
+        if a_dtype in ("float16", "bfloat16") and target.name == "sm90" and chosen.block_m <= 32:
+            long = group_k >= 128
+            chosen = replace(chosen, block_k=128 if long else 64, block_n=chosen.block_n if long else 32)
+    crowded = not aligned or groups
+    if not aligned and groups and target.name == "sm100":
+        # Sums come out of the tensor memory a row per thread: with scales and addresses beside them, half as many.
+        chosen = replace(chosen, block_n=min(chosen.block_n, 32))
+    if a_dtype == "float32" and target.backend == "cuda":
+        # Three summands of each activation stand beside the sums.
+        chosen = replace(chosen, max_registers=255)
+        if crowded and target.name in ("sm90", "sm100"):
+            # Addresses and masks or scales of columns find no room. Twice the warps halve what a thread holds; on sm90
+            # they make more products of it, and shorter steps fewer.
+            more = {"num_warps": 8} if target.name == "sm100" and chosen.block_m == 64 else {"block_k": 32}
+            chosen = replace(chosen, **more)
+    elif not _eight_bit(a_dtype) and target.name in ("sm90", "sm100") and chosen.block_m <= 32:
+        # Four programs of four warps fit beside each other with 128; ptxas spills 12 to 36 bytes to fit six.
+        chosen = replace(chosen, max_registers=255 if crowded else 128)
+    return chosen
 
 
 def _split_k(kernel: str, m: int, n: int, k: int, chosen: LaunchParameters, target: Target) -> int:

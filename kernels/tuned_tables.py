@@ -46,6 +46,8 @@ class LaunchParameters:
     """True: one program per core, walking over tiles. False: one program per tile."""
     tma: bool = False
     """True: the variant with tensor descriptors, where alignment allows it."""
+    max_registers: int = 0
+    """What a thread may have on NVIDIA (at most 255). 0: ptxas decides, and may spill a few to fit one program more."""
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k", "split_k", "num_warps"):
@@ -65,7 +67,10 @@ class LaunchParameters:
         """
         if target.backend == "npu":
             return {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        if self.max_registers and target.backend == "cuda":
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def m_bucket(m: int) -> int:

@@ -27,6 +27,13 @@ def compile_kernels(
             show_default=False,
         ),
     ] = None,
+    models: Annotated[
+        bool,
+        typer.Option(
+            "--models",
+            help="The launches of models' layers, about 400 for a target, in place of the table's.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a list of rows.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/kernels.md.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per processor.")] = None,
@@ -43,7 +50,7 @@ def compile_kernels(
 
     arguments = [sys.executable, "-m", "lowbit.kernels.compile"]
     arguments += [word for name in target or () for word in ("--target", name)]
-    arguments += ["--json"] * json + ["--markdown"] * markdown
+    arguments += ["--models"] * models + ["--json"] * json + ["--markdown"] * markdown
     arguments += ["--jobs", str(jobs)] if jobs else []
     # A process of its own: whether Triton interprets or compiles is settled when it is imported.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

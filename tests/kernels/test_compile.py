@@ -104,6 +104,37 @@ def test_an_unknown_target_is_bad_usage():
     assert result.returncode == 2 and "expected one of sm80" in result.stderr
 
 
+MODELS = """
+import json
+from lowbit.kernels import compile as matrix
+from lowbit.kernels.compile_models import model_cases
+from lowbit.kernels.targets import TARGETS
+cases = list(model_cases())
+assert len({case.name for case in cases}) == len(cases)
+counts = {}
+for target in TARGETS.values():
+    planned = matrix._first(matrix._plan(target, cases))
+    refused = [p.refusal for p in planned if isinstance(p, matrix.Row)]
+    kernels = {p.launch.kernel for p in planned if not isinstance(p, matrix.Row)}
+    counts[target.name] = [len(planned), refused, sorted(kernels)]
+print(json.dumps(counts))
+"""
+
+
+def test_launches_of_models_are_planned_once_each():
+    result = subprocess.run(
+        [sys.executable, "-c", MODELS], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    for name, (planned, refused, kernels) in json.loads(result.stdout).items():
+        target = get_target(name)
+        assert 250 < planned < 500
+        assert all(reason.startswith(f"{name} multiplies no fp8") for reason in refused)
+        assert len(refused) <= 1 and bool(refused) == (target.fp8 is None)
+        # Weight-only and block products share a kernel, and mxfp8 where nothing multiplies it.
+        assert {"matmul_kernel", "inner_kernel", "matmul_grouped_kernel"} <= set(kernels)
+
+
 def test_keys_of_a_row():
     required = {"kernel", "target", "instruction", "registers", "spills", "shared_memory", "refusal"}
     assert required <= set(matrix.Row.__dataclass_fields__)

@@ -97,6 +97,31 @@ def test_float32_activations_have_room_where_more_stands_in_registers(name, room
     assert chosen(64, aligned=False) == chosen(64, **block, aligned=False) == room  # 48 and 64 on sm90
 
 
+def test_what_is_cut_down_to_fit_the_registers_still_multiplies_natively():
+    def chosen(kernel: str, target: str, **change) -> LaunchParameters:
+        problem = {"m": 1, "n": 1000, "k": 4096, "a_dtype": "e4m3fn", "w_dtype": "e4m3fn"} | change
+        return choose_launch(kernel, target=get_target(target), **problem)
+
+    # tcgen05 takes scaled operands of 128 rows or none; with 64, sm100 would multiply bfloat16.
+    assert chosen("matmul_mxfp8", "sm100", group_n=1, group_k=32).block_m == 128
+    groups = {"group_k": 128, "aligned": False}
+    assert chosen("matmul_block", "sm100", **groups).block_n == 32  # 64 columns spill 160 bytes
+    assert chosen("matmul_block", "sm90", **groups).block_n == 64
+    assert chosen("matmul_block", "sm100", group_n=128, **groups).block_n == 64
+
+
+def test_registers_are_asked_for_where_ptxas_would_spill_to_fit_one_program_more():
+    def options(m: int, target: str = "sm90", x: str = "bfloat16", **change) -> dict:
+        problem = {"m": m, "n": 7168, "k": 16384, "a_dtype": x, "w_dtype": "int8"} | change
+        of = get_target(target)
+        return choose_launch("matmul_weight_only", target=of, **problem).options(of)
+
+    assert options(17)["maxnreg"] == options(1, "sm100")["maxnreg"] == 128
+    assert options(17, x="float32", aligned=False)["maxnreg"] == 255
+    for left_alone in (options(64), options(17, "sm80"), options(17, "gfx942")):
+        assert "maxnreg" not in left_alone and left_alone["num_warps"] > 1
+
+
 def test_refusals_say_why():
     def reason(kernel: str, a: str, w: str, target: str, k: int = 2048) -> str:
         return refusal(kernel, k=k, a_dtype=a, w_dtype=w, target=get_target(target)) or ""
