@@ -121,6 +121,8 @@ def expand_scale(scale: Tensor, shape: tuple[int, ...], granularity: Granularity
             f"expected a scale of shape {list(expected)} for a tensor {list(shape)} {granularity}, "
             f"found {list(scale.shape)}"
         )
+    if not shape:  # a scalar's result would have the scale's one dimension
+        return scale.reshape(())
     if isinstance(granularity, PerGroup | PerBlock):
         rows, cols = block_shape(shape, granularity)
         scale = scale.repeat_interleave(cols, dim=-1)[..., : shape[-1]]

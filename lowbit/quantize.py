@@ -143,6 +143,8 @@ def _sum_tiles(x: Tensor, spec: TensorSpec) -> Tensor:
     shape = scale_shape(tuple(x.shape), spec.granularity)
     if isinstance(spec.granularity, PerTensor):
         return x.sum().reshape(1)
+    if not x.numel():
+        return x.new_zeros(shape)
     rows, cols = block_shape(tuple(x.shape), spec.granularity)
     pad_cols, pad_rows = -x.shape[-1] % cols, (-x.shape[-2] % rows if x.dim() > 1 else 0)
     x = torch.nn.functional.pad(x, (0, pad_cols, 0, pad_rows) if x.dim() > 1 else (0, pad_cols))

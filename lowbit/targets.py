@@ -115,6 +115,8 @@ def advice(accelerator: Accelerator, weight_dtype: str | None, nbytes: int) -> t
 
 def get_accelerator(name: str) -> Accelerator:
     """The accelerator of that name, in any case. Raises InputError naming the nearest."""
+    if not isinstance(name, str):
+        raise InputError(f"expected the name of a target, found {name!r}; one of {', '.join(ACCELERATORS)}")
     key = name.strip().lower().replace(" ", "").replace("_", "-")
     key = _ALIASES.get(key, key)
     if key in ACCELERATORS:

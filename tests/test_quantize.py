@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.dtypes import E4M3FN, E4M3FNUZ, E5M2, INT8, decode_e8m0
-from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken, expand_scale, reduce_tiles
+from lowbit.granularity import (
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    expand_scale,
+    reduce_tiles,
+    scale_shape,
+)
 from lowbit.quantize import (
     SMALLEST_SCALE,
     check_finite,
@@ -324,3 +333,19 @@ def test_a_range_is_widened_to_hold_zero():
 def test_empty_tensors_quantize_to_empty_ones(shape):
     q = quantize(torch.empty(shape), spec(INT8, PerChannel()))
     assert q.codes.shape == shape and q.dequantize().shape == shape
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(3), PerBlock(2, 3)])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+def test_mse_of_empty_tensors(shape, granularity):
+    """A RuntimeError about a reshape of rows without elements."""
+    q = quantize(torch.empty(shape), spec(INT8, granularity), "mse")
+    assert q.codes.shape == shape and q.scale.shape == scale_shape(shape, granularity)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", ["absmax", "mse"])
+def test_a_scalar_stays_one(symmetric, method):
+    q = quantize(torch.tensor(-3.0), spec(INT8, PerTensor(), symmetric=symmetric), method)
+    assert q.codes.shape == () and q.dequantize().shape == () and q.scale.shape == (1,)
+    assert q.dequantize().item() == pytest.approx(-3.0)

@@ -30,5 +30,7 @@ def test_advice():
 
 
 def test_unknown_chips():
+    with pytest.raises(InputError, match="expected the name of a target, found None; one of a10, a100"):
+        get_accelerator(None)
     with pytest.raises(InputError, match=r"did you mean .*a100"):
         get_accelerator("a1000")

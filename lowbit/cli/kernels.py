@@ -59,7 +59,7 @@ def compile_kernels(
 
 @app.command("explain")
 def explain_problem(
-    m: Annotated[int, typer.Option(help="Tokens: rows of the activations.")],
+    m: Annotated[int, typer.Option(help="Tokens: rows of the activations, one for each expert of a token.")],
     n: Annotated[int, typer.Option(help="Output features: rows of the weight.")],
     k: Annotated[int, typer.Option(help="Input features: columns of both.")],
     scheme: Annotated[str, typer.Option(help="int8, fp8, fp8-block, …: as `lowbit convert` takes it.")],

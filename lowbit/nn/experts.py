@@ -15,7 +15,16 @@ from lowbit.nn.fused_experts import fused_weight, own_gate, parameter, refusal, 
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
-from lowbit.nn.stored import TORCH_DTYPES, as_format, as_scheme, autocast_input, codes_of, pack, unpack
+from lowbit.nn.stored import (
+    TORCH_DTYPES,
+    as_format,
+    as_scheme,
+    autocast_input,
+    check_held,
+    codes_of,
+    pack,
+    unpack,
+)
 from lowbit.nn.weights import dequantize_rows, quantize_rows
 from lowbit.quantize import scale_as_float
 from lowbit.scheme import Scheme
@@ -99,13 +108,14 @@ class QuantExperts(StackedModule):
         or `gate_up_proj` [E, H, 2I] and `down_proj` [E, I, H].
 
         Raises ValueError for a layout that differs (see `refusal`), for static activations, whose scales are
-        measured on data, and for NaN or Inf.
+        measured on data, for a format that does not hold the scheme, and for NaN or Inf.
         """
         if as_scheme(scheme).needs_calibration:
             raise ValueError(
                 f"{name}: expected a scheme with dynamic activations, found {as_scheme(scheme).name}; use int8 or fp8 "
                 "here, or `lowbit convert --calibration` and lowbit.load"
             )
+        check_held(format, as_scheme(scheme), name)
         module = cls.like(experts, scheme, projections=projections, format=format)
         assert module.scheme.weights is not None
         for projection in module.projections:
@@ -209,6 +219,7 @@ class QuantExperts(StackedModule):
             )
         if torch.is_grad_enabled():
             self.check_frozen()
+        self._check_routing(hidden_states, top_k_index, top_k_weights)
         out_dtype = hidden_states.dtype
         x = autocast_input(hidden_states)
         x = x.to(torch.float32) if x.dtype == torch.float64 else x
@@ -229,6 +240,31 @@ class QuantExperts(StackedModule):
         # Back to the tokens' order, and a sum in a fixed order: index_add is not deterministic on GPUs.
         out = torch.zeros_like(out).index_copy(0, order, out)
         return out.view(tokens, choices, self.hidden_size).sum(1).to(out_dtype)
+
+    def _check_routing(self, x: Tensor, index: Tensor | None, weights: Tensor | None) -> None:
+        """ValueError unless every token has k experts and their weights, or all experts have as many rows."""
+        if index is None and weights is None:
+            if x.shape[0] % self.num_experts:
+                raise ValueError(
+                    f"expected top_k_index and top_k_weights, or as many rows for each of {self.num_experts} "
+                    f"experts, found {x.shape[0]} rows"
+                )
+            return
+        if (
+            index is None
+            or weights is None
+            or index.dim() != 2
+            or index.is_floating_point()
+            or weights.numel() != index.numel()
+            or any(t.dim() < 1 or t.shape[0] != x.shape[0] or t.device != x.device for t in (index, weights))
+        ):
+            found = [
+                None if t is None else f"{t.dtype} {list(t.shape)} on {t.device}" for t in (index, weights)
+            ]
+            raise ValueError(
+                f"expected top_k_index and top_k_weights [{x.shape[0]}, k] on {x.device}, "
+                f"found {found[0]} and {found[1]}"
+            )
 
     def _gated(self, rows: Tensor, offsets: Tensor) -> Tensor:
         up = self._product("up", rows, offsets)

@@ -17,6 +17,7 @@ from lowbit.nn.stored import (
     as_format,
     as_scheme,
     autocast_input,
+    check_held,
     codes_of,
     float_linear,
     pack,
@@ -109,11 +110,13 @@ class QuantLinear(QuantModule):
 
         Weights are quantized as `lowbit.quantize.quantize` does, row block by row block, so that
         no float32 copy of the whole weight exists. A static scheme needs `input_scale` (and
-        `input_zero_point` when asymmetric) from a calibration. Raises ValueError for NaN or Inf
-        in the weight, naming `name`, and for a scheme that does not fit.
+        `input_zero_point` when asymmetric) from a calibration; others take none. Raises ValueError for
+        NaN or Inf in the weight, naming `name`, for a weight that is codes already, and for a scheme
+        that does not fit, or that the format does not hold.
         """
         scheme = as_scheme(scheme)
-        weight, bias = linear.weight, getattr(linear, "bias", None)
+        check_held(format, scheme, name)
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise ValueError(f"expected a layer with a 2-D weight, found {type(linear).__name__} in {name}")
         weight = weight.detach()
@@ -137,11 +140,18 @@ class QuantLinear(QuantModule):
             module.set_content("offset", torch.zeros_like(scale))
         if bias is not None:
             module.bias = bias.detach().clone()
-        if scheme.needs_calibration:
-            module._set_static(input_scale, input_zero_point, name)
+        module._set_static(input_scale, input_zero_point, name)
         return module.train(linear.training)
 
     def _set_static(self, scale: Tensor | float | None, zero_point: Tensor | int | None, name: str) -> None:
+        for argument, value in {"input_scale": scale, "input_zero_point": zero_point}.items():
+            if value is not None and argument not in self.names:
+                raise ValueError(
+                    f"{name}: scheme {self.scheme.name} stores no {argument}: leave it out, or use int8-static"
+                    + ("-asym" if argument == "input_zero_point" else " or fp8-static")
+                )
+        if not self.scheme.needs_calibration:
+            return
         if scale is None:
             raise ValueError(
                 f"{name}: scheme {self.scheme.name} needs calibrated activation scales, found none; give input_scale, "

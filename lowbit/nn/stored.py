@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.formats import Format, get_format
+from lowbit.formats import FORMATS, Format, get_format
 from lowbit.scheme import Scheme, get_scheme
 
 TORCH_DTYPES = {
@@ -170,6 +170,15 @@ def as_scheme(scheme: Scheme | str) -> Scheme:
 
 def as_format(fmt: Format | str) -> Format:
     return get_format(fmt) if isinstance(fmt, str) else fmt
+
+
+def check_held(fmt: Format | str, scheme: Scheme, name: str) -> None:
+    """InputError for a scheme whose codes under the names of that format nobody could read."""
+    if not as_format(fmt).holds(scheme):
+        able = ", ".join(f.name for f in FORMATS.values() if f.holds(scheme))
+        raise InputError(
+            f"{name}: expected a format that holds {scheme.name}, found {as_format(fmt).name}; use one of {able}"
+        )
 
 
 def pack(codes: Tensor) -> Tensor:

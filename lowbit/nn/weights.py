@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
 from lowbit.granularity import PerBlock, PerTensor, scale_shape
 from lowbit.quantize import SMALLEST_SCALE, check_finite, choose_scale, dequantize, quantize_with
 from lowbit.scheme import TensorSpec
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A block of this many elements, in float32, stays in a core's cache with what is made of it.
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -20,7 +22,17 @@ def _blocks(n: int, k: int, spec: TensorSpec) -> range:
 
 
 def quantize_rows(weight: Tensor, spec: TensorSpec, *, name: str = "weight") -> tuple[Tensor, Tensor]:
-    """[N, K] in any float dtype → (codes [N, K], scale): bit for bit what `lowbit.quantize.quantize` gives."""
+    """[N, K] in any float dtype → (codes [N, K], scale): bit for bit what `lowbit.quantize.quantize` gives.
+
+    InputError for codes, float8 ones too: without their scale they are no weights; and on meta.
+    """
+    if weight.dtype not in _FLOATS:
+        raise InputError(
+            f"{name}: expected a weight in float, found {weight.dtype}, which is quantized already; start from the "
+            "model in float, or from to_linear() or dequantize() of what is quantized"
+        )
+    if weight.is_meta:
+        raise InputError(f"{name}: expected a weight with values, found it on meta; load the weights first")
     n, k = weight.shape
     codes = torch.empty(n, k, dtype=spec.dtype.torch_dtype, device=weight.device)
     blocks = _blocks(n, k, spec)

@@ -240,12 +240,19 @@ def rms_norm_quantize(
     dtype: torch.dtype,
     group: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm of x (+ residual), quantized: (codes, scale, x + residual in x.dtype), see `quantize`."""
+    """RMSNorm of h = x (+ residual), quantized: (codes, scale, h in x.dtype), see `quantize`.
+
+    x, residual: [..., K] of one dtype; weight: [K]. h / √(mean(h²) + eps) is computed in float32 and
+    rounded to x.dtype, then multiplied by the weight and rounded again, as transformers does.
+    """
     return _ops.rms_norm_quantize.default(x, weight, eps, residual, dtype, group)
 
 
 def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple[Tensor, Tensor]:
-    """silu(gate) · up of x [..., 2·I] = (gate, up), in float32, quantized: (codes [..., I], scale)."""
+    """silu(gate) · up of x [..., 2·I] = (gate, up), quantized: (codes [..., I], scale), see `quantize`.
+
+    silu is computed in float32 and rounded to x.dtype, as is the product with up, as transformers does.
+    """
     return _ops.silu_mul_quantize.default(x, dtype, group)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -41,9 +42,43 @@ def check_devices(x: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None and other.device != x.device:
             raise ValueError(
-                f"expected weights, scales and bias on {x.device}, as x is, found {other.device}; "
+                f"expected all operands on {x.device}, as x is, found {other.device}; "
                 + ("load the weights first" if other.is_meta else "move the one to the other")
             )
+
+
+def check_scale(scale: Tensor, shape: list[int], name: str) -> None:
+    """A static activation scale. E8M0 bytes, or the bits of a float in an integer, would be read as numbers."""
+    require(
+        scale.numel() == math.prod(shape),
+        lambda: f"expected {name} of shape {shape}, found {list(scale.shape)}",
+    )
+    require(
+        scale.dtype in FLOATS,
+        lambda: f"expected {name} of float32, found {scale.dtype}; E8M0 is read by lowbit.dtypes.decode_e8m0",
+    )
+
+
+def check_bias(bias: Tensor | None, shape: list[int]) -> None:
+    """In float: integers are sums that a scale belongs to (msModelSlim's quant_bias)."""
+    if bias is None:
+        return
+    require(list(bias.shape) == shape, lambda: f"expected bias of shape {shape}, found {list(bias.shape)}")
+    require(bias.dtype in (*FLOATS, torch.float64), lambda: f"expected a bias of floats, found {bias.dtype}")
+
+
+def check_weight_sum(weight_sum: Tensor | None, weight: Tensor) -> None:
+    """Kernels read it as it lies there."""
+    if weight_sum is None:
+        return
+    check_devices(weight, weight_sum)
+    require(
+        weight_sum.dtype == torch.int32 and list(weight_sum.shape) == [weight.shape[0]],
+        lambda: (
+            f"expected weight_sum int32 [{weight.shape[0]}], weight.sum(1, dtype=torch.int32), "
+            f"found {weight_sum.dtype} {list(weight_sum.shape)}"
+        ),
+    )
 
 
 def check_linear(
@@ -68,20 +103,10 @@ def check_linear(
         ),
     )
     if input_scale is not None:
-        count = weight.shape[0] if experts else 1
-        require(
-            input_scale.numel() == count,
-            lambda: (
-                f"expected input_scale of shape {[count, 1] if experts else [1]}, found {list(input_scale.shape)}"
-            ),
-        )
+        check_scale(input_scale, [weight.shape[0], 1] if experts else [1], "input_scale")
     if input_zero_point is not None:
         check_zero_point(input_zero_point, weight.dtype, static, "input_zero_point")
-    if bias is not None:
-        shape = [weight.shape[0], weight.shape[-2]] if experts else [weight.shape[-2]]
-        require(
-            list(bias.shape) == shape, lambda: f"expected bias of shape {shape}, found {list(bias.shape)}"
-        )
+    check_bias(bias, [weight.shape[0], weight.shape[-2]] if experts else [weight.shape[-2]])
 
 
 def check_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -95,12 +120,7 @@ def check_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             "(weights are [out_features, in_features], not transposed)"
         ),
     )
-    require(
-        bias is None or list(bias.shape) == [weight.shape[0]],
-        lambda: (
-            f"expected bias of shape {[weight.shape[0]]}, found {None if bias is None else list(bias.shape)}"
-        ),
-    )
+    check_bias(bias, [weight.shape[0]])
 
 
 def check_weight(k: int, weight: Tensor, weight_scale: Tensor, block: list[int], experts: bool) -> None:

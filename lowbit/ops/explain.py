@@ -36,7 +36,8 @@ def explain(
 
     Keys: `target`, `scheme`, `problem`, then `implementation`, `kernel`, `multiplies`, `launch`,
     `note`, or `refusal`; `bound` is "memory" or "arithmetic" with `floor_us`, the time that
-    neither lets it beat (None where the accelerator's figures are not known).
+    neither lets it beat (None where the accelerator's figures are not known). m counts a token
+    once for each of its experts.
     """
     for name, size in (("m", m), ("n", n), ("k", k)):
         if size < 1:
@@ -63,7 +64,9 @@ def _roofline(problem: Problem, accelerator: Accelerator, bf16: bool) -> dict[st
     peak = accelerator.bf16 if bf16 else accelerator.peak(problem.weight_dtype)
     if not peak or not accelerator.bandwidth:
         return {"bound": None, "floor_us": None}
-    matrices = max(problem.experts, 1)
+    matrices = (
+        min(problem.experts, problem.m) if problem.experts else 1
+    )  # a row reads one expert's, others none
     bytes_moved = matrices * problem.n * problem.k + problem.m * problem.k + 2 * problem.m * problem.n
     memory_us = bytes_moved / accelerator.bandwidth / 1e3
     compute_us = 2 * problem.m * problem.n * problem.k / peak / 1e6

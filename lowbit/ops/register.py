@@ -18,14 +18,18 @@ from lowbit.ops import again, cpu, dispatch, eager, reference
 from lowbit.ops.checks import (
     CODES,
     FLOATS,
+    check_bias,
     check_devices,
     check_linear,
     check_weight,
+    check_weight_sum,
     check_zero_point,
     require,
 )
 from lowbit.ops.problem import Activations, Weights, quantized_as
 from lowbit.ops.settings import fall_back, settings
+
+INTEGERS = (torch.int32, torch.int64)
 
 _library = torch.library.Library("lowbit", "DEF")
 
@@ -142,6 +146,11 @@ def _bounds(offsets: Tensor, rows: int) -> list[int]:
     return bounds
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] → [M, K], where K is 0 too: torch infers no -1 of nothing."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def _shaped(out: Tensor, *shape: int) -> Tensor:
     """`out` in another shape, and no view of it: nobody may change a view made within an operation in place."""
     return torch.ops.aten._unsafe_view.default(out, shape)
@@ -159,10 +168,11 @@ def _linear(
         if found is not None:
             return found
     check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
+    check_weight_sum(weight_sum, weight)
     k = x.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     how = quantized_as(activations, block, weights.k, input_scale, input_zero_point)
-    flat = x if x.dim() == 2 else x.reshape(-1, k)
+    flat = x if x.dim() == 2 else rows_of(x)
     out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
     return out if x.dim() == 2 else _shaped(out, *x.shape[:-1], weights.n)
 
@@ -172,6 +182,7 @@ def _linear_fake(
     input_zero_point: Tensor | None, weight_sum: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
     check_linear(x, weight, weight_scale, bias, input_scale, input_zero_point, activations, block)
+    check_weight_sum(weight_sum, weight)
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
@@ -207,14 +218,23 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 def _dequantize(weight: Tensor, weight_scale: Tensor, block: list[int], k: int, dtype: torch.dtype) -> Tensor:
-    check_weight(k, weight, weight_scale, block, experts=weight.dim() == 3)
+    _check_dequantize(weight, weight_scale, block, k, dtype)
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     return reference.dequantize(weights).to(dtype)
+
+
+def _check_dequantize(
+    weight: Tensor, weight_scale: Tensor, block: list[int], k: int, dtype: torch.dtype
+) -> None:
+    check_devices(weight, weight_scale)
+    check_weight(k, weight, weight_scale, block, experts=weight.dim() == 3)
+    require(dtype.is_floating_point, lambda: f"expected a float dtype for the weight, found {dtype}")
 
 
 def _dequantize_fake(
     weight: Tensor, weight_scale: Tensor, block: list[int], k: int, dtype: torch.dtype
 ) -> Tensor:
+    _check_dequantize(weight, weight_scale, block, k, dtype)
     return weight.new_empty([*weight.shape[:-1], k], dtype=dtype)
 
 
@@ -234,7 +254,8 @@ def _linear_grouped(
     row_weight: Tensor | None, input_scale: Tensor | None, activations: str, block: list[int],
 ) -> Tensor:  # fmt: skip
     keeps = x.is_cpu and settings.implementation is None and row_weight is None and input_scale is None
-    if keeps and x.dim() == 2 and not offsets.is_floating_point() and offsets.shape == (weight.shape[0] + 1,):
+    rises = offsets.dtype in INTEGERS and offsets.is_cpu and offsets.shape == (weight.shape[0] + 1,)
+    if keeps and x.dim() == 2 and rises:
         bounds = _bounds(offsets, x.shape[0])
         found = eager.linear(x, weight, weight_scale, bias, None, activations, tuple(block), bounds)
         if found is not None:
@@ -253,18 +274,20 @@ def _check_grouped(
 ) -> None:  # fmt: skip
     check_linear(x, weight, weight_scale, bias, input_scale, None, activations, block, experts=True)
     require(x.dim() == 2, lambda: f"expected x [T, K], its rows sorted by expert, found {list(x.shape)}")
+    check_devices(x, offsets, row_weight)
     require(
-        offsets.dim() == 1 and offsets.shape[0] == weight.shape[0] + 1 and not offsets.is_floating_point(),
+        offsets.dim() == 1 and offsets.shape[0] == weight.shape[0] + 1 and offsets.dtype in INTEGERS,
         lambda: (
-            f"expected integer offsets [{weight.shape[0] + 1}] (experts + 1), "
+            f"expected integer offsets [{weight.shape[0] + 1}] (experts + 1), int32 or int64, "
             f"found {offsets.dtype} {list(offsets.shape)}"
         ),
     )
     if row_weight is not None:
         require(
-            row_weight.numel() == x.shape[0],
+            row_weight.numel() == x.shape[0] and row_weight.dtype in (*FLOATS, torch.float64),
             lambda: (
-                f"expected row_weight of {x.shape[0]} values, one per row of x, found {list(row_weight.shape)}"
+                f"expected row_weight of {x.shape[0]} floats, one per row of x, "
+                f"found {row_weight.dtype} {list(row_weight.shape)}"
             ),
         )
 
@@ -343,10 +366,10 @@ def _matmul(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    kind = _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block, out_dtype)
+    kind = _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum, block, out_dtype)
     k = a.shape[-1]
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
-    flat = a if a.dim() == 2 else a.reshape(-1, k)
+    flat = a if a.dim() == 2 else rows_of(a)
     scale = a_scale.to(torch.float32)
     scale = scale if kind == "tensor" else scale.reshape(flat.shape[0], a_scale.shape[-1])
     how = quantized_as(kind, block, k, scale, a_zero_point)
@@ -356,20 +379,23 @@ def _matmul(
 
 def _check_matmul(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    a_zero_point: Tensor | None, block: list[int], out_dtype: torch.dtype,
+    a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> str:  # fmt: skip
-    k = a.shape[-1]
     require(
-        a.dtype in CODES and a.dtype == weight.dtype,
-        lambda: f"expected codes of one dtype, int8 or float8_e4m3fn, found {a.dtype} × {weight.dtype}",
+        a.dim() >= 1 and a.dtype in CODES and a.dtype == weight.dtype,
+        lambda: (
+            "expected codes […, K] of one dtype, int8 or float8_e4m3fn, "
+            f"found {a.dtype} {list(a.shape)} × {weight.dtype}"
+        ),
     )
+    k = a.shape[-1]
     require(
         a_scale.dtype in FLOATS and out_dtype in FLOATS,
         lambda: (
             f"expected a_scale and out_dtype of float32, float16 or bfloat16, found {a_scale.dtype} and {out_dtype}"
         ),
     )
-    check_devices(a, a_scale, weight, weight_scale, bias, a_zero_point)
+    check_devices(a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum)
     check_weight(k, weight, weight_scale, block, experts=False)
     groups = -(-k // block[1]) if block[1] else 1
     leading = list(a.shape[:-1])
@@ -388,11 +414,8 @@ def _check_matmul(
         )
     if a_zero_point is not None:
         check_zero_point(a_zero_point, a.dtype, kind == "tensor", "a_zero_point")
-    if bias is not None:
-        require(
-            list(bias.shape) == [weight.shape[0]],
-            lambda: f"expected bias [{weight.shape[0]}], found {list(bias.shape)}",
-        )
+    check_bias(bias, [weight.shape[0]])
+    check_weight_sum(weight_sum, weight)
     return kind
 
 
@@ -400,7 +423,7 @@ def _matmul_fake(
     a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     a_zero_point: Tensor | None, weight_sum: Tensor | None, block: list[int], out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, block, out_dtype)
+    _check_matmul(a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum, block, out_dtype)
     return a.new_empty([*a.shape[:-1], weight.shape[0]], dtype=out_dtype)
 
 

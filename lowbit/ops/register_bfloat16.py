@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.ops import cpu, eager, reference
 from lowbit.ops.checks import check_bfloat16
 from lowbit.ops.problem import Activations, Weights
-from lowbit.ops.register import _define, _library, _shaped
+from lowbit.ops.register import _define, _library, _shaped, rows_of
 from lowbit.ops.settings import fall_back, settings
 
 _PLAIN = Activations(kind="none")
@@ -26,7 +26,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not x.is_cpu and settings.implementation is None:
         fall_back("linear_bfloat16", f"{x.device.type} multiplies bfloat16 as it is: give x in bfloat16")
         return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    flat = x.reshape(-1, x.shape[-1])
+    flat = rows_of(x)
     weights = Weights(tensor=weight, scale=_ONE.to(x.device), block=(0, 0), k=x.shape[-1])
     run = reference.linear if settings.implementation == "reference" else cpu.linear
     return _shaped(run(flat, weights, _PLAIN, bias, x.dtype), *x.shape[:-1], weight.shape[0])

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu, reference
-from lowbit.ops.checks import check_quantize, check_rows, check_zero_point, require
+from lowbit.ops.checks import (
+    FLOATS,
+    check_devices,
+    check_quantize,
+    check_rows,
+    check_scale,
+    check_zero_point,
+    require,
+)
 from lowbit.ops.problem import Activations, within
 from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
@@ -86,7 +94,8 @@ def _quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype:
 
 def _check_static(x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> None:
     check_quantize(x, dtype, 0)
-    require(scale.numel() == 1, lambda: f"expected a scale of shape [1], found {list(scale.shape)}")
+    check_devices(x, scale, zero_point)
+    check_scale(scale, [1], "scale")
     if zero_point is not None:
         check_zero_point(zero_point, dtype, True, "zero_point")
 
@@ -128,9 +137,10 @@ def _rms_norm_quantize(
 
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype, group: int) -> None:
     check_quantize(x, dtype, group)
+    check_devices(x, weight, residual)
     require(
-        list(weight.shape) == [x.shape[-1]],
-        lambda: f"expected weight [{x.shape[-1]}], found {list(weight.shape)}",
+        list(weight.shape) == [x.shape[-1]] and weight.dtype in (*FLOATS, torch.float64),
+        lambda: f"expected weight of floats [{x.shape[-1]}], found {weight.dtype} {list(weight.shape)}",
     )
     if residual is not None:
         require(

@@ -71,6 +71,16 @@ def test_state_dict_is_the_format(scheme):
         assert set(quant.state_dict()) == {"weight", "weight_scale_inv", "bias"}
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-static", "fp8-static", "mxfp8"])
+@pytest.mark.parametrize("format", ["fp8", "sglang"])
+def test_a_format_that_does_not_hold_the_scheme(scheme, format):
+    """It was a KeyError of static schemes, and of the others codes that the format's engines read as blocks."""
+    with pytest.raises(
+        InputError, match=rf"q_proj: expected a format that holds {scheme}, found {format}; use one of"
+    ):
+        QuantLinear.from_linear(nn.Linear(256, 128), scheme, format=format, input_scale=0.1, name="q_proj")
+
+
 @pytest.mark.parametrize("scheme", DYNAMIC)
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "to dtype", "to device and dtype"])
 def test_casts_touch_the_bias_only(scheme, cast):
@@ -299,6 +309,33 @@ def test_static_activations():
     for zero in (200, 2.5, torch.zeros(2)):
         with pytest.raises(ValueError, match="an integer from -128 to 127"):
             make(64, 32, "int8-static-asym", input_scale=0.03, input_zero_point=zero)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-block", "fp8-static"])
+def test_codes_are_no_weights(scheme):
+    """Those of a layer that is quantized already were quantized again, without their scale."""
+    given = {"input_scale": 0.1} if scheme == "fp8-static" else {}
+    quantized, float8 = nn.Linear(64, 32), nn.Linear(64, 32)
+    quantized = QuantLinear.from_linear(quantized, "int8")
+    float8.weight = nn.Parameter(float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    for layer, dtype in ((quantized, "int8"), (float8, "float8_e4m3fn")):
+        with pytest.raises(InputError, match=rf"q_proj: expected a weight in float, found torch\.{dtype}"):
+            QuantLinear.from_linear(layer, scheme, name="q_proj", **given)
+    QuantLinear.from_linear(quantized.to_linear(), scheme, **given)
+    with pytest.raises(InputError, match="found it on meta; load the weights first"):
+        QuantLinear.from_linear(nn.Linear(64, 32, device="meta"), scheme, **given)
+    with pytest.raises(ValueError, match="expected a layer with a 2-D weight, found Identity"):
+        QuantLinear.from_linear(nn.Identity(), scheme, **given)
+
+
+def test_a_scheme_takes_no_static_scale_that_it_does_not_store():
+    """They were dropped without a word."""
+    with pytest.raises(ValueError, match="int8 stores no input_scale: leave it out, or use int8-static"):
+        make(64, 32, "int8", input_scale=0.1)
+    with pytest.raises(
+        ValueError, match=r"int8-static stores no input_zero_point: .* or use int8-static-asym"
+    ):
+        make(64, 32, "int8-static", input_scale=0.1, input_zero_point=3)
 
 
 def test_not_finite_weights_are_named():

@@ -295,6 +295,38 @@ def test_experts_match_the_fused_ones():
     torch.testing.assert_close(quant(x, index, weights), alone)
 
 
+@pytest.mark.parametrize(
+    ("index", "weights"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2)),  # tokens were left out
+        (torch.zeros(3, 2, dtype=torch.int64), torch.ones(2, 3)),  # other tokens' weights
+        (torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 1)),
+        (torch.zeros(3, 2), torch.ones(3, 2)),
+        (torch.zeros(3, dtype=torch.int64), torch.ones(3)),
+        (torch.zeros(3, 2, dtype=torch.int64), None),  # taken for rows sorted by expert
+        (torch.zeros(3, 2, dtype=torch.int64, device="meta"), torch.ones(3, 2, device="meta")),
+    ],
+)
+def test_routing_of_another_shape_is_refused(index, weights):
+    quant = QuantExperts.from_experts(build("qwen3-moe").model.layers[1].mlp.experts, "int8")
+    x = torch.randn(3, quant.hidden_size)
+    quant(x, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+    with pytest.raises(
+        ValueError, match=r"expected top_k_index and top_k_weights \[3, k\] on cpu, found torch\."
+    ):
+        quant(x, index, weights)
+    with pytest.raises(
+        ValueError, match=rf"as many rows for each of {quant.num_experts} experts, found 3 rows"
+    ):
+        quant(x)
+
+
+def test_experts_of_a_scheme_that_the_format_does_not_hold():
+    experts = build("qwen3-moe").model.layers[1].mlp.experts
+    with pytest.raises(ValueError, match="experts: expected a format that holds int8, found fp8; use one of"):
+        QuantExperts.from_experts(experts, "int8", format="fp8")
+
+
 def test_experts_gradient_and_state():
     experts = build("qwen3-moe").model.layers[1].mlp.experts
     quant = QuantExperts.from_experts(experts, "fp8")

@@ -69,6 +69,19 @@ def test_every_scheme_has_an_answer_on_every_accelerator():
                 assert found["bound"] == "memory" and found["floor_us"] > 0
 
 
+def test_no_more_experts_are_read_than_there_are_rows():
+    """Of 64 experts a single row reads one; `no faster than` counted all 64."""
+    dense, one, many = (
+        explain(m=1, n=256, k=512, scheme="int8", target="a100", experts=experts)["floor_us"]
+        for experts in (0, 1, 64)
+    )
+    assert dense == one == many
+    eight, all_of_them = (
+        explain(m=m, n=4096, k=4096, scheme="int8", target="a100", experts=64)["floor_us"] for m in (8, 64)
+    )
+    assert all_of_them == pytest.approx(8 * eight, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
