@@ -185,8 +185,8 @@ def _spare(
             long = group_k >= 128
             chosen = replace(chosen, block_k=128 if long else 64, block_n=chosen.block_n if long else 32)
     crowded = not aligned or groups
-    if not aligned and groups and target.name == "sm100":
-        # Sums come out of the tensor memory a row per thread: with scales and addresses beside them, half as many.
+    if not aligned and groups and target.name in ("sm100", "sm120"):
+        # With scales and addresses beside them, half as many sums for a thread.
         chosen = replace(chosen, block_n=min(chosen.block_n, 32))
     if a_dtype == "float32" and target.backend == "cuda":
         # Three summands of each activation stand beside the sums.
@@ -196,7 +196,7 @@ def _spare(
             # they make more products of it, and shorter steps fewer.
             more = {"num_warps": 8} if target.name == "sm100" and chosen.block_m == 64 else {"block_k": 32}
             chosen = replace(chosen, **more)
-    elif not _eight_bit(a_dtype) and target.name in ("sm90", "sm100") and chosen.block_m <= 32:
+    elif not _eight_bit(a_dtype) and target.name in ("sm90", "sm100", "sm120") and chosen.block_m <= 32:
         # Four programs of four warps fit beside each other with 128; ptxas spills 12 to 36 bytes to fit six.
         chosen = replace(chosen, max_registers=255 if crowded else 128)
     return chosen

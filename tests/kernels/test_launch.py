@@ -106,6 +106,7 @@ def test_what_is_cut_down_to_fit_the_registers_still_multiplies_natively():
     assert chosen("matmul_mxfp8", "sm100", group_n=1, group_k=32).block_m == 128
     groups = {"group_k": 128, "aligned": False}
     assert chosen("matmul_block", "sm100", **groups).block_n == 32  # 64 columns spill 160 bytes
+    assert chosen("matmul_block", "sm120", **groups).block_n == 32  # 148 bytes
     assert chosen("matmul_block", "sm90", **groups).block_n == 64
     assert chosen("matmul_block", "sm100", group_n=128, **groups).block_n == 64
 
@@ -117,6 +118,7 @@ def test_registers_are_asked_for_where_ptxas_would_spill_to_fit_one_program_more
         return choose_launch("matmul_weight_only", target=of, **problem).options(of)
 
     assert options(17)["maxnreg"] == options(1, "sm100")["maxnreg"] == 128
+    assert options(17, "sm120", group_k=128)["maxnreg"] == 255  # 32 bytes
     assert options(17, x="float32", aligned=False)["maxnreg"] == 255
     for left_alone in (options(64), options(17, "sm80"), options(17, "gfx942")):
         assert "maxnreg" not in left_alone and left_alone["num_warps"] > 1
