@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.calls import INSTEAD
 from lowbit.errors import InputError
-from lowbit.nn.fused_experts import own_gate, refusal, sizes, takes_sorted_rows
+from lowbit.nn.fused_experts import activation, own_gate, refusal, sizes, takes_sorted_rows
 
 
 class Expert(nn.Module):
@@ -69,7 +68,7 @@ class UnfusedExperts(nn.ModuleList):
         # A gate of the model's own (a clamp, say) reads the fused module's settings, none of its weights.
         gated, gate = getattr(fused, "has_gate", True), own_gate(fused)
         apply_gate = partial(gate, fused) if gated and gate is not None else None
-        act_fn: Any = getattr(fused, "act_fn", nn.Identity())  # without one, the gate is its own
+        act_fn = activation(fused)
         experts = [Expert(hidden, intermediate, act_fn, gated, apply_gate) for _ in range(count)]
         return UnfusedRows(experts) if takes_sorted_rows(fused) else UnfusedExperts(experts)
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.headers import TensorRef
+from lowbit.checkpoint.headers import FLOATS, TensorRef
 from lowbit.checkpoint.jobs import Source
-from lowbit.checkpoint.reading import read_bytes
+from lowbit.checkpoint.reading import finite, read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 
@@ -170,9 +170,4 @@ def unfit_value(
 def overflowed(codes: np.ndarray, dtype: str) -> bool:
     """Whether finite values, by now uint8 bytes of `dtype`, were rounded out of its range, or of float32's by the
     source's scales."""
-    if dtype == "F32":
-        return bool(((codes.view(np.uint32) & 0x7FFFFFFF) >= 0x7F800000).any())
-    if dtype not in LIMITS:
-        return False
-    infinity = 0x7C00 if dtype == "F16" else 0x7F80
-    return bool(((codes.view(np.uint16) & 0x7FFF) >= infinity).any())
+    return dtype in FLOATS and not finite(codes, dtype)

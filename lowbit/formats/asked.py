@@ -22,10 +22,8 @@ _STEPS: tuple[Step, ...] = (
     (r"\.attention\.self\.(?=(query|key|value)$)", ".attention.output."),  # BERT and its like
     (r"^fc$", "model.fc"),  # EAGLE
     (r"^roberta\.(?=encoder\.)", "bert."),
-    (
-        r"^(?=layers\.\d+\.(self_attn|mlp)\.)",
-        "model.",
-    ),  # of a model without a head, which it runs as one with a head
+    # Of a model without a head, which it runs as one with a head.
+    (r"^(?=layers\.\d+\.(self_attn|mlp)\.)", "model."),
 )
 _LAYER = r"(model\.)layers\.(\d+)\.(.+)"
 
@@ -110,11 +108,14 @@ def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     `config`: the model's config.json.
     """
     found: dict[str, None] = {}
-    steps = _STEPS_OF.get(config.get("model_type", ""), _STEPS)
+    # Compiled, since a trillion parameters have a hundred thousand modules.
+    steps = [
+        (re.compile(pattern), other if isinstance(other, str) else lambda match, to=other: to(match, config))
+        for pattern, other in _STEPS_OF.get(config.get("model_type", ""), _STEPS)
+    ]
     for module in modules:
         found[module], name = None, module
-        for pattern, other in steps:
-            new = other if isinstance(other, str) else lambda match, to=other: to(match, config)
-            name = re.sub(pattern, new, name)
+        for pattern, new in steps:
+            name = pattern.sub(new, name)
             found[name] = None
     return list(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
@@ -13,8 +12,7 @@ from lowbit.nn.fused_experts import parameter, refusal
 from lowbit.nn.linear import is_conv1d
 from lowbit.nn.names import Finder, expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from lowbit.ops.checks import ANY_FLOAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             unfit[name] = f"a {type(module).__name__}, not a Linear"
         elif weight.dim() == 2 and "weight" not in module._parameters:
             unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
-        elif weight.dim() == 2 and weight.dtype not in _FLOATS:
+        elif weight.dim() == 2 and weight.dtype not in ANY_FLOAT:
             unfit[name] = f"its weight is {weight.dtype}, no float: codes of another library, perhaps"
         elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
-from lowbit.nn.fused_experts import fused_weight, own_gate, parameter, refusal, sizes
+from lowbit.nn.fused_experts import activation, fused_weight, own_gate, parameter, refusal, sizes
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
@@ -147,13 +147,12 @@ class QuantExperts(StackedModule):
         if problem := refusal(experts):
             raise ValueError(f"{type(experts).__name__}: {problem}")
         down, gate = parameter(experts, "down_proj"), own_gate(experts)
-        act_fn: Any = getattr(experts, "act_fn", nn.Identity())  # without one, the gate is its own
         count, hidden, intermediate = sizes(experts)
         found = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
         if not getattr(experts, "has_gate", True):
             found.pop("gate", None)
         module = cls(
-            count, hidden, intermediate, scheme=scheme, act_fn=act_fn, projections=found,
+            count, hidden, intermediate, scheme=scheme, act_fn=activation(experts), projections=found,
             format=format, names=names, device=down.device, float_dtype=float_dtype,
         )  # fmt: skip
         if gate is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,6 +45,11 @@ def own_gate(experts: nn.Module) -> Callable[..., Tensor] | None:
     without an act_fn: (module, [T, 2I], gate and up side by side) → [T, I]."""
     gate = getattr(type(experts), "_apply_gate", None)
     return None if getattr(gate, "__name__", "") == "_default_apply_gate" else gate
+
+
+def activation(experts: nn.Module) -> Any:
+    """What act(gate) · up applies; nothing in experts without an act_fn, whose gate is their own."""
+    return getattr(experts, "act_fn", nn.Identity())
 
 
 def transposed(experts: nn.Module) -> bool:

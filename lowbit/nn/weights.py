@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.granularity import PerBlock, PerTensor, scale_shape
+from lowbit.ops.checks import ANY_FLOAT
 from lowbit.quantize import SMALLEST_SCALE, check_finite, choose_scale, dequantize, quantize_with
 from lowbit.scheme import TensorSpec
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A block of this many elements, in float32, stays in a core's cache with what is made of it.
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -26,7 +26,7 @@ def quantize_rows(weight: Tensor, spec: TensorSpec, *, name: str = "weight") -> 
 
     InputError for codes, float8 ones too: without their scale they are no weights; and on meta.
     """
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in ANY_FLOAT:
         raise InputError(
             f"{name}: expected a weight in float, found {weight.dtype}, which is quantized already; start from the "
             "model in float, or from to_linear() or dequantize() of what is quantized"

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ANY_FLOAT = (*FLOATS, torch.float64)
 CODES = (torch.int8, torch.float8_e4m3fn)
 ACTIVATIONS = ("none", "token", "group", "group_pow2", "tensor")
 
@@ -64,7 +65,7 @@ def check_bias(bias: Tensor | None, shape: list[int]) -> None:
     if bias is None:
         return
     require(list(bias.shape) == shape, lambda: f"expected bias of shape {shape}, found {list(bias.shape)}")
-    require(bias.dtype in (*FLOATS, torch.float64), lambda: f"expected a bias of floats, found {bias.dtype}")
+    require(bias.dtype in ANY_FLOAT, lambda: f"expected a bias of floats, found {bias.dtype}")
 
 
 def check_weight_sum(weight_sum: Tensor | None, weight: Tensor) -> None:

@@ -64,9 +64,8 @@ def _roofline(problem: Problem, accelerator: Accelerator, bf16: bool) -> dict[st
     peak = accelerator.bf16 if bf16 else accelerator.peak(problem.weight_dtype)
     if not peak or not accelerator.bandwidth:
         return {"bound": None, "floor_us": None}
-    matrices = (
-        min(problem.experts, problem.m) if problem.experts else 1
-    )  # a row reads one expert's, others none
+    # A row reads one expert's matrix, others none.
+    matrices = min(problem.experts, problem.m) if problem.experts else 1
     bytes_moved = matrices * problem.n * problem.k + problem.m * problem.k + 2 * problem.m * problem.n
     memory_us = bytes_moved / accelerator.bandwidth / 1e3
     compute_us = 2 * problem.m * problem.n * problem.k / peak / 1e6

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowbit.ops import again, cpu, dispatch, eager, reference
 from lowbit.ops.checks import (
+    ANY_FLOAT,
     CODES,
     FLOATS,
     check_bias,
@@ -284,7 +285,7 @@ def _check_grouped(
     )
     if row_weight is not None:
         require(
-            row_weight.numel() == x.shape[0] and row_weight.dtype in (*FLOATS, torch.float64),
+            row_weight.numel() == x.shape[0] and row_weight.dtype in ANY_FLOAT,
             lambda: (
                 f"expected row_weight of {x.shape[0]} floats, one per row of x, "
                 f"found {row_weight.dtype} {list(row_weight.shape)}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.ops import cpu, reference
 from lowbit.ops.checks import (
-    FLOATS,
+    ANY_FLOAT,
     check_devices,
     check_quantize,
     check_rows,
@@ -139,7 +139,7 @@ def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch
     check_quantize(x, dtype, group)
     check_devices(x, weight, residual)
     require(
-        list(weight.shape) == [x.shape[-1]] and weight.dtype in (*FLOATS, torch.float64),
+        list(weight.shape) == [x.shape[-1]] and weight.dtype in ANY_FLOAT,
         lambda: f"expected weight of floats [{x.shape[-1]}], found {weight.dtype} {list(weight.shape)}",
     )
     if residual is not None:
