@@ -22,6 +22,12 @@ from .targets import Target
 # N and K of DeepSeek-V3's and Llama-70B's projections; TOKENS at prefill.
 N, K, TOKENS, EXPERTS = 7168, 2048, 4096, 32
 
+Call = Callable[[Target], object]
+"""Runs a kernel's function on meta tensors. ValueError: the target refuses it."""
+Block = tuple[int, int] | None
+"""The block in which weights have a scale; None: a scale per channel."""
+BLOCKS = (128, 128)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -29,8 +35,7 @@ class Case:
 
     name: str
     """How the table names it."""
-    call: Callable[[Target], object]
-    """Runs the kernel's function on meta tensors. ValueError: the target refuses it."""
+    call: Call
     product: Literal["int8", "fp8", "float", "none"]
     """What its matrix instruction should multiply where the target can."""
 
@@ -44,13 +49,19 @@ def fp8(target: Target) -> torch.dtype:
     return torch.float8_e4m3fnuz if target.fp8 == "e4m3fnuz" else torch.float8_e4m3fn
 
 
-def _codes(kind: str, target: Target) -> torch.dtype:
-    return torch.int8 if kind == "int8" else fp8(target)
+def codes_of(kind: str | torch.dtype, target: Target) -> torch.dtype:
+    """`int8`, or `fp8` as the target multiplies it; a dtype is itself."""
+    return kind if isinstance(kind, torch.dtype) else torch.int8 if kind == "int8" else fp8(target)
 
 
-def _matmul(kind: str, m: int, n: int = N, k: int = K, **options: object) -> Callable[[Target], object]:
+def _scale(n: int, k: int, block: Block) -> Tensor:
+    rows, cols = block or (1, k)
+    return empty(-(-n // rows), -(-k // cols))
+
+
+def matmul_call(kind: str, m: int, n: int = N, k: int = K, **options: object) -> Call:
     def call(target: Target) -> object:
-        dtype = _codes(kind, target)
+        dtype = codes_of(kind, target)
         a, w = empty(m, k, dtype=dtype), empty(n, k, dtype=dtype)
         extra = {}
         if options.get("bias"):
@@ -64,51 +75,53 @@ def _matmul(kind: str, m: int, n: int = N, k: int = K, **options: object) -> Cal
     return call
 
 
-def _block(kind: str, m: int, n: int = N, k: int = K, rows: int = 128) -> Callable[[Target], object]:
+def block_call(kind: str, m: int, n: int = N, k: int = K, block: tuple[int, int] = BLOCKS) -> Call:
     def call(target: Target) -> object:
-        dtype = _codes(kind, target)
-        groups = -(-k // 128)
+        dtype = codes_of(kind, target)
+        a_scale = empty(-(-k // block[1]), m).t()
         return matmul_block(
-            empty(m, k, dtype=dtype), empty(n, k, dtype=dtype), empty(groups, m).t(),
-            empty(-(-n // rows), groups), block_shape=(rows, 128),
-        )  # fmt: skip
-
-    return call
-
-
-def _weight_only(
-    x: torch.dtype, w: torch.dtype, m: int, block_shape: tuple[int, int] | None
-) -> Callable[[Target], object]:
-    def call(target: Target) -> object:
-        rows, cols = block_shape or (1, K)
-        w_scale = empty(N // rows, K // cols)
-        return matmul_weight_only(
-            empty(m, K, dtype=x), empty(N, K, dtype=w), w_scale, block_shape=block_shape
+            empty(m, k, dtype=dtype),
+            empty(n, k, dtype=dtype),
+            a_scale,
+            _scale(n, k, block),
+            block_shape=block,
         )
 
     return call
 
 
-def _grouped(kind: str, block: bool, tokens: int) -> Callable[[Target], object]:
+def weight_only_call(x: torch.dtype, w: torch.dtype, m: int, block: Block, n: int = N, k: int = K) -> Call:
     def call(target: Target) -> object:
-        weight_only = kind == "bf16 × fp8"
-        dtype = torch.float8_e4m3fn if weight_only else _codes(kind, target)
-        a = empty(tokens, K, dtype=torch.bfloat16 if weight_only else dtype)
-        groups = K // 128
-        a_scale = None if weight_only else empty(groups, tokens).t() if block else empty(tokens, 1)
+        return matmul_weight_only(
+            empty(m, k, dtype=x), empty(n, k, dtype=w), _scale(n, k, block), block_shape=block
+        )
+
+    return call
+
+
+def grouped_call(
+    kind: str | torch.dtype, rows: int, block: Block, x: torch.dtype | None = None,
+    experts: int = EXPERTS, n: int = N, k: int = K,
+) -> Call:  # fmt: skip
+    """`x`: the dtype of activations that stay in float; `rows` of them, all experts' together."""
+
+    def call(target: Target) -> object:
+        dtype = codes_of(kind, target)
+        a_scale = empty(-(-k // block[1]), rows).t() if block else empty(rows, 1)
         return matmul_grouped(
-            a, empty(EXPERTS, N, K, dtype=dtype), empty(EXPERTS + 1, dtype=torch.int32), a_scale,
-            empty(EXPERTS, N // 128, groups) if block else empty(EXPERTS, N, 1),
-            block_shape=(128, 128) if block else None, routed_weight=empty(tokens),
+            empty(rows, k, dtype=x or dtype), empty(experts, n, k, dtype=dtype),
+            empty(experts + 1, dtype=torch.int32), None if x else a_scale,
+            empty(experts, *_scale(n, k, block).shape), block_shape=block, routed_weight=empty(rows),
+            out_dtype=x or torch.bfloat16,
         )  # fmt: skip
 
     return call
 
 
-def _mxfp8(m: int, n: int = N) -> Callable[[Target], object]:
+def mxfp8_call(m: int, n: int = N, k: int = K) -> Call:
     def call(target: Target) -> object:
-        a, w = (empty(rows, K, dtype=torch.float8_e4m3fn) for rows in (m, n))
-        scales = (empty(rows, K // 32, dtype=torch.uint8) for rows in (m, n))
+        a, w = (empty(rows, k, dtype=torch.float8_e4m3fn) for rows in (m, n))
+        scales = (empty(rows, k // 32, dtype=torch.uint8) for rows in (m, n))
         return matmul_mxfp8(a, w, *scales)
 
     return call
@@ -125,59 +138,66 @@ CASES: tuple[Case, ...] = (
         Case(name=f"matmul {kind} {name}", call=call, product=kind)
         for kind in ("int8", "fp8")
         for name, call in (
-            ("decode", _matmul(kind, 1)),
-            ("M=64", _matmul(kind, 64)),
-            ("prefill", _matmul(kind, TOKENS)),
-            ("unaligned, bias", _matmul(kind, 1000, 576, 7161, bias=True)),
-            ("prefill, N=1000", _matmul(kind, TOKENS, 1000, bias=True)),
+            ("decode", matmul_call(kind, 1)),
+            ("M=64", matmul_call(kind, 64)),
+            ("prefill", matmul_call(kind, TOKENS)),
+            ("unaligned, bias", matmul_call(kind, 1000, 576, 7161, bias=True)),
+            ("prefill, N=1000", matmul_call(kind, TOKENS, 1000, bias=True)),
         )
     ),
     Case(
         name="matmul fp8 fast accumulation prefill",
-        call=_matmul("fp8", TOKENS, fast_accum=True),
+        call=matmul_call("fp8", TOKENS, fast_accum=True),
         product="fp8",
     ),
     Case(
         name="matmul int8 zero point",
-        call=_matmul("int8", TOKENS, bias=True, zero_point=True),
+        call=matmul_call("int8", TOKENS, bias=True, zero_point=True),
         product="int8",
     ),
     *(
         Case(name=f"matmul_block {kind} {name}", call=call, product=kind)
         for kind in ("int8", "fp8")
         for name, call in (
-            ("decode", _block(kind, 1)),
-            ("prefill", _block(kind, TOKENS)),
-            ("ragged, unaligned", _block(kind, 1000, 576, 7161)),
-            ("groups, prefill", _block(kind, TOKENS, rows=1)),
-            ("groups, unaligned", _block(kind, 64, 576, 7161, rows=1)),
+            ("decode", block_call(kind, 1)),
+            ("prefill", block_call(kind, TOKENS)),
+            ("ragged, unaligned", block_call(kind, 1000, 576, 7161)),
+            ("groups, prefill", block_call(kind, TOKENS, block=(1, 128))),
+            ("groups, unaligned", block_call(kind, 64, 576, 7161, (1, 128))),
         )
     ),
     *(
         Case(name=f"matmul_weight_only {name}", call=call, product="float")
         for name, call in (
-            ("bf16 × int8 decode", _weight_only(_BF16, torch.int8, 1, None)),
-            ("bf16 × int8 prefill", _weight_only(_BF16, torch.int8, TOKENS, None)),
-            ("bf16 × packed int8, group 128", _weight_only(_BF16, torch.uint8, 1, (1, 128))),
-            ("bf16 × packed int8, group 128, prefill", _weight_only(_BF16, torch.uint8, TOKENS, (1, 128))),
-            ("bf16 × fp8 block decode", _weight_only(_BF16, _E4M3, 1, (128, 128))),
-            ("bf16 × fp8 block prefill", _weight_only(_BF16, _E4M3, TOKENS, (128, 128))),
-            ("fp32 × int8 prefill", _weight_only(_FP32, torch.int8, TOKENS, None)),
+            ("bf16 × int8 decode", weight_only_call(_BF16, torch.int8, 1, None)),
+            ("bf16 × int8 prefill", weight_only_call(_BF16, torch.int8, TOKENS, None)),
+            ("bf16 × packed int8, group 128", weight_only_call(_BF16, torch.uint8, 1, (1, 128))),
+            (
+                "bf16 × packed int8, group 128, prefill",
+                weight_only_call(_BF16, torch.uint8, TOKENS, (1, 128)),
+            ),
+            ("bf16 × fp8 block decode", weight_only_call(_BF16, _E4M3, 1, (128, 128))),
+            ("bf16 × fp8 block prefill", weight_only_call(_BF16, _E4M3, TOKENS, (128, 128))),
+            ("fp32 × int8 prefill", weight_only_call(_FP32, torch.int8, TOKENS, None)),
         )
     ),
     *(
         Case(name=f"matmul_grouped {kind} {'block' if block else 'channel'} {name}", call=call, product=kind)
         for kind in ("int8", "fp8")
-        for block in (False, True)
+        for block in (None, BLOCKS)
         for name, call in (
-            ("decode", _grouped(kind, block, 128)),
-            ("prefill", _grouped(kind, block, TOKENS * 8)),
+            ("decode", grouped_call(kind, 128, block)),
+            ("prefill", grouped_call(kind, TOKENS * 8, block)),
         )
     ),
-    Case(name="matmul_grouped bf16 × fp8 block", call=_grouped("bf16 × fp8", True, TOKENS), product="float"),
-    Case(name="matmul_mxfp8 decode", call=_mxfp8(1), product="fp8"),
-    Case(name="matmul_mxfp8 prefill", call=_mxfp8(TOKENS), product="fp8"),
-    Case(name="matmul_mxfp8 prefill, N=1000", call=_mxfp8(TOKENS, 1000), product="fp8"),
+    Case(
+        name="matmul_grouped bf16 × fp8 block",
+        call=grouped_call(_E4M3, TOKENS, BLOCKS, _BF16),
+        product="float",
+    ),
+    Case(name="matmul_mxfp8 decode", call=mxfp8_call(1), product="fp8"),
+    Case(name="matmul_mxfp8 prefill", call=mxfp8_call(TOKENS), product="fp8"),
+    Case(name="matmul_mxfp8 prefill, N=1000", call=mxfp8_call(TOKENS, 1000), product="fp8"),
     *(
         Case(name=name, call=call, product="none")
         for name, call in (
