@@ -309,7 +309,10 @@ def test_converting_loads_no_torch(src, tmp_path, command):
         f"print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.strip() == "[]", done.stderr
+    # On a machine whose loops nothing has compiled before, a line says that they are being compiled.
+    said = done.stderr.splitlines()
+    assert done.returncode == 0 and said.pop() == "[]", done.stderr
+    assert all(line.startswith("compiling CPU kernels") for line in said), done.stderr
 
 
 def test_pipes_are_quiet_and_terminals_have_a_bar(src, tmp_path):
