@@ -72,10 +72,10 @@ def plan(
     """What `convert` would do with the same arguments, without reading weight data.
 
     `scheme` is a preset's name (see `lowbit.scheme.SCHEMES`) or a Scheme; default: what `calibration` was made
-    for, and int8 without one. `format` defaults to compressed-tensors; `fp8`, `ascend` and `sglang` are the others (see `lowbit.formats`). A pattern
-    in `ignore`, `keep` and `overrides` is a module's or parent's name, a glob, or `re:` and a regular
-    expression. `ignore`: not quantized. `keep`: byte for byte as the source has it. `overrides`:
-    pattern → scheme name or `float`; the first match decides.
+    for, and int8 without one. `format` defaults to compressed-tensors; `fp8`, `ascend` and `sglang` are the
+    others (see `lowbit.formats`). A pattern in `ignore`, `keep` and `overrides` is a module's or parent's name,
+    a glob, or `re:` and a regular expression. `ignore`: not quantized. `keep`: byte for byte as the source has
+    it. `overrides`: pattern → scheme name or `float`; the first match decides.
     `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
