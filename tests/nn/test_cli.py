@@ -15,18 +15,21 @@ from transformers import (
     BertModel,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.utils import ModelOutput
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.bench import bench
 from lowbit.cli.generate import generate
 from lowbit.errors import InputError
-from lowbit.nn.speed import _words
+from lowbit.nn.speed import _run, _words
 
 app = typer.Typer()
 app.command("generate")(generate)
@@ -193,6 +196,28 @@ def test_no_pictures_are_promised_to_a_model_that_is_timed():
     words = _words({"one": SimpleNamespace(config=config)})
     assert config.image_token_index == 95
     assert 95 not in words and {3, 94} <= set(words.tolist())
+
+
+def test_what_was_read_is_handed_on_by_the_name_that_a_transformers_has_for_it():
+    """5.24 takes it as `cache`, and the name of before with a warning until it is gone."""
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, cache=None, *, use_cache, logits_to_keep):
+            seen.append(cache)
+            return ModelOutput(logits=torch.zeros(1, 1, 4), cache=len(seen), past_key_values=len(seen))
+
+    class Forgets(torch.nn.Linear):
+        def forward(self, input_ids, *, use_cache, logits_to_keep):
+            return ModelOutput(logits=torch.zeros(1, 1, 4))
+
+    seen: list[int | None] = []
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    _run(Model(1, 1), tokens, tokens[:, :2])
+    assert seen == [None, 1, 2]
+    with pytest.raises(InputError, match="found none in what Forgets returns"):
+        _run(Forgets(1, 1), tokens, tokens)
+    rwkv = RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)
+    assert min(_run(RwkvForCausalLM(rwkv).eval(), tokens, tokens)) > 0
 
 
 def test_texts_longer_than_a_model_was_made_for(checkpoint, tmp_path):
