@@ -128,7 +128,9 @@ def plan(
     print(table(headers, rows, right={1, 4, 5}))
     print()
     print(headline(decided))
-    for reason, count in Counter(m["why"] for m in modules if m["why"]).most_common():
+    if reasons := Counter(m["why"] for m in modules if m["why"]).most_common():
+        print("why, counted in tensors:")
+    for reason, count in reasons:
         print(f"  {count:6d}  {reason}")
     print(
         f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "

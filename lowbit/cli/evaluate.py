@@ -75,7 +75,7 @@ def evaluate(
             )
             print(f"KL divergence      {result['kl']:.5f} nats per token")
             print(f"top-1 agreement    {result['top1_agreement']:.2%}")
-            print("error of hidden states after each layer:")
+            print("relative error of hidden states after each layer:")
             for name, error in report.layer_errors.items():
                 print(f"  {name:24} {error:.4f}")
         for line in too_far:

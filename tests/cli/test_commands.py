@@ -245,6 +245,9 @@ def test_plan_says_why(run, tmp_path):
     line = next(x for x in out.splitlines() if x.startswith("model.layers.1.mlp.gate.weight"))
     assert "router" in line and "4×128" in line
     assert "--keep *.shared_experts.*" in out and "output head" in out
+    # Not of modules, which the line before counts: a module may have several tensors.
+    _, _, counted = out.partition("modules kept\nwhy, counted in tensors:\n")
+    assert any(line.endswith("  output head") for line in counted.splitlines())
     body = json.loads(run("plan", src, "--json")[1])
     rows = {m["name"]: m for m in body["modules"]}
     decisions = lowbit.plan(src, "int8").decisions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,7 @@ import lowbit
 from lowbit.cli.bench import bench
 from lowbit.cli.generate import generate
 from lowbit.errors import InputError
+from lowbit.nn import QuantLinear
 from lowbit.nn.speed import _run, _words
 
 app = typer.Typer()
@@ -196,6 +198,28 @@ def test_no_pictures_are_promised_to_a_model_that_is_timed():
     words = _words({"one": SimpleNamespace(config=config)})
     assert config.image_token_index == 95
     assert 95 not in words and {3, 94} <= set(words.tolist())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_is_said_while_it_reads_the_prompt_has_a_line_of_its_own(
+    checkpoint, tmp_path, monkeypatch, chat
+):
+    """Loops are compiled in the first forward, and that is said; it stood in the middle of the prompt's line."""
+    shutil.copytree(checkpoint / "out", tmp_path / "out")
+    (tmp_path / "out/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} w7")
+    forward = QuantLinear.forward
+
+    def first(self, x):
+        if not said:
+            said.append(print("compiling …", file=sys.stderr, flush=True))
+        return forward(self, x)
+
+    said: list[None] = []
+    monkeypatch.setattr(QuantLinear, "forward", first)
+    more = ["--chat"] * chat
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "-p", "w5 w6", *more])
+    assert done.output.startswith("compiling …\n" + ("w5 w6 " if not chat else "w"))
+    assert ("w5 w6" in done.output) != chat
 
 
 def test_what_was_read_is_handed_on_by_the_name_that_a_transformers_has_for_it():
