@@ -60,7 +60,8 @@ def engine_limits(
     if ragged:
         # It takes rows over rows of scales for the size of a block: 960 over 8, 120.
         found.append(
-            f"transformers without a GPU refuses or misreads {len(ragged)} weights whose rows end within a block of 128 "
-            f"(first: {ragged[0]}, {shapes(ragged[0])[0]} rows); call lowbit.register() first there, or leave --format out"
+            f"transformers without a GPU refuses or misreads {len(ragged)} weights whose rows end within a block "
+            f"(first: {ragged[0]}, {shapes(ragged[0])[0]} rows); call lowbit.register() before it loads them there, "
+            "or leave --format out"
         )
     return [warning for warning in found if warning]
