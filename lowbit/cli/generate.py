@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
-from lowbit.quality import SEEDS
+from lowbit.cli.output import torch_seed
 
 
 def generate(
@@ -19,14 +19,14 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token every time.")] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=-SEEDS, max=SEEDS, help="Of the sampling, where temperature is above 0.")
+        int, typer.Option(callback=torch_seed, help="Of the sampling, where temperature is above 0.")
     ] = 0,
     dtype: DTypeName = "auto",
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
+    """Continue a prompt with a converted checkpoint. Text appears as it is made."""
     import math
 
     from lowbit.cli.models import open_model, require_writer, too_long

@@ -353,9 +353,19 @@ def test_output_in_any_encoding(tmp_path, encoding):
 
 def test_version_and_help_of_every_command(run):
     assert run("--version")[:2] == (0, f"lowbit {lowbit.__version__}\n")
-    for command in ("convert", "plan", "inspect", "verify"):
-        code, out, _ = run(command, "--help")
+    commands = ("convert", "plan", "inspect", "verify", "calibrate", "eval", "search", "generate", "bench")
+    for command in (*commands, "kernels explain", "kernels compile"):
+        code, out, _ = run(*command.split(), "--help")
         assert code == 0 and "--json" in out
+        assert not re.search(r"\d{10}", out)  # no ends of a range that nobody reaches
+
+
+@pytest.mark.parametrize(
+    "given", ["calibrate SRC", "eval OUT --data t", "search SRC --data t", "generate OUT -p w"]
+)
+def test_a_seed_that_torch_does_not_take(run, given):
+    code, _, err = run(*given.split(), "--seed", 2**63)
+    assert code == 2 and "expected a seed of 64 bits, found 9223372036854775808" in err
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
