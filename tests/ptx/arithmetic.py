@@ -256,12 +256,8 @@ def shuffle(opcode: str, x: Lanes, by: Lanes) -> Lanes:
 def reduce(opcode: str, x: Lanes) -> Lanes:
     """redux.sync of whole warps."""
     how, kind = opcode.split(".")[2:4]
-    function = {
-        "add": np.add,
-        "min": np.minimum,
-        "max": np.maximum,
-        "or": np.bitwise_or,
-        "and": np.bitwise_and,
-    }[how]
-    warps = value(x, kind).reshape(-1, 32)
+    names = {"add": "add", "or": "bitwise_or", "and": "bitwise_and"}
+    # NaN is no number to be the largest.
+    names |= {"min": "fmin", "max": "fmax"} if kind == "f32" else {"min": "minimum", "max": "maximum"}
+    function, warps = getattr(np, names[how]), value(x, kind).reshape(-1, 32)
     return bits_of(np.repeat(function.reduce(warps, axis=1, dtype=warps.dtype), 32), kind)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from . import matrix
+from . import matrix, tensor_memory
 from .arithmetic import UNSIGNED, Unknown, compute, reduce, shuffle
 from .memory import Fault, Global, Shared
 from .program import (
@@ -20,6 +20,7 @@ from .program import (
     Program,
     Vector,
 )
+from .tensor_memory import TensorMemory
 from .threads import Threads
 from .transfer import Barriers, Groups, TensorMap
 
@@ -62,11 +63,16 @@ class _Cta(Threads):
         self.shared = Shared(machine.shared_bytes, self.thread.astype(np.int16) // 32)
         self.copies, self.products = Groups(machine.late_copies), Groups(machine.late_products)
         self.barriers = Barriers(machine.late_copies)
+        self.tensors = TensorMemory(self.barriers, machine.late_products)
         self.summing: set[int] = set()
         """Registers that products on the way add to."""
 
     def barrier(self) -> None:
         self.shared.barrier()
+
+    def run(self) -> None:
+        super().run()
+        self.tensors.end()
 
     # --- instructions ---------------------------------------------------------------------------------------------
 
@@ -254,6 +260,80 @@ class _Cta(Threads):
 
         return do
 
+    def _tcgen05(self, opcode: str, operands: tuple[Any, ...]) -> None:
+        how = opcode.split(".")[1]
+        if how == "alloc":
+            address = np.array([[self.tensors.allocate(operands[1].value)]], np.uint32).view(np.uint8)
+            to = np.array([self.one(operands[0].base, 32) + operands[0].offset])
+            self.shared.deliver(self.shared.offsets(to, 4, opcode), address)
+        elif how == "dealloc":
+            self.tensors.release(self.one(operands[0], 32), operands[1].value)
+        elif how in ("ld", "st"):
+            self._words(opcode, operands)
+        elif how == "commit":
+            if self.active.sum() != 1:
+                raise Fault("a commit by more than one thread")
+            self.tensors.commit(self.one(operands[0].base, 32) + operands[0].offset)
+        elif how == "mma":
+            self._tensor_product(opcode, operands)
+        elif opcode.split("::")[0] not in ("tcgen05.wait", "tcgen05.fence") and how != "relinquish_alloc_permit":
+            raise Unknown(opcode)
+
+    def _words(self, opcode: str, operands: tuple[Any, ...]) -> None:
+        """tcgen05.ld and st: each warp has a quarter of the lanes."""
+        self.whole_warps()
+        loads = ".ld." in opcode
+        where = next(o for o in operands if isinstance(o, Memory))
+        registers = next(o for o in operands if isinstance(o, Vector)).items
+        lanes = np.flatnonzero(self.active)
+        address = self.addresses(where, 32)[lanes].astype(np.int64)
+        quarter, lane = lanes // 32 % 4 * 32, lanes % 32
+        first = address & 0xFFFF
+        if ".16x32bx2." in opcode:
+            # The first 16 threads of a warp have 16 lanes' words, the others more words of the same lanes.
+            split = next(o for o in operands if isinstance(o, Immediate)).value
+            first, lane = first + lane // 16 * split, lane % 16
+        elif ".32x32b." not in opcode:
+            raise Unknown(opcode)
+        if (address >> 16 != quarter).any():
+            raise Fault("a warp reaches for the lanes of another")
+        if loads:
+            values = np.zeros((self.threads, len(registers)), np.uint32)
+            values[lanes] = self.tensors.load(quarter + lane, first, len(registers))
+            for i, register in enumerate(registers):
+                self.write(register, np.ascontiguousarray(values[:, i]))
+        else:
+            values = np.stack([self.read(r, 32)[lanes] for r in registers], 1)
+            self.tensors.store(quarter + lane, first, values)
+
+    def _tensor_product(self, opcode: str, operands: tuple[Any, ...]) -> None:
+        if self.active.sum() != 1:
+            raise Fault("a product by more than one thread")
+        out, a, b, descriptor, *scaling, add = operands
+        what = tensor_memory.described(opcode, self.one(descriptor, 32))
+
+        def rows(descriptor: int, count: int) -> Any:
+            at = tensor_memory.rows_in_memory(descriptor, count) - SHARED_BASE
+            return lambda: self.shared.asynchronous(at, opcode)
+
+        def words(operand: Memory) -> int:
+            return self.one(operand.base, 32) + operand.offset
+
+        if isinstance(a, Memory):
+            here = words(a)
+            left = lambda: self.tensors.operand(here, what.rows)  # noqa: E731
+        else:
+            left = rows(self.one(a, 64), what.rows)
+        scales = None
+        if scaling:
+            of_a, of_b = (words(operand) for operand in scaling)
+            scales = lambda: (  # noqa: E731
+                self.tensors.scales(of_a, what.rows, what.scale_a),
+                self.tensors.scales(of_b, what.columns, what.scale_b),
+            )
+        right = rows(self.one(b, 64), what.columns)
+        self.tensors.multiply(words(out), left, right, what, bool(self.one(add, 1)), scales)
+
     # --- copies ---------------------------------------------------------------------------------------------------
 
     def _cp(self, opcode: str, operands: tuple[Any, ...]) -> None:
@@ -285,13 +365,14 @@ class _Cta(Threads):
 
     def _tile(self, opcode: str, operands: tuple[Any, ...]) -> None:
         to, source, barrier = operands
-        if self.active.sum() != 1:
-            raise Fault("a tile is copied by more than one thread")
-        column, row = (np.int32(np.uint32(self.one(c, 32)).view(np.int32)) for c in source.coordinates.items)
+        columns, rows = (self.read(c, 32).view(np.int32) for c in source.coordinates.items)
         tensor_map = self.machine.maps[self.one(source.base, 64) - PARAM_BASE]
-        destination = self.one(to.base, 32) + to.offset
-        copy = tensor_map.copy(self.machine.memory, self.shared, destination, int(row), int(column), opcode)
-        self.barriers.copy(self.one(barrier.base, 32) + barrier.offset, tensor_map.nbytes, copy)
+        places, barriers = self.addresses(to, 32), self.addresses(barrier, 32)
+        for lane in np.flatnonzero(self.active):
+            copy = tensor_map.copy(
+                self.machine.memory, self.shared, int(places[lane]), int(rows[lane]), int(columns[lane]), opcode
+            )
+            self.barriers.copy(int(barriers[lane]), tensor_map.nbytes, copy)
 
     def _mbarrier(self, opcode: str, operands: tuple[Any, ...]) -> None:
         how = opcode.split(".")[1]
@@ -304,7 +385,7 @@ class _Cta(Threads):
         elif how == "arrive" and "expect_tx" in opcode:
             if self.active.sum() != 1:
                 raise Unknown(f"{opcode} by several threads")
-            self.barriers.expect(address, operands[2].value)
+            self.barriers.arrive(address, operands[2].value)
         elif how == "try_wait" and "parity" in opcode:
             done = self.barriers.done(address, self.one(operands[2], 32) & 1)
             self.write(operands[0], np.full(self.threads, done))

@@ -16,7 +16,7 @@ from .memory import Fault
 Lanes = np.ndarray
 
 
-def _elements(rows: np.ndarray, kind: str) -> np.ndarray:
+def elements(rows: np.ndarray, kind: str) -> np.ndarray:
     """uint8 [..., 32] → numbers [..., 32 or 16]; float64, which holds products and their sums exactly enough."""
     rows = np.ascontiguousarray(rows)
     if kind == "s8":
@@ -81,7 +81,7 @@ def mma(opcode: str, a: list[Lanes], b: list[Lanes], c: list[Lanes], scales: lis
     out, of = parts[0], parts[1]
     if shape[1] != ("m16n8k16" if of in ("bf16", "f16") else "m16n8k32") or parts[2] != of:
         raise Unknown(opcode)
-    left, right = _elements(rows_of_a(a), of), _elements(rows_of_b(b), of)
+    left, right = elements(rows_of_a(a), of), elements(rows_of_b(b), of)
     product = left @ right.transpose(0, 2, 1)
     if scales:
         product = product * scales[0][:, :, None] * scales[1][:, None, :]
@@ -132,7 +132,7 @@ def wgmma_shape(opcode: str) -> tuple[int, str, str]:
 
 def wgmma(before: np.ndarray | None, a: np.ndarray, b: np.ndarray, out: str, of: str) -> np.ndarray:
     """One warpgroup's: a uint8 [64, 32], b uint8 [n, 32] → bits [4 warps, 16, n]."""
-    product = (_elements(a, of) @ _elements(b, of).T).reshape(4, 16, -1)
+    product = (elements(a, of) @ elements(b, of).T).reshape(4, 16, -1)
     return accumulate(before, product, out)
 
 

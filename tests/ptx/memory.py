@@ -120,9 +120,13 @@ class Shared:
                 raise Fault(f"{what}: writes what another warp {verb}, without a barrier")
         self.data[at], self._writer[at], self._known[at], self._unfenced[at] = data, warps, True, True
 
+    def require_fence(self, at: np.ndarray, what: str) -> None:
+        if self._unfenced[at].any():
+            raise Fault(f"{what}: touches what was stored, without fence.proxy.async")
+
     def deliver(self, at: np.ndarray, data: Bytes) -> None:
         """By TMA, which waits for no warp; who may read it learns so from an mbarrier."""
-        self.data[at], self._known[at], self._writer[at] = data, True, NOBODY
+        self.data[at], self._known[at], self._writer[at], self._unfenced[at] = data, True, NOBODY, False
 
     def asynchronous(self, at: np.ndarray, what: str) -> Bytes:
         """What wgmma reads."""
@@ -130,6 +134,5 @@ class Shared:
             raise Fault(f"{what}: outside of on-chip memory ({len(self.data)} bytes)")
         if not self._known[at].all():
             raise Fault(f"{what}: reads on-chip memory that nothing wrote")
-        if self._unfenced[at].any():
-            raise Fault(f"{what}: reads what was stored, without fence.proxy.async")
+        self.require_fence(at, what)
         return self.data[at]

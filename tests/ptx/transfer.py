@@ -66,14 +66,18 @@ class Barriers:
             raise Fault("mbarrier.inval: copies that nothing waited for")
         del self._all[address]
 
-    def expect(self, address: int, nbytes: int) -> None:
-        """arrive.expect_tx."""
+    def arrive(self, address: int, nbytes: int = 0) -> None:
+        """And expect so many bytes (arrive.expect_tx)."""
         barrier = self._at(address)
         if not barrier.missing:
             raise Fault("mbarrier: more arrivals than it expects")
         barrier.bytes_missing += nbytes
         barrier.missing -= 1
         self._turn(barrier)
+
+    def coming(self, address: int, do: Copy) -> None:
+        """What will end, and say so, when the barrier is waited for."""
+        self._coming.setdefault(address, []).append(do)
 
     def copy(self, address: int, nbytes: int, do: Copy) -> None:
         def arrive() -> None:
@@ -83,7 +87,7 @@ class Barriers:
             self._turn(barrier)
 
         if self._late:
-            self._coming.setdefault(address, []).append(arrive)
+            self.coming(address, arrive)
         else:
             arrive()
 
@@ -153,6 +157,7 @@ class TensorMap:
         )
         if to.min() < SHARED_BASE or to.max() - SHARED_BASE >= len(shared.data):
             raise Fault(f"{what}: outside of on-chip memory")
+        shared.require_fence(to - SHARED_BASE, what)
 
         def do() -> None:
             tile = np.zeros((height, width, self.item), np.uint8)
