@@ -5,6 +5,8 @@ float32 → bfloat16, makes bits and not a value of int8 → bfloat16, rounds fl
 carry, and reads fp8 NaN as 480. Hardware does
 none of that. Casts go through torch instead (its rounding is the standard's), and products
 through float64, which is exact for 8-bit codes.
+
+With LOWBIT_PTX=sm90 they are compiled instead, and run on the machine of tests/ptx.
 """
 
 from __future__ import annotations
@@ -12,17 +14,18 @@ from __future__ import annotations
 import os
 import sys
 
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1" and "LOWBIT_PTX" not in os.environ:
     raise RuntimeError(
         "expected TRITON_INTERPRET=1 before triton is imported (tests/conftest.py sets it), found triton "
         "imported without; run pytest from the repository root"
     )
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if "LOWBIT_PTX" in os.environ else "1"
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from ptx import session
 from triton.runtime import interpreter
 
 _TORCH = {
@@ -74,3 +77,20 @@ interpreter.InterpreterBuilder.create_dot = _create_dot
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+if "LOWBIT_PTX" in os.environ:
+    MACHINE = session.begin(os.environ["LOWBIT_PTX"])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if "LOWBIT_PTX" not in os.environ:
+        return (yield)
+    with session.refusals_skip():
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if "LOWBIT_PTX" in os.environ:
+        terminalreporter.write_line(f"{len(MACHINE.launches)} launches, compiled and run on the CPU")

@@ -1,0 +1,138 @@
+"""Global and on-chip memory, byte by byte, with the checks that show what a kernel does wrong."""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from .program import SHARED_BASE
+
+Bytes = np.ndarray
+"""uint8."""
+NOBODY, SEVERAL = -1, -2
+
+
+class Fault(Exception):
+    """What a device would refuse, or what only luck makes right there."""
+
+
+class Global:
+    """The storages of a launch's tensors; all else is out of bounds."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        spans: dict[int, Bytes] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
+                spans[storage.data_ptr()] = np.ctypeslib.as_array(memory)
+        self._starts = sorted(spans)
+        self._spans = [spans[start] for start in self._starts]
+
+    def snapshot(self) -> list[Bytes]:
+        return [span.copy() for span in self._spans]
+
+    def restore(self, before: list[Bytes]) -> None:
+        for span, bytes_ in zip(self._spans, before, strict=True):
+            span[:] = bytes_
+
+    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[Bytes, np.ndarray]:
+        """(a storage, offsets [lanes, width] in it) of `width` bytes at each address."""
+        low, high = int(addresses.min()), int(addresses.max())
+        if (addresses % width).any():
+            raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
+        index = bisect_right(self._starts, low) - 1
+        if index < 0 or high + width > self._starts[index] + len(self._spans[index]):
+            raise Fault(f"{what}: reads or writes outside of every tensor")
+        return self._spans[index], (addresses - self._starts[index]).astype(np.int64)[:, None] + np.arange(
+            width
+        )
+
+    def load(self, addresses: np.ndarray, width: int, what: str) -> Bytes:
+        """[lanes, width]; the lanes of one instruction may lie in several tensors."""
+        if len(addresses) and int(addresses.max() - addresses.min()) >= 1 << 20:
+            out = np.empty((len(addresses), width), np.uint8)
+            for lane in range(len(addresses)):
+                span, at = self.locate(addresses[lane : lane + 1], width, what)
+                out[lane] = span[at[0]]
+            return out
+        span, at = self.locate(addresses, width, what)
+        return span[at]
+
+    def store(self, addresses: np.ndarray, data: Bytes, what: str) -> None:
+        span, at = self.locate(addresses, data.shape[1], what)
+        if len(np.unique(addresses)) < len(addresses):
+            order = np.argsort(addresses, kind="stable")
+            same = addresses[order][1:] == addresses[order][:-1]
+            if (data[order][1:][same] != data[order][:-1][same]).any():
+                raise Fault(f"{what}: lanes write different values to one address")
+        span[at] = data
+
+
+class Shared:
+    """On-chip memory of one CTA. Knows which warp touched a byte since the last barrier."""
+
+    def __init__(self, size: int, warps: np.ndarray) -> None:
+        """warps: [threads], the number of each thread's."""
+        self.data = np.full(size, 0xA5, np.uint8)  # what a kernel before left
+        self._warps = warps
+        self._known = np.zeros(size, bool)
+        self._writer, self._reader = (np.full(size, NOBODY, np.int16) for _ in range(2))
+        self._unfenced = np.zeros(size, bool)
+
+    def barrier(self) -> None:
+        self._writer.fill(NOBODY)
+        self._reader.fill(NOBODY)
+
+    def fence(self) -> None:
+        """What was written is there for the asynchronous proxy: wgmma and TMA."""
+        self._unfenced.fill(False)
+
+    def offsets(self, addresses: np.ndarray, width: int, what: str) -> np.ndarray:
+        """[lanes, width] of `width` bytes at each address."""
+        if (addresses % width).any():
+            raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
+        at = addresses.astype(np.int64) - SHARED_BASE
+        if len(at) and (at.min() < 0 or at.max() + width > len(self.data)):
+            raise Fault(f"{what}: outside of on-chip memory ({len(self.data)} bytes)")
+        return at[:, None] + np.arange(width)
+
+    def load(self, at: np.ndarray, lanes: np.ndarray, what: str) -> Bytes:
+        """at: [lanes, bytes]."""
+        warps = self._warps[lanes][:, None]
+        writer = self._writer[at]
+        if ((writer != NOBODY) & (writer != warps)).any():
+            raise Fault(f"{what}: reads what another warp wrote, without a barrier")
+        if not self._known[at].all():
+            raise Fault(f"{what}: reads on-chip memory that nothing wrote")
+        reader = self._reader[at]
+        self._reader[at] = np.where((reader == NOBODY) | (reader == warps), warps, SEVERAL)
+        return self.data[at]
+
+    def store(self, at: np.ndarray, data: Bytes, lanes: np.ndarray, what: str) -> None:
+        warps = np.broadcast_to(self._warps[lanes][:, None], at.shape)
+        for touched, verb in ((self._writer[at], "wrote"), (self._reader[at], "reads")):
+            if ((touched != NOBODY) & (touched != warps)).any():
+                raise Fault(f"{what}: writes what another warp {verb}, without a barrier")
+        self.data[at], self._writer[at], self._known[at], self._unfenced[at] = data, warps, True, True
+
+    def require_fence(self, at: np.ndarray, what: str) -> None:
+        if self._unfenced[at].any():
+            raise Fault(f"{what}: touches what was stored, without fence.proxy.async")
+
+    def deliver(self, at: np.ndarray, data: Bytes) -> None:
+        """By TMA, which waits for no warp; who may read it learns so from an mbarrier."""
+        self.data[at], self._known[at], self._writer[at], self._unfenced[at] = data, True, NOBODY, False
+
+    def asynchronous(self, at: np.ndarray, what: str) -> Bytes:
+        """What wgmma reads."""
+        if at.min() < 0 or at.max() >= len(self.data):
+            raise Fault(f"{what}: outside of on-chip memory ({len(self.data)} bytes)")
+        if not self._known[at].all():
+            raise Fault(f"{what}: reads on-chip memory that nothing wrote")
+        self.require_fence(at, what)
+        return self.data[at]
