@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -56,3 +58,14 @@ def test_wheel_has_every_module(source, tmp_path):
     kernels = {f"lowbit/{name}" for name in all_files(source, "kernels")}
     assert not (all_files(source, "lowbit") | kernels) - held
     assert not {name.partition("/")[0] for name in held} - {"lowbit", "lowbit-0.1.0.dist-info"}
+
+
+def test_users_install_nothing_that_no_code_uses():
+    """What lowbit requires, and every extra that is not for working on it; accelerate is used through transformers."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("demo", "test", "bench")}
+    text = "\n".join(p.read_text("utf-8") for part in ("lowbit", "kernels") for p in (ROOT / part).rglob("*.py"))
+    for requirement in (*project["dependencies"], *(r for of in extras.values() for r in of)):
+        name = re.split(r"[<>=; ]", requirement)[0]
+        module = {"pyyaml": "yaml"}.get(name, name)
+        assert re.search(rf"\b{module}\b", text), requirement
