@@ -25,6 +25,7 @@ from .threads import Threads
 from .transfer import Barriers, Groups, TensorMap
 
 Lanes = np.ndarray
+_ASYNCHRONOUS = ("cp.async", "wgmma", "tcgen05.mma")
 
 
 class Machine:
@@ -44,6 +45,8 @@ class Machine:
         """
         before = self.memory.snapshot()
         self._all(grid, late_copies=False)
+        if not any(instruction.opcode.startswith(_ASYNCHRONOUS) for instruction in self.program.code):
+            return
         first = self.memory.snapshot()
         self.memory.restore(before)
         self._all(grid, late_copies=True)

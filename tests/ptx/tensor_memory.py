@@ -1,7 +1,7 @@
 """sm100's tensor memory, 128 lanes of 512 words, and the products (tcgen05.mma) that add to it.
 
-A row of a result is a lane, its columns are words; of 64 rows, 16 lie in the first lanes of each warp's 32. Products run on
-by themselves, one after the other, until a commit tells an mbarrier that those before it have ended.
+A row of a result is a lane, its columns are words; of 64 rows, 16 lie in the first lanes of each warp's 32. Products
+run on by themselves, one after the other, until a commit tells an mbarrier that those before it have ended.
 """
 
 from __future__ import annotations
