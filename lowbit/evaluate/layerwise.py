@@ -25,7 +25,7 @@ from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
-from lowbit.checkpoint.rules import Selection, decide
+from lowbit.checkpoint.rules import Selection, decide, left_by_source
 from lowbit.dtypes import INT8
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
@@ -182,7 +182,9 @@ def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
     linears = {model.disk_name(n): (n, m) for n, m in _outside(model) if not m.weight.is_meta}
     shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
     found: dict[str, Scheme] = {}
-    for disk, decision in decide(shapes, scheme, selection, config=model.source.config).items():
+    left = left_by_source(shapes, model.source.stored)
+    decisions = decide(shapes, scheme, selection, config=model.source.config, left_in_float=left)
+    for disk, decision in decisions.items():
         if decision.scheme is not None and decision.scheme.weights is not None:
             name, module = linears[disk]
             module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
