@@ -10,6 +10,7 @@ import pytest
 import torch
 from architectures import TEXT
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit
@@ -22,6 +23,7 @@ from lowbit.calibration.methods import METHODS, Method
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import calibrated, evaluate, plain
+from lowbit.quantize import quantize
 from lowbit.scheme import get_scheme
 
 
@@ -424,6 +426,18 @@ def test_rounding_in_passing_is_as_good_as_in_two_runs(
         assert (a[first] == b[first]).double().mean() > 0.995
     x, y = kl(source, once, windows[:4]), kl(source, twice, windows[:4])
     assert x < 1.25 * y and y < 1.25 * x
+
+
+def test_scales_of_least_error_are_written_with_their_codes(checkpoints, tmp_path):
+    """Plain rounding is what a conversion does by itself, but between other scales."""
+    source, fp8 = checkpoints["qwen3"], get_scheme("fp8")
+    found = tensors_of(calibrate(source, tmp_path / "c", fp8, METHODS["mse"], []))
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            wanted = quantize(weight, fp8.weights, "mse")
+            assert torch.equal(found[f"{name}_scale"], wanted.scale)
+            assert torch.equal(found[name].float(), wanted.codes.float())
+    assert not calibrate(source, tmp_path / "plain", fp8, METHODS["absmax"], []).tensors
 
 
 def test_a_prompt_shorter_than_the_check(checkpoints, tmp_path):
