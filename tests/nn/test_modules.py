@@ -10,6 +10,9 @@ import torch
 from nn_reference import build
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3TextScaledWordEmbedding,
+)
 from transformers.pytorch_utils import Conv1D
 
 import lowbit
@@ -18,6 +21,7 @@ from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
+from lowbit.nn.bfloat16 import BFloat16Embedding, BFloat16Linear, keepable
 from lowbit.nn.quantizer import check_runnable, runnable, runs
 from lowbit.nn.stacked import fill, on_its_own, stack_of
 from lowbit.nn.static import operands
@@ -250,3 +254,34 @@ def test_a_loaded_model_saves_no_scheme_of_a_cache_whose_scales_it_passed_over(t
         saved["kv_cache_scheme"] is None
         and saved["config_groups"] == config["quantization_config"]["config_groups"]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_bfloat16_weights_multiply_what_comes_in_its_own_dtype(dtype):
+    layer = BFloat16Linear(32, 16, bias=True, dtype=torch.float32)
+    layer.weight.copy_(drawn(16, 32, seed=1))
+    layer.bias.copy_(drawn(16, seed=2))
+    x = drawn(5, 32).to(dtype)
+    wanted = nn.functional.linear(x, layer.weight.to(dtype), layer.bias.to(dtype))
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5 if dtype == torch.float32 else 0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == nn.functional.linear(x, wanted.new_zeros(16, 32)).dtype
+
+
+def test_bfloat16_embeddings_are_scaled_as_transformers_does():
+    scale, ids, table = 3072**0.5, torch.arange(7), drawn(7, 16, seed=3).to(torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        theirs = Gemma3TextScaledWordEmbedding(7, 16, 0, embed_scale=scale)
+        theirs.weight.data.copy_(table)
+        assert keepable(theirs)
+        ours = BFloat16Embedding(7, 16, padding_idx=0, scale=scale, kind=type(theirs), dtype=dtype)
+        ours.weight.copy_(table)
+        assert torch.equal(ours(ids), theirs.to(dtype)(ids)) and ours(ids).dtype == dtype
+        float32 = ours.to_embedding()
+        assert torch.equal(float32(ids), table.float() * torch.tensor(scale))
+        assert type(float32) is type(theirs)
+        ours.to_embedding(torch.bfloat16).weight.data.zero_()
+        assert torch.equal(ours.weight, table)
+    assert keepable(nn.Embedding(7, 16)) and not keepable(nn.Embedding(7, 16, max_norm=1.0))
+    assert not keepable(nn.Embedding(7, 16, dtype=torch.float16))
