@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("lowbit", "kernels", "tests", "scripts", "docs", "benchmarks")
@@ -64,7 +64,9 @@ def test_users_install_nothing_that_no_code_uses():
     """What lowbit requires, and every extra that is not for working on it; accelerate is used through transformers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ("demo", "test", "bench")}
-    text = "\n".join(p.read_text("utf-8") for part in ("lowbit", "kernels") for p in (ROOT / part).rglob("*.py"))
+    text = "\n".join(
+        p.read_text("utf-8") for part in ("lowbit", "kernels") for p in (ROOT / part).rglob("*.py")
+    )
     for requirement in (*project["dependencies"], *(r for of in extras.values() for r in of)):
         name = re.split(r"[<>=; ]", requirement)[0]
         module = {"pyyaml": "yaml"}.get(name, name)

@@ -56,7 +56,7 @@ def module_schemes(
             names[model.disk_name(ours)] = ours
             shapes[model.disk_name(ours)] = shape
     source = model.source
-    left = left_by_source(shapes, source.quantized)
+    left = left_by_source(shapes, source.stored)
     decisions = decide(
         shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused,
         fits=fits or _blocks_fit,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
 from lowbit.dtypes import DTYPES
 from lowbit.errors import InputError
-from lowbit.formats import quantization_of
+from lowbit.formats import kv_cache_scheme
 from lowbit.granularity import PerChannel, PerTensor
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
@@ -65,7 +65,7 @@ class KVCache:
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> KVCache | None:
         """As a config.json's `kv_cache_scheme` has it; None where it asks for none, or for another kind."""
-        scheme = quantization_of(config).get("kv_cache_scheme") or {}
+        scheme = kv_cache_scheme(config) or {}
         dtype = {"float": "e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
         strategy = scheme.get("strategy")
         if dtype is None or scheme.get("num_bits") != 8 or strategy not in ("tensor", "attn_head"):

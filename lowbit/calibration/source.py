@@ -1,8 +1,7 @@
 """A checkpoint as calibration sees it: float tensors by name, decoded on demand, whatever is on disk.
 
-Reads BF16, FP16 and FP32 weights, and quantized ones (block FP8 of DeepSeek and HF, and
-compressed-tensors' int8, fp8, MXFP8 and packed int8), one tensor at a time. What a stored scale
-covers is read from its shape beside the weight's.
+Reads BF16, FP16 and FP32 weights, and quantized ones of every format that `formats` reads, one tensor at
+a time.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.reading import read_bytes
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
-from lowbit.formats import read, rotated_inputs
-from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, expand_scale
+from lowbit.formats import StoredModule, read, rotated_inputs
+from lowbit.granularity import expand_scale, scale_shape
 from lowbit.quantize import scale_as_float
 
-_SCALES = (".weight_scale_inv", ".weight_scale", ".scale")
 _CODE_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -49,7 +47,8 @@ class Source:
         self.config: dict[str, Any] = checkpoint.config
         self._checkpoint = split(checkpoint).checkpoint
         self._refs = self._checkpoint.tensors
-        self._stored = read(self.config, self._refs)
+        self.stored: Mapping[str, StoredModule] = read(self.config, self._refs)
+        """Modules that are stored quantized, and how."""
         self.fused = fused_names(checkpoint, self._refs)
         """Modules of experts that lie in a 3-D tensor → that tensor; here each is a tensor of its own."""
 
@@ -59,14 +58,9 @@ class Source:
         return self._refs
 
     @property
-    def quantized(self) -> Collection[str]:
-        """Modules that are stored quantized."""
-        return self._stored.keys()
-
-    @property
     def modules(self) -> set[str]:
         """All with a weight, and the 3-D tensors of experts: what patterns may mean."""
-        named = (module_of(ref, self._stored) for ref in self._refs.values())
+        named = (module_of(ref, self.stored) for ref in self._refs.values())
         return {*(m for m in named if m is not None), *self.fused.values()}
 
     @property
@@ -106,81 +100,46 @@ class Source:
         Raises ValueError when codes have no scale: reading them as if the scale were 1 is the
         classic silent corruption.
         """
-        if self.has(f"{module}.weight_packed"):
-            return self._packed(module).to(dtype)
-        weight = self.raw(f"{module}.weight")
-        if module in self._stored and self._stored[module].spec.dtype is E2M1:
-            values = torch.tensor(E2M1_VALUES)[_halves(weight.view(torch.uint8)).to(torch.int64)]
-            scale = scale_as_float(self.raw(self._stored[module].scale))
-            return self._decode(values, scale, module).to(dtype)
-        if weight.dtype not in _CODE_DTYPES:
+        if (stored := self.stored.get(module)) is None:
+            weight = self.raw(f"{module}.weight")
+            if weight.dtype in _CODE_DTYPES:
+                raise ValueError(
+                    f"expected a scale beside {module}.weight ({weight.dtype}), found none; "
+                    "the checkpoint is incomplete"
+                )
             return weight.to(dtype)
-        name = next((module + s for s in _SCALES if self.has(module + s)), None)
-        if name is None and self.has(f"{module}.deq_scale"):
+        values, scale = self._codes(stored), scale_as_float(self.raw(stored.scale))
+        if "scale" not in stored.names:
             # msModelSlim's static layers: the scales of weight and input multiplied.
-            scale = scale_as_float(self.raw(f"{module}.deq_scale"))
-            scale = scale / self.raw(f"{module}.input_scale").to(torch.float32)
-            return self._decode(weight.to(torch.float32), scale, module).to(dtype)
-        if name is None:
-            raise ValueError(
-                f"expected a scale beside {module}.weight ({weight.dtype}), found none of "
-                f"{', '.join(_SCALES)}; the checkpoint is incomplete"
-            )
-        scale = scale_as_float(self.raw(name))
-        return self._decode(weight.to(torch.float32), scale, module).to(dtype)
+            scale = scale / self.raw(stored.names["input_scale"]).to(torch.float32)
+        shape, granularity = tuple(values.shape), stored.spec.granularity
+        scale = scale.reshape(scale_shape(shape, granularity))
+        return (values * expand_scale(scale, shape, granularity)).to(dtype)
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Any tensor by its name; a `.weight` is decoded as `weight` does."""
-        if name.endswith(".weight") and not (
-            self.has(name) and _TORCH_DTYPES[self._refs[name].dtype] not in _CODE_DTYPES
-        ):
+        if name.endswith(".weight"):
             return self.weight(name.removesuffix(".weight"), dtype)
         return self.raw(name).to(dtype)
 
     @cached_property
     def float_dtype(self) -> torch.dtype:
         """What the checkpoint's unquantized tensors are stored in, or most of them, and a conversion's will be."""
-        return _TORCH_DTYPES[main_float(self._checkpoint, self._stored)]
+        return _TORCH_DTYPES[main_float(self._checkpoint, self.stored)]
 
-    @cached_property
-    def block(self) -> tuple[int, int]:
-        """Rows and columns of a scale's tile, where the configuration says; 128×128 otherwise."""
-        quantization = self.config.get("quantization_config") or {}
-        size = quantization.get("weight_block_size")
-        for group in (quantization.get("config_groups") or {}).values():
-            size = size or (group.get("weights") or {}).get("block_structure")
-        rows, cols = size or (128, 128)
-        return int(rows), int(cols)
-
-    def _decode(self, values: Tensor, scale: Tensor, module: str) -> Tensor:
-        rows, cols = values.shape
-        granularity: Granularity
-        if scale.numel() == 1:
-            granularity, scale = PerTensor(), scale.reshape(1)
-        elif scale.dim() == 1 and scale.shape[0] == rows:
-            granularity, scale = PerChannel(), scale[:, None]
-        elif scale.shape == (rows, 1):
-            granularity = PerChannel()
-        elif scale.dim() == 2 and scale.shape[0] == rows and cols % scale.shape[1] == 0:
-            granularity = PerGroup(cols // scale.shape[1])
-        elif scale.dim() == 2 and scale.shape == (-(-rows // self.block[0]), -(-cols // self.block[1])):
-            granularity = PerBlock(*self.block)
-        else:
-            raise ValueError(
-                f"expected a scale of {module} per tensor, channel, group or {self.block} block of "
-                f"{[rows, cols]}, found {list(scale.shape)}"
-            )
-        return values * expand_scale(scale, (rows, cols), granularity)
-
-    def _packed(self, module: str) -> Tensor:
-        """compressed-tensors' pack-quantized int8 and int4: q + 128 or q + 8, little end first, in int32."""
-        packed = self.raw(f"{module}.weight_packed").contiguous()
-        rows, cols = (int(n) for n in self.raw(f"{module}.weight_shape"))
-        raw, middle = packed.view(torch.uint8).reshape(rows, -1), 128.0
-        if self._stored[module].spec.dtype is INT4:
-            raw, middle = _halves(raw), 8.0
-        codes = raw[:, :cols].to(torch.float32) - middle
-        return self._decode(codes, self.raw(f"{module}.weight_scale").to(torch.float32), module)
+    def _codes(self, stored: StoredModule) -> Tensor:
+        """Codes of a weight as numbers, float32 [N, K]."""
+        raw = self.raw(stored.weight)
+        if stored.spec.dtype is E2M1:
+            return torch.tensor(E2M1_VALUES)[_halves(raw.view(torch.uint8)).to(torch.int64)]
+        if "packed" not in stored.names:
+            return raw.to(torch.float32)
+        # compressed-tensors' int8 and int4: q + 128 or q + 8, little end first, in int32.
+        rows, cols = (int(n) for n in self.raw(stored.names["shape"]))
+        unsigned, middle = raw.contiguous().view(torch.uint8).reshape(rows, -1), 128.0
+        if stored.spec.dtype is INT4:
+            unsigned, middle = _halves(unsigned), 8.0
+        return unsigned[:, :cols].to(torch.float32) - middle
 
 
 def _halves(raw: Tensor) -> Tensor:

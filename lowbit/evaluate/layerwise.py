@@ -25,7 +25,8 @@ from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
-from lowbit.checkpoint.rules import Selection, decide
+from lowbit.checkpoint.rules import Selection, decide, left_by_source
+from lowbit.dtypes import INT8
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
 from lowbit.formats import get_format
@@ -69,32 +70,36 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     """A checkpoint as it is: weights dequantized; activations rounded as its quantization_config says, and
     keys and values where it has scales for them."""
     model = LayerwiseModel(Source(path), **model_options)
-    stored = stored_modules(model.source)
+    stored = model.source.stored
     kv_cache = KVCache.of_config(model.source.config)
 
     def codes_of(disk: str) -> Quantized | None:
         """Codes and scale as they are stored, where that is a tensor each."""
-        weight, scale = f"{disk}.weight", f"{disk}.weight_scale"
-        spec = stored[disk].weights
-        if spec is None or not (model.source.has(weight) and model.source.has(scale)):
+        module = stored[disk]
+        if module.spec.dtype is not INT8 or not {"codes", "scale"} <= module.names.keys():
             return None
-        codes = model.source.raw(weight)
-        if codes.dtype != torch.int8:
-            return None
-        shape = scale_shape(tuple(codes.shape), spec.granularity)
-        found = model.source.raw(scale).float().reshape(shape)
-        return Quantized(codes=codes, scale=found, zero_point=None, spec=spec)
+        codes, scale = (model.source.raw(n) for n in (module.weight, module.scale))
+        shape = scale_shape(tuple(codes.shape), module.spec.granularity)
+        return Quantized(codes=codes, scale=scale.float().reshape(shape), zero_point=None, spec=module.spec)
 
     def input_scale(disk: str) -> tuple[Tensor | None, Tensor | None]:
         """(scale [1], zero point [1]) of static activations; (None, None) where they are dynamic."""
-        spec, zero = stored[disk].activations, f"{disk}.input_zero_point"
+        names, spec = stored[disk].names, stored[disk].scheme.activations
         if spec is None or spec.dynamic:
             return None, None
-        scale = model.source.raw(f"{disk}.input_scale").float().reshape(1).to(model.device)
-        offset = model.source.raw(zero).reshape(1).to(model.device) if model.source.has(zero) else None
-        return scale, offset
+        if "input_scale" not in names:
+            raise InputError(
+                f"{disk}: expected a scale of its input, which {stored[disk].scheme.name} has, found none in "
+                f"{model.source.path}; the checkpoint is incomplete: fetch it again"
+            )
 
-    outside = {n: stored[d] for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
+        def number(name: str) -> Tensor:
+            return model.source.raw(name).float().reshape(1).to(model.device)
+
+        zero = names.get("input_zero_point")
+        return number(names["input_scale"]), None if zero is None else number(zero)
+
+    outside = {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
     _round_inputs(model, outside, {n: input_scale(model.disk_name(n)) for n in outside})
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
@@ -107,15 +112,22 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
             disk = model.disk_name(f"{prefix}.{name}")
             if isinstance(module, nn.Linear) and disk in model.source.rotated:
                 online.add(name)
-            if isinstance(module, nn.Linear) and disk in stored and stored[disk].activations is not None:
-                schemes[name] = stored[disk]
-                if multiplies_integers(stored[disk], module.weight) and (q := codes_of(disk)) is not None:
+            if not isinstance(module, nn.Linear) or disk not in stored:
+                continue
+            scheme = stored[disk].scheme
+            if scheme.activations is not None:
+                schemes[name], scales[name] = scheme, input_scale(disk)
+                if multiplies_integers(scheme, module.weight) and (q := codes_of(disk)) is not None:
                     quantized[name] = q
-                scales[name] = input_scale(disk)
         return layer, install(layer, schemes, quantized, scales, frozenset(online))
 
     def scale_of(name: str) -> Tensor | None:
-        return model.source.raw(name).to(model.device) if model.source.has(name) else None
+        """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
+        attention, _, leaf = name.rpartition(".")
+        below = f"{attention}.{leaf[0]}_proj"
+        known = (name, f"{below}.{leaf}", f"{below}.output_scale")
+        found = next((n for n in known if model.source.has(n)), None)
+        return None if found is None else model.source.raw(found).to(model.device)
 
     def kv_hooks(layer: nn.Module, index: int) -> dict[str, KVHook]:
         if kv_cache is None:
@@ -170,7 +182,9 @@ def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) 
     linears = {model.disk_name(n): (n, m) for n, m in _outside(model) if not m.weight.is_meta}
     shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
     found: dict[str, Scheme] = {}
-    for disk, decision in decide(shapes, scheme, selection, config=model.source.config).items():
+    left = left_by_source(shapes, model.source.stored)
+    decisions = decide(shapes, scheme, selection, config=model.source.config, left_in_float=left)
+    for disk, decision in decisions.items():
         if decision.scheme is not None and decision.scheme.weights is not None:
             name, module = linears[disk]
             module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
@@ -205,12 +219,7 @@ def _overrides(calibration: Calibration) -> dict[str, str]:
 
 def stored_modules(source: Source) -> dict[str, Scheme]:
     """Module → scheme of a quantized checkpoint; empty for one in float."""
-    scales = (".weight_scale", ".weight_scale_inv", ".scale", ".deq_scale")
-    if not any(name.endswith(scales) for name in source.tensors):
-        return {}
-    from lowbit import formats
-
-    return {m: s.scheme for m, s in formats.read(source.config, source.tensors).items()}
+    return {m: s.scheme for m, s in source.stored.items()}
 
 
 @torch.no_grad()

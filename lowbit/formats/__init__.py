@@ -9,7 +9,7 @@ from typing import Any
 from lowbit.errors import InputError
 from lowbit.formats.ascend import DESCRIPTION, Ascend
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
-from lowbit.formats.compressed_tensors import CompressedTensors
+from lowbit.formats.compressed_tensors import CompressedTensors, kv_cache_scheme
 from lowbit.formats.format import (
     QUANTIZATION_KEYS,
     Format,
@@ -51,6 +51,7 @@ __all__ = [
     "StoredModule",
     "configs_in",
     "get_format",
+    "kv_cache_scheme",
     "modelopt_config",
     "quantization_of",
     "read",

@@ -176,11 +176,10 @@ class CompressedTensors(ConfigOnly):
 
 def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     """Of a calibration, else of the source where its scales of keys and values are carried along."""
-    found = quantization_of(layout.config).get("kv_cache_scheme")
+    found = kv_cache_scheme(layout.config)
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
     if found and carried and layout.kv_cache is None:
-        # AutoFP8 says `static` and ModelOpt part of it, and mean this; vLLM refuses one that does not say all.
-        return _STATIC_FP8 | (found if isinstance(found, dict) else {})
+        return found
     args = _args(layout.kv_cache)
     if args is not None and args["strategy"] == "channel":
         args["strategy"] = "attn_head"
@@ -188,6 +187,15 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
 
 
 _STATIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+def kv_cache_scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All of the `kv_cache_scheme` of a model's config.json; None where it has none.
+
+    AutoFP8 says `static` and ModelOpt part of it, and mean FP8 per tensor; vLLM refuses one that does not say all.
+    """
+    found = quantization_of(config).get("kv_cache_scheme")
+    return _STATIC_FP8 | (found if isinstance(found, dict) else {}) if found else None
 
 
 def format_of(scheme: Scheme) -> str:

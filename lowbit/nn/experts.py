@@ -167,6 +167,11 @@ class QuantExperts(StackedModule):
                     setattr(module, key, value)
         return module
 
+    def put(self, buffer: str, expert: int, value: Tensor) -> None:
+        super().put(buffer, expert, value)
+        for operands in self._static.values():
+            operands.forget()
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "_hf_hook":  # accelerate's, whoever asked for it

@@ -300,6 +300,8 @@ class QuantLinear(QuantModule):
             if key in state_dict:
                 state_dict[key] = as_stored_scale(state_dict[key], self.content(content))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._static is not None:  # copied into the buffers that it was made from
+            self._static.forget()
 
 
 def wrong_codes(key: str, value: Tensor, like: Tensor) -> str:

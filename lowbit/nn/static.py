@@ -42,9 +42,15 @@ class Operands:
 
 
 class StaticOperands:
-    """Computes them once for the buffers that a layer (or the experts of one) has at the time."""
+    """Computes them once for the buffers that a layer (or the experts of one) has at the time.
+
+    Who changes those in place says so by `forget`.
+    """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self._made_from: tuple[Tensor, ...] = ()
         self._operands: Operands | None = None
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from architectures import TEXT
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit
 from lowbit.calibration import calibrate as module
-from lowbit.calibration import step, store
+from lowbit.calibration import fold, step, store
 from lowbit.calibration.calibrate import RunOptions, calibrate
 from lowbit.calibration.gptq import RoundingOptions
 from lowbit.calibration.kv_cache import KVCache
@@ -22,6 +23,7 @@ from lowbit.calibration.methods import METHODS, Method
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import calibrated, evaluate, plain
+from lowbit.quantize import quantize
 from lowbit.scheme import get_scheme
 
 
@@ -424,6 +426,66 @@ def test_rounding_in_passing_is_as_good_as_in_two_runs(
         assert (a[first] == b[first]).double().mean() > 0.995
     x, y = kl(source, once, windows[:4]), kl(source, twice, windows[:4])
     assert x < 1.25 * y and y < 1.25 * x
+
+
+def test_scales_of_least_error_are_written_with_their_codes(checkpoints, tmp_path):
+    """Plain rounding is what a conversion does by itself, but between other scales."""
+    source, fp8 = checkpoints["qwen3"], get_scheme("fp8")
+    found = tensors_of(calibrate(source, tmp_path / "c", fp8, METHODS["mse"], []))
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            wanted = quantize(weight, fp8.weights, "mse")
+            assert torch.equal(found[f"{name}_scale"], wanted.scale)
+            assert torch.equal(found[name].float(), wanted.codes.float())
+    assert not calibrate(source, tmp_path / "plain", fp8, METHODS["absmax"], []).tensors
+
+
+def test_a_killed_run_whose_layers_see_floats_goes_on_with_floats(
+    checkpoints, windows, tmp_path, monkeypatch
+):
+    method = replace(METHODS["gptq"], propagate=False)
+    source, scheme, original = checkpoints["llama"], get_scheme("int8"), module.calibrate_layer
+    whole = tensors_of(calibrate(source, tmp_path / "whole", scheme, method, windows))
+
+    def dies(run, index, *, need_output):
+        if index == 2:
+            raise KeyboardInterrupt
+        return original(run, index, need_output=need_output)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "calibrate_layer", dies)
+        calibrate(source, tmp_path / "killed", scheme, method, windows)
+    found = tensors_of(calibrate(source, tmp_path / "killed", scheme, method, windows))
+    assert found.keys() == whole.keys() and all(torch.equal(found[n], whole[n]) for n in whole)
+
+
+def test_a_transform_that_changes_what_a_layer_puts_out_is_refused(
+    checkpoints, windows, tmp_path, monkeypatch
+):
+    """Whatever the graph says of it."""
+    scale = fold.scale_norm
+
+    def forgets(layer, norm, *more):
+        return scale(layer, replace(norm, readers=norm.readers[:1]), *more)
+
+    monkeypatch.setattr(fold, "scale_norm", forgets)
+    for options in (RunOptions(), RunOptions(memory_limit=1 << 16)):  # in passing, and in two runs
+        with pytest.raises(
+            InputError, match=r"smoothing of model.layers.0 to leave the layer's output as it was"
+        ):
+            calibrate(
+                checkpoints["llama"], tmp_path / str(options.memory_limit), get_scheme("int8"),
+                METHODS["smoothquant"], windows, options=options,
+            )  # fmt: skip
+    unchecked = RunOptions(verify=False)
+    assert calibrate(
+        checkpoints["llama"],
+        tmp_path / "u",
+        get_scheme("int8"),
+        METHODS["smoothquant"],
+        windows,
+        options=unchecked,
+    ).complete
 
 
 def test_a_prompt_shorter_than_the_check(checkpoints, tmp_path):

@@ -268,6 +268,8 @@ def test_data_in_its_forms(source, tmp_path):
     assert all(w.shape == (16,) for w in whole)
     some = load_windows(source.parent / "text.txt", tokenizer, samples=5, length=16, seed=1)
     assert len(some) == 5 and [w.tolist() for w in some] != [w.tolist() for w in whole[:5]]
+    others = load_windows(source.parent / "text.txt", tokenizer, samples=5, length=16, seed=2)
+    assert [w.tolist() for w in some] != [w.tolist() for w in others]
     (tmp_path / "p.jsonl").write_text(
         '{"text": "the quick fox"}\r\n"over the dog"\n\n{"text": ""}\n{"prompt": "and then some more"}\n',
         encoding="utf-8-sig",

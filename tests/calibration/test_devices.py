@@ -72,6 +72,7 @@ def test_one_worker_on_each_machine_may_name_its_device(machine):
         ("cuda:0", 4, workers(1, 2), "without an index for 2 workers.*say --device cuda"),
         ("cuda", 2, workers(0, 4), "4 workers on this machine and 2 of cuda; start 2 workers"),
         ("auto", 2, workers(0, 4), "4 workers on this machine and 2 of cuda"),
+        ("auto", 2, workers(0, 3), "3 workers on this machine and 2 of cuda"),
         ("cuda:2", 2, {}, "expected cuda:0 to cuda:1, found cuda:2"),
         ("cuda:", 2, {}, "expected cuda:0 to cuda:1, found cuda:"),
         ("cuda:x", 2, {}, "expected cuda:0 to cuda:1, found cuda:x"),

@@ -13,8 +13,9 @@ import torch
 import worker
 from safetensors.torch import load_file
 
-from lowbit.calibration import store
+from lowbit.calibration import distributed, store
 from lowbit.calibration.distributed import balanced
+from lowbit.errors import InputError
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node"),
@@ -141,6 +142,23 @@ def test_rounding_is_divided_by_its_cost():
     assert balanced([1, 1, 9, 3, 3], 2) == [1, 1, 0, 1, 1]
     assert balanced([5, 5, 5, 5], 4) == [0, 1, 2, 3]
     assert balanced([], 3) == []
+
+
+def test_every_window_is_one_worker_s(monkeypatch):
+    windows = [torch.tensor([i]) for i in range(7)]
+    monkeypatch.setattr(distributed, "workers", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append([int(w) for w in distributed.my_share(windows)])
+    assert sorted(i for share in shares for i in share) == list(range(7)) and [len(s) for s in shares] == [
+        3,
+        2,
+        2,
+    ]
+    with pytest.raises(InputError, match="at least one sample per worker, found 2 for 3 workers"):
+        distributed.my_share(windows[:2])
+    assert not distributed.my_share([])  # methods that need no data
 
 
 def test_commands_under_a_launcher(source, tmp_path):

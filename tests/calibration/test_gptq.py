@@ -138,3 +138,80 @@ def test_a_bad_hessian_is_named():
     h[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         round_group([weight], h, get_scheme("int8").weights, RoundingOptions())
+
+
+def test_the_factor_of_a_float32_hessian_is_made_in_float64():
+    """Of few tokens H is singular but for the damping, which float32's sums would drown."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(40, 96, generator=g)
+    h = x.t() @ x
+    damped = h.double() + torch.eye(96).double() * 1e-6 * h.double().diagonal().mean()
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    found = inverse_factor(h, 1e-6).double()
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_damping_that_does_not_suffice_grows_tenfold():
+    h = torch.diag(torch.tensor([-0.05, 1.0, 1.5, 2.0], dtype=torch.float64))
+    mean = h.diagonal().mean()
+    expected = (h + torch.eye(4).double() * 0.1 * mean).diagonal().rsqrt()
+    torch.testing.assert_close(inverse_factor(h, 0.01), torch.diag(expected))
+
+
+def test_descent_begins_where_gptq_ended_and_each_sweep_lowers_the_error():
+    weight, _, h = problem(n=32)
+    spec = get_scheme("int8").weights
+
+    def error(**options) -> float:
+        return round_group([weight], h, spec, RoundingOptions(**options))[0].error
+
+    gptq_alone, descent = error(rounding="gptq"), error(rounding="coordinate-descent")
+    assert error(rounding="gptq+descent") < gptq_alone < descent
+    once, thrice = (error(rounding="coordinate-descent", sweeps=n) for n in (1, 3))
+    assert thrice < descent < once
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_channels_that_no_input_reaches_leave_descent_its_gain(monkeypatch, compiled):
+    monkeypatch.setattr(gptq, "_compiled", lambda x, grid: compiled)
+    weight, x, _ = problem(n=16)
+    x[:, 5:9] = 0
+    options = RoundingOptions(rounding="coordinate-descent")
+    found = round_group([weight], x.t() @ x, get_scheme("int8").weights, options)[0]
+    assert found.error < 0.8 * found.nearest_error
+
+
+def test_errors_are_of_the_weights_though_others_are_rounded():
+    weight, x, h = problem(n=24)
+    spec = get_scheme("int8").weights
+    target = weight + 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    found = round_group([weight], h, spec, RoundingOptions(), targets=[target])[0]
+    y = x.double() @ weight.double().t()
+    for error, q in ((found.error, found.quantized), (found.nearest_error, quantize(target, spec))):
+        lost = x.double() @ q.dequantize().double().t() - y
+        assert error == pytest.approx(float(lost.square().sum() / y.square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("scheme", ["int8", "int8-block", "fp8-block"])
+def test_ragged_blocks_and_clipped_codes_are_those_of_the_oracle(monkeypatch, scheme, compiled):
+    """200 rows are a block and a part of one; with scales that clip, codes end at ±127."""
+    monkeypatch.setattr(gptq, "_compiled", lambda x, grid: compiled)
+    weight, x, h = problem(n=200)
+    weight[::3] *= 6
+    weight[:, 7] = -12 * weight.abs().mean(1)
+    spec = get_scheme(scheme).weights
+    found = round_group([weight], h, spec, RoundingOptions(scale="mse"))[0]
+    assert decode(found.quantized.codes).abs().max() <= spec.dtype.max
+    y = x.double() @ weight.double().t()
+    for error, q in (
+        (found.error, found.quantized),
+        (found.nearest_error, quantize(weight, spec, "mse")),
+    ):
+        lost = x.double() @ q.dequantize().double().t() - y
+        assert error == pytest.approx(float(lost.square().sum() / y.square().sum()), rel=1e-4)
+
+
+def test_inputs_that_are_all_zero_compensate_nothing():
+    weight, nothing = torch.randn(3, 5), torch.zeros(5, 5)
+    assert torch.equal(compensate(weight, nothing, nothing, 0.01), weight)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import lowbit
-from lowbit.calibration.kv_cache import attentions, watched
+from lowbit.calibration.kv_cache import KVCache, KVQuantizer, attentions, watched
 from lowbit.errors import InputError
 
 DENSE = {k: v for k, v in TEXT.items() if "expert" not in k and "moe" not in k}
@@ -145,3 +145,39 @@ def test_watching_a_whole_model_changes_nothing_else(implementation):
         again = model(input_ids=WINDOWS[0][None]).logits
     assert seen == list(hooks) and len(seen) == 2
     assert torch.equal(found, expected) and torch.equal(again, expected)
+
+
+def test_each_head_of_keys_and_values_is_rounded_by_its_own_scale():
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, 2, 5, 8, generator=generator)
+    for dtype, largest in (("int8", 127), ("e4m3fn", 448)):
+        for scales in (([0.02], [0.005]), ([0.02, 0.3], [0.005, 0.01])):
+            cache = KVCache(dtype=dtype, per_head=len(scales[0]) == 2)
+            found = KVQuantizer(cache, *map(torch.tensor, scales))(key, value)
+            for x, scale, rounded in zip((key, value), scales, found, strict=True):
+                for head in range(2):
+                    one = scale[head % len(scale)]
+                    codes = (x[:, head] / one).clamp(-largest, largest)
+                    codes = codes.round() if dtype == "int8" else codes.to(torch.float8_e4m3fn).float()
+                    torch.testing.assert_close(rounded[:, head], codes * one)
+
+
+def test_what_a_config_says_of_the_cache():
+    said = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    for change, expected in (
+        ({}, KVCache(dtype="e4m3fn")),
+        ({"type": "int", "strategy": "attn_head"}, KVCache(dtype="int8", per_head=True)),
+        ({"strategy": "token"}, None),
+        ({"num_bits": 4}, None),
+        ({"type": "other"}, None),
+    ):
+        config = {"quantization_config": {"kv_cache_scheme": said | change}}
+        assert KVCache.of_config(config) == expected
+    assert KVCache.of_config({"quantization_config": {"kv_cache_scheme": "static"}}) == KVCache(
+        dtype="e4m3fn"
+    )
+    assert KVCache.of_config({"quantization_config": {"kv_cache_scheme": None}}) is None
+    assert KVCache.parse("fp8-head") == KVCache(dtype="e4m3fn", per_head=True)
+    for wrong in ("fp8-heads", "fp4", ""):
+        with pytest.raises(InputError, match="fp8, int8, fp8-head or int8-head, found"):
+            KVCache.parse(wrong)

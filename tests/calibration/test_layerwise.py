@@ -226,6 +226,15 @@ def test_activation_cache_spills_and_reads_back(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_held_keeps_nothing_else_in_memory(tmp_path):
+    cache, whole = ActivationCache(1000, tmp_path), torch.randn(4, 50, 100)
+    held = cache.hold(whole[:, 3, :10])
+    assert torch.equal(held, whole[:, 3, :10]) and held.untyped_storage().nbytes() == 160
+    cache.append(whole[0, :, 2])
+    assert torch.equal(cache[0], whole[0, :, 2]) and cache.bytes_in_memory == 360
+    cache.close()
+
+
 def test_a_block_fp8_checkpoint_is_decoded(checkpoints, windows, tmp_path):
     import json
     import shutil

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from lowbit.calibration.observers import (
     HistogramObserver,
     MovingAverageObserver,
     RangeObserver,
+    _entropy,
     make_observer,
     observed_range,
 )
@@ -148,3 +151,63 @@ def test_bad_input_is_named():
     observer = RangeObserver()
     observer.update(torch.empty(0))
     assert observer.batches == 0
+
+
+def test_means_of_workers_count_by_their_batches():
+    a, b = MovingAverageObserver(), MovingAverageObserver()
+    for observer, values in ((a, (1.0,)), (b, (3.0, 3.0, 3.0))):
+        for value in values:
+            observer.update(torch.tensor([-value, value]))
+    a.merge(b)
+    assert float(a.range()[1]) == pytest.approx(2.5) and float(a.range()[0]) == pytest.approx(-2.5)
+
+
+def test_bins_and_their_edges():
+    observer = HistogramObserver(bins=8)
+    observer.update(torch.tensor([0.9]))
+    middles = torch.tensor([[-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0]]) / 8
+    assert torch.equal(observer.centres(), middles)
+    # Ten values to a bin: of the outermost 10 % on either side, a bin is left out, and no more.
+    observer = HistogramObserver(bins=16)
+    x = ((torch.arange(160) + 0.5) / 80 - 1) * 0.999
+    observer.update(x)
+    low, high = (float(t) for t in observer.percentile_range(80.0))
+    assert (low, high) == (-0.875, 0.875)
+    assert [int((x < low).sum()), int((x > high).sum())] == [10, 10]
+
+
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_every_channel_has_the_range_that_it_has_alone(method):
+    x = batches()[2].reshape(-1, 3, 8) * torch.tensor([1.0, 7.0, 0.2])[:, None]
+    together = HistogramObserver(1, bins=256)
+    together.update(x)
+    found = observed_range(together, method, INT8_TENSOR)
+    for channel in range(3):
+        alone = HistogramObserver(bins=256)
+        alone.update(x[:, channel])
+        for one, all_of in zip(observed_range(alone, method, INT8_TENSOR), found, strict=True):
+            assert torch.equal(one, all_of[channel : channel + 1])
+
+
+def test_divergence_is_that_of_the_definition():
+    """What is clipped stands in the outermost bin of its side that is not; a code's mass lies evenly on its bins."""
+    g = torch.Generator().manual_seed(4)
+    observer = HistogramObserver(bins=1024)
+    observer.update(torch.cat([torch.randn(4000, generator=g) * 0.1 + 0.02, torch.tensor([0.9, 0.9, -0.8])]))
+    counts, centres, scale = observer.counts[0], observer.centres()[0], torch.tensor([0.3 / 127])
+    codes = quantize_with(centres, scale, INT8_TENSOR)
+    found = _entropy(counts, codes, dequantize(codes, scale, INT8_TENSOR), centres)
+    bins = range(1024)
+    inside = [abs(float(centres[i])) <= 128.01 * float(scale) for i in bins]
+    p = [float(counts[i]) if inside[i] else 0.0 for i in bins]
+    q = list(p)
+    for code in set(codes.tolist()):
+        mine = [i for i in bins if int(codes[i]) == code and p[i] > 0]
+        for i in mine:
+            q[i] = sum(p[j] for j in mine) / len(mine)
+    first, last = inside.index(True), 1023 - inside[::-1].index(True)
+    p[first] += sum(float(counts[i]) for i in bins if i < first)
+    p[last] += sum(float(counts[i]) for i in bins if i > last)
+    p, q = ([x / sum(of) for x in of] for of in (p, q))
+    want = sum(x * math.log(x / max(y, 1e-12)) for x, y in zip(p, q, strict=True) if x > 0)
+    assert float(found) == pytest.approx(want, rel=1e-6)

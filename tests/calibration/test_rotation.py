@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.calibration.rotation import apply_hadamard, has_hadamard, make_rotation
+from lowbit.calibration.rotation import (
+    apply_hadamard,
+    apply_online_hadamard,
+    has_hadamard,
+    make_rotation,
+    online_block,
+)
 from lowbit.calibration.smoothquant import search_smoothing, smooth_scale
 from lowbit.scheme import get_scheme
 
@@ -56,3 +62,18 @@ def test_smoothing_search_beats_no_smoothing_on_outliers_and_never_loses():
     assert float(found.scale[5] / found.scale.median()) > 4
     dead = smooth_scale(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.5]), 0.5)
     assert torch.allclose(dead, torch.ones(2))
+
+
+def test_inputs_are_rotated_online_in_blocks_of_a_power_of_two():
+    assert [online_block(n) for n in (96, 1536, 4096, 11008)] == [32, 512, 4096, 256]
+    block = apply_hadamard(torch.eye(32, dtype=torch.float64))
+    x = torch.randn(5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = x @ torch.block_diag(block, block, block)
+    assert torch.allclose(apply_online_hadamard(x), wanted, atol=1e-12)
+
+
+def test_orthogonal_rotations_are_drawn_evenly():
+    """Q of QR is Haar-distributed where R's diagonal is positive (Mezzadri, math-ph/0609050)."""
+    gaussian = torch.randn(24, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    r = make_rotation(24, "orthogonal", 3).matrix.t() @ gaussian
+    assert (r.diagonal() > 0).all() and torch.allclose(r.tril(-1), torch.zeros(24, 24).double(), atol=1e-12)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.calibration.search import FLOAT, Unit, bits_of, curve, pick, recipe_of, sensitivities
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import evaluate, plain, rounded
+from lowbit.quantize import quantize
 from lowbit.recipe import Recipe, load_recipe, recipe_from
 from lowbit.scheme import get_scheme
 
@@ -159,3 +162,59 @@ def test_a_recipe_of_windows_with_yaml_merges(tmp_path):
     assert load_recipe(tmp_path / "a.yaml").notes == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
     (tmp_path / "a.json").write_text('\ufeff{"scheme": "fp8"}', "utf-8")
     assert load_recipe(tmp_path / "a.json").scheme == "fp8"
+
+
+def test_costs_are_those_of_the_definition(checkpoints, windows):
+    """½ E[(g·Δ)²] per token, by the whole model of transformers; Qwen2's projections have biases."""
+    source, data = checkpoints["qwen2"], [w[:12] for w in windows[:2]]
+    units = sensitivities(source, data, ["int8", "int8-weight-only"], batch_size=1, seed=5)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    seen: dict[str, list] = {}
+
+    def keep(module, args, out, name):
+        out.register_hook(lambda g: seen.setdefault(name, []).append((args[0].detach(), g)))
+
+    for unit in units:
+        for name in unit.modules:
+            model.get_submodule(name).register_forward_hook(partial(keep, name=name))
+    generator = torch.Generator().manual_seed(5)
+    for window in data:
+        log_p = torch.log_softmax(model(input_ids=window[None]).logits[0], -1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        log_p.gather(1, drawn).sum().backward()
+    for unit in units:
+        weights = [model.get_submodule(name).weight.detach() for name in unit.modules]
+        assert unit.elements == sum(w.numel() for w in weights)
+        for candidate, cost in unit.cost.items():
+            if candidate == FLOAT:
+                assert cost == 0
+                continue
+            wanted, scheme = 0.0, get_scheme(candidate)
+            for name, weight in zip(unit.modules, weights, strict=True):
+                made = get_scheme("int8").weights if weight.shape[1] % 128 else scheme.weights
+                for x, g in seen[name]:
+                    q = x if scheme.activations is None else quantize(x, scheme.activations).dequantize()
+                    lost = q @ quantize(weight, made).dequantize().t() - x @ weight.t()
+                    wanted += float((lost * g).sum(-1).double().square().sum()) / 2 / 24
+            assert cost == pytest.approx(wanted, rel=2e-2), (unit.modules, candidate)
+
+
+def test_the_step_that_saves_most_per_bit_comes_first():
+    small = Unit(modules=("small",), elements=100, cost={"int8": 1.0, "fp8": 1.2, FLOAT: 0.0})
+    large = Unit(modules=("large",), elements=1000, cost={"int8": 1.7, "fp8": 1.5, FLOAT: 0.0})
+    points = curve([large, small])
+    assert [p.schemes for p in points] == [("fp8", "int8"), ("fp8", FLOAT), (FLOAT, FLOAT)]
+    assert pick(points, max_kl=2.0) == points[1] and pick(points, max_kl=1e-9) == points[2]
+    # The main scheme is what most weights have, not most units.
+    more = [Unit(modules=(f"m{i}",), elements=10, cost=small.cost) for i in range(5)]
+    points = curve([large, *more])
+    recipe = recipe_of([large, *more], points[0], points)
+    assert recipe.scheme == "fp8" and recipe.overrides == {f"m{i}": "int8" for i in range(5)}
+    with pytest.raises(InputError, match="leaves every module in float"):
+        recipe_of([large, *more], points[-1], points)
+
+
+def test_candidates_that_need_data_are_refused(checkpoints, windows):
+    for candidate in ("int8-static", "bf16"):
+        with pytest.raises(InputError, match="candidates with dynamic or no activations, found"):
+            sensitivities(checkpoints["llama"], windows[:1], ["int8", candidate])

@@ -139,3 +139,50 @@ def test_fingerprint_tells_values_apart(tmp_path):
     assert store.fingerprint(tmp_path) != first
     with pytest.raises(store.CalibrationError, match="found none"):
         store.fingerprint(tmp_path / "nowhere")
+
+
+def test_fingerprint_tells_names_configs_and_the_middle_of_files_apart(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1 << 20, dtype=torch.uint8)}, file)
+    found = [store.fingerprint(tmp_path)]
+    content = bytearray(file.read_bytes())
+    for offset in (len(content) // 2, len(content) - 1):  # 16 pieces, one in the middle and one at the end
+        for at in range(offset, max(offset - 70_000, 0), -1):
+            content[at] ^= 1
+        file.write_bytes(content)
+        found.append(store.fingerprint(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    found.append(store.fingerprint(tmp_path))
+    file.rename(tmp_path / "other.safetensors")
+    found.append(store.fingerprint(tmp_path))
+    assert len(set(found)) == 5
+
+
+def test_a_tensor_in_two_parts_is_refused(tmp_path):
+    writer = store.Writer(tmp_path, SETTINGS)
+    writer.write("model.layers.0", layer(0))
+    writer.write("model.layers.1", layer(0))
+    with pytest.raises(store.CalibrationError, match="expected each tensor once, found"):
+        store.read(tmp_path)
+
+
+def test_what_is_damaged_is_not_complete_and_what_is_empty_is_taken_over(tmp_path):
+    for settings in ({**SETTINGS, "scheme": "fp8"}, SETTINGS):  # the first wrote nothing
+        writer = store.Writer(tmp_path, settings)
+    writer.write("model.layers.0", layer(0))
+    writer.write("model.layers.1", layer(1))
+    writer.finish()
+    assert store.Writer(tmp_path, SETTINGS).manifest["complete"]
+    (tmp_path / "layer-00001.safetensors").unlink()
+    again = store.Writer(tmp_path, SETTINGS)
+    assert again.finished == {"model.layers.0"} and not again.manifest["complete"]
+    assert not store.read(tmp_path).complete
+
+
+def test_exponents_are_scales(tmp_path):
+    writer = store.Writer(tmp_path, {**SETTINGS, "scheme": "mxfp8"})
+    codes = torch.zeros(4, 64).to(torch.float8_e4m3fn)
+    writer.write(
+        "model.layers.0", {"a.weight": codes, "a.weight_scale": torch.zeros(4, 2, dtype=torch.uint8)}
+    )
+    assert store.read(tmp_path).modules() == ["a"] and store.read(tmp_path).floats() == []

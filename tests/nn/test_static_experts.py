@@ -13,7 +13,7 @@ from torch import Tensor
 import lowbit
 from lowbit.dtypes import decode
 from lowbit.formats import get_format
-from lowbit.nn import QuantExperts, float_activations
+from lowbit.nn import QuantExperts, QuantLinear, float_activations
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
 
@@ -214,3 +214,35 @@ def test_a_missing_scale_is_an_error(converted, tmp_path):
     (broken / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text())))
     with pytest.raises(lowbit.errors.InputError, match="input_scale"):
         lowbit.load(broken)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_what_was_computed_of_static_layers_follows_what_is_loaded(kind):
+    """Scales and biases of format `ascend` are kept from call to call, and copied into by `load_state_dict`."""
+
+    def made(seed: int) -> QuantLinear | QuantExperts:
+        options = {"scheme": "int8-static-asym", "format": "ascend"}
+        generator = torch.Generator().manual_seed(seed)
+        module = (
+            QuantLinear(64, 32, **options)
+            if kind == "linear"
+            else QuantExperts(2, 64, 32, act_fn=torch.nn.functional.silu, **options)
+        )
+        for name, like in module.state_dict().items():
+            match name.rpartition(".")[2]:
+                case "weight" | "quant_bias":
+                    like.copy_(torch.randint(-99, 99, like.shape, generator=generator))
+                case "input_scale":
+                    like.fill_(0.02 + 0.01 * seed)
+                case "input_offset":
+                    like.fill_(-11.0 - seed)
+                case _:
+                    like.copy_(1e-3 * (1 + torch.rand(like.shape, generator=generator)))
+        return module
+
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(9))
+    more = () if kind == "linear" else (torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1))
+    one, other = made(0), made(1)
+    before, wanted = one(x, *more), other(x, *more)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x, *more), wanted) and not torch.equal(before, wanted)
