@@ -257,7 +257,7 @@ def test_not_a_directory(tmp_path, monkeypatch):
     refuse("Qwen/Qwen3-0.6B", "check the path, or download it first: hf download Qwen/Qwen3-0.6B --local-dir")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    with pytest.raises(InputError, match="check the path$"):
+    with pytest.raises(InputError, match=r"check the path$"):
         open_checkpoint("models/absent")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes(REAL)
