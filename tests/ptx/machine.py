@@ -321,8 +321,8 @@ class _Cta(Threads):
         out, a, b, descriptor, *scaling, add = operands
         what = tensor_memory.described(opcode, self.one(descriptor, 32))
 
-        def rows(descriptor: int, count: int) -> Any:
-            at = tensor_memory.rows_in_memory(descriptor, count) - SHARED_BASE
+        def rows(operand: Any, count: int, turned: bool) -> Any:
+            at = tensor_memory.rows_in_memory(self.one(operand, 64), count, turned) - SHARED_BASE
             return lambda: self.shared.asynchronous(at, opcode)
 
         def words(operand: Memory) -> int:
@@ -332,7 +332,7 @@ class _Cta(Threads):
             here = words(a)
             left = lambda: self.tensors.operand(here, what.rows)  # noqa: E731
         else:
-            left = rows(self.one(a, 64), what.rows)
+            left = rows(a, what.rows, what.turned_a)
         scales = None
         if scaling:
             of_a, of_b = (words(operand) for operand in scaling)
@@ -340,7 +340,7 @@ class _Cta(Threads):
                 self.tensors.scales(of_a, what.rows, what.scale_a),
                 self.tensors.scales(of_b, what.columns, what.scale_b),
             )
-        right = rows(self.one(b, 64), what.columns)
+        right = rows(b, what.columns, what.turned_b)
         self.tensors.multiply(words(out), left, right, what, bool(self.one(add, 1)), scales)
 
     # --- copies ---------------------------------------------------------------------------------------------------

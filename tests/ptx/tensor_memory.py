@@ -34,13 +34,17 @@ class Described:
     scale_a: int = 0
     """Which byte of a word has the scale of this step."""
     scale_b: int = 0
+    turned_a: bool = False
+    """Its rows do not lie along K but across."""
+    turned_b: bool = False
 
 
 def described(opcode: str, bits: int) -> Described:
-    """Of kind i8, f16, f8f6f4 or mxf8f6f4; sparse, negated and turned operands are none that this machine has."""
+    """Of kind i8, f16, f8f6f4 or mxf8f6f4; this machine has no operands that are sparse or negated."""
     kind = opcode.split("kind::")[1].split(".")[0]
-    if bits >> 13 & 15 or bits >> 2 & 1:
-        raise Unknown(f"{opcode} of operands that are sparse, negated or turned")
+    turned = bool(bits >> 15 & 1), bool(bits >> 16 & 1)
+    if bits >> 13 & 3 or bits >> 2 & 1 or (any(turned) and kind != "f16"):
+        raise Unknown(f"{opcode} of operands that are sparse or negated, or of 8 bits and turned")
     columns, a, b = (bits >> 17 & 63) * 8, bits >> 7 & 7, bits >> 10 & 7
     if kind == "mxf8f6f4":
         if not bits >> 23 & 1 or (a, b) != (0, 0):
@@ -52,17 +56,27 @@ def described(opcode: str, bits: int) -> Described:
     out = {1: "f32", 2: "s32"}.get(bits >> 4 & 3)
     if a not in names or b not in names or out != ("s32" if kind == "i8" else "f32"):
         raise Unknown(f"{opcode} of other dtypes: {bits:#x}")
-    return Described((bits >> 24 & 31) * 16, columns, out, names[a], names[b])
+    return Described(
+        (bits >> 24 & 31) * 16, columns, out, names[a], names[b], turned_a=turned[0], turned_b=turned[1]
+    )  # fmt: skip
 
 
-def rows_in_memory(descriptor: int, rows: int) -> np.ndarray:
-    """Addresses [rows, 32 bytes] in on-chip memory of an operand whose K lies in rows."""
+def rows_in_memory(descriptor: int, rows: int, turned: bool) -> np.ndarray:
+    """Addresses [rows, 32 bytes of K] in on-chip memory of an operand.
+
+    Its rows lie along K, 8 of them one after the other; or, turned, elements of 16 bits of all rows for one of K, in
+    pieces as wide as the swizzle.
+    """
     code = descriptor >> 61 & 7
     if code not in _SWIZZLES or code == 0 or descriptor >> 46 & 7 != 1 or descriptor >> 49 & 15:
         raise Unknown(f"tcgen05.mma from a layout without swizzle, or with an offset: {descriptor:#x}")
-    row_bytes, row = _SWIZZLES[code], np.arange(rows)[:, None]
+    row_bytes, row, byte = _SWIZZLES[code], np.arange(rows)[:, None], np.arange(32)[None, :]
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    return swizzled(start + row // 8 * stride + row % 8 * row_bytes + np.arange(32)[None, :], row_bytes)
+    if not turned:
+        return swizzled(start + row // 8 * stride + row % 8 * row_bytes + byte, row_bytes)
+    across, k, wide = (descriptor >> 16 & 0x3FFF) << 4, byte // 2, row_bytes // 2
+    at = row // wide * across + row % wide * 2 + k // 8 * stride + k % 8 * row_bytes + byte % 2
+    return swizzled(start + at, row_bytes)
 
 
 def lanes_of(rows: int) -> np.ndarray:
