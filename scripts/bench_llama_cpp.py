@@ -1,0 +1,152 @@
+"""lowbit's int8 beside llama.cpp's Q8_0, SmolLM2-135M: `make bench-llama-cpp`.
+
+    python scripts/bench_llama_cpp.py --peer .venv-llama-cpp/bin/python --work .bench --write benchmarks/llama_cpp.md
+
+Each in a process of its own, of one thread, one after the other for so many rounds; medians. Both have weights of 8 bits
+with activations of 8 bits, exact integer sums within a scale's elements (a row here, 32 there), and take the same random
+tokens. llama.cpp's weights come from the package's Q4_1 file, ours from the same, as the demo's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT, NEW, ROUNDS = 64, 32, 5
+
+
+def tokens(seed: int) -> list[int]:
+    chosen = random.Random(seed)
+    return [chosen.randrange(1000, 40000) for _ in range(PROMPT + NEW)]
+
+
+def ours(checkpoint: Path) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    import lowbit
+
+    torch.set_num_threads(1)
+    model = lowbit.load(checkpoint, dtype=torch.float32)
+
+    def run(ids: list[int]) -> tuple[float, float]:
+        cache = DynamicCache(config=model.config)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(torch.tensor([ids[:PROMPT]]), **options)
+            first = time.perf_counter()
+            for token in ids[PROMPT:]:
+                model(torch.tensor([[token]]), **options)
+        return first - start, time.perf_counter() - first
+
+    report(run)
+
+
+def theirs(file: Path) -> None:
+    from llama_cpp import Llama, llama_print_system_info
+
+    model = Llama(model_path=str(file), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def run(ids: list[int]) -> tuple[float, float]:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(ids[:PROMPT])
+        first = time.perf_counter()
+        for token in ids[PROMPT:]:
+            model.eval([token])
+        return first - start, time.perf_counter() - first
+
+    report(run, system=llama_print_system_info().decode())
+
+
+def report(run, **more: str) -> None:  # type: ignore[no-untyped-def]
+    run(tokens(0))
+    seconds = [run(tokens(seed)) for seed in range(1, 4)]
+    prefill, decode = (statistics.median(each) for each in zip(*seconds, strict=True))
+    print(json.dumps({"prefill": PROMPT / prefill, "decode": NEW / decode, **more}))
+
+
+def quantize(source: Path, file: Path) -> None:
+    """In the peer's process: to Q8_0."""
+    import ctypes
+
+    import llama_cpp
+
+    wanted = llama_cpp.llama_model_quantize_default_params()
+    wanted.ftype, wanted.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(wanted)):
+        raise SystemExit("llama.cpp did not quantize its file")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    # Beside this file.
+    from machine import cpu_name
+    from model_peers import convert, smollm2
+    from smollm2 import gguf_file
+
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, file = convert(smollm2(work), work / "smollm2-int8", "int8"), work / "smollm2-q8_0.gguf"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def call(python: str, *what: str) -> str:
+        command = [python, __file__, *what]
+        return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    if not file.exists():
+        call(arguments.peer, "quantize", str(gguf_file()), str(file))
+    found: dict[str, list[dict]] = {"ours": [], "theirs": []}
+    for _ in range(ROUNDS):
+        for who, python, path in (("ours", sys.executable, checkpoint), ("theirs", arguments.peer, file)):
+            found[who].append(json.loads(call(python, who, str(path)).splitlines()[-1]))
+    version = call_version(arguments.peer)
+    speed = {
+        w: {k: statistics.median(r[k] for r in rows) for k in ("prefill", "decode")}
+        for w, rows in found.items()
+    }
+    system = found["theirs"][0]["system"].strip()
+    lines = [
+        "# Beside llama.cpp", "",
+        f"`make bench-llama-cpp`, on an {cpu_name()}, one thread, medians of {ROUNDS} processes each, alternating; "
+        f"SmolLM2-135M, {PROMPT} tokens of prompt, {NEW} new ones; tokens per second. llama-cpp-python {version}, "
+        f"built for this processor ({system}).", "",
+        "| | prefill | decode |", "|---|---|---|",
+        f"| llama.cpp Q8_0 | {speed['theirs']['prefill']:.0f} | {speed['theirs']['decode']:.0f} |",
+        f"| lowbit int8, in transformers | {speed['ours']['prefill']:.0f} | {speed['ours']['decode']:.0f} |",
+        f"| ratio | {speed['ours']['prefill'] / speed['theirs']['prefill']:.2f} | "
+        f"{speed['ours']['decode'] / speed['theirs']['decode']:.2f} |",
+    ]  # fmt: skip
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.write:
+        arguments.write.write_text(text)
+
+
+def call_version(python: str) -> str:
+    command = [python, "-c", "import llama_cpp; print(llama_cpp.__version__)"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    if len(sys.argv) > 2 and sys.argv[1] in ("ours", "theirs", "quantize"):
+        {"ours": ours, "theirs": theirs, "quantize": quantize}[sys.argv[1]](*map(Path, sys.argv[2:]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer", required=True, help="a Python that has llama-cpp-python")
+    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument("--write", type=Path, help="write the table to this file")
+    compare(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
