@@ -22,6 +22,7 @@ from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
 from lowbit.nn.bfloat16 import BFloat16Embedding, BFloat16Linear, keepable
+from lowbit.nn.names import Finder, expert_names
 from lowbit.nn.quantizer import check_runnable, runnable, runs
 from lowbit.nn.stacked import fill, on_its_own, stack_of
 from lowbit.nn.static import operands
@@ -285,3 +286,25 @@ def test_bfloat16_embeddings_are_scaled_as_transformers_does():
         assert torch.equal(ours.weight, table)
     assert keepable(nn.Embedding(7, 16)) and not keepable(nn.Embedding(7, 16, max_norm=1.0))
     assert not keepable(nn.Embedding(7, 16, dtype=torch.float16))
+
+
+def test_groups_of_a_conv1d_lie_along_its_inputs():
+    model = lowbit.quantize_model(nn.Sequential(Conv1D(130, 256)), "int8-weight-only")
+    assert model[0].scale.shape == (130, 2) and model[0].out_features == 130
+
+
+def test_projections_of_experts_are_known_by_their_names_or_not_at_all():
+    names = [f"mlp.experts.{i}.{p}.weight" for i in range(2) for p in ("w1", "w2", "w3")]
+    assert expert_names(names) == {"gate": "w1", "up": "w3", "down": "w2"}
+    assert (
+        expert_names([*names, "mlp.experts.2.w4.weight"]) == expert_names(["mlp.experts.gate_up_proj"]) == {}
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_body_s_checkpoint_and_a_whole_model_s_find_each_other(prefix):
+    model = build("llama")
+    for of, path in ((model, "model."), (model.model, "")):
+        find = Finder(of)
+        assert find.module(f"{prefix}layers.1.mlp.up_proj.weight") == f"{path}layers.1.mlp.up_proj"
+        assert find.module("layers.9.mlp.up_proj.weight") is None
