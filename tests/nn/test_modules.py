@@ -22,6 +22,7 @@ from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
 from lowbit.nn.bfloat16 import BFloat16Embedding, BFloat16Linear, keepable
+from lowbit.nn.loading import _check_devices
 from lowbit.nn.names import Finder, expert_names
 from lowbit.nn.quantizer import check_runnable, runnable, runs
 from lowbit.nn.stacked import fill, on_its_own, stack_of
@@ -308,3 +309,33 @@ def test_a_body_s_checkpoint_and_a_whole_model_s_find_each_other(prefix):
         find = Finder(of)
         assert find.module(f"{prefix}layers.1.mlp.up_proj.weight") == f"{path}layers.1.mlp.up_proj"
         assert find.module("layers.9.mlp.up_proj.weight") is None
+
+
+def test_memory_is_given_to_accelerators_that_are_there(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    _check_devices({0: "1GiB", "cpu": "1GiB"})
+    for absent in (1, 5):
+        with pytest.raises(
+            InputError, match=rf"the 1 accelerators that torch finds, found it for \[{absent}\]"
+        ):
+            _check_devices({0: "1GiB", absent: "1GiB"})
+
+
+def test_shards_of_other_names_need_an_index(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    for i in range(2):
+        part = dict(list(tensors.items())[i::2])
+        save_file(part, tmp_path / "out" / f"part-{i}.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="index"):
+        lowbit.load(tmp_path / "out")
+
+
+def test_a_model_is_loaded_where_it_is_wanted(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    for device in ("meta", "cpu"):
+        model = lowbit.load(tmp_path / "out", device=device)
+        assert {t.device.type for t in (*model.parameters(), *model.model.layers.buffers())} == {device}
