@@ -60,7 +60,7 @@ def inspect(path: str | Path) -> Inspection:
 
 def plan(
     src: str | Path,
-    scheme: str | Scheme = "int8",
+    scheme: str | Scheme | None = None,
     *,
     format: str | None = None,
     ignore: Sequence[str] = (),
@@ -71,15 +71,17 @@ def plan(
 ) -> Plan:
     """What `convert` would do with the same arguments, without reading weight data.
 
-    `scheme` is a preset's name (see `lowbit.scheme.SCHEMES`) or a Scheme. `format` defaults to
-    compressed-tensors; `fp8`, `ascend` and `sglang` are the others (see `lowbit.formats`). A pattern
-    in `ignore`, `keep` and `overrides` is a module's or parent's name, a glob, or `re:` and a regular
-    expression. `ignore`: not quantized. `keep`: byte for byte as the source has it. `overrides`:
-    pattern → scheme name or `float`; the first match decides.
+    `scheme` is a preset's name (see `lowbit.scheme.SCHEMES`) or a Scheme; default: what `calibration` was made
+    for, and int8 without one. `format` defaults to compressed-tensors; `fp8`, `ascend` and `sglang` are the
+    others (see `lowbit.formats`). A pattern in `ignore`, `keep` and `overrides` is a module's or parent's name,
+    a glob, or `re:` and a regular expression. `ignore`: not quantized. `keep`: byte for byte as the source has
+    it. `overrides`: pattern → scheme name or `float`; the first match decides.
     `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
     selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
+    if scheme is None:
+        scheme = "int8" if calibration is None else calibrated_scheme(calibration)
     replacements = _read_calibration(calibration, src, scheme) if calibration is not None else None
     return make_plan(
         source,
@@ -94,7 +96,7 @@ def plan(
 def convert(
     src: str | Path,
     out: str | Path,
-    scheme: str | Scheme = "int8",
+    scheme: str | Scheme | None = None,
     *,
     format: str | None = None,
     ignore: Sequence[str] = (),
@@ -191,6 +193,13 @@ def verify(
     from lowbit.engines.local import default_workers
 
     return verify_checkpoint(out, source, workers=workers or default_workers(), progress=progress)
+
+
+def calibrated_scheme(path: str | Path) -> str:
+    """Name of the scheme that a calibration was made for. InputError where `path` holds none."""
+    from lowbit.calibration import store
+
+    return store.load_manifest(Path(path))["scheme"]
 
 
 def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -> Replacements:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowbit.scheme import Scheme
@@ -37,8 +37,17 @@ _GROUPS_OF = dict.fromkeys(
 )
 
 
-def engine_limits(config: Mapping[str, Any], format: str, schemes: Collection[Scheme]) -> list[str]:
-    """Warnings for what is to be quantized to `schemes` in a format, by the model's config.json; [] mostly."""
+def engine_limits(
+    config: Mapping[str, Any],
+    format: str,
+    modules: Mapping[str, Scheme],
+    shapes: Callable[[str], tuple[int, ...]],
+) -> list[str]:
+    """Warnings for what is to be quantized in a format, by the model's config.json; [] mostly.
+
+    `modules`: name → scheme; `shapes`: name → [N, K].
+    """
+    schemes = set(modules.values())
     if not schemes:
         return []
     kind = str(config.get("model_type"))
@@ -47,4 +56,12 @@ def engine_limits(config: Mapping[str, Any], format: str, schemes: Collection[Sc
         found.append(_BLOCKS_OF.get(kind))
     if any(s.activations is None for s in schemes) and format == "compressed-tensors":
         found.append(_GROUPS_OF.get(kind))
+    ragged = [m for m in modules if shapes(m)[0] % 128] if format == "fp8" else []
+    if ragged:
+        # It takes rows over rows of scales for the size of a block: 960 over 8, 120.
+        found.append(
+            f"transformers without a GPU refuses or misreads {len(ragged)} weights whose rows end within a block "
+            f"(first: {ragged[0]}, {shapes(ragged[0])[0]} rows); call lowbit.register() before it loads them there, "
+            "or leave --format out"
+        )
     return [warning for warning in found if warning]

@@ -167,7 +167,7 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
-    warnings += engine_limits(source.config, target.name if target else "", set(planner.schemes.values()))
+    warnings += engine_limits(source.config, target.name if target else "", planner.schemes, planner.shape_of)
     apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
     if apart and only_stacked(source.config):
         warnings.append(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.quality import SEEDS
+from lowbit.cli.output import torch_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +73,7 @@ def calibrate(
     seed: Annotated[
         int | None,
         typer.Option(
-            min=-SEEDS,
-            max=SEEDS,
+            callback=torch_seed,
             help="Which samples, and which random rotation; default: 0.",
             show_default=False,
         ),

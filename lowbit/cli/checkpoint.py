@@ -36,7 +36,8 @@ SchemeName = Annotated[
     typer.Option(
         "--scheme", "-s",
         help="int8, int8-block, int8-weight-only, fp8, fp8-block, mxfp8; int8-static, int8-static-asym, fp8-static "
-        "(with --calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too. Default: int8.",
+        "(with --calibration); bf16, fp16 (dequantize). compressed-tensors preset names work too. Default: "
+        "the calibration's, or int8.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -108,7 +109,7 @@ def plan(
     from lowbit import api
     from lowbit.cli.output import print_json, say_bytes, table
 
-    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibration)
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
         max_shard_size=max_shard_size, calibration=calibration,
@@ -127,7 +128,9 @@ def plan(
     print(table(headers, rows, right={1, 4, 5}))
     print()
     print(headline(decided))
-    for reason, count in Counter(m["why"] for m in modules if m["why"]).most_common():
+    if reasons := Counter(m["why"] for m in modules if m["why"]).most_common():
+        print("why, counted in tensors:")
+    for reason, count in reasons:
         print(f"  {count:6d}  {reason}")
     print(
         f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "
@@ -219,12 +222,14 @@ def what_is_asked(
     target: str | None,
     ignore: list[str] | None,
     keep: list[str] | None,
+    calibration: Path | None = None,
 ) -> tuple[Recipe, str | None, Accelerator | None]:
     """(the recipe of a file, or the one that the options spell out; the format; the chip).
 
-    A chip chooses scheme and format where neither recipe nor scheme is given. InputError for a recipe beside the
-    options that spell one out.
+    Where neither recipe nor scheme is given, the scheme is the calibration's, or else what suits the chip, and the
+    chip chooses the format too. InputError for a recipe beside the options that spell one out.
     """
+    from lowbit.api import calibrated_scheme
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import get_scheme
@@ -237,8 +242,10 @@ def what_is_asked(
                 "expected --recipe alone, found --scheme, --ignore or --keep beside it; put them into the recipe"
             )
         return load_recipe(recipe), format, chip
+    usual = chip.scheme if chip else "int8"
+    if calibration is not None and scheme is None:
+        usual = calibrated_scheme(calibration)
     try:
-        usual = chip.scheme if chip else "int8"
         name = get_scheme(usual if scheme is None else scheme).name
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -90,7 +90,7 @@ def convert(
 
     warn = Warnings()
     share = Part() if part is None else Part.parse(part)
-    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep)
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibration)
     if method or (wanted.method and calibration is None):
         from lowbit.calibration.distributed import rank
 

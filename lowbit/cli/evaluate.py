@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.quality import SEEDS
+from lowbit.cli.output import torch_seed
 
 
 def evaluate(
@@ -26,7 +26,7 @@ def evaluate(
     length: Annotated[
         int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
     ] = 512,
-    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
+    seed: Annotated[int, typer.Option(callback=torch_seed, help="Which samples.")] = 0,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Windows that run together.")] = 4,
     max_kl: Annotated[float | None, typer.Option(help="Exit code 1 when the mean KL is above this.")] = None,
@@ -75,7 +75,7 @@ def evaluate(
             )
             print(f"KL divergence      {result['kl']:.5f} nats per token")
             print(f"top-1 agreement    {result['top1_agreement']:.2%}")
-            print("error of hidden states after each layer:")
+            print("relative error of hidden states after each layer:")
             for name, error in report.layer_errors.items():
                 print(f"  {name:24} {error:.4f}")
         for line in too_far:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
-from lowbit.quality import SEEDS
+from lowbit.cli.output import torch_seed
 
 
 def generate(
@@ -19,14 +19,14 @@ def generate(
     ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token every time.")] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=-SEEDS, max=SEEDS, help="Of the sampling, where temperature is above 0.")
+        int, typer.Option(callback=torch_seed, help="Of the sampling, where temperature is above 0.")
     ] = 0,
     dtype: DTypeName = "auto",
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Go on from a prompt with a converted checkpoint. Text appears as it is made."""
+    """Continue a prompt with a converted checkpoint. Text appears as it is made."""
     import math
 
     from lowbit.cli.models import open_model, require_writer, too_long
@@ -44,7 +44,6 @@ def generate(
     import time
 
     import torch
-    from transformers import TextStreamer
 
     from lowbit.calibration.positions import longest_text
     from lowbit.nn.speed import weight_bytes
@@ -69,7 +68,7 @@ def generate(
     warm = temperature > 1e-6
     sampling = {"do_sample": True, "temperature": temperature} if warm else {"do_sample": False}
     # A prompt is shown as what the text goes on from; a chat template's own words are not for reading.
-    streamer = None if json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = None if json else _streamer(tokenizer, skip_prompt=chat)
     start = time.perf_counter()
     try:
         with torch.inference_mode():
@@ -97,3 +96,24 @@ def generate(
             "tokens_per_second": round(new.numel() / spent, 2), "load_seconds": round(seconds, 3),
             "weight_bytes": weight_bytes(model),
         })  # fmt: skip
+
+
+def _streamer(tokenizer: Any, *, skip_prompt: bool) -> Any:
+    """Shows text as it is made, and the prompt with the first of it.
+
+    Not before, since it ends no line: that loops are being compiled is said in the first forward.
+    """
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        waiting: list[Any] | None = None
+
+        def put(self, value: Any) -> None:
+            if self.waiting is None:  # the prompt
+                self.waiting = [value]
+                return
+            for earlier in (*self.waiting, value):
+                super().put(earlier)
+            self.waiting.clear()
+
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)

@@ -13,6 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 
+def torch_seed(value: int | None) -> int | None:
+    """A `--seed` as given, if torch takes it. A range of typer's would show both ends, of 19 digits, in the help."""
+    import typer
+
+    from lowbit.quality import SEEDS
+
+    if value is not None and abs(value) > SEEDS:
+        raise typer.BadParameter(f"expected a seed of 64 bits, found {value}")
+    return value
+
+
 def say_bytes(count: float) -> str:
     """1536 → `1.5 kB`; decimal units, as disks and the hub count."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.quality import SEEDS
+from lowbit.cli.output import torch_seed
 
 
 def search(
@@ -37,7 +37,7 @@ def search(
     length: Annotated[
         int, typer.Option(min=8, help="Tokens per window, with the BOS that the tokenizer adds, if any.")
     ] = 512,
-    seed: Annotated[int, typer.Option(min=-SEEDS, max=SEEDS, help="Which samples.")] = 0,
+    seed: Annotated[int, typer.Option(callback=torch_seed, help="Which samples.")] = 0,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file RECIPE.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,

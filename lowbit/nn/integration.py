@@ -12,6 +12,7 @@ what transformers loads with.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lowbit.errors import InputError
 
 OLDEST = (5, 21)
 """The first transformers whose way of loading lowbit takes part in."""
+OLDEST_PYTHON = (3, 11)
+"""The first Python that it installs on."""
 
 _METHODS = ("compressed-tensors", "fp8")
 _replaced: dict[str, Any] = {}
@@ -28,6 +31,10 @@ def require_transformers() -> None:
     """InputError unless transformers is installed, and new enough."""
     oldest = ".".join(map(str, OLDEST))
     advice = f"pip install -U 'transformers>={oldest}' accelerate"
+    if sys.version_info < OLDEST_PYTHON:
+        # pip finds no such version there, and says nothing of Python.
+        needs, has = (".".join(map(str, v[:2])) for v in (OLDEST_PYTHON, sys.version_info))
+        advice = f"it needs Python {needs} or newer, and this is {has}, on which lowbit converts only"
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_CACHES = ("past_key_values", "cache_params")
-"""What models call what they keep of the tokens that they have read; Mamba has the latter."""
+from lowbit.errors import InputError
+
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call what they keep of the tokens that they have read: since transformers 5.24, before, Mamba, RWKV."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,8 @@ def measure(
     """Prefill and greedy decoding of random tokens, models alternating, so that all meet the same weather.
 
     One untimed round warms up. Every model gets the same prompt; the new tokens are fixed too,
-    so that the work does not depend on what a model says.
+    so that the work does not depend on what a model says. InputError for models that hand on nothing of what
+    they have read.
     """
     words = _words(models)
     generator = torch.Generator().manual_seed(seed)
@@ -86,10 +89,15 @@ def _run(model: Any, prompt: torch.Tensor, following: torch.Tensor) -> tuple[flo
     start = _now(device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     first = _now(device)
-    name = next((n for n in _CACHES if out.get(n) is not None), _CACHES[0])
-    cache = {name: out[name]}
+    name = next((n for n in _CACHES if out.get(n) is not None), None)
+    if name is None:
+        raise InputError(
+            "expected a model that hands on what it has read (as cache or state), found none in what "
+            f"{type(model).__name__} returns; its decoding is not measured"
+        )
     for step in range(following.shape[1]):
-        out = model(input_ids=following[:, step : step + 1], use_cache=True, logits_to_keep=1, **cache)
+        read = {name: out[name]}
+        out = model(input_ids=following[:, step : step + 1], use_cache=True, logits_to_keep=1, **read)
         out.logits.argmax(-1)
     return first - start, _now(device) - first
 

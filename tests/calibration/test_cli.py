@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
+import lowbit as package
 from lowbit import quality
 from lowbit.calibration import data, store
 from lowbit.calibration.data import load_tokenizer, load_windows
@@ -67,6 +68,22 @@ def test_eval_of_a_converted_checkpoint(source, tmp_path):
         rotated = scheme != "fp8"
         errors = written["layer_errors"].values()
         assert all(0 < e < 0.2 for e in errors), (rotated, errors)  # also when the basis is another
+
+
+def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path):
+    calibration = tmp_path / "c"
+    common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    lowbit("calibrate", source, "-o", calibration, "-s", "int8-static", "-m", "absmax", *common)
+    given = ("--calibration", calibration)
+    assert "to int8-static" in lowbit("convert", source, tmp_path / "out", *given).output
+    # A chip chooses what the calibration leaves open.
+    planned = json.loads(lowbit("plan", source, *given, "--target", "ascend910b", "--json").output)
+    assert (planned["scheme"], planned["format"]) == ("int8-static", "ascend")
+    assert package.plan(source, calibration=calibration).scheme.name == "int8-static"
+    other = lowbit("convert", source, tmp_path / "b", "--scheme", "int8", *given, code=2)
+    assert "expected scheme int8-static" in str(other.exception)
+    none = lowbit("plan", source, "--calibration", tmp_path / "none", code=2)
+    assert "expected calibration.json" in str(none.exception)
 
 
 def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):

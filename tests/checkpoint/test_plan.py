@@ -268,3 +268,15 @@ def test_what_an_engine_does_not_load_is_warned_of(tmp_path, model_type, scheme,
     source = write(tmp_path / "src", tensors, {"model_type": model_type})
     warnings = lowbit.plan(source, scheme, format=format).warnings
     assert [w for w in warnings if "vLLM" in w and warned in w] if warned else not warnings
+
+
+@pytest.mark.parametrize(
+    ("rows", "format", "warned"), [(960, "fp8", True), (960, None, False), (896, "fp8", False)]
+)
+def test_ragged_blocks_that_transformers_misreads_without_a_gpu_are_warned_of(tmp_path, rows, format, warned):
+    """It dequantizes 960 rows with 8 scales in blocks of 120."""
+    name = "model.layers.0.mlp.down_proj"
+    source = write(tmp_path / "src", {f"{name}.weight": torch.randn(rows, 128)}, {"model_type": "qwen2"})
+    warnings = lowbit.plan(source, "fp8-block", format=format).warnings
+    assert len(warnings) == warned
+    assert all(f"(first: {name}, 960 rows); call lowbit.register() before" in w for w in warnings)

@@ -24,6 +24,15 @@ from lowbit.errors import InputError
 LOWBIT = [sys.executable, "-c", "from lowbit.cli import main; main()"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory) -> None:
+    """On a machine that has compiled no loops yet, the first command says on standard error that it does."""
+    root = tmp_path_factory.mktemp("compiled")
+    write(root / "src", *llama())
+    lowbit.convert(root / "src", root / "out", "int8")
+    lowbit.verify(root / "out", root / "src")
+
+
 @pytest.fixture
 def src(tmp_path) -> Path:
     return write(tmp_path / "src", *llama(), files={"tokenizer.json": "{}"})
@@ -245,6 +254,9 @@ def test_plan_says_why(run, tmp_path):
     line = next(x for x in out.splitlines() if x.startswith("model.layers.1.mlp.gate.weight"))
     assert "router" in line and "4×128" in line
     assert "--keep *.shared_experts.*" in out and "output head" in out
+    # Not of modules, which the line before counts: a module may have several tensors.
+    _, _, counted = out.partition("modules kept\nwhy, counted in tensors:\n")
+    assert any(line.endswith("  output head") for line in counted.splitlines())
     body = json.loads(run("plan", src, "--json")[1])
     rows = {m["name"]: m for m in body["modules"]}
     decisions = lowbit.plan(src, "int8").decisions
@@ -347,9 +359,19 @@ def test_output_in_any_encoding(tmp_path, encoding):
 
 def test_version_and_help_of_every_command(run):
     assert run("--version")[:2] == (0, f"lowbit {lowbit.__version__}\n")
-    for command in ("convert", "plan", "inspect", "verify"):
-        code, out, _ = run(command, "--help")
+    commands = ("convert", "plan", "inspect", "verify", "calibrate", "eval", "search", "generate", "bench")
+    for command in (*commands, "kernels explain", "kernels compile"):
+        code, out, _ = run(*command.split(), "--help")
         assert code == 0 and "--json" in out
+        assert not re.search(r"\d{10}", out)  # no ends of a range that nobody reaches
+
+
+@pytest.mark.parametrize(
+    "given", ["calibrate SRC", "eval OUT --data t", "search SRC --data t", "generate OUT -p w"]
+)
+def test_a_seed_that_torch_does_not_take(run, given):
+    code, _, err = run(*given.split(), "--seed", 2**63)
+    assert code == 2 and "expected a seed of 64 bits, found 9223372036854775808" in err
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):

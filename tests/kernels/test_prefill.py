@@ -38,7 +38,7 @@ def agree(call, function, target: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n", [272, 201])
 def test_linear(target, name, n):
-    agree(linear_arguments(name, 300, n, 384, torch.bfloat16), ops.linear, target)
+    agree(linear_arguments(name, 130, n, 384, torch.bfloat16), ops.linear, target)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-weight-only", "fp8-block"])
@@ -55,7 +55,7 @@ def test_float32_activations_of_weight_only(target, dtype):
 
 
 def test_fast_accumulation(target):
-    call = linear_arguments("fp8", 300, 272, 384, torch.bfloat16)
+    call = linear_arguments("fp8", 130, 272, 384, torch.bfloat16)
     ops.use_fast_accumulation(True)
     try:
         agree(call, ops.linear, target)
@@ -65,7 +65,7 @@ def test_fast_accumulation(target):
 
 @pytest.mark.parametrize("name", ["int8", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8"])
 def test_experts(target, name):
-    offsets = [0, 150, 150, 151, 300]
+    offsets = [0, 129, 129, 200]
     experts = [linear_arguments(name, offsets[-1], 144, 256, torch.bfloat16) for _ in offsets[1:]]
     call = {
         "x": experts[0]["x"], "activations": experts[0]["activations"], "block": experts[0]["block"],

@@ -1,7 +1,7 @@
 """Kernels as Triton compiles them for NVIDIA, run instruction by instruction on the CPU (tests/ptx).
 
 Operators of every scheme at decode and at prefill, in a process for each target: sm80 (mma), sm89 and sm120
-(mma of fp8, TMA, mxfp8), sm90 (wgmma, TMA).
+(mma of fp8, TMA, mxfp8), sm90 (wgmma, TMA), sm100 (tcgen05 and its memory, TMA).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("target", ["sm80", pytest.param("sm89", marks=pytest.mark.slow), "sm90", "sm120"])
+@pytest.mark.parametrize(
+    "target", ["sm80", pytest.param("sm89", marks=pytest.mark.slow), "sm90", "sm100", "sm120"]
+)
 @pytest.mark.parametrize("file", ["test_operators.py", "test_prefill.py"])
 def test_the_compiled_kernels_compute_what_the_reference_does(target, file, tmp_path):
     environment = os.environ | {

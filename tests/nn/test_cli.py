@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,18 +16,22 @@ from transformers import (
     BertModel,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.utils import ModelOutput
 from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.bench import bench
 from lowbit.cli.generate import generate
 from lowbit.errors import InputError
-from lowbit.nn.speed import _words
+from lowbit.nn import QuantLinear
+from lowbit.nn.speed import _run, _words
 
 app = typer.Typer()
 app.command("generate")(generate)
@@ -193,6 +198,50 @@ def test_no_pictures_are_promised_to_a_model_that_is_timed():
     words = _words({"one": SimpleNamespace(config=config)})
     assert config.image_token_index == 95
     assert 95 not in words and {3, 94} <= set(words.tolist())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_is_said_while_it_reads_the_prompt_has_a_line_of_its_own(
+    checkpoint, tmp_path, monkeypatch, chat
+):
+    """Loops are compiled in the first forward, and that is said; it stood in the middle of the prompt's line."""
+    shutil.copytree(checkpoint / "out", tmp_path / "out")
+    (tmp_path / "out/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} w7")
+    forward = QuantLinear.forward
+
+    def first(self, x):
+        if not said:
+            said.append(print("compiling …", file=sys.stderr, flush=True))
+        return forward(self, x)
+
+    said: list[None] = []
+    monkeypatch.setattr(QuantLinear, "forward", first)
+    more = ["--chat"] * chat
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "-p", "w5 w6", *more])
+    assert done.output.startswith("compiling …\n" + ("w5 w6 " if not chat else "w"))
+    assert ("w5 w6" in done.output) != chat
+
+
+def test_what_was_read_is_handed_on_by_the_name_that_a_transformers_has_for_it():
+    """5.24 takes it as `cache`, and the name of before with a warning until it is gone."""
+
+    class Model(torch.nn.Linear):
+        def forward(self, input_ids, cache=None, *, use_cache, logits_to_keep):
+            seen.append(cache)
+            return ModelOutput(logits=torch.zeros(1, 1, 4), cache=len(seen), past_key_values=len(seen))
+
+    class Forgets(torch.nn.Linear):
+        def forward(self, input_ids, *, use_cache, logits_to_keep):
+            return ModelOutput(logits=torch.zeros(1, 1, 4))
+
+    seen: list[int | None] = []
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    _run(Model(1, 1), tokens, tokens[:, :2])
+    assert seen == [None, 1, 2]
+    with pytest.raises(InputError, match="found none in what Forgets returns"):
+        _run(Forgets(1, 1), tokens, tokens)
+    rwkv = RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)
+    assert min(_run(RwkvForCausalLM(rwkv).eval(), tokens, tokens)) > 0
 
 
 def test_texts_longer_than_a_model_was_made_for(checkpoint, tmp_path):

@@ -337,6 +337,15 @@ def test_transformers_missing_or_too_old(found, tmp_path, monkeypatch):
             call()
 
 
+def test_no_transformers_on_an_old_python_is_said_as_such(monkeypatch):
+    """pip installs none that is new enough there, so that its command is no advice."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(InputError, match=r"needs Python 3\.11 or newer, and this is 3\.10") as error:
+        register()
+    assert "pip install" not in str(error.value)
+
+
 def test_missing_tensors_are_an_error(tmp_path):
     """transformers would initialize what a checkpoint lacks and warn."""
     build("llama").save_pretrained(tmp_path / "src")

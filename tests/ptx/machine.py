@@ -25,6 +25,7 @@ from .threads import Threads
 from .transfer import Barriers, Groups, TensorMap
 
 Lanes = np.ndarray
+_ASYNCHRONOUS = ("cp.async", "wgmma", "tcgen05.mma")
 
 
 class Machine:
@@ -44,6 +45,8 @@ class Machine:
         """
         before = self.memory.snapshot()
         self._all(grid, late_copies=False)
+        if not any(instruction.opcode.startswith(_ASYNCHRONOUS) for instruction in self.program.code):
+            return
         first = self.memory.snapshot()
         self.memory.restore(before)
         self._all(grid, late_copies=True)
@@ -276,7 +279,10 @@ class _Cta(Threads):
             self.tensors.commit(self.one(operands[0].base, 32) + operands[0].offset)
         elif how == "mma":
             self._tensor_product(opcode, operands)
-        elif opcode.split("::")[0] not in ("tcgen05.wait", "tcgen05.fence") and how != "relinquish_alloc_permit":
+        elif (
+            opcode.split("::")[0] not in ("tcgen05.wait", "tcgen05.fence")
+            and how != "relinquish_alloc_permit"
+        ):
             raise Unknown(opcode)
 
     def _words(self, opcode: str, operands: tuple[Any, ...]) -> None:
@@ -370,7 +376,12 @@ class _Cta(Threads):
         places, barriers = self.addresses(to, 32), self.addresses(barrier, 32)
         for lane in np.flatnonzero(self.active):
             copy = tensor_map.copy(
-                self.machine.memory, self.shared, int(places[lane]), int(rows[lane]), int(columns[lane]), opcode
+                self.machine.memory,
+                self.shared,
+                int(places[lane]),
+                int(rows[lane]),
+                int(columns[lane]),
+                opcode,
             )
             self.barriers.copy(int(barriers[lane]), tensor_map.nbytes, copy)
 

@@ -1,7 +1,7 @@
 """sm100's tensor memory, 128 lanes of 512 words, and the products (tcgen05.mma) that add to it.
 
-A row of a result is a lane, its columns are words; of 64 rows, 16 lie in the first lanes of each warp's 32. Products run on
-by themselves, one after the other, until a commit tells an mbarrier that those before it have ended.
+A row of a result is a lane, its columns are words; of 64 rows, 16 lie in the first lanes of each warp's 32. Products
+run on by themselves, one after the other, until a commit tells an mbarrier that those before it have ended.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def described(opcode: str, bits: int) -> Described:
     if kind == "mxf8f6f4":
         if not bits >> 23 & 1 or (a, b) != (0, 0):
             raise Unknown(f"{opcode} of other dtypes than e4m3 with exponents")
-        return Described((bits >> 27 & 3) * 128, columns, "f32", "e4m3", "e4m3", bits >> 29 & 3, bits >> 4 & 3)
+        return Described(
+            (bits >> 27 & 3) * 128, columns, "f32", "e4m3", "e4m3", bits >> 29 & 3, bits >> 4 & 3
+        )
     names = {"i8": {1: "s8"}, "f8f6f4": {0: "e4m3"}, "f16": {0: "f16", 1: "bf16"}}[kind]
     out = {1: "f32", 2: "s32"}.get(bits >> 4 & 3)
     if a not in names or b not in names or out != ("s32" if kind == "i8" else "f32"):
