@@ -397,3 +397,14 @@ def test_speed_is_of_all_sequences_without_the_first_round(monkeypatch):
     shared.register_buffer("b", shared.a.view(10))
     shared.register_buffer("c", torch.zeros(3, dtype=torch.int8))
     assert speed.weight_bytes(shared) == 43
+
+
+def test_activations_are_rounded_again_where_they_were():
+    model = nn.Sequential(*(QuantLinear.from_linear(linear(), "int8") for _ in range(2)))
+    model[0].quantize_activations = False
+    with pytest.raises(ZeroDivisionError), float_activations(model):
+        with float_activations(model[1]):
+            pass
+        assert not model[0].quantize_activations and not model[1].quantize_activations
+        raise ZeroDivisionError
+    assert not model[0].quantize_activations and model[1].quantize_activations
