@@ -361,7 +361,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     root = Path(path)
     if not root.exists():
-        raise InputError(f"{root}: expected a checkpoint directory, found nothing there; check the path")
+        advice = "check the path"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not root.parent.exists():
+            advice += f", or download it first: hf download {path} --local-dir DIRECTORY"
+        raise InputError(f"{root}: expected a checkpoint directory, found nothing there; {advice}")
     if not root.is_dir():
         raise InputError(f"{root}: expected a checkpoint directory, found a file; give its directory")
 

@@ -251,8 +251,14 @@ def refuse(path, message: str) -> None:
     assert message in str(caught.value), caught.value
 
 
-def test_not_a_directory(tmp_path):
+def test_not_a_directory(tmp_path, monkeypatch):
     refuse(tmp_path / "nowhere", "expected a checkpoint directory, found nothing there; check the path")
+    # Nothing is fetched; of a hub's name, what fetches it is said.
+    refuse("Qwen/Qwen3-0.6B", "check the path, or download it first: hf download Qwen/Qwen3-0.6B --local-dir")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(InputError, match=r"check the path$"):
+        open_checkpoint("models/absent")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes(REAL)
         refuse(tmp_path / name, "found a file; give its directory")

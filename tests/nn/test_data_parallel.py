@@ -78,7 +78,8 @@ def test_quantized_weights_stay_in_every_process():
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 2 * 2 * 4
+    # torch 2.9's own says there that ranks are connected.
+    assert len([s for s in done.stdout.splitlines() if not s.startswith("[Gloo]")]) == 2 * 2 * 4
 
 
 if __name__ == "__main__":

@@ -32,45 +32,52 @@ class Global:
                 spans[storage.data_ptr()] = np.ctypeslib.as_array(memory)
         self._starts = sorted(spans)
         self._spans = [spans[start] for start in self._starts]
+        self._log: list[tuple[int, np.ndarray, Bytes]] = []
+        """Storage, offsets and what stood there, of every store."""
 
-    def snapshot(self) -> list[Bytes]:
-        return [span.copy() for span in self._spans]
+    def written(self) -> dict[int, tuple[np.ndarray, Bytes]]:
+        """Storage → (offsets that were written since the last `undo`, in order; what stands there)."""
+        found: dict[int, list[np.ndarray]] = {}
+        for index, at, _ in self._log:
+            found.setdefault(index, []).append(at.reshape(-1))
+        unique = {index: np.unique(np.concatenate(each)) for index, each in found.items()}
+        return {index: (at, self._spans[index][at]) for index, at in unique.items()}
 
-    def restore(self, before: list[Bytes]) -> None:
-        for span, bytes_ in zip(self._spans, before, strict=True):
-            span[:] = bytes_
+    def undo(self) -> None:
+        for index, at, before in reversed(self._log):
+            self._spans[index][at] = before
+        self._log.clear()
 
-    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[Bytes, np.ndarray]:
-        """(a storage, offsets [lanes, width] in it) of `width` bytes at each address."""
+    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[int, np.ndarray]:
+        """(number of a storage, offsets [lanes, width] in it) of `width` bytes at each address."""
         low, high = int(addresses.min()), int(addresses.max())
         if (addresses % width).any():
             raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
         index = bisect_right(self._starts, low) - 1
         if index < 0 or high + width > self._starts[index] + len(self._spans[index]):
             raise Fault(f"{what}: reads or writes outside of every tensor")
-        return self._spans[index], (addresses - self._starts[index]).astype(np.int64)[:, None] + np.arange(
-            width
-        )
+        return index, (addresses - self._starts[index]).astype(np.int64)[:, None] + np.arange(width)
 
     def load(self, addresses: np.ndarray, width: int, what: str) -> Bytes:
         """[lanes, width]; the lanes of one instruction may lie in several tensors."""
         if len(addresses) and int(addresses.max() - addresses.min()) >= 1 << 20:
             out = np.empty((len(addresses), width), np.uint8)
             for lane in range(len(addresses)):
-                span, at = self.locate(addresses[lane : lane + 1], width, what)
-                out[lane] = span[at[0]]
+                index, at = self.locate(addresses[lane : lane + 1], width, what)
+                out[lane] = self._spans[index][at[0]]
             return out
-        span, at = self.locate(addresses, width, what)
-        return span[at]
+        index, at = self.locate(addresses, width, what)
+        return self._spans[index][at]
 
     def store(self, addresses: np.ndarray, data: Bytes, what: str) -> None:
-        span, at = self.locate(addresses, data.shape[1], what)
+        index, at = self.locate(addresses, data.shape[1], what)
         if len(np.unique(addresses)) < len(addresses):
             order = np.argsort(addresses, kind="stable")
             same = addresses[order][1:] == addresses[order][:-1]
             if (data[order][1:][same] != data[order][:-1][same]).any():
                 raise Fault(f"{what}: lanes write different values to one address")
-        span[at] = data
+        self._log.append((index, at, self._spans[index][at]))
+        self._spans[index][at] = data
 
 
 class Shared:
