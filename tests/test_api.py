@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import typing
 
 import pytest
@@ -34,6 +36,15 @@ def test_names_are_found_and_others_are_not():
         assert getattr(lowbit, name)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = lowbit.nonsense
+
+
+@pytest.mark.parametrize("package", ["lowbit", "lowbit.nn", "lowbit.ops", "lowbit.formats"])
+def test_no_module_takes_the_name_of_a_function(package):
+    """Once imported it is what the package has under that name: `lowbit.load` could not be called any more."""
+    found = importlib.import_module(package)
+    modules = {m.name for m in pkgutil.iter_modules(found.__path__)}
+    public = {n for n in found.__all__ if not inspect.ismodule(getattr(found, n))}
+    assert modules and not modules & public
 
 
 def test_input_errors_are_value_errors(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.nn.experts import QuantExperts
     from lowbit.nn.linear import QuantLinear
-    from lowbit.nn.load import load
+    from lowbit.nn.loading import load
     from lowbit.nn.stored import float_activations
     from lowbit.nn.swap import SwapReport, quantize_model
 
@@ -19,7 +19,7 @@ _LAZY = {
     "QuantLinear": "lowbit.nn.linear",
     "SwapReport": "lowbit.nn.swap",
     "float_activations": "lowbit.nn.stored",
-    "load": "lowbit.nn.load",
+    "load": "lowbit.nn.loading",
     "quantize_model": "lowbit.nn.swap",
 }
 
@@ -31,6 +31,6 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         value = getattr(import_module(_LAZY[name]), name)
-        globals()[name] = value  # the function `load`, not the module of that name
+        globals()[name] = value
         return value
     raise AttributeError(f"module 'lowbit.nn' has no attribute {name!r}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -44,14 +45,14 @@ class Operands:
 class StaticOperands:
     """Computes them once for the buffers that a layer (or the experts of one) has at the time.
 
-    Who changes those in place says so by `forget`.
+    Who changes those in place says so by `forget`. They are not kept alive: what is offloaded between calls is freed.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        self._made_from: tuple[Tensor, ...] = ()
+        self._made_from: tuple[ReferenceType[Tensor], ...] = ()
         self._operands: Operands | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -63,10 +64,10 @@ class StaticOperands:
         assert all(b is not None for b in buffers)
         now: tuple[Tensor, ...] = buffers  # type: ignore[assignment]
         same = len(self._made_from) == len(now) and all(
-            a is b for a, b in zip(self._made_from, now, strict=True)
+            a() is b for a, b in zip(self._made_from, now, strict=True)
         )
         if self._operands is None or not same:
-            self._operands, self._made_from = operands(*now), now
+            self._operands, self._made_from = operands(*now), tuple(ref(b) for b in now)
         return self._operands
 
 

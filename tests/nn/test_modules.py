@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +16,19 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3TextScaledWordEmbedding,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import lowbit
 from lowbit.dtypes import E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.nn import QuantExperts, QuantLinear, float_activations
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, integration, speed
 from lowbit.nn.bfloat16 import BFloat16Embedding, BFloat16Linear, keepable
-from lowbit.nn.quantizer import check_runnable, runnable, runs
+from lowbit.nn.loading import _check_devices
+from lowbit.nn.names import Finder, expert_names
+from lowbit.nn.offload import StackedWeights, follow_offloading
+from lowbit.nn.quantizer import LowbitConfig, check_runnable, runnable, runs
 from lowbit.nn.stacked import fill, on_its_own, stack_of
 from lowbit.nn.static import operands
 from lowbit.nn.stored import pack, unpack
@@ -285,3 +291,120 @@ def test_bfloat16_embeddings_are_scaled_as_transformers_does():
         assert torch.equal(ours.weight, table)
     assert keepable(nn.Embedding(7, 16)) and not keepable(nn.Embedding(7, 16, max_norm=1.0))
     assert not keepable(nn.Embedding(7, 16, dtype=torch.float16))
+
+
+def test_groups_of_a_conv1d_lie_along_its_inputs():
+    model = lowbit.quantize_model(nn.Sequential(Conv1D(130, 256)), "int8-weight-only")
+    assert model[0].scale.shape == (130, 2) and model[0].out_features == 130
+
+
+def test_projections_of_experts_are_known_by_their_names_or_not_at_all():
+    names = [f"mlp.experts.{i}.{p}.weight" for i in range(2) for p in ("w1", "w2", "w3")]
+    assert expert_names(names) == {"gate": "w1", "up": "w3", "down": "w2"}
+    assert (
+        expert_names([*names, "mlp.experts.2.w4.weight"]) == expert_names(["mlp.experts.gate_up_proj"]) == {}
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_body_s_checkpoint_and_a_whole_model_s_find_each_other(prefix):
+    model = build("llama")
+    for of, path in ((model, "model."), (model.model, "")):
+        find = Finder(of)
+        assert find.module(f"{prefix}layers.1.mlp.up_proj.weight") == f"{path}layers.1.mlp.up_proj"
+        assert find.module("layers.9.mlp.up_proj.weight") is None
+
+
+def test_memory_is_given_to_accelerators_that_are_there(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    _check_devices({0: "1GiB", "cpu": "1GiB"})
+    for absent in (1, 5):
+        with pytest.raises(
+            InputError, match=rf"the 1 accelerators that torch finds, found it for \[{absent}\]"
+        ):
+            _check_devices({0: "1GiB", absent: "1GiB"})
+
+
+def test_shards_of_other_names_need_an_index(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    for i in range(2):
+        part = dict(list(tensors.items())[i::2])
+        save_file(part, tmp_path / "out" / f"part-{i}.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="index"):
+        lowbit.load(tmp_path / "out")
+
+
+def test_a_model_is_loaded_where_it_is_wanted(tmp_path):
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8")
+    for device in ("meta", "cpu"):
+        model = lowbit.load(tmp_path / "out", device=device)
+        assert {t.device.type for t in (*model.parameters(), *model.model.layers.buffers())} == {device}
+
+
+def test_stacks_in_memory_are_taken_as_they_lie_and_others_made():
+    experts = QuantExperts.from_experts(Ungated(), "int8")
+    stack = experts.stack("up", "codes")
+    held = StackedWeights(experts, experts.state_dict())["up_proj_weight"]
+    read = StackedWeights(experts, {n: t.clone() for n, t in experts.state_dict().items()})["up_proj_weight"]
+    assert held.data_ptr() == stack.data_ptr() != read.data_ptr() and torch.equal(read, stack)
+    hooks = [SimpleNamespace(weights_map=experts.state_dict()) for _ in range(2)]
+    follow_offloading(experts, SimpleNamespace(hooks=hooks[:1]))
+    follow_offloading(experts, hooks[1])
+    assert all(isinstance(hook.weights_map, StackedWeights) for hook in hooks)
+
+
+@pytest.mark.parametrize(
+    ("found", "enough"), [("5.9.1", False), ("5.21.0.dev0", True), ("4.99", False), ("6.0", True)]
+)
+def test_versions_are_numbers(monkeypatch, found, enough):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", found)
+    if enough:
+        return integration.require_transformers()
+    with pytest.raises(InputError, match=f"expected transformers 5.21 or newer, found {found}"):
+        integration.require_transformers()
+
+
+def test_transformers_own_classes_come_back():
+    mapping = AUTO_QUANTIZATION_CONFIG_MAPPING
+    before = dict(mapping)
+    integration.register()
+    integration.register()
+    said = {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    try:
+        found, rest = mapping["fp8"].from_dict(said, return_unused_kwargs=True, more=1)
+        assert isinstance(found, LowbitConfig) and rest == {"more": 1} and found.to_dict() == said
+        assert isinstance(mapping["fp8"].from_dict(said), LowbitConfig)
+        assert isinstance(mapping["fp8"].from_dict(said | {"dequantize": True}), before["fp8"])
+    finally:
+        integration.unregister()
+    assert {m: mapping[m] for m in ("compressed-tensors", "fp8")} == {
+        m: before[m] for m in ("compressed-tensors", "fp8")
+    }
+
+
+def test_speed_is_of_all_sequences_without_the_first_round(monkeypatch):
+    times = iter([(9.0, 9.0), (2.0, 4.0), (1.0, 5.0), (4.0, 1.0)])
+    monkeypatch.setattr(speed, "_run", lambda model, prompt, following: next(times))
+    monkeypatch.setattr(speed, "_words", lambda models: torch.arange(5))
+    found = speed.measure({"a": None}, batch=3, prompt_tokens=8, new_tokens=4, repeats=3)["a"]
+    assert (found.prefill, found.decode) == (3 * 8 / 2.0, 3 * 4 / 4.0)
+    shared = nn.Module()
+    shared.register_buffer("a", torch.zeros(10))
+    shared.register_buffer("b", shared.a.view(10))
+    shared.register_buffer("c", torch.zeros(3, dtype=torch.int8))
+    assert speed.weight_bytes(shared) == 43
+
+
+def test_activations_are_rounded_again_where_they_were():
+    model = nn.Sequential(*(QuantLinear.from_linear(linear(), "int8") for _ in range(2)))
+    model[0].quantize_activations = False
+    with pytest.raises(ZeroDivisionError), float_activations(model):
+        with float_activations(model[1]):
+            pass
+        assert not model[0].quantize_activations and not model[1].quantize_activations
+        raise ZeroDivisionError
+    assert not model[0].quantize_activations and model[1].quantize_activations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -216,33 +218,50 @@ def test_a_missing_scale_is_an_error(converted, tmp_path):
         lowbit.load(broken)
 
 
+def static_module(kind: str, seed: int) -> tuple[QuantLinear | QuantExperts, tuple[Tensor, ...]]:
+    """Random buffers of format `ascend`, and what follows x in a call."""
+    options = {"scheme": "int8-static-asym", "format": "ascend"}
+    generator = torch.Generator().manual_seed(seed)
+    module = (
+        QuantLinear(64, 32, **options)
+        if kind == "linear"
+        else QuantExperts(2, 64, 32, act_fn=torch.nn.functional.silu, **options)
+    )
+    for name, like in module.state_dict().items():
+        match name.rpartition(".")[2]:
+            case "weight" | "quant_bias":
+                like.copy_(torch.randint(-99, 99, like.shape, generator=generator))
+            case "input_scale":
+                like.fill_(0.02 + 0.01 * seed)
+            case "input_offset":
+                like.fill_(-11.0 - seed)
+            case _:
+                like.copy_(1e-3 * (1 + torch.rand(like.shape, generator=generator)))
+    return module, () if kind == "linear" else (torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1))
+
+
 @pytest.mark.parametrize("kind", ["linear", "experts"])
 def test_what_was_computed_of_static_layers_follows_what_is_loaded(kind):
     """Scales and biases of format `ascend` are kept from call to call, and copied into by `load_state_dict`."""
-
-    def made(seed: int) -> QuantLinear | QuantExperts:
-        options = {"scheme": "int8-static-asym", "format": "ascend"}
-        generator = torch.Generator().manual_seed(seed)
-        module = (
-            QuantLinear(64, 32, **options)
-            if kind == "linear"
-            else QuantExperts(2, 64, 32, act_fn=torch.nn.functional.silu, **options)
-        )
-        for name, like in module.state_dict().items():
-            match name.rpartition(".")[2]:
-                case "weight" | "quant_bias":
-                    like.copy_(torch.randint(-99, 99, like.shape, generator=generator))
-                case "input_scale":
-                    like.fill_(0.02 + 0.01 * seed)
-                case "input_offset":
-                    like.fill_(-11.0 - seed)
-                case _:
-                    like.copy_(1e-3 * (1 + torch.rand(like.shape, generator=generator)))
-        return module
-
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(9))
-    more = () if kind == "linear" else (torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1))
-    one, other = made(0), made(1)
+    (one, more), (other, _) = static_module(kind, 0), static_module(kind, 1)
     before, wanted = one(x, *more), other(x, *more)
     one.load_state_dict(other.state_dict())
     assert torch.equal(one(x, *more), wanted) and not torch.equal(before, wanted)
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_codes_that_are_offloaded_after_a_call_are_freed(kind):
+    """accelerate puts buffers on meta again: all of a model would stay where it computes."""
+    module, more = static_module(kind, 0)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(9))
+    wanted, codes = module(x, *more), {n: b for n, b in module._buffers.items() if n.endswith("weight")}
+    alive = [weakref.ref(b) for b in codes.values()]
+    fetched = {n: b.clone() for n, b in codes.items()}
+    for name in codes:
+        module._buffers[name] = torch.empty_like(fetched[name], device="meta")
+    del codes
+    gc.collect()
+    assert alive and all(r() is None for r in alive)
+    module._buffers.update(fetched)
+    assert torch.equal(module(x, *more), wanted)
