@@ -2,9 +2,9 @@
 
     python scripts/bench_llama_cpp.py --peer .venv-llama-cpp/bin/python --work .bench --write benchmarks/llama_cpp.md
 
-Each in a process of its own, of one thread, one after the other for so many rounds; medians. Both have weights of 8 bits
-with activations of 8 bits, exact integer sums within a scale's elements (a row here, 32 there), and take the same random
-tokens. llama.cpp's weights come from the package's Q4_1 file, ours from the same, as the demo's.
+Each in a process of its own, of one thread, one after the other for so many rounds; medians. Both have weights and
+activations of 8 bits, with integer sums (over a row here, over 32 elements there), and take the same random tokens.
+Both models come from the package's Q4_1 file.
 """
 
 from __future__ import annotations
