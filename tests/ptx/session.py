@@ -6,9 +6,13 @@ Tests that ask for another target, or for codes that this one does not have, are
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -49,3 +53,18 @@ def refusals_skip() -> Iterator[None]:
         if "multiplies no fp8" in str(error) or "expected codes that sm" in str(error):
             pytest.skip(str(error))
         raise
+
+
+def run_tests(file: Path, target: str, cache: Path) -> int:
+    """The tests of a file, in a process of their own → how many launches the machine ran. None of them may fail."""
+    changed = {"LOWBIT_PTX": target, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
+    environment = os.environ | changed
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=1200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    launches = re.search(r"(\d+) launches, compiled", result.stdout)
+    assert launches is not None, result.stdout[-400:]
+    return int(launches[1])
