@@ -118,8 +118,8 @@ def compare(arguments: argparse.Namespace) -> None:
         f"`make bench-llama-cpp`, on an {cpu_name()}, one thread, medians of {ROUNDS} processes each, alternating; "
         f"SmolLM2-135M, {PROMPT} tokens of prompt, {NEW} new ones; tokens per second. llama-cpp-python {version}, "
         f"built for this processor ({system}).", "",
-        "Products take less than half of the time in which lowbit decodes a token; the rest is transformers' Python and "
-        "torch's small operations between them, which llama.cpp does not have.", "",
+        "Products take less than half of the time in which lowbit decodes a token; the rest is transformers' Python "
+        "and torch's small operations between them, which llama.cpp does not have.", "",
         "| | prefill | decode |", "|---|---|---|",
         f"| llama.cpp Q8_0 | {speed['theirs']['prefill']:.0f} | {speed['theirs']['decode']:.0f} |",
         f"| lowbit int8, in transformers | {speed['ours']['prefill']:.0f} | {speed['ours']['decode']:.0f} |",

@@ -1,8 +1,8 @@
 """Compiled kernels of few rows: operators of every scheme, experts, whole mixtures.
 
 The tests of test_operators.py, with kernels as Triton compiles them for NVIDIA, run instruction by instruction on the
-CPU (tests/ptx), in a process for each target: sm80 (mma), sm89 and sm120 (mma of fp8, TMA, mxfp8), sm90 (wgmma, TMA), sm100
-(tcgen05 and its memory, TMA).
+CPU (tests/ptx), in a process for each target: sm80 (mma), sm89 and sm120 (mma of fp8, TMA, mxfp8), sm90 (wgmma, TMA),
+sm100 (tcgen05 and its memory, TMA).
 """
 
 from __future__ import annotations
