@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,27 +29,11 @@ from lowbit.kernels.matmul_weight_only import matmul_weight_only
 from lowbit.kernels.quantize import quantize_per_group, quantize_per_token
 from lowbit.kernels.record import Launch, record
 from lowbit.kernels.targets import Target, get_target, pretending
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
 
-class Driver:
-    """A device of one target, of which nothing but the name is known."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = GPUTarget(target.backend, target.arch, target.warp_size)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+from ptx.device import Driver
 
 
 class CurrentDevice:

@@ -42,6 +42,11 @@ def e4m3(bits: Lanes) -> Lanes:
     return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
 
 
+def e8m0(bits: Lanes) -> Lanes:
+    """uint8 → 2^(byte − 127), float64."""
+    return np.ldexp(1.0, bits.astype(np.int64) - 127)
+
+
 def to_e4m3(x: Lanes) -> Lanes:
     """float32 → uint8, rounded to nearest, ties to even; what is too large becomes 448."""
     clamped = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448.0, 448.0)
@@ -80,17 +85,6 @@ def bits_of(x: Lanes, kind: str) -> Lanes:
 
 
 _HALF = ("bf16", "bf16x2", "f16", "f16x2")
-
-
-def _exactly(function: Callable[..., Lanes]) -> Callable[..., Lanes]:
-    """16-bit floats are computed in float64, so that they are rounded once."""
-
-    def call(kind: str, *args: Lanes) -> Lanes:
-        if kind in _HALF or (kind in ("f32", "f32x2") and len(args) == 3):
-            return function(*(a.astype(np.float64) for a in args))
-        return function(*args)
-
-    return call
 
 
 def _minimum(*args: Lanes) -> Lanes:
@@ -239,7 +233,9 @@ def compute(opcode: str, args: list[Lanes]) -> Lanes:
         # add.f32.bf16: the last operand alone is of the result's dtype.
         of = [kind] * (len(args) - 1) + [kinds[0]]
         values = [value(arg, k) for arg, k in zip(args, of, strict=True)]
-        return bits_of(_exactly(_PLAIN[name])("f32" if len(kinds) > 1 else kind, *values), kinds[0])
+        if kinds[0] in _HALF or (kinds[0].startswith("f32") and len(args) == 3):  # rounded once
+            values = [v.astype(np.float64) for v in values]
+        return bits_of(_PLAIN[name](*values), kinds[0])
     raise Unknown(opcode)
 
 

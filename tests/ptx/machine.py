@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
 from . import matrix, tensor_memory
-from .arithmetic import UNSIGNED, Unknown, compute, reduce, shuffle
+from .arithmetic import UNSIGNED, Lanes, Unknown, compute, reduce, shuffle
 from .memory import Fault, Global, Shared
 from .program import (
     PARAM_BASE,
@@ -24,7 +25,6 @@ from .tensor_memory import TensorMemory
 from .threads import Threads
 from .transfer import Barriers, Groups, TensorMap
 
-Lanes = np.ndarray
 _ASYNCHRONOUS = ("cp.async", "wgmma", "tcgen05.mma")
 
 
@@ -37,7 +37,6 @@ class Machine:
         """maps: of parameters that are tensor maps, by their offsets. shared: bytes of on-chip memory."""
         self.program, self.maps, self.memory = program, maps, memory
         self.parameters, self.shared_bytes = np.frombuffer(parameters, np.uint8), shared
-        self.late_copies = self.late_products = False
 
     def launch(self, grid: tuple[int, int, int]) -> None:
         """Twice, and the results must agree: copies end at once and products of wgmma as late as they may; and the
@@ -57,19 +56,20 @@ class Machine:
             raise Fault(f"{self.program.name}: the result depends on when copies and products end")
 
     def _all(self, grid: tuple[int, int, int], late_copies: bool) -> None:
-        self.late_copies, self.late_products = late_copies, not late_copies
         for z, y, x in product(*(range(count) for count in reversed(grid))):
-            _Cta(self, (x, y, z), grid).run()
+            _Cta(self, (x, y, z), grid, late_copies).run()
 
 
 class _Cta(Threads):
-    def __init__(self, machine: Machine, index: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+    def __init__(
+        self, machine: Machine, index: tuple[int, int, int], grid: tuple[int, int, int], late_copies: bool
+    ) -> None:
         super().__init__(machine.program, index, grid)
         self.machine = machine
         self.shared = Shared(machine.shared_bytes, self.thread.astype(np.int16) // 32)
-        self.copies, self.products = Groups(machine.late_copies), Groups(machine.late_products)
-        self.barriers = Barriers(machine.late_copies)
-        self.tensors = TensorMemory(self.barriers, machine.late_products)
+        self.copies, self.products = Groups(late_copies), Groups(not late_copies)
+        self.barriers = Barriers(late_copies)
+        self.tensors = TensorMemory(self.barriers, not late_copies)
         self.summing: set[int] = set()
         """Registers that products on the way add to."""
 
@@ -142,10 +142,8 @@ class _Cta(Threads):
             data = np.broadcast_to(raw, (self.threads, item))
         else:
             lanes = np.flatnonzero(self.active)
-            address, nbytes = (
-                self.addresses(where, 32 if parts[1] == "shared" else 64)[lanes],
-                item * len(outs),
-            )
+            nbytes = item * len(outs)
+            address = self.addresses(where, 32 if parts[1] == "shared" else 64)[lanes]
             if parts[1] == "shared":
                 read = self.shared.load(self.shared.offsets(address, nbytes, opcode), lanes, opcode)
             else:
@@ -270,7 +268,7 @@ class _Cta(Threads):
         how = opcode.split(".")[1]
         if how == "alloc":
             address = np.array([[self.tensors.allocate(operands[1].value)]], np.uint32).view(np.uint8)
-            to = np.array([self.one(operands[0].base, 32) + operands[0].offset])
+            to = np.array([self.place(operands[0])])
             self.shared.deliver(self.shared.offsets(to, 4, opcode), address)
         elif how == "dealloc":
             self.tensors.release(self.one(operands[0], 32), operands[1].value)
@@ -279,7 +277,7 @@ class _Cta(Threads):
         elif how == "commit":
             if self.active.sum() != 1:
                 raise Fault("a commit by more than one thread")
-            self.tensors.commit(self.one(operands[0].base, 32) + operands[0].offset)
+            self.tensors.commit(self.place(operands[0]))
         elif how == "mma":
             self._tensor_product(opcode, operands)
         elif (
@@ -323,25 +321,15 @@ class _Cta(Threads):
 
         def rows(operand: Any, count: int, turned: bool) -> Any:
             at = tensor_memory.rows_in_memory(self.one(operand, 64), count, turned) - SHARED_BASE
-            return lambda: self.shared.asynchronous(at, opcode)
-
-        def words(operand: Memory) -> int:
-            return self.one(operand.base, 32) + operand.offset
+            return partial(self.shared.asynchronous, at, opcode)
 
         if isinstance(a, Memory):
-            here = words(a)
-            left = lambda: self.tensors.operand(here, what.rows)  # noqa: E731
+            left = partial(self.tensors.operand, self.place(a), what.rows)
         else:
             left = rows(a, what.rows, what.turned_a)
-        scales = None
-        if scaling:
-            of_a, of_b = (words(operand) for operand in scaling)
-            scales = lambda: (  # noqa: E731
-                self.tensors.scales(of_a, what.rows, what.scale_a),
-                self.tensors.scales(of_b, what.columns, what.scale_b),
-            )
         right = rows(b, what.columns, what.turned_b)
-        self.tensors.multiply(words(out), left, right, what, bool(self.one(add, 1)), scales)
+        scales = [self.place(operand) for operand in scaling]
+        self.tensors.multiply(self.place(out), left, right, what, bool(self.one(add, 1)), scales)
 
     # --- copies ---------------------------------------------------------------------------------------------------
 
@@ -391,7 +379,7 @@ class _Cta(Threads):
     def _mbarrier(self, opcode: str, operands: tuple[Any, ...]) -> None:
         how = opcode.split(".")[1]
         where = next(o for o in operands if isinstance(o, Memory))
-        address = self.one(where.base, 32) + where.offset
+        address = self.place(where)
         if how == "init":
             self.barriers.init(address, operands[1].value)
         elif how == "inval":

@@ -10,10 +10,8 @@ import re
 
 import numpy as np
 
-from .arithmetic import Unknown, bfloat16, e4m3
+from .arithmetic import Lanes, Unknown, bfloat16, e4m3, e8m0
 from .memory import Fault
-
-Lanes = np.ndarray
 
 
 def elements(rows: np.ndarray, kind: str) -> np.ndarray:
@@ -48,9 +46,8 @@ def rows_of_b(registers: list[Lanes]) -> np.ndarray:
 
 def sums(registers: list[Lanes], columns: int) -> np.ndarray:
     """A register for each two columns' two elements of two rows → bits [warps, 16, columns]."""
-    raw = np.stack(registers, 1).reshape(
-        -1, 8, 4, columns // 8, 2, 2
-    )  # warp, g, t, block, half of rows, element
+    # warp, g, t, block, half of rows, element
+    raw = np.stack(registers, 1).reshape(-1, 8, 4, columns // 8, 2, 2)
     return raw.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, columns)
 
 
@@ -72,15 +69,10 @@ def accumulate(before: np.ndarray | None, product: np.ndarray, kind: str) -> np.
 
 def mma(opcode: str, a: list[Lanes], b: list[Lanes], c: list[Lanes], scales: list[np.ndarray]) -> list[Lanes]:
     """mma.sync m16n8 over 32 bytes of K, one for each warp. scales: of rows [warps, 16] and columns [warps, 8]."""
-    shape = re.search(r"\.(m16n8k\d+)\.", opcode)
-    _, _, kinds = opcode.partition(".row.col.")
-    parts = kinds.removeprefix("satfinite.").split(".")
-    parts = [p for p in parts if p in ("s32", "s8", "f32", "e4m3", "bf16", "f16")]
-    if shape is None or len(parts) not in (3, 4):
+    found = re.search(r"\.m16n8k(\d+)\.row\.col\..*?(s32|f32)\.(\w+)\.(\w+)\.\2", opcode)
+    if found is None or found[3] != found[4] or found[1] != _depth(found[3]):
         raise Unknown(opcode)
-    out, of = parts[0], parts[1]
-    if shape[1] != ("m16n8k16" if of in ("bf16", "f16") else "m16n8k32") or parts[2] != of:
-        raise Unknown(opcode)
+    out, of = found[2], found[3]
     left, right = elements(rows_of_a(a), of), elements(rows_of_b(b), of)
     product = left @ right.transpose(0, 2, 1)
     if scales:
@@ -97,7 +89,7 @@ def block_scales(registers: Lanes, rows: int, byte: int, thread: int) -> np.ndar
     raw = registers.view(np.uint8).reshape(-1, 8, 4, 4)[..., byte]  # warp, g, t
     holders = [2 * thread, 2 * thread + 1] if rows == 16 else [thread]
     chosen = np.concatenate([raw[:, :, t] for t in holders], 1)
-    return np.ldexp(1.0, chosen.astype(np.int64) - 127)
+    return e8m0(chosen)
 
 
 _SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}
@@ -117,15 +109,25 @@ def described_rows(descriptor: int, rows: int) -> np.ndarray:
         raise Unknown("wgmma from a layout without swizzle")
     if descriptor >> 49 & 7:
         raise Unknown("wgmma with an offset of the base")
+    return rows_along_k(descriptor, rows, row_bytes)
+
+
+def rows_along_k(descriptor: int, rows: int, row_bytes: int) -> np.ndarray:
+    """The same of wgmma and tcgen05.mma: 8 rows one after the other, and a stride from 8 to 8."""
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     row = np.arange(rows)[:, None]
     return swizzled(start + row // 8 * stride + row % 8 * row_bytes + np.arange(32)[None, :], row_bytes)
 
 
+def _depth(of: str) -> str:
+    """How many elements of that dtype 32 bytes of K are."""
+    return "16" if of in ("bf16", "f16") else "32"
+
+
 def wgmma_shape(opcode: str) -> tuple[int, str, str]:
     """(columns, dtype of the sums, dtype of both operands)."""
     found = re.search(r"\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)$", opcode)
-    if found is None or found[4] != found[5] or found[2] != ("16" if found[4] in ("bf16", "f16") else "32"):
+    if found is None or found[4] != found[5] or found[2] != _depth(found[4]):
         raise Unknown(opcode)
     return int(found[1]), found[3], found[4]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_right
 from collections.abc import Iterable
 
 import numpy as np
@@ -30,8 +29,9 @@ class Global:
             if storage.nbytes():
                 memory = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
                 spans[storage.data_ptr()] = np.ctypeslib.as_array(memory)
-        self._starts = sorted(spans)
-        self._spans = [spans[start] for start in self._starts]
+        self._spans = [spans[start] for start in sorted(spans)]
+        self._starts = np.array(sorted(spans), np.uint64)
+        self._sizes = np.array([len(span) for span in self._spans])
         self._log: list[tuple[int, np.ndarray, Bytes]] = []
         """Storage, offsets and what stood there, of every store."""
 
@@ -48,26 +48,23 @@ class Global:
             self._spans[index][at] = before
         self._log.clear()
 
-    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[int, np.ndarray]:
-        """(number of a storage, offsets [lanes, width] in it) of `width` bytes at each address."""
-        low, high = int(addresses.min()), int(addresses.max())
+    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """(number of each address's storage, offsets [lanes, width] in it) of `width` bytes at each address."""
         if (addresses % width).any():
             raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
-        index = bisect_right(self._starts, low) - 1
-        if index < 0 or high + width > self._starts[index] + len(self._spans[index]):
+        index = np.searchsorted(self._starts, addresses, side="right") - 1
+        offsets = (addresses - self._starts[index]).astype(np.int64)
+        if (index < 0).any() or (offsets + width > self._sizes[index]).any():
             raise Fault(f"{what}: reads or writes outside of every tensor")
-        return index, (addresses - self._starts[index]).astype(np.int64)[:, None] + np.arange(width)
+        return index, offsets[:, None] + np.arange(width)
 
     def load(self, addresses: np.ndarray, width: int, what: str) -> Bytes:
         """[lanes, width]; the lanes of one instruction may lie in several tensors."""
-        if len(addresses) and int(addresses.max() - addresses.min()) >= 1 << 20:
-            out = np.empty((len(addresses), width), np.uint8)
-            for lane in range(len(addresses)):
-                index, at = self.locate(addresses[lane : lane + 1], width, what)
-                out[lane] = self._spans[index][at[0]]
-            return out
         index, at = self.locate(addresses, width, what)
-        return self._spans[index][at]
+        out = np.empty(at.shape, np.uint8)
+        for one in np.unique(index):
+            out[index == one] = self._spans[one][at[index == one]]
+        return out
 
     def store(self, addresses: np.ndarray, data: Bytes, what: str) -> None:
         index, at = self.locate(addresses, data.shape[1], what)
@@ -76,8 +73,10 @@ class Global:
             same = addresses[order][1:] == addresses[order][:-1]
             if (data[order][1:][same] != data[order][:-1][same]).any():
                 raise Fault(f"{what}: lanes write different values to one address")
-        self._log.append((index, at, self._spans[index][at]))
-        self._spans[index][at] = data
+        for one in np.unique(index):
+            here, span = index == one, self._spans[one]
+            self._log.append((one, at[here], span[at[here]]))
+            span[at[here]] = data[here]
 
 
 class Shared:

@@ -106,7 +106,6 @@ class _Parser:
         self.scopes: list[dict[str, int]] = [{}]
         self.blocks = 0
         self.label_scopes: list[str] = [""]
-        self.waiting: list[tuple[int, str, list[str]]] = []
 
     def declare(self, kind: str, names: str) -> None:
         for name in names.split(","):
@@ -148,7 +147,7 @@ class _Parser:
 
     def statement(self, text: str) -> None:
         text = text.strip()
-        if not text or text.startswith((".loc", ".file", ".pragma")):
+        if not text:
             return
         if declared := _DECLARED.match(text):
             self.declare(*declared.groups())
@@ -157,9 +156,8 @@ class _Parser:
         if found := _GUARD.match(text):
             guard = Register(self.operand(found[2]).slot, negated=bool(found[1]))
             text = found[3].strip()
-        opcode, _, rest = text.partition(" ") if " " in text.split("\n")[0] else text.partition("\t")
-        opcode, _, more = opcode.partition("\t")
-        operands = tuple(self.operand(o) for o in _split(more + " " + rest))
+        opcode, *rest = text.split(None, 1)
+        operands = tuple(self.operand(o) for o in _split("".join(rest)))
         if opcode.startswith("bra"):
             operands = (self.label(str(operands[0])),)
         self.program.code.append(Instruction(opcode, operands, guard, text))

@@ -7,13 +7,13 @@ run on by themselves, one after the other, until a commit tells an mbarrier that
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import Unknown
-from .matrix import accumulate, elements, swizzled
+from .arithmetic import Unknown, e8m0
+from .matrix import accumulate, elements, rows_along_k, swizzled
 from .memory import Fault
 from .transfer import Barriers
 
@@ -71,9 +71,9 @@ def rows_in_memory(descriptor: int, rows: int, turned: bool) -> np.ndarray:
     if code not in _SWIZZLES or code == 0 or descriptor >> 46 & 7 != 1 or descriptor >> 49 & 15:
         raise Unknown(f"tcgen05.mma from a layout without swizzle, or with an offset: {descriptor:#x}")
     row_bytes, row, byte = _SWIZZLES[code], np.arange(rows)[:, None], np.arange(32)[None, :]
-    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     if not turned:
-        return swizzled(start + row // 8 * stride + row % 8 * row_bytes + byte, row_bytes)
+        return rows_along_k(descriptor, rows, row_bytes)
+    start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     across, k, wide = (descriptor >> 16 & 0x3FFF) << 4, byte // 2, row_bytes // 2
     at = row // wide * across + row % wide * 2 + k // 8 * stride + k % 8 * row_bytes + byte % 2
     return swizzled(start + at, row_bytes)
@@ -138,19 +138,21 @@ class TensorMemory:
         everywhere = self._words[np.arange(LANES) % 32][:, address & 0xFFFF]
         if (self._words[:, address & 0xFFFF] != everywhere).any():
             raise Fault("scales that differ from warp to warp")
-        return np.ldexp(1.0, (words >> np.uint32(8 * byte) & np.uint32(255)).astype(np.int64) - 127)
+        return e8m0(words >> np.uint32(8 * byte) & np.uint32(255))
 
     def multiply(
         self, address: int, a: Callable[[], np.ndarray], b: Callable[[], np.ndarray], what: Described, add: bool,
-        scales: Callable[[], tuple[np.ndarray, np.ndarray]] | None,
+        scales: Sequence[int],
     ) -> None:  # fmt: skip
+        """scales: where those of a and b lie, or none."""
         lanes, first = lanes_of(what.rows), np.full(what.rows, address & 0xFFFF)
 
         def do() -> None:
             product = elements(a(), what.a) @ elements(b(), what.b).T
-            if scales is not None:
-                rows, columns = scales()
-                product = product * rows[:, None] * columns[None, :]
+            if scales:
+                of_rows = self.scales(scales[0], what.rows, what.scale_a)
+                of_columns = self.scales(scales[1], what.columns, what.scale_b)
+                product = product * of_rows[:, None] * of_columns[None, :]
             before = self.load(lanes, first, what.columns) if add else None
             self.store(lanes, first, accumulate(before, product, what.out))
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import UNSIGNED, Unknown
+from .arithmetic import UNSIGNED, Lanes, Unknown
 from .memory import Fault
 from .program import Immediate, Instruction, Memory, Program, Register, Sink, Special
 
-Lanes = np.ndarray
 _GARBAGE = 0x7FC0_DEAD_7FC0_DEAD
 """In registers that nothing has written: a NaN as a float."""
 
@@ -97,13 +96,13 @@ class Threads(ABC):
                             _join(groups, where, lanes)
                         parked = {}
                     break
-                whole, self_full = self.active, self.full
+                whole, full = self.active, self.full
                 self._activate(taken)
                 try:
                     self.do(instruction)
                 except (Fault, Unknown) as error:
                     raise type(error)(f"{error} in {self.text!r}") from None
-                self.active, self.full = whole, self_full
+                self.active, self.full = whole, full
             else:
                 if at < end:
                     _join(groups, at, self.active)
@@ -152,6 +151,10 @@ class Threads(ABC):
         if (values != values[0]).any():
             raise Fault("lanes differ where they must agree")
         return int(values[0])
+
+    def place(self, operand: Memory) -> int:
+        """An address of 32 bits that is the same in all lanes that take part."""
+        return self.one(operand.base, 32) + operand.offset
 
     def whole_warps(self) -> None:
         warps = self.active.reshape(-1, 32)
