@@ -217,11 +217,6 @@ def _overrides(calibration: Calibration) -> dict[str, str]:
     return {m: s or "float" for m, s in calibration.module_schemes.items()}
 
 
-def stored_modules(source: Source) -> dict[str, Scheme]:
-    """Module → scheme of a quantized checkpoint; empty for one in float."""
-    return {m: s.scheme for m, s in source.stored.items()}
-
-
 @torch.no_grad()
 @keep_freed_memory()
 def evaluate(

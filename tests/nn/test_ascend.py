@@ -194,12 +194,11 @@ def test_quantize_model_and_static_layers_name_the_way(tmp_path):
 
 def test_calibration_and_evaluation_read_static_weights(tmp_path):
     from lowbit.calibration.source import Source
-    from lowbit.evaluate.layerwise import stored_modules
 
     for dtype in (torch.bfloat16, torch.float16):
         other, out = static(tmp_path / str(dtype), -5, dtype)
         name = "model.layers.1.mlp.up_proj"
-        assert len(stored_modules(Source(out))) == 14
+        assert len(Source(out).stored) == 14
         torch.testing.assert_close(Source(out).weight(name), Source(other).weight(name), rtol=2e-7, atol=0)
 
 
