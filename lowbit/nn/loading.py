@@ -36,7 +36,8 @@ def load(
     DeepSeek-style block FP8, msModelSlim's W8A8, W8A8_DYNAMIC, W8A16 and W8A8_MXFP8. The model is
     built on meta and filled with tensors mapped from the files: quantized weights are never held in
     full precision, and on a CPU they are read when they are first used (leave the files in place
-    while the model lives). Only the stacks of a mixture's experts are copied.
+    while the model lives). Only the stacks of a mixture's experts are copied, and what is one matrix on
+    disk and several in the model.
 
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
     through accelerate, with `"auto"` within `max_memory` (device → bytes, or `"10GiB"`). What it

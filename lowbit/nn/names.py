@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.checkpoint.fused_experts import fused_tensors
 from lowbit.nn.integration import require_transformers
+from lowbit.nn.joined import Converted, converted_by, joined_along, split_along
 
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
 _EXPERT_MODULE = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
@@ -134,11 +135,31 @@ class Finder:
                 return path
         return None
 
-    def becomes_float(self, tensor: str) -> bool:
+    def _converted(self, module: str) -> Converted | None:
+        return converted_by(self._renamed(f"{module}.weight"), self._converters)
+
+    def split_into(self, module: str) -> list[str]:
+        """The modules whose weights are the rows of the checkpoint's `module`, in their order; [] where it is no such
+        matrix."""
+        found = self._converted(module)
+        if found is None or split_along(found.converter) != 0:
+            return []
+        paths = [self._placed(target.rpartition(".")[0]) for target in found.targets]
+        return [p for p in paths if p is not None] if len(paths) > 1 and all(paths) else []
+
+    def joined_into(self, module: str) -> tuple[str, int, int] | None:
+        """(the module whose weight's rows are those of the checkpoint's `module` and of others, its place among them,
+        how many they are); None where it is no such part."""
+        found = self._converted(module)
+        if found is None or joined_along(found.converter) != 0:
+            return None
+        path, count = self._placed(found.target.rpartition(".")[0]), len(found.converter.source_patterns)
+        return None if path is None or count == 1 else (path, found.place, count)
+
+    def becomes_float(self, module: str) -> bool:
         """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
-        name = self._renamed(tensor)
-        targets = (c.rename_source_key(name) for c in self._converters)
-        return any(matched and self._placed(target.rpartition(".")[0]) for target, matched in targets)
+        found = self._converted(module)
+        return found is not None and self._placed(found.target.rpartition(".")[0]) is not None
 
     def reshapes(self, tensor: str) -> bool:
         """Whether transformers splits, joins or transposes this tensor while loading."""

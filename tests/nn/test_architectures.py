@@ -316,16 +316,14 @@ def test_beyond_text_in_memory_equals_converted(kind, scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
 def test_weights_that_transformers_splits_are_refused(scheme, tmp_path):
-    """DINOv2 has one matrix on disk where its model has two: their codes were taken for weights. It stays in float."""
-    config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True, **SEEN
-    )
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "src")
-    named = {"encoder.layer.0.mlp.weights_in": scheme}
+    """Kimi-K2.5's tower has q, k and v in one matrix on disk, and its rows in another order in memory."""
+    _, text = tiny("deepseek-v3")
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=64)
+    transformers.Kimi_K25ForConditionalGeneration(config).save_pretrained(tmp_path / "src")
+    named = {"vision_tower.encoder.blocks.0.wqkv": scheme}
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme, overrides=named)
-    with pytest.raises(
-        InputError, match=r"mlp\.weights_in: .* splits or joins .* --ignore '\*\.mlp\.weights_in'$"
-    ):
+    with pytest.raises(InputError, match=r"blocks\.0\.wqkv: .* splits or joins .* --ignore '\*\.0\.wqkv'$"):
         load(tmp_path / "out")
     lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme)
     load(tmp_path / "float")

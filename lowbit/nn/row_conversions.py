@@ -1,0 +1,109 @@
+"""How tensors of a quantized module on disk become those of the modules in memory that are its rows, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+)
+
+What = Literal["rows", "value", "shape"]
+"""What a tensor is: something of each row (or block of rows), one value for all rows, or the shape [2] of a weight."""
+
+
+class SplitRows(ConversionOps):
+    """One tensor → one for each module, `sizes` rows (of the tensor; of the weight, for a shape) each."""
+
+    def __init__(self, what: What, sizes: Sequence[int]) -> None:
+        self.what, self.sizes = what, list(sizes)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        (tensor,) = (_one(t) for t in input_dict.values())
+        match self.what:
+            case "rows":
+                parts = list(tensor.split(self.sizes))
+            case "value":
+                parts = [tensor] * len(self.sizes)
+            case "shape":
+                parts = [torch.stack([torch.full_like(tensor[0], n), tensor[1]]) for n in self.sizes]
+        # Memory of their own: who saves takes tensors that share some for one.
+        return {name: part.clone() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return JoinRows(self.what, self.sizes)
+
+
+class JoinRows(ConversionOps):
+    """The reverse of `SplitRows`. ValueError where what is one value on disk has become several."""
+
+    def __init__(self, what: What, sizes: Sequence[int]) -> None:
+        self.what, self.sizes = what, list(sizes)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        parts = [_one(input_dict[p]) for p in source_patterns if p in input_dict]
+        return {target_patterns[0]: self._joined(target_patterns[0], parts)}
+
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        match self.what:
+            case "rows" if parts[0].element_size() == 1:
+                # As bytes: not every dtype of one byte can be joined on every device.
+                return torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+            case "rows":
+                return torch.cat(parts)
+            case "shape":
+                return torch.stack([torch.stack(parts)[:, 0].sum(), parts[0][1]])
+        if not all(torch.equal(part, parts[0]) for part in parts[1:]):
+            raise ValueError(
+                f"{name}: expected one value for the modules that are one matrix on disk, found "
+                f"{[part.tolist() for part in parts]}"
+            )
+        return parts[0]
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitRows(self.what, self.sizes)
+
+
+def _one(tensors: Any) -> Tensor:
+    return tensors[0] if isinstance(tensors, list) else tensors
+
+
+def rows_converter(source: str, targets: Sequence[str], operation: SplitRows, prefix: str) -> WeightConverter:
+    """For one tensor, by its name after transformers' renamings; `prefix`: the base model's, which either may have."""
+    return _scoped(
+        WeightConverter(_exact(source, prefix), [_exact(t, prefix) for t in targets], [operation]), prefix
+    )
+
+
+def renaming(source: str, target: str, prefix: str) -> WeightRenaming:
+    """What begins with `source` → the same with `target`; both end with a dot."""
+    return _scoped(WeightRenaming(_exact(source, prefix), _exact(target, prefix)), prefix)
+
+
+def _exact(name: str, prefix: str) -> str:
+    return "^" + re.escape(name.removeprefix(f"{prefix}."))
+
+
+def _scoped(transform: Any, prefix: str) -> Any:
+    transform.base_model_prefix, transform.scope_prefix = prefix, ""
+    return transform
