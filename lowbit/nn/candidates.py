@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.nn.fused_experts import parameter, refusal
+from lowbit.nn.fused_experts import has_weights, parameter, refusal
 from lowbit.nn.linear import is_conv1d
 from lowbit.nn.names import Finder, expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule
@@ -81,6 +81,8 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
         whole = {} if problem else {p: module_of(t) for t in tensors for p in part_names(t, shape[0])}
         tensors = [f"{p}.weight" for p in whole] or tensors
         projections = expert_names(tensors)
+        if projections:
+            tensors = [t for t in tensors if has_weights(module, module_of(t))]
         if problem:
             unfit[name] = problem
         elif not projections:

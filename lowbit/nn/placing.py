@@ -15,7 +15,7 @@ from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
+from lowbit.nn.fused_experts import FUSED_PARAMETERS, has_weights, refusal
 from lowbit.nn.joined import SplitLinear
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
@@ -99,6 +99,12 @@ def _linear(
         shape[1], shape[0], scheme=stored.scheme, bias=bias, format=stored.format, names=suffixes, dtype=dtype,
         device="meta", float_dtype=float_dtype_of(stored, tensors),
     )  # fmt: skip
+
+
+def pass_over(model: Any, pattern: str) -> None:
+    """Tensors on disk of these names are neither used nor reported."""
+    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+    model._keys_to_ignore_on_load_unexpected = ignored | {pattern}
 
 
 def why_not_rows(paths: Sequence[str], stored: StoredModule, find: Finder) -> str:
@@ -206,6 +212,10 @@ def place_experts(
     experts = model.get_submodule(path)
     if problem := refusal(experts):
         raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
+    if without := {n.split(".")[-2] for n in members if not has_weights(experts, n)}:
+        # transformers itself saves weights of them, uninitialized.
+        pass_over(model, rf"\bexperts\.({'|'.join(sorted(without))})\.")
+        members = {n: m for n, m in members.items() if n.split(".")[-2] not in without}
     first = next(iter(members.values()))
     schemes = {m.scheme for m in members.values()}
     down: Any = experts.down_proj

@@ -33,6 +33,7 @@ from lowbit.nn.linear import QuantLinear
 from lowbit.nn.names import Finder
 from lowbit.nn.placing import (
     Rows,
+    pass_over,
     place_experts,
     place_linear,
     place_parts,
@@ -130,8 +131,7 @@ class LowbitQuantizer(HfQuantizer):
             found = {path: n for n in in_bfloat16 if (path := find.module(n)) is not None}
             keep_bfloat16(model, found)
         # Scales of a quantized KV cache: transformers' cache is in float, so they are neither used nor kept.
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(k|v)_scale$"}
+        pass_over(model, r"\.(k|v)_scale$")
         if original.get("kv_cache_scheme"):
             original["kv_cache_scheme"] = None
 
