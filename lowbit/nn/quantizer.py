@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.checkpoint.beside import BESIDE_CODES, OF_ATTENTION
 from lowbit.checkpoint.headers import TensorRef, read_header
 from lowbit.checkpoint.roles import BY_TORCH, CASTS, SPLITS, read_by_code
 from lowbit.dtypes import INT4
@@ -131,7 +132,9 @@ class LowbitQuantizer(HfQuantizer):
             found = {path: n for n in in_bfloat16 if (path := find.module(n)) is not None}
             keep_bfloat16(model, found)
         # Scales of a quantized KV cache: transformers' cache is in float, so they are neither used nor kept.
-        pass_over(model, r"\.(k|v)_scale$")
+        pass_over(model, OF_ATTENTION)
+        if unread := _unread(stored, tensors):
+            pass_over(model, rf"\.({'|'.join(unread)})$")
         if original.get("kv_cache_scheme"):
             original["kv_cache_scheme"] = None
 
@@ -250,6 +253,15 @@ class LowbitQuantizer(HfQuantizer):
         if hasattr(model.config, "lowbit"):  # of rotations, which the float weights have not
             del model.config.lowbit
         return model
+
+
+def _unread(stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]) -> list[str]:
+    """What quantized modules have beside what they compute with: scales of inputs that are quantized dynamically."""
+    read_of = {name: {t.rpartition(".")[2] for t in module.names.values()} for name, module in stored.items()}
+    return [
+        leaf for leaf in BESIDE_CODES
+        if any(f"{name}.{leaf}" in tensors and leaf not in read_here for name, read_here in read_of.items())
+    ]  # fmt: skip
 
 
 def _on_cpu(device_map: Any) -> bool:
