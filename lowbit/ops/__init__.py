@@ -32,7 +32,7 @@ all of them: `(0, 0)` per tensor, scale [1]; `(1, 0)` per channel, [N, 1]; `(1, 
 Every operation runs as `triton`, `cpu` or `reference`, chosen by `dispatch.choose`; the last is
 the oracle that the others equal, bit for bit where codes are integers with no scale along K.
 All trace under `torch.compile(fullgraph=True)` with any number of rows. Gradients reach `x`
-(through the dequantized weight; rounding counts as identity) and `bias`, never the codes.
+(through the dequantized weight; rounding counts as identity) and `bias`, never codes and scales.
 
 Nothing falls back to dequantize-and-multiply unseen: it is logged once per reason, and raises
 `NoKernelError` under `allow_fallback(False)` or LOWBIT_NO_FALLBACK=1. `LOWBIT_CPU_ISA` pins the
@@ -193,11 +193,13 @@ def matmul(
     """`linear` from codes: a int8 or float8_e4m3fn [..., K] like the weight → [..., N] of `out_dtype`.
 
     a_scale: float32 [1] per tensor, [..., 1] per token, or [..., ⌈K/block[1]⌉] per group, as
-    `quantize` returns it. a_zero_point: int8 [1], with one scale per tensor.
+    `quantize` returns it. a_zero_point: int8 [1], with one scale per tensor. A gradient reaches bias.
     """
-    return _ops.matmul.default(
-        a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum, block, out_dtype
-    )
+    tensors = (a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum)
+    if not torch.compiler.is_compiling() and eager.applies(*tensors):
+        return register.matmul(*tensors, block, out_dtype)
+    check_no_tangent(a_scale, weight_scale, bias)
+    return _ops.matmul.default(*tensors, block, out_dtype)
 
 
 def dequantize(

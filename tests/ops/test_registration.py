@@ -90,7 +90,7 @@ def test_results_are_contiguous_wherever_x_comes_from(name, implementation):
     assert all(t.is_contiguous() for t in (found if isinstance(found, tuple) else (found,)))
 
 
-@pytest.mark.parametrize("name", ["linear", "hadamard"])
+@pytest.mark.parametrize("name", ["linear", "hadamard", "matmul"])
 def test_opcheck_with_gradients(name):
     o = operands()
     o["x"].requires_grad_()
@@ -147,6 +147,44 @@ def test_gradient_is_that_of_the_dequantized_weight(weight, block, shape):
     w = ops.dequantize(o[weight], scale, block=block, k=64)
     torch.testing.assert_close(x.grad, grad @ w, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias.grad, grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", ["int8", "fp8"])
+def test_gradient_of_matmul_reaches_its_bias(weight, out_dtype):
+    """As autograd has it of the dequantized product; what is before the codes and scales gets none."""
+    o = operands()
+    codes, scale = ops.quantize(o["x"].view(1, 5, 64), o[weight].dtype)
+    arguments = (codes, scale, o[weight], o["channel"])
+    grad = torch.randn(1, 5, 24).to(out_dtype)
+    bias, expected = (o["bias"].clone().requires_grad_() for _ in range(2))
+    out = ops.matmul(*arguments, bias, block=(1, 0), out_dtype=out_dtype)
+    product = (codes.float() * scale) @ (o[weight].float() * o["channel"]).T
+    want = (product + expected).to(out_dtype)
+    torch.testing.assert_close(out, want, rtol=1e-5 if out_dtype == torch.float32 else 0.01, atol=1e-5)
+    out.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(bias.grad, expected.grad, rtol=1e-5, atol=1e-5)
+    assert bias.grad.dtype == torch.float32
+    compiled, bias.grad = bias.grad, None
+    step = torch.compile(lambda b: ops.matmul(*arguments, b, block=(1, 0), out_dtype=out_dtype), fullgraph=True,
+                         backend="aot_eager")  # fmt: skip
+    step(bias).backward(grad)
+    assert torch.equal(bias.grad, compiled)
+    trained = scale.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="passes a gradient to its bias only; detach the scales"):
+        ops.matmul(codes, trained, *arguments[2:], bias, block=(1, 0), out_dtype=out_dtype).sum().backward()
+
+
+def test_a_float32_bias_gets_its_gradient_in_float32():
+    o = operands()
+    x, grad = torch.randn(100, 64, dtype=torch.bfloat16), torch.randn(100, 24, dtype=torch.bfloat16)
+    bias = o["bias"].requires_grad_()
+    ops.linear(x, o["int8"], o["channel"], bias, activations="token", block=(1, 0)).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.float().sum(0), rtol=1e-6, atol=1e-6)
+    bias.grad = None
+    ops.linear_bfloat16(x, torch.randn(24, 64, dtype=torch.bfloat16), bias).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.float().sum(0), rtol=1e-6, atol=1e-6)
 
 
 def test_gradient_of_hadamard_is_hadamard():
