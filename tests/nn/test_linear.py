@@ -229,6 +229,19 @@ def test_gradient_reaches_the_input_only(scheme):
     assert list(quant.parameters()) == []
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_scales_that_somebody_cast_are_an_error(scheme):
+    """As FSDP does with a buffer_dtype, past the module: int8 went on with scales rounded to bfloat16."""
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), scheme)
+    for buffer in layer.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(torch.bfloat16)
+    with pytest.raises(
+        TypeError, match=r"cast to torch\.bfloat16; FSDP's MixedPrecision\(buffer_dtype=…\) does"
+    ):
+        layer(torch.randn(2, 64, dtype=torch.bfloat16))
+
+
 def test_weights_are_frozen():
     _, quant = make(96, 40, "fp8")
     with pytest.raises(TypeError, match="frozen"):
