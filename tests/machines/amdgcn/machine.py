@@ -544,6 +544,8 @@ class _Workgroup(Waves):
             self._permute(instruction)
             return
         how, _, kind = name.partition("_")
+        turned = kind.partition("_tr_")[2]
+        kind = kind.partition("_tr_")[0]
         pair = how in ("read2", "write2", "read2st64", "write2st64")
         width, extended, high = _item(kind)
         writes = how.startswith("write")
@@ -569,6 +571,8 @@ class _Workgroup(Waves):
             return
         register = instruction.register(0)
         executing = self.executing.copy()
+        if turned and not executing.reshape(-1, WAVE)[self.on].all():
+            raise Unknown("rows that are turned where not all lanes execute")
         found = np.zeros((self.threads, width * len(places)), np.uint8)
 
         def read(waves: np.ndarray) -> None:
@@ -581,7 +585,8 @@ class _Workgroup(Waves):
         def end(waves: np.ndarray) -> None:
             if not self.late:
                 read(waves)
-            self._deliver(register, found, executing & np.repeat(waves, WAVE), extended, high)
+            data = matrix.turned(found, int(turned[1:])) if turned else found
+            self._deliver(register, data, executing & np.repeat(waves, WAVE), extended, high)
 
         if self.late:
             read(self.on.copy())

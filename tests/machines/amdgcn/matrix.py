@@ -61,3 +61,13 @@ def multiply(before: np.ndarray | None, a: np.ndarray, b: np.ndarray, kind: str)
         return total.astype(np.int32).view(np.uint32)  # wraps
     total = sums if before is None else sums + before.view(np.float32)
     return total.astype(np.float32).view(np.uint32)
+
+
+def turned(rows: np.ndarray, bits: int) -> np.ndarray:
+    """ds_read_b64_tr: uint8 [lanes, 8] as read → as delivered.
+
+    The 8 bytes of 16 lanes are a matrix of 16 elements a row, and 64 / bits rows; a lane gets a column.
+    """
+    size = bits // 8
+    elements = rows.reshape(-1, 8 // size, 16, size)  # 16 lanes: row, column
+    return np.ascontiguousarray(elements.transpose(0, 2, 1, 3)).reshape(-1, 8)

@@ -113,6 +113,30 @@ _INTEGER = re.compile(r"-?(0x[0-9a-f]+|\d+)$")
 _FLOAT = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?$")
 
 
+_DPP = "quad_perm row_half_mirror row_mirror row_ror row_shr row_shl row_bcast row_mask bank_mask bound_ctrl"
+_KNOWN = (
+    (r"s_waitcnt", "vmcnt lgkmcnt expcnt"),
+    (r"buffer_", "offen offset lds nt sc0 sc1"),
+    (r"global_", "offset nt sc0 sc1"),
+    (r"ds_", "offset offset0 offset1"),
+    (r"v_mfma_scale_", "op_sel op_sel_hi"),
+    (r"v_pk_mov_b32", "op_sel"),
+    (r"v_pk_\w+_f32", "op_sel op_sel_hi neg_lo neg_hi"),
+    (r"v_pk_|v_fma_mix", "op_sel op_sel_hi"),
+    (r"v_cvt_(scalef32_)?pk_(fp8_f32|bf16_fp8)", "op_sel"),
+    (r"v_bitop3", "bitop3"),
+    (r"v_\w+_sdwa", "dst_sel dst_unused src0_sel src1_sel"),
+    (r"v_\w+_dpp", _DPP),
+)
+"""What the machine takes into account, by the opcode's beginning: any other option is unknown."""
+
+
+def _check_options(instruction: Instruction) -> None:
+    known = next((names for opcode, names in _KNOWN if re.match(opcode, instruction.opcode)), "")
+    if unknown := instruction.options.keys() - set(known.split()):
+        raise Unknown(f"{', '.join(sorted(unknown))} in {instruction.text!r}")
+
+
 def _operand(text: str) -> Operand:
     negated = absolute = extended = False
     if found := re.fullmatch(r"sext\((.*)\)", text):
@@ -182,6 +206,7 @@ def parse(text: str) -> Program:
             program.labels[found[1]] = len(program.code)
         elif line and not line.startswith("."):
             program.code.append(_instruction(re.sub(r"\s+", " ", line)))
+            _check_options(program.code[-1])
     return program
 
 
