@@ -7,12 +7,15 @@ rows of the codes and scales (`lowbit.nn.row_conversions`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lowbit.granularity import Granularity, PerBlock
 
 
 class SplitLinear(nn.ModuleDict):
@@ -32,6 +35,16 @@ class SplitLinear(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
         """[…, K] → […, N], N the sum of all rows."""
         return torch.cat([part(x) for part in self.values()], dim=-1)
+
+
+def within_blocks(heights: Sequence[int], granularity: Granularity) -> str:
+    """Why a weight cannot be divided after that many rows each, or "": no block's scale is of two parts."""
+    ends = list(itertools.accumulate(heights))[:-1]
+    if not isinstance(granularity, PerBlock) or not any(end % granularity.rows for end in ends):
+        return ""
+    return (
+        f"transformers splits it after rows {', '.join(map(str, ends))}, within blocks of {granularity.rows}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +11,12 @@ from torch import Tensor, nn
 from lowbit.checkpoint.headers import TensorRef
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule
-from lowbit.granularity import PerBlock
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import FUSED_PARAMETERS, has_weights, refusal
-from lowbit.nn.joined import SplitLinear
+from lowbit.nn.joined import SplitLinear, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
-from lowbit.nn.row_conversions import SplitRows
 from lowbit.nn.swap import replace_module
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """A tensor on disk that becomes one of each of several modules in memory."""
-
-    tensor: str
-    leaf: str
-    """What it is called in each."""
-    operation: SplitRows
 
 
 def _filled(*shape: int) -> Tensor:
@@ -112,20 +98,14 @@ def why_not_rows(paths: Sequence[str], stored: StoredModule, find: Finder) -> st
     modules: list[Any] = [find.modules[path] for path in paths]
     if not all(isinstance(m, nn.Linear) for m in modules):
         return "transformers makes it into something else than Linears"
-    block = stored.spec.granularity
-    starts = list(itertools.accumulate(m.out_features for m in modules))[:-1]
-    if isinstance(block, PerBlock) and any(start % block.rows for start in starts):
-        return (
-            f"transformers splits it after rows {', '.join(map(str, starts))}, within blocks of {block.rows}"
-        )
-    return ""
+    return within_blocks([m.out_features for m in modules], stored.spec.granularity)
 
 
 def place_rows(
     model: nn.Module, paths: Sequence[str], name: str, stored: StoredModule, tensors: Mapping[str, TensorRef],
     find: Finder,
-) -> list[Rows]:  # fmt: skip
-    """QuantLinears at `paths` for the rows of a weight that is one on disk; returns what becomes of its tensors."""
+) -> None:  # fmt: skip
+    """QuantLinears at `paths` for the rows of a weight that is one on disk."""
     linears: list[Any] = [find.modules[path] for path in paths]
     heights = [linear.out_features for linear in linears]
     whole = (sum(heights), linears[0].in_features)
@@ -134,29 +114,16 @@ def place_rows(
             f"{name}: expected a weight {list(whole)} for this config, found {list(stored.shape)}; "
             "config.json and weights do not belong together"
         )
-    parts = []
+    shapes = {c: tensors[t].shape for c, t in stored.names.items()}
     for path, linear, rows in zip(paths, linears, heights, strict=True):
         bias = linear.bias is not None
-        parts.append(_linear(stored, (rows, whole[1]), tensors, dtype=linear.weight.dtype, bias=bias))
-        _put(model, path, parts[-1], find, (rows, whole[1]))
-    found = []
-    for content, tensor in stored.names.items():
-        shape, leaf = tensors[tensor].shape, tensor.rpartition(".")[2]
-        if content == "shape":
-            operation = SplitRows("shape", heights)
-        elif all(d == 1 for d in shape):
-            operation = SplitRows("value", heights)
-            for part in parts:
-                part.expect_shapes({content: shape})
-        else:
-            sizes = [part.get_buffer(leaf).shape[0] for part in parts]
-            operation = SplitRows("rows", sizes)
-            for part, size in zip(parts, sizes, strict=True):
-                part.expect_shapes({content: (size, *shape[1:])})
-        found.append(Rows(tensor=tensor, leaf=leaf, operation=operation))
-    if (bias_name := f"{name}.bias") in tensors:
-        found.append(Rows(tensor=bias_name, leaf="bias", operation=SplitRows("rows", heights)))
-    return found
+        part = _linear(stored, (rows, whole[1]), tensors, dtype=linear.weight.dtype, bias=bias)
+        for content, shape in shapes.items():
+            own = part.content(content)
+            assert own is not None
+            one = all(size == 1 for size in shape)
+            part.expect_shapes({content: shape if one else (own.shape[0], *shape[1:])})
+        _put(model, path, part, find, (rows, whole[1]))
 
 
 def why_not_parts(path: str, names: Sequence[str], find: Finder) -> str:

@@ -33,7 +33,6 @@ from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.names import Finder
 from lowbit.nn.placing import (
-    Rows,
     pass_over,
     place_experts,
     place_linear,
@@ -43,7 +42,7 @@ from lowbit.nn.placing import (
     why_not_rows,
 )
 from lowbit.nn.rotated import rotate_inputs
-from lowbit.nn.row_conversions import renaming, rows_converter
+from lowbit.nn.row_conversions import renaming, rows_converters
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
@@ -92,8 +91,8 @@ class LowbitQuantizer(HfQuantizer):
         """Tensor names on disk of experts that are quantized → the module of all of them in memory."""
         self._float_experts: list[str] = []
         """Modules in memory of fused experts that are not."""
-        self._rows: list[tuple[list[str], Rows]] = []
-        """(modules in memory whose tensors are its rows, a tensor on disk)"""
+        self._rows: dict[str, list[str]] = {}
+        """Modules on disk that transformers splits → those in memory that are their rows."""
         self._parts: dict[str, str] = {}
         """Modules on disk that transformers would join → what they are in memory."""
 
@@ -161,8 +160,8 @@ class LowbitQuantizer(HfQuantizer):
             elif (parent := find.experts(name)) is not None:
                 experts.setdefault(parent, {})[name] = module
             elif paths:
-                rows = place_rows(model, paths, name, module, tensors, find)
-                self._rows += [(paths, r) for r in rows]
+                place_rows(model, paths, name, module, tensors, find)
+                self._rows[name] = paths
             elif (into := find.joined_into(name)) is not None:
                 joined, place, _ = into
                 parts.setdefault(joined, {})[place] = name
@@ -189,16 +188,14 @@ class LowbitQuantizer(HfQuantizer):
         renamings of experts whose single names transformers does not know (Step 3.5)."""
         renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
         kept = self._without_quantized_experts(weight_conversions, renamings, model)
-        prefix = model.base_model_prefix
-        rows = [
-            rows_converter(
-                apply_renamings(r.tensor, renamings), [f"{p}.{r.leaf}" for p in paths], r.operation, prefix
-            )
-            for paths, r in self._rows
-        ]
+
+        def renamed(name: str) -> str:
+            return apply_renamings(f"{name}.weight", renamings).removesuffix(".weight")
+
+        rows = [c for name, paths in self._rows.items() for c in rows_converters(renamed(name), model, paths)]
         # Last, since these speak of names that the others made.
         parts = [
-            renaming(apply_renamings(f"{name}.", renamings), f"{path}.", prefix)
+            renaming(f"{renamed(name)}.", f"{path}.", model.base_model_prefix)
             for name, path in self._parts.items()
         ]
         return rows + kept + parts + self._moved_experts(renamings)

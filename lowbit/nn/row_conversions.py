@@ -14,6 +14,9 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+from lowbit.granularity import PerTensor
+from lowbit.nn.linear import QuantLinear
+
 What = Literal["rows", "value", "shape"]
 """What a tensor is: something of each row (or block of rows), one value for all rows, or the shape [2] of a weight."""
 
@@ -88,15 +91,39 @@ def _one(tensors: Any) -> Tensor:
     return tensors[0] if isinstance(tensors, list) else tensors
 
 
-def rows_converter(source: str, targets: Sequence[str], operation: SplitRows, prefix: str) -> WeightConverter:
-    """For one tensor, by its name after transformers' renamings; `prefix`: the base model's, which either may have."""
-    return _scoped(
-        WeightConverter(_exact(source, prefix), [_exact(t, prefix) for t in targets], [operation]), prefix
-    )
+def rows_converters(source: str, model: Any, paths: Sequence[str]) -> list[WeightConverter]:
+    """For the tensors of a module on disk, by its name after transformers' renamings, whose rows are the QuantLinears
+    at `paths`. Either may have the base model's prefix."""
+    parts = [model.get_submodule(path) for path in paths]
+    found = {leaf: _splitting(parts, content, leaf) for content, leaf in parts[0].names.items()}
+    if parts[0].stored_bias() is not None:
+        found["bias"] = _splitting(parts, "bias", "bias")
+    prefix = model.base_model_prefix
+    return [
+        _scoped(
+            WeightConverter(
+                _exact(f"{source}.{leaf}", prefix),
+                [_exact(f"{path}.{leaf}", prefix) for path in paths],
+                [operation],
+            ),
+            prefix,
+        )
+        for leaf, operation in found.items()
+    ]
+
+
+def _splitting(parts: Sequence[QuantLinear], content: str, leaf: str) -> SplitRows:
+    assert parts[0].scheme.weights is not None
+    per_tensor = isinstance(parts[0].scheme.weights.granularity, PerTensor)
+    if content == "shape":
+        return SplitRows("shape", [part.out_features for part in parts])
+    if content in ("input_scale", "input_zero_point") or (per_tensor and content in ("scale", "offset")):
+        return SplitRows("value", [part.out_features for part in parts])
+    return SplitRows("rows", [getattr(part, leaf).shape[0] for part in parts])
 
 
 def renaming(source: str, target: str, prefix: str) -> WeightRenaming:
-    """What begins with `source` → the same with `target`; both end with a dot."""
+    """What begins with `source` → the same with `target`; both end with a dot. `prefix`: the base model's."""
     return _scoped(WeightRenaming(_exact(source, prefix), _exact(target, prefix)), prefix)
 
 
