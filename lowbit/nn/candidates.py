@@ -26,6 +26,8 @@ class Candidate:
     shape: tuple[int, ...]
     projections: Mapping[str, str] | None = None
     """Fused experts: gate, up, down → their names on disk."""
+    rows: tuple[str, ...] = ()
+    """The modules, this one among them, whose weights are the rows of one matrix on disk, in their order."""
     fused: Mapping[str, str] = field(default_factory=dict)
     """Of fused experts that are so on disk too: module of one expert → that of the 3-D tensor that holds it there."""
 
@@ -61,7 +63,11 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
         on_disk = (module_of(disk[full_name(name, "weight")][0]),)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        found.append(Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
+        rows = find.split_into(on_disk[0]) if find is not None else []
+        rows = rows if name in rows and all(_divided(weights.get(row), tied, row) for row in rows) else []
+        found.append(
+            Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape), rows=tuple(rows))
+        )
         if weight.dim() == 2 and not isinstance(module, nn.Linear) and not is_conv1d(module):
             unfit[name] = f"a {type(module).__name__}, not a Linear"
         elif weight.dim() == 2 and "weight" not in module._parameters:
@@ -70,7 +76,7 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             unfit[name] = f"its weight is {weight.dtype}, no float: codes of another library, perhaps"
         elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
-        elif weight.dim() == 2 and find is not None and find.reshapes(f"{on_disk[0]}.weight"):
+        elif weight.dim() == 2 and find is not None and not rows and find.reshapes(f"{on_disk[0]}.weight"):
             unfit[name] = "transformers saves it joined, split or transposed, which codes do not survive"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
@@ -98,6 +104,14 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             )
         )
     return found, unfit
+
+
+def _divided(module: nn.Module | None, tied: Mapping[str, str], name: str) -> bool:
+    """Whether it can be quantized together with others that are one matrix with it on disk."""
+    return (
+        isinstance(module, nn.Linear) and _is_plain(module) and name not in tied
+        and "weight" in module._parameters and module.weight.dtype in ANY_FLOAT
+    )  # fmt: skip
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -8,7 +8,7 @@ checkpoint's names. The library's own tables are asked, one tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,22 @@ def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     tensors = {f"{name}.weight": torch.empty(0, device="meta") for name in names}
     return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
+
+
+def save_joined(model: Any, modules: Mapping[str, Sequence[str]]) -> None:
+    """Let transformers save QuantLinears as the module on disk whose rows they are: name there → names in memory."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    from lowbit.nn.row_conversions import rows_converters
+
+    find = Finder(model)
+    rows = [c for name, paths in modules.items() for c in rows_converters(find.renamed(name), model, paths)]
+    before = getattr(model, "_weight_conversions", None)
+    if before is None:  # as transformers does for a model that it has not loaded
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        before = [c for c in mapping if not isinstance(c, PrefixChange)]
+    model._weight_conversions = before + rows  # saving asks the last one first
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:
@@ -135,8 +151,12 @@ class Finder:
                 return path
         return None
 
+    def renamed(self, module: str) -> str:
+        """What transformers calls the checkpoint's `module`, before it splits or joins anything."""
+        return module_of(self._renamed(f"{module}.weight"))
+
     def _converted(self, module: str) -> Converted | None:
-        return converted_by(self._renamed(f"{module}.weight"), self._converters)
+        return converted_by(f"{self.renamed(module)}.weight", self._converters)
 
     def split_into(self, module: str) -> list[str]:
         """The modules whose weights are the rows of the checkpoint's `module`, in their order; [] where it is no such

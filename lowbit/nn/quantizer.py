@@ -93,6 +93,8 @@ class LowbitQuantizer(HfQuantizer):
         """Modules in memory of fused experts that are not."""
         self._rows: dict[str, list[str]] = {}
         """Modules on disk that transformers splits → those in memory that are their rows."""
+        self._of_rows: list[Any] = []
+        """The conversions of those."""
         self._parts: dict[str, str] = {}
         """Modules on disk that transformers would join → what they are in memory."""
 
@@ -192,13 +194,15 @@ class LowbitQuantizer(HfQuantizer):
         def renamed(name: str) -> str:
             return apply_renamings(f"{name}.weight", renamings).removesuffix(".weight")
 
-        rows = [c for name, paths in self._rows.items() for c in rows_converters(renamed(name), model, paths)]
+        self._of_rows = [
+            c for name, paths in self._rows.items() for c in rows_converters(renamed(name), model, paths)
+        ]
         # Last, since these speak of names that the others made.
         parts = [
             renaming(f"{renamed(name)}.", f"{path}.", model.base_model_prefix)
             for name, path in self._parts.items()
         ]
-        return rows + kept + parts + self._moved_experts(renamings)
+        return self._of_rows + kept + parts + self._moved_experts(renamings)
 
     def _without_quantized_experts(self, conversions: list, renamings: list, model: Any) -> list:
         renamed = [apply_renamings(name, renamings) for name in self._experts]
@@ -235,6 +239,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
+        # Saving asks the last one first, and transformers' own may fit as well, where some layers are in float.
+        if self._of_rows:
+            model._weight_conversions.sort(key=lambda conversion: conversion in self._of_rows)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
         model.is_quantized = False
         return model

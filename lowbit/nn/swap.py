@@ -18,8 +18,9 @@ from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.candidates import Candidate, candidates_of, is_fused_experts
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import sizes
+from lowbit.nn.joined import within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import is_transformers_model, stored_modules_on_disk
+from lowbit.nn.names import is_transformers_model, save_joined, stored_modules_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme
 from lowbit.scheme import Scheme
 
@@ -87,11 +88,13 @@ def quantize_model(
     swapped: dict[int, nn.Module] = {}
     for part in parts:
         ignored: list[str] = []
+        joined: dict[str, tuple[str, ...]] = {}
         while part.candidates:
             candidate = part.candidates.pop(0)
             name = _full_name(part.path, candidate.name)
             decision = part.decisions[candidate.disk[0]]
-            reason = _why_kept(decision, part.unfit.get(candidate.name, ""), part.given)
+            unfit = part.unfit.get(candidate.name, "") or part.within_blocks(candidate)
+            reason = _why_kept(decision, unfit, part.given)
             if decision.scheme is None or reason:
                 if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
                     kept[name] = reason
@@ -105,6 +108,10 @@ def quantize_model(
             _drop_weights(candidate.module)
             quantized[name] = decision.scheme.name
             part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
+            if candidate.rows:
+                joined[candidate.disk[0]] = candidate.rows
+        if joined:
+            save_joined(part.model, joined)
         if is_transformers_model(part.model) and part.layout:
             _describe(part.model, target, part.layout, ignored)
     if not quantized:
@@ -135,6 +142,14 @@ class _Part:
         """All that a pattern may match."""
         found = [*self.decisions, *(n for c in self.candidates for n in c.fused.values())]
         return found + [n for c in self.candidates for n in (c.name, _full_name(self.path, c.name))]
+
+    def within_blocks(self, candidate: Candidate) -> str:
+        """Why modules that are one matrix on disk cannot be its rows under the scheme that was chosen, or ""."""
+        scheme = self.decisions[candidate.disk[0]].scheme
+        if not candidate.rows or scheme is None or scheme.weights is None:
+            return ""
+        rows = [self.model.get_submodule(row).out_features for row in candidate.rows]  # type: ignore[misc]
+        return within_blocks(rows, scheme.weights.granularity)  # type: ignore[arg-type]
 
 
 def _full_name(path: str, name: str) -> str:
@@ -248,10 +263,13 @@ def _decisions(
     model: nn.Module, candidates: Sequence[Candidate], scheme: Scheme, target: Format, selection: Selection
 ) -> dict[str, Decision]:
     shapes: dict[str, tuple[int, ...]] = {}
+    by_name = {c.name: c for c in candidates}
     for c in candidates:
         if c.projections is None:
             # A Conv1D is [in, out] here, and a Linear once it is quantized.
             shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
+            if c.rows:
+                shape = (sum(by_name[row].shape[0] for row in c.rows), *shape[1:])
             shapes |= dict.fromkeys(c.disk, shape)
             continue
         _, hidden, intermediate = sizes(c.module)

@@ -142,6 +142,60 @@ def test_joined_weights_equal_the_dequantized_ones(kind, scheme, tmp_path):
     check(kind, tmp_path, model)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
+@pytest.mark.parametrize("kind", SPLIT)
+def test_in_memory_joined_weights_equal_converted_ones(kind, scheme, tmp_path):
+    made(kind).save_pretrained(tmp_path / "src")
+    named = dict.fromkeys(NAMED.get(kind, ()), scheme)
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme, overrides=named)
+    converted = load(tmp_path / "out")
+    for model in (made(kind), type(converted).from_pretrained(tmp_path / "src")):
+        lowbit.quantize_model(model, scheme, overrides=named)
+        assert model.quantization_report.warnings == ()
+        mine, theirs = model.state_dict(), converted.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[n].view(torch.uint8), theirs[n].view(torch.uint8)) for n in mine)
+        model.save_pretrained(tmp_path / "saved")
+        first, second = (load_file(tmp_path / d / "model.safetensors") for d in ("out", "saved"))
+        assert first.keys() == second.keys() and all(first[n].shape == second[n].shape for n in first)
+        assert lowbit.verify(tmp_path / "saved").ok
+        assert torch.equal(logits(load(tmp_path / "saved"), batch(kind)), logits(converted, batch(kind)))
+
+
+def test_blocks_over_two_matrices_stay_in_float_in_memory(tmp_path):
+    model = t.GteModel(t.GteConfig(**BERT | {"intermediate_size": 192})).eval()
+    lowbit.quantize_model(model, "int8-block")
+    kept = model.quantization_report.kept
+    assert kept["layers.0.mlp.up_proj"] == kept["layers.0.mlp.gate_proj"]
+    assert kept["layers.0.mlp.up_proj"].endswith("splits it after rows 192, within blocks of 128")
+    assert isinstance(model.layers[0].self_attn.q_proj, QuantLinear)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(tmp_path), batch("gte")), logits(model, batch("gte")))
+
+
+def test_a_pattern_for_one_of_the_modules_means_all_of_the_matrix(tmp_path):
+    model = made("nomic")
+    lowbit.quantize_model(model, "int8", ignore=["layers.0.self_attn.k_proj"])
+    kept = model.quantization_report.kept
+    assert all(
+        f"layers.0.self_attn.{x}_proj" in kept and f"layers.1.self_attn.{x}_proj" not in kept for x in "qkv"
+    )
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(logits(again, batch("nomic")), logits(model, batch("nomic")))
+    lowbit.quantize_model(model, "int8")
+    assert isinstance(model.layers[0].self_attn.k_proj, QuantLinear)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), batch("nomic")), logits(model, batch("nomic")))
+
+
+def test_joined_weights_of_some_layers(tmp_path):
+    """transformers' own conversions, for those in float, fit the names of all."""
+    made("nomic").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8-weight-only", ignore=["*.0.attn.Wqkv"])
+    check("nomic", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["nomic", "molmo", "minimax-m3"])
 def test_packed_and_ascends_joined_weights(kind, tmp_path):
     made(kind).save_pretrained(tmp_path / "src")
