@@ -22,7 +22,7 @@ class Candidate:
     name: str
     module: nn.Module
     disk: tuple[str, ...]
-    """The modules that it is on disk: itself, or each expert's projections."""
+    """The modules that it is on disk: itself, each expert's projections, or several that are its rows in this order."""
     shape: tuple[int, ...]
     projections: Mapping[str, str] | None = None
     """Fused experts: gate, up, down → their names on disk."""
@@ -60,9 +60,11 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
     found: list[Candidate] = []
     unfit: dict[str, str] = {}
     for name, module in weights.items():
-        on_disk = (module_of(disk[full_name(name, "weight")][0]),)
         weight = module.weight
         assert isinstance(weight, Tensor)
+        on_disk = tuple(module_of(t) for t in disk[full_name(name, "weight")])
+        parts = find is not None and _has_parts(name, module, tied, on_disk, find)
+        on_disk = on_disk if parts else on_disk[:1]
         rows = find.split_into(on_disk[0]) if find is not None else []
         rows = rows if name in rows and all(_divided(weights.get(row), tied, row) for row in rows) else []
         found.append(
@@ -76,7 +78,12 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             unfit[name] = f"its weight is {weight.dtype}, no float: codes of another library, perhaps"
         elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
-        elif weight.dim() == 2 and find is not None and not rows and find.reshapes(f"{on_disk[0]}.weight"):
+        elif (
+            weight.dim() == 2
+            and find is not None
+            and not (rows or parts)
+            and find.reshapes(f"{on_disk[0]}.weight")
+        ):
             unfit[name] = "transformers saves it joined, split or transposed, which codes do not survive"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
@@ -106,8 +113,17 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
     return found, unfit
 
 
+def _has_parts(
+    name: str, module: nn.Module, tied: Mapping[str, str], disk: tuple[str, ...], find: Finder
+) -> bool:
+    """Whether a Linear is several modules on disk that can be quantized each by itself."""
+    places = [(name, i, len(disk)) for i in range(len(disk))]
+    joined = len(disk) > 1 and [find.joined_into(d) for d in disk] == places
+    return joined and _divided(module, tied, name) and module.bias is None
+
+
 def _divided(module: nn.Module | None, tied: Mapping[str, str], name: str) -> bool:
-    """Whether it can be quantized together with others that are one matrix with it on disk."""
+    """Whether it can be quantized with others that are one matrix with it on disk, or in parts."""
     return (
         isinstance(module, nn.Linear) and _is_plain(module) and name not in tied
         and "weight" in module._parameters and module.weight.dtype in ANY_FLOAT

@@ -64,20 +64,26 @@ def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
 
 
-def save_joined(model: Any, modules: Mapping[str, Sequence[str]]) -> None:
-    """Let transformers save QuantLinears as the module on disk whose rows they are: name there → names in memory."""
+def save_joined(model: Any, joined: Mapping[str, Sequence[str]], apart: Mapping[str, str]) -> None:
+    """Let transformers save QuantLinears as the modules that they are on disk.
+
+    joined: name there → names in memory of those that are its rows; apart: → of one that transformers would join.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    from lowbit.nn.row_conversions import rows_converters
+    from lowbit.nn.row_conversions import renaming, rows_converters
 
-    find = Finder(model)
-    rows = [c for name, paths in modules.items() for c in rows_converters(find.renamed(name), model, paths)]
+    find, prefix = Finder(model), model.base_model_prefix
+    own: list[Any] = [
+        c for name, paths in joined.items() for c in rows_converters(find.renamed(name), model, paths)
+    ]
+    own += [renaming(f"{find.renamed(name)}.", f"{path}.", prefix) for name, path in apart.items()]
     before = getattr(model, "_weight_conversions", None)
     if before is None:  # as transformers does for a model that it has not loaded
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         before = [c for c in mapping if not isinstance(c, PrefixChange)]
-    model._weight_conversions = before + rows  # saving asks the last one first
+    model._weight_conversions = before + own  # saving asks the last one first
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:

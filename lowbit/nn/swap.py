@@ -17,11 +17,11 @@ from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.candidates import Candidate, candidates_of, is_fused_experts
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import sizes
-from lowbit.nn.joined import within_blocks
+from lowbit.nn.fused_experts import parameter, sizes
+from lowbit.nn.joined import SplitLinear, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import is_transformers_model, save_joined, stored_modules_on_disk
-from lowbit.nn.stored import QuantModule, as_format, as_scheme
+from lowbit.nn.stored import QuantModule, as_format, as_scheme, float_linear
 from lowbit.scheme import Scheme
 
 
@@ -89,6 +89,7 @@ def quantize_model(
     for part in parts:
         ignored: list[str] = []
         joined: dict[str, tuple[str, ...]] = {}
+        apart: dict[str, str] = {}
         while part.candidates:
             candidate = part.candidates.pop(0)
             name = _full_name(part.path, candidate.name)
@@ -110,8 +111,10 @@ def quantize_model(
             part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
             if candidate.rows:
                 joined[candidate.disk[0]] = candidate.rows
-        if joined:
-            save_joined(part.model, joined)
+            if isinstance(new, SplitLinear):
+                apart |= {disk: f"{candidate.name}.{i}" for i, disk in enumerate(candidate.disk)}
+        if joined or apart:
+            save_joined(part.model, joined, apart)
         if is_transformers_model(part.model) and part.layout:
             _describe(part.model, target, part.layout, ignored)
     if not quantized:
@@ -268,6 +271,8 @@ def _decisions(
         if c.projections is None:
             # A Conv1D is [in, out] here, and a Linear once it is quantized.
             shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
+            if len(c.disk) > 1:
+                shape = (shape[0] // len(c.disk), *shape[1:])
             if c.rows:
                 shape = (sum(by_name[row].shape[0] for row in c.rows), *shape[1:])
             shapes |= dict.fromkeys(c.disk, shape)
@@ -291,7 +296,7 @@ def _config_dict(model: nn.Module) -> dict[str, Any]:
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
-def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) -> QuantModule:
+def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) -> nn.Module:
     module = candidate.module
     first = next(iter(module.parameters()))
     if first.is_meta:
@@ -301,7 +306,13 @@ def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) 
             return QuantExperts.from_experts(
                 module, scheme, projections=candidate.projections, format=target, name=name
             )
-        return QuantLinear.from_linear(module, scheme, format=target, name=name)
+        if len(candidate.disk) == 1:
+            return QuantLinear.from_linear(module, scheme, format=target, name=name)
+        made = {}
+        for i, weight in enumerate(parameter(module, "weight").chunk(len(candidate.disk))):
+            part = float_linear(weight, None).train(module.training)
+            made[str(i)] = QuantLinear.from_linear(part, scheme, format=target, name=f"{name}.{i}")
+        return SplitLinear(made).train(module.training)
     except ValueError as error:
         raise InputError(str(error)) from error
 

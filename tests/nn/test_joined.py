@@ -143,7 +143,7 @@ def test_joined_weights_equal_the_dequantized_ones(kind, scheme, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
-@pytest.mark.parametrize("kind", SPLIT)
+@pytest.mark.parametrize("kind", [*SPLIT, "minimax-m3"])
 def test_in_memory_joined_weights_equal_converted_ones(kind, scheme, tmp_path):
     made(kind).save_pretrained(tmp_path / "src")
     named = dict.fromkeys(NAMED.get(kind, ()), scheme)
