@@ -42,9 +42,10 @@ def load(
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
     through accelerate, with `"auto"` within `max_memory` (device → bytes, or `"10GiB"`). What it
     puts on `"disk"`, or in memory beside an accelerator, is fetched for every use, codes and scales
-    too. `offload_folder` takes what a file of the checkpoint does not hold as it is
-    needed (experts in float). `dtype` is that of what is not quantized, and of the activations: as
-    stored when None. Raises InputError for a checkpoint that cannot be read or run.
+    too. `offload_folder` takes what a file of the checkpoint does not hold as it is needed (experts in
+    float, and rows of a matrix that the model has several of). `dtype` is that of what is not
+    quantized, and of the activations: as stored when None. Raises InputError for a checkpoint that
+    cannot be read or run.
     """
     if device is not None and device_map is not None:
         raise InputError("expected device or device_map, found both; give one of them")

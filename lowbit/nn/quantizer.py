@@ -154,12 +154,13 @@ class LowbitQuantizer(HfQuantizer):
         stored = {n: replace(m, scheme=runnable(m.scheme)) for n, m in stored.items()}
         for name, module in stored.items():
             path = find.module(module.weight)
-            paths = [path] if path is not None else find.split_into(name)
+            parent = None if path is not None else find.experts(name)
+            paths = [path] if path is not None else find.split_into(name) if parent is None else []
             if reason := _why_in_float(model, paths, name, module, tensors, find):
                 in_float[name] = reason
             elif path is not None:
                 place_linear(model, path, name, module, tensors, find)
-            elif (parent := find.experts(name)) is not None:
+            elif parent is not None:
                 experts.setdefault(parent, {})[name] = module
             elif paths:
                 place_rows(model, paths, name, module, tensors, find)
@@ -261,11 +262,9 @@ class LowbitQuantizer(HfQuantizer):
 
 def _unread(stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]) -> list[str]:
     """What quantized modules have beside what they compute with: scales of inputs that are quantized dynamically."""
-    read_of = {name: {t.rpartition(".")[2] for t in module.names.values()} for name, module in stored.items()}
-    return [
-        leaf for leaf in BESIDE_CODES
-        if any(f"{name}.{leaf}" in tensors and leaf not in read_here for name, read_here in read_of.items())
-    ]  # fmt: skip
+    read_here = {name for module in stored.values() for name in module.names.values()}
+    rest = (name.rpartition(".") for name in tensors.keys() - read_here)
+    return sorted({leaf for module, _, leaf in rest if leaf in BESIDE_CODES and module in stored})
 
 
 def _on_cpu(device_map: Any) -> bool:
