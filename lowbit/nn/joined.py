@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.granularity import Granularity, PerBlock
+from lowbit.nn.stored import float_linear
 
 
 class SplitLinear(nn.ModuleDict):
@@ -31,6 +32,12 @@ class SplitLinear(nn.ModuleDict):
                 for n, r in rows.items()
             }
         )
+
+    def to_linear(self) -> nn.Linear:
+        """The joined layer, of parts in float."""
+        weights: list[Any] = [part.weight for part in self.values()]
+        joined = float_linear(torch.cat(weights).detach(), None)
+        return joined.requires_grad_(weights[0].requires_grad).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, K] → […, N], N the sum of all rows."""

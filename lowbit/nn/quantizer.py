@@ -30,6 +30,7 @@ from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
+from lowbit.nn.joined import SplitLinear
 from lowbit.nn.linear import QuantLinear
 from lowbit.nn.names import Finder
 from lowbit.nn.placing import (
@@ -255,6 +256,9 @@ class LowbitQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, new in in_float(model, dtype or torch.float32).items():
             replace_module(model, name, new)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SplitLinear):
+                replace_module(model, name, module.to_linear())
         if hasattr(model.config, "lowbit"):  # of rotations, which the float weights have not
             del model.config.lowbit
         return model
