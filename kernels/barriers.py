@@ -39,8 +39,10 @@ def unawaited(assembly: str) -> list[str]:
         now = dict(after[at])
         if name == "s_barrier":
             found_at_barriers.update(now)
-        elif _TOUCHES.match(name):
-            now = {i: count + 1 for i, count in now.items()} | {at: 0}
+        elif name.startswith("ds_"):
+            now = {i: count + 1 for i, count in now.items()}
+            if _TOUCHES.match(name):
+                now[at] = 0
         elif name == "s_waitcnt" and (wait := re.search(r"lgkmcnt\((\d+)\)", rest)):
             now = {i: count for i, count in now.items() if count < int(wait.group(1))}
         for to in _next(name, rest, at, labels):
