@@ -172,7 +172,7 @@ def division_scale(s0: Lanes, divisor: Lanes, dividend: Lanes) -> tuple[Lanes, L
         ((divisor == 0) | (dividend == 0), None, False),
         (difference >= 96, np.where(first, 64, 0), True),
         (tiny(divisor), 64, False),
-        (tiny(wide) & tiny(quotient), np.where(first, 64, 0), True),
+        (tiny(wide) & tiny(quotient), None, False),  # NaN: what the guide says of it divides wrongly
         (tiny(wide), -64, False),
         (tiny(quotient), np.where(second, 64, 0), True),
         (_exponent(dividend) <= 23, 64, False),
@@ -195,11 +195,12 @@ def division_fma(a: Lanes, b: Lanes, c: Lanes, flag: Lanes) -> Lanes:
 
 
 def division_end(quotient: Lanes, divisor: Lanes, dividend: Lanes) -> Lanes:
-    """v_div_fixup_f32: signs, infinities, NaN and zeros."""
+    """v_div_fixup_f32: signs, infinities, NaN and zeros. A quotient beyond float32 stays what its steps made, NaN."""
     negative = np.signbit(divisor) ^ np.signbit(dividend)
     sign = np.where(negative, np.float32(-1), np.float32(1))
     out = np.abs(quotient) * sign
     infinite, zero = sign * np.float32(np.inf), sign * np.float32(0)
+    out = np.where(_exponent(dividend) - _exponent(divisor) < -150, zero, out)
     out = np.where((divisor == 0) | np.isinf(dividend), infinite, out)
     out = np.where(np.isinf(divisor) | (dividend == 0), zero, out)
     invalid = (divisor == 0) & (dividend == 0) | np.isinf(divisor) & np.isinf(dividend)
