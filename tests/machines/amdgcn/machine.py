@@ -122,7 +122,9 @@ class _Workgroup(Waves):
     def _scalar_load(self, instruction: Instruction) -> None:
         _, base, *rest = instruction.operands
         width = 4 * instruction.register(0).count
-        address = self.scalar(base, 64) + (self.scalar(rest[0]) if rest else np.uint64(0))
+        address = self.scalar(base, 64) + np.uint64(instruction.number("offset"))
+        if rest:
+            address = address + self.scalar(rest[0])
         data = np.zeros((self.count, width), np.uint8)
         for wave in np.flatnonzero(self.on):
             at = int(address[wave]) - PARAMETERS
@@ -146,7 +148,10 @@ class _Workgroup(Waves):
         name, encoding = _encoding(name)
         if name.startswith("cmp_"):
             _, how, kind = name.split("_")
-            a, b = self._sources(instruction, encoding, 1, 16 if kind.endswith("16") else 32)
+            if kind.endswith("64"):
+                a, b = (self.lanes64(o) for o in instruction.operands[1:])
+            else:
+                a, b = self._sources(instruction, encoding, 1, 16 if kind.endswith("16") else 32)
             self.put_mask(instruction.register(0), vector.compare(how, kind, a, b))
             return
         if name == "cndmask_b32":
@@ -331,20 +336,21 @@ class _Workgroup(Waves):
             out |= vector.bits_of(function(*values)) << np.uint32(16 * half)
         self.put(instruction.register(0).first, out)
 
-    _v_pk_lshlrev_b16 = _v_pk_mul_f16 = _packed_halves
+    _v_pk_lshlrev_b16 = _v_pk_mul_f16 = _v_pk_add_f16 = _packed_halves
 
     def _v_fma_mix_f32(self, instruction: Instruction) -> None:
         """Sources are float32, or where op_sel_hi says so float16 in one half."""
         values = []
         high, halves = instruction.flags("op_sel", 3, 0), instruction.flags("op_sel_hi", 3, 0)
-        for i, bits in enumerate(self._sources(instruction, "", 1)):
-            operand = instruction.operands[1 + i]
-            if halves[i] and isinstance(operand, Source) and isinstance(operand.of, Register):
-                if operand.negated or operand.absolute:
-                    raise Unknown(instruction.text)
-                values.append(vector.value(bits >> np.uint32(16 * high[i]), "h").astype(np.float32))
+        for i, operand in enumerate(instruction.operands[1:]):
+            assert isinstance(operand, Source)
+            x = self.lanes(operand)
+            if halves[i] and isinstance(operand.of, Register):
+                numbers = vector.value(x >> np.uint32(16 * high[i]), "h").astype(np.float32)
             else:
-                values.append(vector.value(bits, "f"))
+                numbers = vector.value(x, "f")
+            numbers = np.abs(numbers) if operand.absolute else numbers
+            values.append(-numbers if operand.negated else numbers)
         out = vector.PLAIN["fma_f32"][1](*values)
         if instruction.opcode == "v_fma_mix_f32":
             self.put(instruction.register(0).first, vector.bits_of(out))
@@ -400,10 +406,13 @@ class _Workgroup(Waves):
 
     def _v_cvt_scalef32_pk_bf16_fp8(self, instruction: Instruction) -> None:
         self._unscaled(instruction, 2)
+        packed = "cvt_pk_bf16_f32" if "bf16" in instruction.opcode else "cvt_pk_f16_f32"
         pair = vector.fp8_pair(
             self.lanes(instruction.operands[1]), instruction.flags("op_sel", 3, 0)[0], self.fp8
         )
-        self.put(instruction.register(0).first, vector.bfloat16_pair(pair[:, 0], pair[:, 1]))
+        self.put(instruction.register(0).first, vector.PLAIN[packed][1](pair[:, 0], pair[:, 1]))
+
+    _v_cvt_scalef32_pk_f16_fp8 = _v_cvt_scalef32_pk_bf16_fp8
 
     def _unscaled(self, instruction: Instruction, index: int) -> None:
         if (self.lanes(instruction.operands[index]) != 0x3F80_0000).any():
