@@ -72,13 +72,16 @@ def save_joined(model: Any, joined: Mapping[str, Sequence[str]], apart: Mapping[
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    from lowbit.nn.row_conversions import renaming, rows_converters
+    from lowbit.nn.row_conversions import Renamed, rows_converters
 
-    find, prefix = Finder(model), model.base_model_prefix
+    find = Finder(model)
     own: list[Any] = [
         c for name, paths in joined.items() for c in rows_converters(find.renamed(name), model, paths)
     ]
-    own += [renaming(f"{find.renamed(name)}.", f"{path}.", prefix) for name, path in apart.items()]
+    if apart:
+        own.append(
+            Renamed({find.renamed(name): path for name, path in apart.items()}, model.base_model_prefix)
+        )
     before = getattr(model, "_weight_conversions", None)
     if before is None:  # as transformers does for a model that it has not loaded
         mapping = get_model_conversion_mapping(model, add_legacy=False)

@@ -43,7 +43,7 @@ from lowbit.nn.placing import (
     why_not_rows,
 )
 from lowbit.nn.rotated import rotate_inputs
-from lowbit.nn.row_conversions import renaming, rows_converters
+from lowbit.nn.row_conversions import Renamed, rows_converters
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
@@ -200,10 +200,8 @@ class LowbitQuantizer(HfQuantizer):
             c for name, paths in self._rows.items() for c in rows_converters(renamed(name), model, paths)
         ]
         # Last, since these speak of names that the others made.
-        parts = [
-            renaming(f"{renamed(name)}.", f"{path}.", model.base_model_prefix)
-            for name, path in self._parts.items()
-        ]
+        names = {renamed(name): path for name, path in self._parts.items()}
+        parts = [Renamed(names, model.base_model_prefix)] if names else []
         return self._of_rows + kept + parts + self._moved_experts(renamings)
 
     def _without_quantized_experts(self, conversions: list, renamings: list, model: Any) -> list:

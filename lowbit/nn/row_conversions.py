@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,18 +98,12 @@ def rows_converters(source: str, model: Any, paths: Sequence[str]) -> list[Weigh
     found = {leaf: _splitting(parts, content, leaf) for content, leaf in parts[0].names.items()}
     if parts[0].stored_bias() is not None:
         found["bias"] = _splitting(parts, "bias", "bias")
-    prefix = model.base_model_prefix
-    return [
-        _scoped(
-            WeightConverter(
-                _exact(f"{source}.{leaf}", prefix),
-                [_exact(f"{path}.{leaf}", prefix) for path in paths],
-                [operation],
-            ),
-            prefix,
-        )
-        for leaf, operation in found.items()
-    ]
+    prefix, made = model.base_model_prefix, []
+    for leaf, operation in found.items():
+        source_of = _exact(f"{source}.{leaf}", prefix)
+        made.append(WeightConverter(source_of, [_exact(f"{p}.{leaf}", prefix) for p in paths], [operation]))
+        made[-1].base_model_prefix, made[-1].scope_prefix = prefix, ""
+    return made
 
 
 def _splitting(parts: Sequence[QuantLinear], content: str, leaf: str) -> SplitRows:
@@ -122,15 +116,31 @@ def _splitting(parts: Sequence[QuantLinear], content: str, leaf: str) -> SplitRo
     return SplitRows("rows", [getattr(part, leaf).shape[0] for part in parts])
 
 
-def renaming(source: str, target: str, prefix: str) -> WeightRenaming:
-    """What begins with `source` → the same with `target`; both end with a dot. `prefix`: the base model's."""
-    return _scoped(WeightRenaming(_exact(source, prefix), _exact(target, prefix)), prefix)
+class Renamed(WeightRenaming):
+    """Modules by other names, looked up: with a pattern for each, every tensor of a checkpoint would be tried on all.
+
+    `names`: after transformers' renamings → in memory; `prefix`: the base model's, which either may have.
+    """
+
+    __slots__ = ("names", "prefix")
+
+    def __init__(self, names: Mapping[str, str], prefix: str) -> None:
+        super().__init__("^$", "^$")
+        start = f"{prefix}."
+        self.names = {a.removeprefix(start): b.removeprefix(start) for a, b in names.items()}
+        self.prefix = prefix
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        module, _, leaf = source_key.rpartition(".")
+        bare = module.removeprefix(f"{self.prefix}.")
+        if bare not in self.names:
+            return source_key, None
+        self._was_used = True
+        return f"{module.removesuffix(bare)}{self.names[bare]}.{leaf}", bare
+
+    def reverse_transform(self) -> Renamed:
+        return Renamed({b: a for a, b in self.names.items()}, self.prefix)
 
 
 def _exact(name: str, prefix: str) -> str:
     return "^" + re.escape(name.removeprefix(f"{prefix}."))
-
-
-def _scoped(transform: Any, prefix: str) -> Any:
-    transform.base_model_prefix, transform.scope_prefix = prefix, ""
-    return transform
