@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.ops import (  # noqa: F401  (importing them registers the operations)
+from lowbit.ops import (  # importing them registers the operations
     eager,
     register,
     register_bfloat16,
@@ -223,6 +223,8 @@ def quantize(
     [..., ⌈K/group⌉] or [..., 1]. Equals `lowbit.quantize`: scale = absmax / largest code (1 for a
     row of zeros), codes = x / scale rounded half to even. power_of_2: scales rounded up.
     """
+    if not torch.compiler.is_compiling() and eager.applies(x):
+        return register_quantize.quantize(x, dtype, group, power_of_2)
     return _ops.quantize.default(x, dtype, group, power_of_2)
 
 
@@ -230,6 +232,8 @@ def quantize_static(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, dtype: torch.dtype
 ) -> Tensor:
     """Codes of x [..., K] under one scale [1] (and zero point int8 [1]): saturating, half to even."""
+    if not torch.compiler.is_compiling() and eager.applies(x, scale, zero_point):
+        return register_quantize.quantize_static(x, scale, zero_point, dtype)
     return _ops.quantize_static.default(x, scale, zero_point, dtype)
 
 
@@ -245,9 +249,13 @@ def rms_norm_quantize(
     """RMSNorm of h = x (+ residual), quantized: (codes, scale, h in x.dtype), see `quantize`.
 
     x, residual: [..., K] of one dtype; weight: [K]. h / √(mean(h²) + eps) is computed in float32 and
-    rounded to x.dtype, then multiplied by the weight and rounded again, as transformers does.
+    rounded to x.dtype, then multiplied by the weight and rounded again, as transformers does. A gradient
+    reaches x and residual through h.
     """
-    return _ops.rms_norm_quantize.default(x, weight, eps, residual, dtype, group)
+    arguments = (x, weight, eps, residual, dtype, group)
+    if not torch.compiler.is_compiling() and eager.applies(x, weight, residual):
+        return register_quantize.rms_norm_quantize(*arguments)
+    return _ops.rms_norm_quantize.default(*arguments)
 
 
 def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple[Tensor, Tensor]:
@@ -255,6 +263,8 @@ def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple
 
     silu is computed in float32 and rounded to x.dtype, as is the product with up, as transformers does.
     """
+    if not torch.compiler.is_compiling() and eager.applies(x):
+        return register_quantize.silu_mul_quantize(x, dtype, group)
     return _ops.silu_mul_quantize.default(x, dtype, group)
 
 

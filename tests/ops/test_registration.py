@@ -176,6 +176,42 @@ def test_gradient_of_matmul_reaches_its_bias(weight, out_dtype):
         ops.matmul(codes, trained, *arguments[2:], bias, block=(1, 0), out_dtype=out_dtype).sum().backward()
 
 
+def test_codes_and_scales_are_constants():
+    """What a gradient is asked of before them is no reason to fail: a compiled product traces its backward pass too."""
+    o = operands()
+    x, bias = o["x"].requires_grad_(), o["bias"].requires_grad_()
+    outputs = [*ops.quantize(x, INT8), *ops.silu_mul_quantize(x, dtype=FP8)]
+    outputs.append(ops.quantize_static(x, torch.tensor([0.1]), dtype=FP8))
+    assert not any(t.requires_grad for t in outputs)
+
+    def product(x, bias):
+        return ops.matmul(
+            *ops.quantize(x, INT8), o["int8"], o["channel"], bias, block=(1, 0), out_dtype=torch.float32
+        )
+
+    for run in (product, torch.compile(product, fullgraph=True, backend="aot_eager")):
+        bias.grad = x.grad = None
+        run(x, bias).sum().backward()
+        assert torch.equal(bias.grad, torch.full_like(bias, len(x))) and x.grad is None
+        run(x, bias.detach())
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_gradient_of_rms_norm_quantize_is_that_of_the_sum(added):
+    x, other = (torch.randn(3, 64, requires_grad=True) for _ in range(2))
+    grad = torch.randn(3, 64)
+
+    def run(x, other):
+        return ops.rms_norm_quantize(x, torch.ones(64), 1e-6, other if added else None, dtype=INT8)
+
+    for norm in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        x.grad = other.grad = None
+        codes, scale, total = norm(x, other)
+        assert not codes.requires_grad and not scale.requires_grad
+        total.backward(grad)
+        assert torch.equal(x.grad, grad) and (torch.equal(other.grad, grad) if added else other.grad is None)
+
+
 def test_a_float32_bias_gets_its_gradient_in_float32():
     o = operands()
     x, grad = torch.randn(100, 64, dtype=torch.bfloat16), torch.randn(100, 24, dtype=torch.bfloat16)
