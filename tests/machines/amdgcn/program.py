@@ -70,6 +70,13 @@ class Instruction:
                 found.update(operand.of.slots)
         return frozenset(found)
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether all operands are taken as they are."""
+        return not self.options and not any(
+            isinstance(o, str) or o.negated or o.absolute or o.extended for o in self.operands
+        )
+
     def register(self, index: int) -> Register:
         operand = self.operands[index]
         if not isinstance(operand, Source) or not isinstance(operand.of, Register):

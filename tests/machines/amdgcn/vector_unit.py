@@ -48,6 +48,8 @@ class VectorUnit(Waves):
         self._result(instruction, encoding, result)
 
     def _sources(self, instruction: Instruction, encoding: str, first: int, width: int = 32) -> list[Lanes]:
+        if instruction.plain:
+            return [self.lanes(operand) for operand in instruction.operands[first:]]
         found = []
         for i, operand in enumerate(instruction.operands[first:]):
             bits = self.lanes(operand)

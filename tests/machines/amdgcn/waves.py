@@ -56,6 +56,7 @@ class Waves(ABC):
         self.executing = np.ones(self.threads, bool)
         """The lanes that do: of waves that go on, those in EXEC."""
         self.whole = True
+        self.constants: dict[int, Lanes] = {}
         self.pending: list[Pending] = []
         self.busy: set[int] = set()
         """Registers that something pending writes."""
@@ -185,22 +186,18 @@ class Waves(ABC):
     # --- operands -------------------------------------------------------------------------------------------------
 
     def lanes(self, operand: Operand, word: int = 0) -> Lanes:
-        """Bits [threads] of a register, or of the word-th one of several."""
-        source = _source(operand)
-        of = source.of
+        """Bits [threads] of a register, or of the word-th one of several. Not to be written to."""
+        of = _source(operand).of
         if isinstance(of, Register):
             if word >= of.count:
                 raise Unknown(f"word {word} of {of.count}")
             at = of.first + word
-            bits = self.vectors[at] if of.vector else np.repeat(self.scalars[at], WAVE)
-        else:
-            assert isinstance(of, Immediate)
-            bits = np.full(
-                self.threads,
-                of.bits >> 32 * word & 0xFFFF_FFFF if not (word and of.of_float) else 0,
-                np.uint32,
-            )
-        return bits
+            return self.vectors[at] if of.vector else np.repeat(self.scalars[at], WAVE)
+        assert isinstance(of, Immediate)
+        bits = of.bits >> 32 * word & 0xFFFF_FFFF
+        if bits not in self.constants:
+            self.constants[bits] = np.full(self.threads, bits, np.uint32)
+        return self.constants[bits]
 
     def lanes64(self, operand: Operand) -> Lanes:
         return self.lanes(operand).astype(np.uint64) | self.lanes(operand, 1).astype(np.uint64) << np.uint64(
