@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowbit.calibration.methods import Method
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
+    from lowbit.checkpoint.rules import Selection
     from lowbit.evaluate.layerwise import Report
     from lowbit.recipe import Recipe
     from lowbit.scheme import Scheme
@@ -63,7 +64,8 @@ def calibrate(
     it is called again with the same arguments (where the method smooths, some codes may then be others
     than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share
     the work. Before the work `started` is called with the method and the windows, `warn` with what is odd: patterns
-    that match no module. Raises InputError.
+    that match no module. Raises InputError, also for a method that chooses nothing for the scheme (`absmax` for a
+    dynamic one, without a KV cache): `lowbit.convert` does that by itself.
     """
     from dataclasses import replace
 
@@ -92,13 +94,29 @@ def calibrate(
             "rounds by GPTQ"
         )
     chosen = replace(chosen, seed=seed, smooth=chosen.smooth if alpha is None else alpha)
+    selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
+    if kv_cache is None:
+        _require_effect(chosen, target, selection)
     windows, described = _windows(src, data, samples, length, seed)
     return run(
         src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
         data=described, warn=warn,
-        selection=Selection.of(ignore=ignore, keep=keep, overrides=overrides),
+        selection=selection,
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
+
+
+def _require_effect(method: Method, scheme: Scheme, selection: Selection) -> None:
+    """Raise InputError for a method that leaves all schemes asked for as a conversion by itself has them."""
+    from lowbit.scheme import get_scheme
+
+    named = (get_scheme(name) for name in selection.overrides.values() if name != "float")
+    if scheme.weights is not None and not any(method.has_effect(s) for s in (scheme, *named)):
+        raise InputError(
+            f"expected something to calibrate, found none: {method.name} chooses ranges of static activations, which "
+            f"{scheme.name} has not, and rounds weights as a conversion does by itself; convert to {scheme.name} "
+            f"without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another method: best"
+        )
 
 
 def measure(

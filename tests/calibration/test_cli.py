@@ -123,7 +123,7 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
 def test_options_come_before_what_a_recipe_says_of_data(source, tmp_path):
     (tmp_path / "other.txt").write_text((source.parent / "text.txt").read_text())
     data = {"path": str(source.parent / "text.txt"), "samples": 6, "length": 32, "seed": 3}
-    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "absmax", "data": data}))
+    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "gptq", "data": data}))
     recipe = ("--recipe", tmp_path / "r.json")
 
     def used(*options, command: str = "calibrate"):
@@ -242,12 +242,35 @@ def test_what_cannot_be_done_is_said_before_the_work(
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
 
 
+@pytest.mark.parametrize("method", ["absmax", "entropy"])
+def test_what_a_conversion_does_by_itself_is_not_calibrated(source, tmp_path, monkeypatch, method):
+    """It said `wrote c: 0 modules`, after all the data had passed."""
+    monkeypatch.setattr(LayerwiseModel, "__init__", lambda *a, **k: pytest.fail("a model was built"))
+    common = ("--method", method, "--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    for command in (("calibrate", source, "-o", tmp_path / "c"), ("convert", source, tmp_path / "c")):
+        done = lowbit(*command, "--scheme", "fp8", *common, code=2)
+        assert isinstance(done.exception, InputError) and "best" in str(done.exception)
+        assert "`lowbit convert SRC OUT --scheme fp8`" in str(done.exception)
+        assert not list(tmp_path.iterdir())
+
+
+def test_static_modules_of_a_dynamic_scheme_are_calibrated_with_data(source, tmp_path):
+    """Without any their ranges were those of the first 32 tokens of the vocabulary, and nothing said so."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8\noverrides: {'*.o_proj': int8-static}\nmethod: absmax\n")
+    calibrate = ("calibrate", source, "-o", tmp_path / "c", "--recipe", recipe)
+    done = lowbit(*calibrate, code=2)
+    assert "expected data for method absmax with scheme int8-static" in str(done.exception)
+    lowbit(*calibrate, "--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    assert store.read(tmp_path / "c").modules() == [f"model.layers.{i}.self_attn.o_proj" for i in range(3)]
+
+
 def test_patterns_that_mean_nothing_are_said(source, tmp_path):
     """As `convert` and `plan` say it; one that means what is not calibrated is no mistake."""
     common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
     said = "pattern '*.q_prj' matches no module; `lowbit plan` lists their names"
     ignore = ("--ignore", "*.q_prj", "--ignore", "lm_head", "--ignore", "model.embed_tokens")
-    calibrate = ("calibrate", source, "-m", "absmax", *common)
+    calibrate = ("calibrate", source, "-m", "mse", *common)
     done = lowbit(*calibrate, "-o", tmp_path / "a", *ignore)
     assert done.stderr.count(said) == 1 and done.stderr.count("matches no module") == 2  # the head is tied
     recipe = tmp_path / "r.yaml"
@@ -256,7 +279,7 @@ def test_patterns_that_mean_nothing_are_said(source, tmp_path):
     assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
     shown = lowbit("search", source, *common, "-o", tmp_path / "s.yaml", *ignore[:2], "--json")
     assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
-    done = lowbit("convert", source, tmp_path / "o", "--method", "absmax", *common, *ignore[:2])
+    done = lowbit("convert", source, tmp_path / "o", "--method", "mse", *common, *ignore[:2])
     assert done.stderr.count(said) == 1 and done.stderr.index(said) < len(said) + 20
     with pytest.warns(UserWarning, match="q_prj"):
         quality.search(source, source.parent / "text.txt", ignore=["*.q_prj"], samples=2, length=16)
