@@ -76,7 +76,8 @@ def plan(
     others (see `lowbit.formats`). A pattern in `ignore`, `keep` and `overrides` is a module's or parent's name,
     a glob, or `re:` and a regular expression. `ignore`: not quantized. `keep`: byte for byte as the source has
     it. `overrides`: pattern → scheme name or `float`; the first match decides.
-    `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
+    `calibration`: what `lowbit calibrate` wrote; the patterns that it was made with hold where these say nothing.
+    Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
     selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
@@ -229,7 +230,7 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
             notes.append("vLLM takes KV caches of FP8 only, and refuses a config that says INT8")
     return Replacements(
         tensors=tensors,
-        module_schemes=calibration.module_schemes,
+        selection=calibration.selection,
         kv_cache=kv_cache,
         config_overrides=overrides,
         notes=tuple(notes),

@@ -136,6 +136,7 @@ def calibrate(
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
+        "selection": asdict(selection),
         "method": method.to_dict(),
         "data": dict(data or {})
         | {

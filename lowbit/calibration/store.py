@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.files import lock
+from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ class Calibration:
     scheme: str
     """Name of the scheme that the codes were made for."""
     module_schemes: Mapping[str, str | None] = field(repr=False)
-    """Modules whose scheme differs from `scheme`; None: kept in float."""
+    """Modules of decoder layers whose scheme differs from `scheme`; None: kept in float."""
+    asked: Selection = field(repr=False)
+    """The patterns that it was made with: what they say of modules beside the layers holds for them too."""
     method: Mapping[str, Any]
     data: Mapping[str, Any]
     source: Mapping[str, Any]
@@ -89,6 +92,11 @@ class Calibration:
     """Time spent per phase, of the run that finished it."""
     complete: bool
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def selection(self) -> Selection:
+        """Of what it was made for: the schemes of its own modules, then the patterns."""
+        return self.asked.with_first({m: s or "float" for m, s in self.module_schemes.items()})
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -212,6 +220,7 @@ def read(path: str | Path) -> Calibration:
     _check_tensors(tensors, path)
     return Calibration(
         path=path, scheme=manifest["scheme"], module_schemes=manifest.get("module_schemes", {}),
+        asked=Selection.of(**manifest.get("selection", {})),
         method=manifest.get("method", {}), data=manifest.get("data", {}), source=manifest.get("source", {}),
         kv_cache=manifest.get("kv_cache", {}),
         config_overrides=manifest.get("config_overrides", {}), layers=manifest["layers"],

@@ -257,14 +257,12 @@ def _decisions(
                     f"tensors, found {name}; make {name} the scheme, and `float` the override of what is to stay"
                 )
         return decide(shapes, scheme, selection, config=source.config, fused=fused)
-    if replacements and replacements.module_schemes:
-        own = {m: s or "float" for m, s in replacements.module_schemes.items()}
-        selection = replace(selection, overrides={**selection.overrides, **own})
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,
         scheme,
         selection,
+        otherwise=replacements.selection if replacements else EVERYTHING,
         config=source.config,
         fits=target.refuse,
         left_in_float=left_by_source(shapes, stored),

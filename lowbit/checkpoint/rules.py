@@ -150,6 +150,7 @@ def decide(
     scheme: Scheme,
     selection: Selection = Selection(),
     *,
+    otherwise: Selection = Selection(),
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, joined: "",
     left_in_float: Mapping[str, str] = MappingProxyType({}),
@@ -159,6 +160,7 @@ def decide(
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
+    `otherwise` decides where `selection` says nothing: what a calibration was made for.
     An override whose pattern takes in modules that are usually quantized (all of a layer) leaves a
     router or norm among them as it is; one that names nothing else means it.
 
@@ -174,11 +176,15 @@ def decide(
         if role == "grouped" and already.get(module) == scheme.weights:
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
-    asked = _Asked(selection, fused, [m for m, (_, reason) in roles.items() if not reason])
+    usual = [m for m, (_, reason) in roles.items() if not reason]
+    asked = [_Asked(s, fused, usual) for s in (selection, otherwise)]
     decisions: dict[str, Decision] = {}
     for module, shape in weights.items():
         role, reason = roles[module]
-        decision = asked.decide(module, shape, role, kept=reason, exactly=module in wanted_in_float)
+        exactly = module in wanted_in_float
+        decision = next(
+            (d for a in asked if (d := a.decide(module, shape, role, kept=reason, exactly=exactly))), None
+        )
         stays = reason or wanted_in_float.get(module) or left_in_float.get(module) or ""
         by_rule = Decision(scheme=None if stays else scheme, role=role, reason=stays)
         decisions[module] = decision or by_rule
