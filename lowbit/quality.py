@@ -124,7 +124,7 @@ def measure(
     data: str | Path | Sequence[Tensor],
     *,
     reference: str | Path | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Calibration | None = None,
     samples: int = 64,
     length: int = 512,
     seed: int = 0,
@@ -136,9 +136,9 @@ def measure(
     where it has scales for them.
 
     With `reference`, what it was made from: also the KL divergence to it in nats per token, how often the
-    likeliest token is the same, and the error after each layer. `calibration`: `out` is evaluated with
-    that laid over it, unconverted, against itself. `data`, `samples`, `length`, `seed`, `device`: as
-    for `calibrate`. One decoder layer of each model is in memory at a time. Raises InputError.
+    likeliest token is the same, and the error after each layer. `calibration`, what `calibrate` returned or
+    wrote: `out` is evaluated with that laid over it, unconverted, against itself. `data`, `samples`, `length`,
+    `seed`, `device`: as for `calibrate`. One decoder layer of each model is in memory at a time. Raises InputError.
     """
     from lowbit.calibration import store
     from lowbit.calibration.devices import join
@@ -159,7 +159,7 @@ def measure(
     if calibration is None:
         candidate = plain(out, device=where)
     else:
-        found = store.read(calibration)
+        found = store.read(calibration) if isinstance(calibration, str | Path) else calibration
         found.require(fingerprint=store.fingerprint(out))
         candidate = calibrated(out, found, device=where)
         reference = reference or out

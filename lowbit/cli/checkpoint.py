@@ -12,6 +12,7 @@ import typer
 from lowbit.cli.output import warn
 
 if TYPE_CHECKING:
+    from lowbit.calibration.store import Calibration
     from lowbit.checkpoint.jobs import Job
     from lowbit.checkpoint.plan import Plan
     from lowbit.recipe import Recipe
@@ -107,12 +108,14 @@ def plan(
 ) -> None:
     """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
     from lowbit import api
+    from lowbit.calibration import store
     from lowbit.cli.output import print_json, say_bytes, table
 
-    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibration)
+    calibrated = None if calibration is None else store.read(calibration)
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibrated)
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
-        max_shard_size=max_shard_size, calibration=calibration,
+        max_shard_size=max_shard_size, calibration=calibrated,
     )  # fmt: skip
     print_warnings(decided, chip)
     modules = _modules(decided)
@@ -222,14 +225,13 @@ def what_is_asked(
     target: str | None,
     ignore: list[str] | None,
     keep: list[str] | None,
-    calibration: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Recipe, str | None, Accelerator | None]:
     """(the recipe of a file, or the one that the options spell out; the format; the chip).
 
     Where neither recipe nor scheme is given, the scheme is the calibration's, or else what suits the chip, and the
     chip chooses the format too. InputError for a recipe beside the options that spell one out.
     """
-    from lowbit.api import calibrated_scheme
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import get_scheme
@@ -244,7 +246,7 @@ def what_is_asked(
         return load_recipe(recipe), format, chip
     usual = chip.scheme if chip else "int8"
     if calibration is not None and scheme is None:
-        usual = calibrated_scheme(calibration)
+        usual = calibration.scheme
     try:
         name = get_scheme(usual if scheme is None else scheme).name
     except ValueError as error:

@@ -70,7 +70,7 @@ def test_eval_of_a_converted_checkpoint(source, tmp_path):
         assert all(0 < e < 0.2 for e in errors), (rotated, errors)  # also when the basis is another
 
 
-def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path):
+def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path, monkeypatch):
     calibration = tmp_path / "c"
     common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
     lowbit("calibrate", source, "-o", calibration, "-s", "int8-static", "-m", "absmax", *common)
@@ -80,6 +80,19 @@ def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path):
     planned = json.loads(lowbit("plan", source, *given, "--target", "ascend910b", "--json").output)
     assert (planned["scheme"], planned["format"]) == ("int8-static", "ascend")
     assert package.plan(source, calibration=calibration).scheme.name == "int8-static"
+    read, load = [], store.load_manifest
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "load_manifest", lambda path: read.append(path) or load(path))
+        lowbit("plan", source, *given)
+        assert read == [calibration]  # of a trillion parameters it is long
+        found = store.read(calibration)
+        one, other = (package.plan(source, calibration=c).digest() for c in (found, calibration))
+        assert one == other
+        one, other = (
+            package.measure(source, source.parent / "text.txt", samples=2, length=16, calibration=c)
+            for c in (found, calibration)
+        )
+        assert one.to_dict() == other.to_dict()
     other = lowbit("convert", source, tmp_path / "b", "--scheme", "int8", *given, code=2)
     assert "expected scheme int8-static" in str(other.exception)
     none = lowbit("plan", source, "--calibration", tmp_path / "none", code=2)
