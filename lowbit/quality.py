@@ -189,8 +189,9 @@ def search(
     in the recipe too. `recipe.notes` has the curve of bits against KL; `recipe.save` writes it for `lowbit convert
     --recipe`. The rest as for `calibrate`.
     """
+    from lowbit.calibration.choice import check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
-    from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
+    from lowbit.calibration.search import sensitivities
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:

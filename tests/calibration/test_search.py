@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.calibration.search import FLOAT, Unit, bits_of, curve, pick, recipe_of, sensitivities
+from lowbit.calibration.choice import FLOAT, Unit, bits_of, curve, pick, recipe_of
+from lowbit.calibration.search import sensitivities
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import evaluate, plain, rounded
