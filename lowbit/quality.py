@@ -179,6 +179,8 @@ def search(
     length: int = 512,
     seed: int = 0,
     device: str | torch.device = "auto",
+    state: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> Recipe:
@@ -187,7 +189,9 @@ def search(
     Or, with `max_kl`, the smallest model whose predicted KL is at most that. `candidates`: schemes to choose
     from; float is always one. Modules that engines fuse get one scheme. `ignore`: patterns of modules in float,
     in the recipe too. `recipe.notes` has the curve of bits against KL; `recipe.save` writes it for `lowbit convert
-    --recipe`. The rest as for `calibrate`.
+    --recipe`. `state`: a directory for what is measured. An interrupted search goes on in it, to the same result, when
+    it is called again with the same arguments, and another budget is chosen for without measuring again; a search of
+    something else is refused there, or replaces it with `overwrite`. The rest as for `calibrate`.
     """
     from lowbit.calibration.choice import check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
@@ -200,10 +204,10 @@ def search(
         raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
     check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
-    windows, _ = _windows(src, data, samples, length, seed)
+    windows, described = _windows(src, data, samples, length, seed)
     units = sensitivities(
         src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,
-        progress=progress, warn=warn,
+        state=state, data=described, overwrite=overwrite, progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
     return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points, ignore=ignore)

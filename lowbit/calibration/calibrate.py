@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibration import store
+from lowbit.calibration import resume, store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
@@ -138,15 +138,10 @@ def calibrate(
         "module_schemes": _exceptions(model, schemes, scheme),
         "selection": asdict(selection),
         "method": method.to_dict(),
-        "data": dict(data or {})
-        | {
-            "windows": len(windows),
-            "tokens": sum(int(w.numel()) for w in windows),
-            "digest": _digest(windows),
-        },
+        "data": described(windows, data),
         "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
-        "source": {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)},
-        "tool": _version(),
+        "source": named(source),
+        "tool": tool(),
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
@@ -161,7 +156,7 @@ def calibrate(
 
         def start() -> set[str]:
             nonlocal writer
-            held.enter_context(store.alone(out))
+            held.enter_context(resume.alone(out, store.KIND))
             writer = store.Writer(out, settings, overwrite=overwrite)
             return writer.finished
 
@@ -300,20 +295,30 @@ def _exceptions(
     return out
 
 
-def _digest(windows: Sequence[Tensor]) -> str:
-    """Tells other token ids apart: the text at a path may have changed since a run was killed."""
+def described(windows: Sequence[Tensor], data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a manifest says of windows of token ids [T], and where they come from.
+
+    A digest tells other ids apart: the text at a path may have changed since a run was killed.
+    """
     digest = hashlib.sha256()
     for window in windows:
         digest.update(window.numel().to_bytes(8, "little"))
         digest.update(window.cpu().to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    tokens = sum(int(w.numel()) for w in windows)
+    return {**(data or {}), "windows": len(windows), "tokens": tokens, "digest": digest.hexdigest()[:32]}
+
+
+def named(source: str | Path) -> dict[str, str]:
+    """What a manifest says of the source."""
+    return {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)}
 
 
 def _tied(model: LayerwiseModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def _version() -> str:
+def tool() -> str:
+    """What a manifest says that it was made by."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

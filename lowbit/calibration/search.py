@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import Warn, make_batches, module_schemes
+from lowbit.calibration.calibrate import Warn, described, make_batches, module_schemes, named, tool
 from lowbit.calibration.choice import FLOAT, Unit
-from lowbit.calibration.distributed import gathered, my_share, rank
+from lowbit.calibration.costs import Measured
+from lowbit.calibration.distributed import gathered, my_share, rank, workers
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.simulate import fake_quantize
 from lowbit.calibration.source import Source
@@ -43,13 +45,18 @@ def sensitivities(
     batch_size: int = 4,
     memory_limit: int = 4 << 30,
     seed: int = 0,
+    state: str | Path | None = None,
+    data: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     warn: Warn = warnings.warn,
 ) -> list[Unit]:
     """Predicted KL of every unit under every candidate scheme (dynamic activations), on windows of ids [T].
 
-    Workers share the windows (see `distributed`), and all return the same. `warn` is told of patterns that
-    mean nothing.
+    Workers share the windows (see `distributed`), and all return the same. `state`: a directory that keeps what
+    is measured (see `costs`), where an interrupted run goes on when it is called again with the same arguments,
+    to the same result; with others (`data` says where the windows come from) it is refused, or replaced with
+    `overwrite`. `warn` is told of patterns that mean nothing.
     """
     schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
@@ -63,67 +70,104 @@ def sensitivities(
         warn(warning)
     # A conversion has a scale per channel where blocks or groups do not fit.
     made = {s.name: module_schemes(model, s, selection) for s in schemes}
-    quantizable = list(dict.fromkeys(n for of in made.values() for n in of))
-    if not quantizable:
+    if not any(made.values()):
         raise InputError(
             f"expected at least one weight to quantize in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
-    total = 2 * len(model)
     batches = make_batches(my_share(windows), batch_size)
     if not batches:
         raise InputError("expected data to search on, found none; pass --data")
-    states = [ActivationCache(memory_limit // (len(model) + 1)) for _ in range(len(model) + 1)]
-    calls = []
-    for ids in batches:
-        call = model.embed(ids, states[0].hold)
-        states[0].append(call.hidden)
-        calls.append(call.kwargs)
-    for index in range(len(model)):
-        if progress:
-            progress(model.layer_name(index), index, total)
-        layer = model.load(index)
-        for batch, hidden in enumerate(states[index]):
-            states[index + 1].append(model.run(layer, index, hidden, calls[batch][index]))
-    if any(model.shares(call[-1]) for call in calls):
-        raise InputError(
-            f"expected decoder layers on their own, found some in {source} that use the keys and values of others, "
-            "whose cost would be counted in part; use one scheme, or a recipe of your own"
-        )
-    generator = torch.Generator().manual_seed(seed + rank())
-    gradients = [_head_gradient(model, hidden, generator) for hidden in states[-1]]
-    costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for index in reversed(range(len(model))):
-        if progress:
-            progress(model.layer_name(index), total - 1 - index, total)
-        layer, prefix = model.load(index), model.layer_name(index) + "."
-        names = [n.removeprefix(prefix) for n in quantizable if n.startswith(prefix)]
-        candidates_of = {n: {c: of[prefix + n] for c, of in made.items() if prefix + n in of} for n in names}
-        rounded = {n: _rounded(layer, n, of) for n, of in candidates_of.items()}
-        for batch, hidden in enumerate(states[index]):
+    settings = {
+        "candidates": [s.name for s in schemes], "selection": asdict(selection), "data": described(windows, data),
+        "seed": seed, "batch_size": batch_size, "workers": workers(), "source": named(source), "tool": tool(),
+    }  # fmt: skip
+    sweep = _Sweep(
+        model=model, made=made, batches=batches, limit=memory_limit // (len(model) + 1),
+        generator=torch.Generator().manual_seed(seed + rank()), progress=progress or (lambda what, done, total: None),
+    )  # fmt: skip
+    with Measured.kept(state, settings, model.device, overwrite=overwrite) as measured:
+        sweep.run(measured)
+        measured.finish()
+    tokens = sum(gathered(sum(int(b.numel()) for b in batches)))
+    costs = {module: of for layer in measured.layers.values() for module, of in layer.items()}
+    return _units(model, made, costs, tokens)
+
+
+@dataclass(kw_only=True)
+class _Sweep:
+    """Forward through the layers, whose inputs are kept, and back, where they are measured."""
+
+    model: LayerwiseModel
+    made: Mapping[str, Mapping[str, Scheme]]
+    """Candidate → our module names → the scheme that a conversion gives them."""
+    batches: Sequence[Tensor]
+    """This worker's, ids [B, T]."""
+    limit: int
+    """Bytes of each layer's inputs that are kept in memory."""
+    generator: torch.Generator
+    progress: Callable[[str, int, int], None]
+    states: list[ActivationCache] = field(default_factory=list)
+    """Hidden states before each layer, and after the last one that ran."""
+    calls: list[Sequence[dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Embed the data, which refuses what the model does not take."""
+        self.states.append(ActivationCache(self.limit))
+        for ids in self.batches:
+            call = self.model.embed(ids, self.states[0].hold)
+            self.states[0].append(call.hidden)
+            self.calls.append(call.kwargs)
+
+    def run(self, measured: Measured) -> None:
+        """Measure the layers that are not measured yet, from the last to the first."""
+        model, total = self.model, 2 * len(self.model)
+        names = [model.layer_name(i) for i in range(len(model))]
+        left, gradients = measured.begin(names, len(self.batches))
+        # What comes after the last layer is seen by the head alone.
+        for index in range(left if gradients is None else left - 1):
+            self.progress(names[index], index, total)
+            self._forward(index)
+        if gradients is None and left:
+            if any(model.shares(call[-1]) for call in self.calls):
+                raise InputError(
+                    f"expected decoder layers on their own, found some in {model.source.path} that use the keys and "
+                    "values of others, whose cost would be counted in part; use one scheme, or a recipe of your own"
+                )
+            gradients = [_head_gradient(model, hidden, self.generator) for hidden in self.states[-1]]
+        for index in reversed(range(left)):
+            assert gradients is not None
+            self.progress(names[index], total - 1 - index, total)
+            measured.add(index, names[index], self._costs(index, gradients), gradients)
+            self.states[index].close()
+
+    def _forward(self, index: int) -> None:
+        layer = self.model.load(index)
+        self.states.append(ActivationCache(self.limit))
+        for batch, hidden in enumerate(self.states[index]):
+            self.states[-1].append(self.model.run(layer, index, hidden, self.calls[batch][index]))
+
+    def _costs(self, index: int, gradients: list[Tensor]) -> dict[str, dict[str, float]]:
+        """½ Σ (g·Δ)² of every module of a layer under every candidate; `gradients` are those at its input then."""
+        layer, prefix = self.model.load(index), self.model.layer_name(index) + "."
+        candidates: dict[str, dict[str, Scheme]] = defaultdict(dict)
+        for candidate, of in self.made.items():
+            for name in (n for n in of if n.startswith(prefix)):
+                candidates[name.removeprefix(prefix)][candidate] = of[name]
+        rounded = {n: _rounded(layer, n, of) for n, of in candidates.items()}
+        costs: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for batch, hidden in enumerate(self.states[index]):
             gradients[batch], seen = _layer_gradient(
-                model, layer, hidden, calls[batch][index], gradients[batch], names
+                self.model, layer, hidden, self.calls[batch][index], gradients[batch], list(candidates)
             )
             for name, calls_of in seen.items():
                 for x, y, g in calls_of:
-                    for candidate, scheme in candidates_of[name].items():
+                    for candidate, scheme in candidates[name].items():
                         q = x if scheme.activations is None else fake_quantize(x, scheme.activations)
                         lost = nn.functional.linear(q, rounded[name][candidate]) - y
                         change = (lost * g).sum(-1).double().square().sum()
                         costs[prefix + name][candidate] += 0.5 * float(change)
-        states[index].close()
-    tokens = sum(gathered(sum(int(b.numel()) for b in batches)))
-    return _units(model, made, _summed(costs), tokens)
-
-
-def _summed(costs: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Module → scheme → cost, summed over workers in rank order."""
-    out: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for part in gathered({module: dict(of) for module, of in costs.items()}):
-        for module, of in part.items():
-            for name, cost in of.items():
-                out[module][name] += cost
-    return out
+        return costs
 
 
 def _head_gradient(model: LayerwiseModel, hidden: Tensor, generator: torch.Generator) -> Tensor:
@@ -200,7 +244,7 @@ def _units(
     units = []
     for members in groups.values():
         possible = [n for n, of in made.items() if all(m in of for m in members)]
-        cost = {n: sum(costs[m].get(n, 0.0) for m in members) / tokens for n in possible}
+        cost = {n: sum(costs.get(m, {}).get(n, 0.0) for m in members) / tokens for n in possible}
         units.append(
             Unit(
                 modules=tuple(model.disk_name(m) for m in members),

@@ -39,12 +39,18 @@ def search(
     ] = 512,
     seed: Annotated[int, typer.Option(callback=torch_seed, help="Which samples.")] = 0,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file RECIPE.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the file RECIPE, and another search in RECIPE.search."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Find a scheme per module: the least KL divergence for a mean number of bits. Writes a recipe.
 
     Modules that engines fuse get one scheme. Then:  lowbit convert SRC OUT --recipe RECIPE
+
+    What is measured is kept in RECIPE.search: a run that was killed goes on when the same command is given again, and
+    another --budget (with --overwrite) takes no measuring.
     """
     from lowbit import quality
     from lowbit.calibration.devices import join
@@ -68,8 +74,8 @@ def search(
     with steps_bar("searching", quiet=json or rank() != 0) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
-            ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where, progress=progress,
-            warn=warn,
+            ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where,
+            state=out.with_name(out.name + ".search"), overwrite=overwrite, progress=progress, warn=warn,
         )  # fmt: skip
     if rank() != 0:
         return
