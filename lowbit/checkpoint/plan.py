@@ -116,7 +116,7 @@ def make_plan(
 ) -> Plan:
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
     scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    target = _format(scheme, format)
+    target, shard_size = _format(scheme, format), parse_size(max_shard_size)
     on_disk, experts = source, split(source)
     source = experts.checkpoint
     stored = read(source.config, source.tensors)
@@ -174,7 +174,7 @@ def make_plan(
             f"{len(apart)} matrices of experts are to be in float (first: {apart[0]}), but transformers loads this "
             "model's from 3-D tensors only; convert the original checkpoint instead, or quantize them"
         )
-    shards, placed = assign(planner.groups(), parse_size(max_shard_size))
+    shards, placed = assign(planner.groups(), shard_size)
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
         for job in planner.jobs_in_order()

@@ -98,7 +98,7 @@ def convert(
         from lowbit.calibration.distributed import rank
 
         _check_options(share, calibrated, dry_run)
-        _check_before_calibrating(src, wanted, format)
+        _check_before_calibrating(src, out, wanted, format, max_shard_size, overwrite=overwrite)
         calibrated = _calibrate(
             src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json, warn=warn
         )  # fmt: skip
@@ -191,17 +191,23 @@ def _check_options(share: Part, calibration: Calibration | None, dry_run: bool) 
         )
 
 
-def _check_before_calibrating(src: Path, wanted: Recipe, format: str | None) -> None:
+def _check_before_calibrating(
+    src: Path, out: Path, wanted: Recipe, format: str | None, max_shard_size: str, *, overwrite: bool
+) -> None:
     """Raise now what would otherwise be raised when the calibration, hours maybe, has been made."""
     from lowbit import api
+    from lowbit.checkpoint.headers import open_checkpoint
+    from lowbit.checkpoint.writer import check_place
     from lowbit.errors import InputError, NotCalibratedError
     from lowbit.formats import get_format
     from lowbit.scheme import get_scheme
 
     with suppress(NotCalibratedError):
         api.plan(
-            src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides
+            src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
+            max_shard_size=max_shard_size,
         )  # fmt: skip
+    check_place(out, open_checkpoint(src), overwrite=overwrite)
     scheme, target = get_scheme(wanted.scheme), get_format(format)
     if scheme.weights is not None and (why := target.refuse(scheme, (1024, 1024), "")):
         raise InputError(

@@ -99,6 +99,20 @@ def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path, m
     assert "expected calibration.json" in str(none.exception)
 
 
+@pytest.mark.parametrize(
+    ("overwrite", "message"), [((), "give --overwrite"), (("--overwrite",), "holds none")]
+)
+def test_a_place_that_is_taken_is_said_before_it_is_calibrated(
+    source, tmp_path, monkeypatch, overwrite, message
+):
+    monkeypatch.setattr(quality, "calibrate", lambda *_, **__: pytest.fail("calibrated in vain"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    command = ("convert", source, tmp_path / "out", "--method", "gptq", "--data", source, *overwrite)
+    assert message in str(lowbit(*command, code=2).exception)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
 def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     lowbit("convert", source, tmp_path / "out", "--method", "gptq", *common)
@@ -199,6 +213,7 @@ def test_bad_input_is_named(source, tmp_path, arguments, message):
             "one scale per channel only; convert without",
         ),
         (("--scheme", "int8", "--ignore", "model.*"), "at least one weight"),
+        (("--scheme", "int8-static", "--max-shard-size", "5"), "expected a size such as"),
     ],
 )
 def test_what_cannot_be_converted_is_said_before_it_is_calibrated(

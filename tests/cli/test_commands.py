@@ -231,9 +231,11 @@ def test_a_calibration_lies_beside_the_output_whatever_that_is_called(run, src, 
         raise InputError(f"into {directory.resolve()}")
 
     (tmp_path / "here" / "x").mkdir(parents=True)
+    (tmp_path / "here" / "config.json").touch()  # a checkpoint, to be replaced
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("lowbit.cli.calibrate.run_recipe", calibrate)
-    code, _, err = run("convert", src, out, "--method", "best", "--data", src / "config.json")
+    command = ("convert", src, out, "--method", "best", "--data", src / "config.json", "--overwrite")
+    code, _, err = run(*command)
     assert code == 2 and f"into {tmp_path / 'here.calibration'}" in err
 
 
