@@ -108,10 +108,7 @@ def calibrate(
 
 def _require_effect(method: Method, scheme: Scheme, selection: Selection) -> None:
     """Raise InputError for a method that leaves all schemes asked for as a conversion by itself has them."""
-    from lowbit.scheme import get_scheme
-
-    named = (get_scheme(name) for name in selection.overrides.values() if name != "float")
-    if scheme.weights is not None and not any(method.has_effect(s) for s in (scheme, *named)):
+    if scheme.weights is not None and not any(method.has_effect(s) for s in selection.schemes(scheme)):
         raise InputError(
             f"expected something to calibrate, found none: {method.name} chooses ranges of static activations, which "
             f"{scheme.name} has not, and rounds weights as a conversion does by itself; convert to {scheme.name} "

@@ -106,6 +106,12 @@ def calibrate(
         raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; calibration has nothing to do"
         )
+    wanting = [s.name for s in selection.schemes(scheme) if method.needs_data(s)]
+    if not windows and (kv_cache is not None or wanting):
+        raise InputError(
+            f"expected data for method {method.name} with scheme {', '.join(wanting) or scheme.name}, found none; "
+            "pass --data"
+        )
     share = my_share(windows)
     reader = Source(source)
     reader.require_unrotated()
@@ -124,12 +130,6 @@ def calibrate(
         raise InputError(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
-        )
-    wanting = [s.name for s in dict.fromkeys(schemes.values()) if method.needs_data(s)]
-    if not windows and (kv_cache is not None or wanting):
-        raise InputError(
-            f"expected data for method {method.name} with scheme {', '.join(wanting) or scheme.name}, found none; "
-            "pass --data"
         )
     if started is not None:
         started(method, windows)

@@ -83,6 +83,11 @@ class Selection:
             ignore=_listed("ignore", ignore), keep=_listed("keep", keep), overrides=dict(overrides or {})
         )
 
+    def schemes(self, main: Scheme) -> list[Scheme]:
+        """`main`, and those that overrides name."""
+        named = (get_scheme(name) for name in self.overrides.values() if name != "float")
+        return list(dict.fromkeys((main, *named)))
+
     def with_first(self, overrides: Mapping[str, str]) -> Selection:
         """With these overrides before all others, so that they decide."""
         others = {p: s for p, s in self.overrides.items() if p not in overrides}
@@ -177,7 +182,7 @@ def decide(
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
     usual = [m for m, (_, reason) in roles.items() if not reason]
-    asked = [_Asked(s, fused, usual) for s in (selection, otherwise)]
+    asked = (_Asked(selection, fused, usual), _Asked(otherwise, fused, usual, calibrated=True))
     decisions: dict[str, Decision] = {}
     for module, shape in weights.items():
         role, reason = roles[module]
@@ -201,11 +206,19 @@ def decide(
 class _Asked:
     """What the user asks of a module."""
 
-    def __init__(self, selection: Selection, fused: Mapping[str, str], usual: Sequence[str]) -> None:
-        """`fused` as `decide` has it; `usual`: the modules that no rule keeps."""
+    def __init__(
+        self,
+        selection: Selection,
+        fused: Mapping[str, str],
+        usual: Sequence[str],
+        *,
+        calibrated: bool = False,
+    ) -> None:
+        """`fused` as `decide` has it; `usual`: the modules that no rule keeps; `calibrated`: it was asked then."""
         self.keep, self.ignore = Patterns(selection.keep), Patterns(selection.ignore)
         self.overrides, self.names = Patterns(selection.overrides), selection.overrides
         self.fused, self.usual = fused, usual
+        self.said = "as calibrated: " if calibrated else ""
 
     def _matching(self, patterns: Patterns, module: str) -> list[str]:
         return patterns.matching(module, *([self.fused[module]] if module in self.fused else ()))
@@ -220,9 +233,9 @@ class _Asked:
     ) -> Decision | None:
         """None: nothing. `kept`: why a rule keeps it, or ""; `exactly`: only an override of its name means it."""
         if found := self._matching(self.keep, module):
-            return Decision(scheme=None, role=role, reason=f"--keep {found[0]}", as_found=True)
+            return Decision(scheme=None, role=role, reason=f"{self.said}--keep {found[0]}", as_found=True)
         if found := self._matching(self.ignore, module):
-            return Decision(scheme=None, role=role, reason=f"--ignore {found[0]}")
+            return Decision(scheme=None, role=role, reason=f"{self.said}--ignore {found[0]}")
         if len(shape) != 2:
             return None
         for pattern in self._matching(self.overrides, module):
@@ -230,9 +243,12 @@ class _Asked:
                 continue
             name = self.names[pattern]
             chosen = get_scheme(name) if name != "float" else None
-            if chosen is None or chosen.weights is None:
-                return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
-            return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
+            if chosen is not None and chosen.weights is None:
+                chosen = None
+            reason = f"{self.said}override {pattern}" + (f": {name}" if chosen is None else "")
+            if self.said and pattern == module:  # a calibration names each of its modules
+                reason = self.said + name
+            return Decision(scheme=chosen, role=role, reason=reason)
         return None
 
 

@@ -210,10 +210,17 @@ def run_recipe(
 
 
 def _say(out: Path, report: dict[str, Any]) -> None:
-    print(f"wrote {out}: {report['modules']} modules in {report['layers']} layers, {report['seconds']:.1f} s")
+    what = {"modules": report["modules"], "KV caches": report["kv_caches"]}
+    written = " and ".join(f"{n} {name}" for name, n in what.items() if n) or "0 modules"
+    print(f"wrote {out}: {written} in {report['layers']} layers, {report['seconds']:.1f} s")
     if report["error"] is not None:
         print(
             f"squared output error of weights: {report['error']:.2e}, rounding {report['nearest_error']:.2e} (mean)"
+        )
+    if dynamic := report["left_dynamic"]:
+        print(
+            f"{len(dynamic)} modules have dynamic activations, since with static ones their outputs would keep less "
+            f"than {report['method']['dynamic_below']:g} dB (first: {dynamic[0]})"
         )
     fallbacks = report["fallbacks"]
     for said in fallbacks[:10]:
@@ -245,7 +252,7 @@ def steps_bar(label: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], 
 
 def summary(calibration: Any) -> dict[str, Any]:
     """What a finished calibration tells in a few numbers."""
-    errors, fallbacks, online = [], [], []
+    errors, fallbacks, online, dynamic = [], [], [], []
     for layer, report in calibration.layers.items():
         for module, entry in report.get("modules", {}).items():
             if "fallback" in entry:
@@ -253,11 +260,13 @@ def summary(calibration: Any) -> dict[str, Any]:
             elif entry.get("nearest_error"):
                 errors.append((entry["error"], entry["nearest_error"]))
         online += report.get("online_hadamard", [])
+        dynamic += report.get("left_dynamic", {})
     mean = [sum(column) / len(errors) for column in zip(*errors, strict=True)] if errors else [None, None]
     return {
         "path": str(calibration.path), "scheme": calibration.scheme, "method": dict(calibration.method),
         "data": dict(calibration.data), "modules": len(calibration.modules()),
         "layers": sum(1 for n in calibration.layers if n != "model"), "error": mean[0], "nearest_error": mean[1],
+        "kv_caches": sum(name.endswith(".k_scale") for name in calibration.tensors), "left_dynamic": dynamic,
         "fallbacks": fallbacks, "online_hadamard": online, "seconds": sum(calibration.seconds.values()),
         "seconds_by_phase": dict(calibration.seconds),
     }  # fmt: skip

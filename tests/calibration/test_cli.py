@@ -53,6 +53,28 @@ def test_calibrate_then_eval(source, tmp_path):
     assert "kl" not in alone and alone["perplexity"] > 1
 
 
+def test_calibrate_says_what_it_wrote(source, tmp_path):
+    """Of a calibration that had scales of KV caches only it said `0 modules`, and of modules left dynamic nothing."""
+    common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 32)
+    done = lowbit("calibrate", source, "-o", tmp_path / "a", "-m", "absmax", "--kv-cache", "fp8", *common)
+    assert f"wrote {tmp_path / 'a'}: 3 KV caches in 3 layers" in done.output
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8-static\nmethod: {name: rotate-gptq-static, dynamic_below: 200.0}\n")
+    static = ("calibrate", source, "--recipe", recipe, "--kv-cache", "int8-head", *common)
+    done = lowbit(*static, "-o", tmp_path / "b")
+    assert "21 modules and 3 KV caches in 3 layers" in done.output
+    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").output)
+    assert f"{len(found['left_dynamic'])} modules have dynamic activations" in done.output
+    assert "would keep less than 200 dB" in done.output and found["left_dynamic"][0] in done.output
+    counted = lowbit("plan", source, "--calibration", tmp_path / "b").output.partition("counted in tensors")[
+        2
+    ]
+    assert (
+        f" {len(found['left_dynamic'])}  as calibrated: int8\n" in counted
+        and "from the calibration" in counted
+    )
+
+
 def test_eval_of_a_converted_checkpoint(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--json")
     calibration = ("--calibration", tmp_path / "c")
@@ -117,6 +139,8 @@ def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     lowbit("convert", source, tmp_path / "out", "--method", "gptq", *common)
     again = ("convert", source, tmp_path / "out", "--method", "smoothquant", *common)
+    assert "give --overwrite" in str(lowbit(*again, code=2).exception)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert "found one with other method" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
