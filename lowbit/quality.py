@@ -25,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
 SEEDS = 2**63 - 1
 """The largest seed that torch takes, less or more than 0."""
+Resumed = Callable[[int, int], None]
+"""Told how many layers earlier runs had done, of how many, where they had any."""
 Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
@@ -48,6 +50,7 @@ def calibrate(
     options: RunOptions | None = None,
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> Calibration:
@@ -63,9 +66,10 @@ def calibrate(
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
     it is called again with the same arguments (where the method smooths, some codes may then be others
     than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share
-    the work. Before the work `started` is called with the method and the windows, `warn` with what is odd: patterns
-    that match no module. Raises InputError, also for a method that chooses nothing for the scheme (`absmax` for a
-    dynamic one, without a KV cache): `lowbit.convert` does that by itself.
+    the work. Before the work `started` is called with the method and the windows, `resumed` with how many layers an
+    interrupted run had done, of how many, `warn` with what is odd: patterns that match no module. Raises InputError,
+    also for a method that chooses nothing for the scheme (`absmax` for a dynamic one, without a KV cache):
+    `lowbit.convert` does that by itself.
     """
     from dataclasses import replace
 
@@ -99,9 +103,8 @@ def calibrate(
         _require_effect(chosen, target, selection)
     windows, described = _windows(src, data, samples, length, seed)
     return run(
-        src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
-        data=described, warn=warn,
-        selection=selection,
+        src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, resumed=resumed,
+        progress=progress, data=described, warn=warn, selection=selection,
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
 
@@ -178,6 +181,7 @@ def search(
     device: str | torch.device = "auto",
     state: str | Path | None = None,
     overwrite: bool = False,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> Recipe:
@@ -204,7 +208,7 @@ def search(
     windows, described = _windows(src, data, samples, length, seed)
     units = sensitivities(
         src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,
-        state=state, data=described, overwrite=overwrite, progress=progress, warn=warn,
+        state=state, data=described, overwrite=overwrite, resumed=resumed, progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
     return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points, ignore=ignore)

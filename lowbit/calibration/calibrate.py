@@ -37,6 +37,8 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+Resumed = Callable[[int, int], None]
+"""Told how many layers earlier runs had done, of how many, where they had any."""
 Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
@@ -87,6 +89,7 @@ def calibrate(
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> store.Calibration:
@@ -97,9 +100,9 @@ def calibrate(
     and rounded in passing (see `sequential`), what finished layers then hand on differs in the last bits from
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
-    the model does not allow it (see `Method.else_smooth`), `warn` of patterns that mean nothing. Raises
-    InputError for a scheme that quantizes no weights, data that is missing, and architectures
-    that cannot be run layer by layer or rotated.
+    the model does not allow it (see `Method.else_smooth`), `resumed` with what a killed run had done, `warn` of
+    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, and
+    architectures that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
     if scheme.weights is None:
@@ -161,6 +164,8 @@ def calibrate(
             return writer.finished
 
         done = decided(start, model.device)
+        if already := sum(model.layer_name(i) in done for i in range(len(model))):
+            resumed(already, len(model))
         if writer is not None and outside and store.MODEL_PART not in done:
             writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
         run.kv_cache = kv_cache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import Warn, described, make_batches, module_schemes, named, tool
+from lowbit.calibration.calibrate import Resumed, Warn, described, make_batches, module_schemes, named, tool
 from lowbit.calibration.choice import FLOAT, Unit
 from lowbit.calibration.costs import Measured
 from lowbit.calibration.distributed import gathered, my_share, rank, workers
@@ -48,6 +48,7 @@ def sensitivities(
     state: str | Path | None = None,
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    resumed: Resumed = lambda done, layers: None,
     progress: Callable[[str, int, int], None] | None = None,
     warn: Warn = warnings.warn,
 ) -> list[Unit]:
@@ -56,7 +57,7 @@ def sensitivities(
     Workers share the windows (see `distributed`), and all return the same. `state`: a directory that keeps what
     is measured (see `costs`), where an interrupted run goes on when it is called again with the same arguments,
     to the same result; with others (`data` says where the windows come from) it is refused, or replaced with
-    `overwrite`. `warn` is told of patterns that mean nothing.
+    `overwrite`. `resumed` is told what a killed run had done, `warn` of patterns that mean nothing.
     """
     schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
@@ -87,7 +88,7 @@ def sensitivities(
         generator=torch.Generator().manual_seed(seed + rank()), progress=progress or (lambda what, done, total: None),
     )  # fmt: skip
     with Measured.kept(state, settings, model.device, overwrite=overwrite) as measured:
-        sweep.run(measured)
+        sweep.run(measured, resumed)
         measured.finish()
     tokens = sum(gathered(sum(int(b.numel()) for b in batches)))
     costs = {module: of for layer in measured.layers.values() for module, of in layer.items()}
@@ -119,11 +120,13 @@ class _Sweep:
             self.states[0].append(call.hidden)
             self.calls.append(call.kwargs)
 
-    def run(self, measured: Measured) -> None:
+    def run(self, measured: Measured, resumed: Resumed) -> None:
         """Measure the layers that are not measured yet, from the last to the first."""
         model, total = self.model, 2 * len(self.model)
         names = [model.layer_name(i) for i in range(len(model))]
         left, gradients = measured.begin(names, len(self.batches))
+        if left < len(model):
+            resumed(len(model) - left, len(model))
         # What comes after the last layer is seen by the head alone.
         for index in range(left if gradients is None else left - 1):
             self.progress(names[index], index, total)

@@ -202,11 +202,22 @@ def run_recipe(
         found = quality.calibrate(
             src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,
             ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides, options=options, kv_cache=kv_cache,
-            overwrite=overwrite, started=None if quiet else started, progress=progress, warn=warn, **of,
+            overwrite=overwrite, started=None if quiet else started, resumed=say_resumed(quiet=quiet),
+            progress=progress, warn=warn, **of,
         )  # fmt: skip
     if not quiet:
         _say(out, summary(found))
     return found
+
+
+def say_resumed(*, quiet: bool) -> Callable[[int, int], None]:
+    """Says how much was done before; nothing when `quiet`."""
+
+    def say(done: int, layers: int) -> None:
+        if not quiet:
+            print(f"resumed: {done} of {layers} layers were done already and are intact")
+
+    return say
 
 
 def _say(out: Path, report: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ def search(
     from lowbit import quality
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import steps_bar
+    from lowbit.cli.calibrate import say_resumed, steps_bar
     from lowbit.cli.output import Warnings, print_json, table
     from lowbit.errors import InputError
 
@@ -71,11 +71,13 @@ def search(
         raise InputError(
             f"expected no file at {out}, where the recipe will be, found one; give another --out, or --overwrite"
         )
-    with steps_bar("searching", quiet=json or rank() != 0) as progress:
+    quiet = json or rank() != 0
+    with steps_bar("searching", quiet=quiet) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
             ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where,
-            state=out.with_name(out.name + ".search"), overwrite=overwrite, progress=progress, warn=warn,
+            state=out.with_name(out.name + ".search"), overwrite=overwrite, resumed=say_resumed(quiet=quiet),
+            progress=progress, warn=warn,
         )  # fmt: skip
     if rank() != 0:
         return

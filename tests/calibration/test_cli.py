@@ -63,6 +63,7 @@ def test_calibrate_says_what_it_wrote(source, tmp_path):
     static = ("calibrate", source, "--recipe", recipe, "--kv-cache", "int8-head", *common)
     done = lowbit(*static, "-o", tmp_path / "b")
     assert "21 modules and 3 KV caches in 3 layers" in done.output
+    assert "resumed: 3 of 3 layers were done already" in lowbit(*static, "-o", tmp_path / "b").output
     found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").output)
     assert f"{len(found['left_dynamic'])} modules have dynamic activations" in done.output
     assert "would keep less than 200 dB" in done.output and found["left_dynamic"][0] in done.output

@@ -137,10 +137,10 @@ def test_the_command_goes_on_and_chooses_again(source, tmp_path, monkeypatch):
         patched.setattr(module._Sweep, "_costs", dies)
         search("--budget", 9, code=130)
     assert not out.exists()
-    search("--budget", 9)
+    assert "resumed: 1 of 3 layers were done already" in search("--budget", 9)
     assert load_recipe(out) == quality.search(source, budget=9, **of)
     monkeypatch.setattr(module, "_layer_gradient", lambda *a: pytest.fail("measured again"))
-    search("--budget", 8.5, "--overwrite")
+    assert "resumed: 3 of 3" in search("--budget", 8.5, "--overwrite")
     assert load_recipe(out).notes["bits"] <= 8.5
 
 
