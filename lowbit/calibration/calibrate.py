@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import Rotation, make_rotation
 from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
+from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
 from lowbit.checkpoint.rules import Fits, Selection, decide, left_by_source
@@ -139,12 +139,9 @@ def calibrate(
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
-        "selection": asdict(selection),
         "method": method.to_dict(),
-        "data": described(windows, data),
         "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
-        "source": named(source),
-        "tool": tool(),
+        **settings_of(source, selection, windows, data),
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
@@ -300,33 +297,5 @@ def _exceptions(
     return out
 
 
-def described(windows: Sequence[Tensor], data: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a manifest says of windows of token ids [T], and where they come from.
-
-    A digest tells other ids apart: the text at a path may have changed since a run was killed.
-    """
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(window.numel().to_bytes(8, "little"))
-        digest.update(window.cpu().to(torch.int64).contiguous().numpy().tobytes())
-    tokens = sum(int(w.numel()) for w in windows)
-    return {**(data or {}), "windows": len(windows), "tokens": tokens, "digest": digest.hexdigest()[:32]}
-
-
-def named(source: str | Path) -> dict[str, str]:
-    """What a manifest says of the source."""
-    return {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)}
-
-
 def _tied(model: LayerwiseModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
-
-
-def tool() -> str:
-    """What a manifest says that it was made by."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"lowbit {version('lowbit')}"
-    except PackageNotFoundError:
-        return "lowbit"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import Resumed, Warn, described, make_batches, module_schemes, named, tool
+from lowbit.calibration.calibrate import Resumed, Warn, make_batches, module_schemes
 from lowbit.calibration.choice import FLOAT, Unit
 from lowbit.calibration.costs import Measured
 from lowbit.calibration.distributed import gathered, my_share, rank, workers
 from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.settings import settings_of
 from lowbit.calibration.simulate import fake_quantize
 from lowbit.calibration.source import Source
 from lowbit.checkpoint.rules import Selection, fused_key
@@ -80,8 +81,8 @@ def sensitivities(
     if not batches:
         raise InputError("expected data to search on, found none; pass --data")
     settings = {
-        "candidates": [s.name for s in schemes], "selection": asdict(selection), "data": described(windows, data),
-        "seed": seed, "batch_size": batch_size, "workers": workers(), "source": named(source), "tool": tool(),
+        "candidates": [s.name for s in schemes], "seed": seed, "batch_size": batch_size, "workers": workers(),
+        **settings_of(source, selection, windows, data),
     }  # fmt: skip
     sweep = _Sweep(
         model=model, made=made, batches=batches, limit=memory_limit // (len(model) + 1),

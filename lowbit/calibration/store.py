@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,8 @@ class Calibration:
 
     @property
     def selection(self) -> Selection:
-        """Of what it was made for: the schemes of its own modules, then the patterns."""
-        return self.asked.with_first({m: s or "float" for m, s in self.module_schemes.items()})
+        """What it was made for: its own modules as they are, others by the patterns."""
+        return replace(self.asked, calibrated={m: s or "float" for m, s in self.module_schemes.items()})
 
     def has(self, name: str) -> bool:
         return name in self.tensors

@@ -65,6 +65,8 @@ class Selection:
     """Carried byte for byte as the source has them, quantized or not."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Pattern → scheme name, or `float`: for mixed precision. The first that matches decides."""
+    calibrated: Mapping[str, str] = field(default_factory=dict)
+    """Module → the same: what a calibration made of it, before overrides; but it wants nothing of a format."""
 
     @classmethod
     def of(
@@ -182,7 +184,7 @@ def decide(
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
     usual = [m for m, (_, reason) in roles.items() if not reason]
-    asked = (_Asked(selection, fused, usual), _Asked(otherwise, fused, usual, calibrated=True))
+    asked = (_Asked(selection, fused, usual), _Asked(otherwise, fused, usual, before="as calibrated: "))
     decisions: dict[str, Decision] = {}
     for module, shape in weights.items():
         role, reason = roles[module]
@@ -212,13 +214,13 @@ class _Asked:
         fused: Mapping[str, str],
         usual: Sequence[str],
         *,
-        calibrated: bool = False,
+        before: str = "",
     ) -> None:
-        """`fused` as `decide` has it; `usual`: the modules that no rule keeps; `calibrated`: it was asked then."""
+        """`fused` as `decide` has it; `usual`: the modules that no rule keeps; `before`: what reasons begin with."""
         self.keep, self.ignore = Patterns(selection.keep), Patterns(selection.ignore)
         self.overrides, self.names = Patterns(selection.overrides), selection.overrides
         self.fused, self.usual = fused, usual
-        self.said = "as calibrated: " if calibrated else ""
+        self.calibrated, self.said = selection.calibrated, before
 
     def _matching(self, patterns: Patterns, module: str) -> list[str]:
         return patterns.matching(module, *([self.fused[module]] if module in self.fused else ()))
@@ -238,18 +240,21 @@ class _Asked:
             return Decision(scheme=None, role=role, reason=f"{self.said}--ignore {found[0]}")
         if len(shape) != 2:
             return None
+        if module in self.calibrated and not exactly:
+            return self._decision(role, self.calibrated[module], f"as calibrated: {self.calibrated[module]}")
         for pattern in self._matching(self.overrides, module):
             if pattern != module and (exactly or (kept and pattern in self.broad)):
                 continue
             name = self.names[pattern]
-            chosen = get_scheme(name) if name != "float" else None
-            if chosen is not None and chosen.weights is None:
-                chosen = None
-            reason = f"{self.said}override {pattern}" + (f": {name}" if chosen is None else "")
-            if self.said and pattern == module:  # a calibration names each of its modules
-                reason = self.said + name
-            return Decision(scheme=chosen, role=role, reason=reason)
+            decision = self._decision(role, name, f"{self.said}override {pattern}")
+            if decision.scheme is None:
+                return replace(decision, reason=f"{decision.reason}: {name}")
+            return decision
         return None
+
+    def _decision(self, role: str, name: str, reason: str) -> Decision:
+        chosen = get_scheme(name) if name != "float" else None
+        return Decision(scheme=chosen if chosen and chosen.weights else None, role=role, reason=reason)
 
 
 def simpler(scheme: Scheme) -> Scheme | None:
