@@ -63,7 +63,10 @@ def sensitivities(
     schemes = list(dict.fromkeys(get_scheme(c) for c in candidates))
     for scheme in schemes:
         if scheme.weights is None or scheme.needs_calibration:
-            raise InputError(f"expected candidates with dynamic or no activations, found {scheme.name}")
+            raise InputError(
+                f"expected candidates with dynamic or no activations, found {scheme.name}; choose such as int8 and fp8 "
+                "(float is always one)"
+            )
     reader = Source(source)
     reader.require_unrotated()
     model = LayerwiseModel(reader, device=device)
