@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# With LOWBIT_PTX kernels are compiled, and run on the machine of tests/ptx.
-os.environ.setdefault("TRITON_INTERPRET", "0" if "LOWBIT_PTX" in os.environ else "1")
+# With LOWBIT_MACHINE kernels are compiled, and run on the machine of tests/ptx.
+os.environ.setdefault("TRITON_INTERPRET", "0" if "LOWBIT_MACHINE" in os.environ else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Test modules share `sample_models`; pytest's importlib mode puts no test directory on the path.

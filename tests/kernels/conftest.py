@@ -6,7 +6,7 @@ carry, and reads fp8 NaN as 480. Hardware does
 none of that. Casts go through torch instead (its rounding is the standard's), and products
 through float64, which is exact for 8-bit codes.
 
-With LOWBIT_PTX=sm90 they are compiled instead, and run on the machine of tests/ptx.
+With LOWBIT_MACHINE=sm90 they are compiled instead, and run on the machine of tests/ptx.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from __future__ import annotations
 import os
 import sys
 
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1" and "LOWBIT_PTX" not in os.environ:
+if (
+    "triton" in sys.modules
+    and os.environ.get("TRITON_INTERPRET") != "1"
+    and "LOWBIT_MACHINE" not in os.environ
+):
     raise RuntimeError(
         "expected TRITON_INTERPRET=1 before triton is imported (tests/conftest.py sets it), found triton "
         "imported without; run pytest from the repository root"
     )
-os.environ["TRITON_INTERPRET"] = "0" if "LOWBIT_PTX" in os.environ else "1"
+os.environ["TRITON_INTERPRET"] = "0" if "LOWBIT_MACHINE" in os.environ else "1"
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from ptx import session
+from machines import session
 from triton.runtime import interpreter
 
 _TORCH = {
@@ -79,18 +83,18 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-if "LOWBIT_PTX" in os.environ:
-    MACHINE = session.begin(os.environ["LOWBIT_PTX"])
+if "LOWBIT_MACHINE" in os.environ:
+    MACHINE = session.begin(os.environ["LOWBIT_MACHINE"])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    if "LOWBIT_PTX" not in os.environ:
+    if "LOWBIT_MACHINE" not in os.environ:
         return (yield)
     with session.refusals_skip():
         return (yield)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if "LOWBIT_PTX" in os.environ:
+    if "LOWBIT_MACHINE" in os.environ:
         terminalreporter.write_line(f"{len(MACHINE.launches)} launches, compiled and run on the CPU")

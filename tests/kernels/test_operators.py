@@ -27,7 +27,7 @@ OFFSETS = [0, 3, 3, 20, 21]
 
 # What the machine of tests/ptx is; else, in the interpreter, all: sm86 runs as sm80 and sm120 as sm89, as far as
 # operations go.
-MACHINE = [name for name in TARGETS if name == os.environ.get("LOWBIT_PTX")]
+MACHINE = [name for name in TARGETS if name == os.environ.get("LOWBIT_MACHINE")]
 
 
 @pytest.fixture(params=MACHINE or [name for name in TARGETS if name not in ("sm86", "sm120")])

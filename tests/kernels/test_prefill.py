@@ -15,7 +15,7 @@ from lowbit import ops
 NAMES = ("int8", "int8-static-asym", "int8-block", "int8-weight-only", "fp8", "fp8-block", "mxfp8")
 
 
-@pytest.fixture(params=[os.environ.get("LOWBIT_PTX", "sm90")])
+@pytest.fixture(params=[os.environ.get("LOWBIT_MACHINE", "sm90")])
 def target(request):
     """With two cores: each program of a persistent kernel has several tiles."""
     with pretending(replace(get_target(request.param), cores=2)), ops.use_implementation("triton"):

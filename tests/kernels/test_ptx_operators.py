@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ptx.session import run_tests
+from machines.session import run_tests
 
 SLOW = pytest.mark.slow
 

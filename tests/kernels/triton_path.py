@@ -33,7 +33,7 @@ from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests
 
-from ptx.device import Driver
+from machines.device import Driver
 
 
 class CurrentDevice:

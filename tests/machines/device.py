@@ -1,4 +1,4 @@
-"""Triton's driver for the machine: kernels are compiled to PTX, as ever, and run on the memory of CPU tensors."""
+"""Triton's driver for the machines: kernels are compiled as ever, and run on the memory of CPU tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from .machine import Machine
+from . import amdgcn, ptx
 from .memory import Global
-from .program import Program, parse
-from .transfer import TensorMap
+from .ptx.transfer import TensorMap
 
 _PACK = {
     "i1": "b",
@@ -55,27 +54,32 @@ class Driver:
     def _properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": self._shared}
 
-    def _load(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[None, Program, int, int, int]:
-        return None, parse(ptx.decode()), 0, 0, 1024
+    def _load(self, name: str, code: bytes, shared: int, device: int) -> tuple[None, Any, int, int, int]:
+        parse = amdgcn.parse if self._target.backend == "hip" else ptx.parse
+        return None, parse(code.decode()), 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What Triton calls to launch."""
 
-        def launch(x: int, y: int, z: int, stream: int, program: Program, *rest: Any) -> None:
+        def launch(x: int, y: int, z: int, stream: int, program: Any, *rest: Any) -> None:
             arguments = rest[4:]
             assert metadata.num_ctas == 1 and not metadata.global_scratch_size, metadata
             parameters, maps, tensors = _parameters(program, source.signature, metadata, arguments)
-            Machine(program, parameters, maps, Global(tensors), metadata.shared).launch((x, y, z))
+            memory, shared = Global(tensors), metadata.shared
+            if isinstance(program, ptx.Program):
+                ptx.Machine(program, parameters, maps, memory, shared).launch((x, y, z))
+            else:
+                amdgcn.Machine(program, parameters, memory, shared).launch((x, y, z))
             self.launches.append(program.name)
 
         return launch
 
 
 def _parameters(
-    program: Program, signature: dict[str, str], metadata: Any, arguments: tuple[Any, ...]
+    program: Any, signature: dict[str, str], metadata: Any, arguments: tuple[Any, ...]
 ) -> tuple[bytes, dict[int, TensorMap], list[Tensor]]:
     """(bytes of all parameters, tensor maps by their offsets, tensors that may be touched)."""
-    block = bytearray(sum(program.parameters[list(program.parameters)[-1]]))
+    block = bytearray(program.parameter_bytes)
     places = iter(program.parameters.values())
     maps, tensors, described = {}, [], iter(metadata.tensordesc_meta or ())
 
@@ -118,10 +122,12 @@ def _tensor_map(descriptor: Any, meta: dict[str, Any]) -> TensorMap:
 def device(target: Target) -> Driver:
     """From now on Triton launches kernels on the machine, as on a device of that target. Without the interpreter."""
 
+    text, binary = ("amdgcn", "hsaco") if target.backend == "hip" else ("ptx", "cubin")
+
     def stages(backend: Any = None, found: Any = None, *_: Any) -> Any:
         if found is None:
-            return "ptx", "ptx"
-        found["cubin"] = lambda ptx, metadata: ptx.encode()
+            return text, text
+        found[binary] = lambda source, metadata: source.encode()
         return None
 
     triton.knobs.runtime.add_stages_inspection_hook = stages

@@ -10,47 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
+from ..numbers import UNSIGNED, Lanes, Unknown, bfloat16, e4m3, to_bfloat16, to_e4m3
 from .program import WIDTHS
 
-UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _TYPES: dict[str, Any] = {
     **{f"b{n}": UNSIGNED[n] for n in (8, 16, 32, 64)}, **{f"u{n}": UNSIGNED[n] for n in (8, 16, 32, 64)},
     "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
 }  # fmt: skip
-Lanes = np.ndarray
-
-
-class Unknown(Exception):
-    """An instruction that this machine does not have."""
-
-
-def bfloat16(bits: Lanes) -> Lanes:
-    """uint16 → float32, exactly."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def to_bfloat16(x: Lanes) -> Lanes:
-    """Any float → uint16, rounded to nearest, ties to even, once."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
-
-
-def e4m3(bits: Lanes) -> Lanes:
-    """uint8 → float32, exactly."""
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
-
-
-def e8m0(bits: Lanes) -> Lanes:
-    """uint8 → 2^(byte − 127), float64."""
-    return np.ldexp(1.0, bits.astype(np.int64) - 127)
-
-
-def to_e4m3(x: Lanes) -> Lanes:
-    """float32 → uint8, rounded to nearest, ties to even; what is too large becomes 448."""
-    clamped = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448.0, 448.0)
-    return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def value(bits: Lanes, kind: str) -> Lanes:

@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from .arithmetic import Lanes, Unknown, bfloat16, e4m3, e8m0
-from .memory import Fault
+from ..memory import Fault
+from ..numbers import Lanes, Unknown, bfloat16, e4m3, e8m0
 
 
 def elements(rows: np.ndarray, kind: str) -> np.ndarray:

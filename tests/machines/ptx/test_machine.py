@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.arithmetic import Unknown, compute
-from ptx.machine import Machine
-from ptx.memory import Fault, Global
-from ptx.program import parse
-from ptx.transfer import TensorMap
+from machines.memory import Fault, Global
+from machines.numbers import Unknown
+from machines.ptx.arithmetic import compute
+from machines.ptx.machine import Machine
+from machines.ptx.program import parse
+from machines.ptx.transfer import TensorMap
 
 HEAD = """
 .visible .entry kernel(

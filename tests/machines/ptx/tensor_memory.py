@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arithmetic import Unknown, e8m0
+from ..memory import Fault
+from ..numbers import Unknown, e8m0
 from .matrix import accumulate, elements, rows_along_k, swizzled
-from .memory import Fault
 from .transfer import Barriers
 
 LANES, WORDS = 128, 512

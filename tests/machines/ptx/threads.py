@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import UNSIGNED, Lanes, Unknown
-from .memory import Fault
+from ..memory import Fault
+from ..numbers import UNSIGNED, Lanes, Unknown
 from .program import Immediate, Instruction, Memory, Program, Register, Sink, Special
 
 _GARBAGE = 0x7FC0_DEAD_7FC0_DEAD

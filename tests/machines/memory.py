@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from torch import Tensor
-
-from .program import SHARED_BASE
 
 Bytes = np.ndarray
 """uint8."""
@@ -48,26 +46,30 @@ class Global:
             self._spans[index][at] = before
         self._log.clear()
 
-    def locate(self, addresses: np.ndarray, width: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """(number of each address's storage, offsets [lanes, width] in it) of `width` bytes at each address."""
-        if (addresses % width).any():
-            raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
+    def locate(
+        self, addresses: np.ndarray, width: int, what: str, alignment: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(number of each address's storage, offsets [lanes, width] in it) of `width` bytes at each address.
+
+        alignment: bytes; of all `width` where it is not given.
+        """
+        _require(addresses, width, alignment, what)
         index = np.searchsorted(self._starts, addresses, side="right") - 1
         offsets = (addresses - self._starts[index]).astype(np.int64)
         if (index < 0).any() or (offsets + width > self._sizes[index]).any():
             raise Fault(f"{what}: reads or writes outside of every tensor")
         return index, offsets[:, None] + np.arange(width)
 
-    def load(self, addresses: np.ndarray, width: int, what: str) -> Bytes:
+    def load(self, addresses: np.ndarray, width: int, what: str, alignment: int | None = None) -> Bytes:
         """[lanes, width]; the lanes of one instruction may lie in several tensors."""
-        index, at = self.locate(addresses, width, what)
+        index, at = self.locate(addresses, width, what, alignment)
         out = np.empty(at.shape, np.uint8)
         for one in np.unique(index):
             out[index == one] = self._spans[one][at[index == one]]
         return out
 
-    def store(self, addresses: np.ndarray, data: Bytes, what: str) -> None:
-        index, at = self.locate(addresses, data.shape[1], what)
+    def store(self, addresses: np.ndarray, data: Bytes, what: str, alignment: int | None = None) -> None:
+        index, at = self.locate(addresses, data.shape[1], what, alignment)
         if len(np.unique(addresses)) < len(addresses):
             order = np.argsort(addresses, kind="stable")
             same = addresses[order][1:] == addresses[order][:-1]
@@ -79,13 +81,32 @@ class Global:
             span[at[here]] = data[here]
 
 
+def _require(addresses: np.ndarray, width: int, alignment: int | None, what: str) -> None:
+    if (addresses % (alignment or width)).any():
+        raise Fault(f"{what}: {width} bytes at an address that is no multiple of {alignment or width}")
+
+
+def run_twice(memory: Global, name: str, run: Callable[[bool], None]) -> None:
+    """`run(False)`, then `run(True)` on what stood there before: what both write must agree."""
+    run(False)
+    first = memory.written()
+    memory.undo()
+    run(True)
+    second = memory.written()
+    same = first.keys() == second.keys() and all(
+        np.array_equal(a, b) for i in first for a, b in zip(first[i], second[i], strict=True)
+    )
+    if not same:
+        raise Fault(f"{name}: the result depends on when copies and products end")
+
+
 class Shared:
     """On-chip memory of one CTA. Knows which warp touched a byte since the last barrier."""
 
-    def __init__(self, size: int, warps: np.ndarray) -> None:
-        """warps: [threads], the number of each thread's."""
+    def __init__(self, size: int, warps: np.ndarray, base: int) -> None:
+        """warps: [threads], the number of each thread's. base: the address where it begins."""
         self.data = np.full(size, 0xA5, np.uint8)  # what a kernel before left
-        self._warps = warps
+        self._warps, self._base = warps, base
         self._known = np.zeros(size, bool)
         self._writer, self._reader = (np.full(size, NOBODY, np.int16) for _ in range(2))
         self._unfenced = np.zeros(size, bool)
@@ -98,11 +119,12 @@ class Shared:
         """What was written is there for the asynchronous proxy: wgmma and TMA."""
         self._unfenced.fill(False)
 
-    def offsets(self, addresses: np.ndarray, width: int, what: str) -> np.ndarray:
+    def offsets(
+        self, addresses: np.ndarray, width: int, what: str, alignment: int | None = None
+    ) -> np.ndarray:
         """[lanes, width] of `width` bytes at each address."""
-        if (addresses % width).any():
-            raise Fault(f"{what}: {width} bytes at an address that is no multiple of {width}")
-        at = addresses.astype(np.int64) - SHARED_BASE
+        _require(addresses, width, alignment, what)
+        at = addresses.astype(np.int64) - self._base
         if len(at) and (at.min() < 0 or at.max() + width > len(self.data)):
             raise Fault(f"{what}: outside of on-chip memory ({len(self.data)} bytes)")
         return at[:, None] + np.arange(width)

@@ -1,4 +1,4 @@
-"""The tests of kernels on the machine in place of Triton's interpreter: `LOWBIT_PTX=sm90 pytest tests/kernels/…`.
+"""The tests of kernels on the machine in place of Triton's interpreter: `LOWBIT_MACHINE=sm90 pytest tests/kernels/…`.
 
 Tests that ask for another target, or for codes that this one does not have, are skipped.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from ptx.device import Driver
+    from machines.device import Driver
 
 
 def begin(name: str) -> Driver:
@@ -27,7 +27,7 @@ def begin(name: str) -> Driver:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="lowbit-ptx-"))
     from lowbit.kernels import targets
 
-    from ptx.device import device
+    from machines.device import device
 
     target, pretending = targets.get_target(name), targets.pretending
     driver = device(target)
@@ -57,7 +57,7 @@ def refusals_skip() -> Iterator[None]:
 
 def run_tests(file: Path, target: str, cache: Path) -> int:
     """The tests of a file, in a process of their own → how many launches the machine ran. None of them may fail."""
-    changed = {"LOWBIT_PTX": target, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
+    changed = {"LOWBIT_MACHINE": target, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
     environment = os.environ | changed
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(

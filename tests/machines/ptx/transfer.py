@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..memory import Fault, Global, Shared
 from .matrix import swizzled
-from .memory import Fault, Global, Shared
 from .program import SHARED_BASE
 
 Copy = Callable[[], None]

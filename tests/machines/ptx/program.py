@@ -93,6 +93,10 @@ class Program:
     parameters: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Name → (offset, bytes), as a launch lays them out."""
 
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(list(self.parameters.values())[-1])
+
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)\(\s*(.*?)\)(.*?)\{\n(.*)\n\}", re.S)
 _GUARD = re.compile(r"@(!?)(\S+)\s+(.*)", re.S)
