@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .targets import Target
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 CODES = (torch.int8, *FP8)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,12 +101,22 @@ def contiguous_rows(a: Tensor) -> Tensor:
     return a if plain else a.contiguous()
 
 
-def rows_aligned(*tensors: Tensor) -> bool:
-    """True where every row of every tensor starts at a multiple of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
+def rows_aligned(*tensors: Tensor, target: Target | None = None) -> bool:
+    """True where every row of every tensor starts at a multiple of 16 bytes.
+
+    target: the one that Triton compiles for. Where it copies tiles, rows and the distances between them must be
+    multiples of 16 elements too: of an integer Triton knows no more than whether 16 divides it.
+    """
+    for t in tensors:
+        if t.data_ptr() % 16 or any(s * t.element_size() % 16 for s in t.stride()[:-1]):
+            return False
+        if (
+            target is not None
+            and target.copies_tiles
+            and any(i % 16 for i in (t.shape[-1], *t.stride()[:-1]))
+        ):
+            return False
+    return True
 
 
 def row_scale(name: str, scale: Tensor, rows: int) -> tuple[Tensor, int]:

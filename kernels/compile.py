@@ -6,8 +6,9 @@ Each launch of `compile_cases.py`, or with `--models` of `compile_models.py`, is
 Python function makes it, compiled, and the matrix instruction, registers, spills and on-chip
 memory are read from the result. A row fails
 where a low-precision product uses no low-precision matrix instruction though the target has
-one, where registers spill, where the program needs more memory than the target has, or where
-it does not compile. Rows are kept in a cache under the key of everything they depend on.
+one, where registers spill, where the program needs more memory than the target has, where (on
+AMD) a barrier does not wait for on-chip memory, or where it does not compile. Rows are kept in a
+cache under the key of everything they depend on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .barriers import unawaited
 from .compile_cases import CASES, Case
 from .inner_loop import disassemble, inner_loop
 from .record import Launch, record
@@ -210,6 +212,8 @@ def _compile_gpu(launch: Launch, target: Target) -> dict[str, Any]:
     if target.backend == "hip":
         code = compiled.asm["amdgcn"]
         found = _read_amdgcn(code)
+        if waits := unawaited(code):
+            found["failure"] = f"a barrier does not wait for on-chip memory: {', '.join(waits)}"
     else:
         code = disassemble(compiled.asm["cubin"])
         found = _read_ptx(compiled.asm["ptx"], log.getvalue())

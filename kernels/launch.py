@@ -81,7 +81,7 @@ def choose_launch(
 
     m: tokens; for `matmul_grouped` the mean per expert. group_n, group_k: the weight's block,
     where scales lie inside the sum: no tile and no step of K is larger; 0: no such limit.
-    aligned: rows start at multiples of 16 bytes (`checks.rows_aligned`); where they do not,
+    aligned: rows start at multiples of 16 bytes (`checks.rows_aligned`, with the target); where they do not,
     elements are loaded one by one: no descriptors, and smaller steps, to spare registers.
     fast_accum: fp8 sums on sm90 may stay in the matrix unit, which keeps about 14 bits of them.
     Raises ValueError with the `refusal` where there is one.
@@ -174,6 +174,9 @@ def _spare(
             block_k=min(chosen.block_k, 64), promote_k=min(chosen.promote_k, 64), tma=False,
             persistent=False,
         )  # fmt: skip
+        if target.copies_tiles:
+            # One tile might be copied and the other not: without stages nothing is copied.
+            chosen = replace(chosen, num_stages=1)
     elif n % 16 and target.backend == "cuda" and kernel != "matmul_mxfp8":
         # Results are stored one by one: addresses and masks of a larger tile would not fit the registers.
         chosen = replace(chosen, block_m=min(chosen.block_m, 64), block_n=min(chosen.block_n, 64))
@@ -231,9 +234,13 @@ def _fit(
     if group_k:
         block_k = min(block_k, _power_of_2(group_k))
     size = {"float32": 4, "float16": 2, "bfloat16": 2}
-    per_stage = block_k * (chosen.block_m * size.get(a_dtype, 1) + block_n * size.get(w_dtype, 1))
-    stages = max(1, min(chosen.num_stages, target.shared_memory // per_stage))
+    tiles = [block_k * chosen.block_m * size.get(a_dtype, 1), block_k * block_n * size.get(w_dtype, 1)]
+    stages = max(1, min(chosen.num_stages, target.shared_memory // sum(tiles)))
+    warps = chosen.num_warps
+    if target.copies_tiles:
+        # 4 bytes for each lane, of both tiles alike.
+        warps = min(warps, max(1, min(tiles) // (4 * target.warp_size)))
     return replace(
-        chosen, block_n=block_n, block_k=block_k, num_stages=stages,
+        chosen, block_n=block_n, block_k=block_k, num_stages=stages, num_warps=warps,
         promote_k=min(chosen.promote_k, block_k),
     )  # fmt: skip

@@ -186,8 +186,8 @@ def matmul(
     if launch is None:
         name = dtype_name(a.dtype)
         launch = choose_launch(
-            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target, aligned=rows_aligned(a, w),
-            fast_accum=fast_accum,
+            "matmul", m=m, n=n, k=k, a_dtype=name, w_dtype=name, target=target,
+            aligned=rows_aligned(a, w, target=target), fast_accum=fast_accum,
         )  # fmt: skip
     modes = {"A_SCALE": a_mode, "W_SCALE": w_mode, "A_ZERO": zero_mode, "HAS_BIAS": bias is not None}
     split = launch.split_k

@@ -66,7 +66,7 @@ def matmul_block(
         launch = choose_launch(
             "matmul_block", m=m, n=n, k=k, a_dtype=dtype_name(a.dtype), w_dtype=dtype_name(w.dtype),
             target=target, group_n=modes.group_n, group_k=modes.group_k,
-            aligned=rows_aligned(a, w),
+            aligned=rows_aligned(a, w, target=target),
         )  # fmt: skip
     return launch_inner(
         a, w, a_scale, w_scale, bias, out, modes,

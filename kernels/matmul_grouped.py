@@ -180,7 +180,7 @@ def matmul_grouped(
         launch = choose_launch(
             "matmul_grouped", m=-(-tokens // experts), n=n, k=k, a_dtype=dtype_name(a.dtype),
             w_dtype=dtype_name(w.dtype), target=target,
-            group_n=modes.group_n, group_k=modes.group_k, aligned=rows_aligned(a, w),
+            group_n=modes.group_n, group_k=modes.group_k, aligned=rows_aligned(a, w, target=target),
             fast_accum=fast_accum,
         )  # fmt: skip
     if modes.groups == 0:

@@ -117,7 +117,7 @@ def matmul_mxfp8(
     if launch is None:
         launch = choose_launch(
             "matmul_mxfp8", m=m, n=n, k=k, a_dtype="e4m3fn", w_dtype="e4m3fn", target=target,
-            group_n=0, group_k=0 if target.scaled_dot else GROUP, aligned=rows_aligned(a, w),
+            group_n=0, group_k=0 if target.scaled_dot else GROUP, aligned=rows_aligned(a, w, target=target),
         )  # fmt: skip
     if not target.scaled_dot:
         a, decode = weight_bytes(a, target)

@@ -71,7 +71,7 @@ def matmul_weight_only(
         launch = choose_launch(
             "matmul_weight_only", m=m, n=n, k=k, a_dtype=dtype_name(x.dtype), w_dtype=dtype_name(w.dtype),
             target=target, group_n=modes.group_n, group_k=modes.group_k,
-            aligned=rows_aligned(x, w),
+            aligned=rows_aligned(x, w, target=target),
         )  # fmt: skip
     codes, decode, convert = conversion(w, x.dtype, target)
     return launch_inner(

@@ -38,6 +38,9 @@ class Target:
     """True where tiles of a weight [N, K] are best loaded as [K, N]; elsewhere they are turned after they are loaded.
     Loaded turned, Triton on sm80 to sm89 carries 8-bit operands from step to step of K, taken apart byte by byte: more
     than half of the loop's instructions. On gfx950 it is the other way that costs instructions."""
+    copies_tiles: bool = False
+    """True where Triton's loops copy tiles from memory straight onto the chip, as far as a lane copies 4 bytes or more
+    of it, and load them through registers else. A loop that did both would be wrong: `barriers.py`."""
     cuts_bfloat16: bool = False
     """True where cutting float32 is the shortest way to bfloat16, for codes of 8 bits, which is exact."""
     tma: bool = False
@@ -79,7 +82,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="gfx950", backend="hip", arch="gfx950", warp_size=64, shared_memory=160 * _KIB, cores=256,
-            fp8="e4m3fn", scaled_dot=True, loads_turned=True,
+            fp8="e4m3fn", scaled_dot=True, loads_turned=True, copies_tiles=True,
         ),
         Target(
             name="ascend910b", backend="npu", arch="Ascend910B3", warp_size=1, shared_memory=192 * _KIB,

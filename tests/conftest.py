@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-# With LOWBIT_MACHINE kernels are compiled, and run on the machine of tests/ptx.
+# With LOWBIT_MACHINE kernels are compiled, and run on a machine of tests/machines.
 os.environ.setdefault("TRITON_INTERPRET", "0" if "LOWBIT_MACHINE" in os.environ else "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

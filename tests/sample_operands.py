@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from lowbit import ops
 from lowbit.quantize import quantize
 from lowbit.scheme import SCHEMES
 
+FP8 = torch.float8_e4m3fnuz if os.environ.get("LOWBIT_MACHINE") == "gfx942" else torch.float8_e4m3fn
+"""What kernels multiply: on the machine of gfx942 the one without negative zero."""
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.weights is not None]
 
 

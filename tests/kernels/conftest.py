@@ -6,7 +6,7 @@ carry, and reads fp8 NaN as 480. Hardware does
 none of that. Casts go through torch instead (its rounding is the standard's), and products
 through float64, which is exact for 8-bit codes.
 
-With LOWBIT_MACHINE=sm90 they are compiled instead, and run on the machine of tests/ptx.
+With LOWBIT_MACHINE=sm90, or gfx942 and so on, they are compiled instead, and run on a machine of tests/machines.
 """
 
 from __future__ import annotations

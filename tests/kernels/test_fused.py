@@ -9,6 +9,7 @@ from lowbit.kernels.fused import rms_norm_quantize, silu_mul_quantize
 from lowbit.kernels.hadamard import hadamard
 from lowbit.kernels.quantize import quantize_per_group, quantize_per_token, quantize_static
 from lowbit.kernels.targets import get_target, pretending
+from sample_operands import FP8
 from torch.nn import functional
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,7 +50,7 @@ def close(found, expected, x_dtype: torch.dtype) -> None:
     assert (difference > 0).float().mean() <= 0.02
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
 @pytest.mark.parametrize("mode", ["token", "group", "static"])
 @pytest.mark.parametrize("x_dtype", FLOATS)
 def test_rms_norm(x_dtype, mode, dtype):
@@ -75,7 +76,7 @@ def test_rms_norm_is_exact_where_the_root_is():
     assert torch.equal(halved, torch.full((3, 1), 64 / 127))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
 @pytest.mark.parametrize("mode", ["token", "group", "static"])
 @pytest.mark.parametrize("x_dtype", FLOATS)
 def test_silu_mul(x_dtype, mode, dtype):

@@ -124,6 +124,22 @@ def test_registers_are_asked_for_where_ptxas_would_spill_to_fit_one_program_more
         assert "maxnreg" not in left_alone and left_alone["num_warps"] > 1
 
 
+def test_on_gfx950_tiles_are_copied_both_or_neither():
+    """A lane copies 4 bytes or more of each; where rows may begin anywhere nothing is copied."""
+    target = get_target("gfx950")
+    for (a, w), m, group, (n, k) in itertools.product(
+        PAIRS, (1, 64, 8192), (0, 16, 32, 128), ((1, 16), (576, 7168))
+    ):
+        if refusal("matmul_weight_only", k=k, a_dtype=a, w_dtype=w, target=target) is not None:
+            continue
+        problem = {"m": m, "n": n, "k": k, "a_dtype": a, "w_dtype": w, "target": target, "group_k": group}
+        chosen = choose_launch("matmul_weight_only", **problem)
+        lanes = target.warp_size * chosen.num_warps
+        for rows, dtype in ((chosen.block_m, a), (chosen.block_n, w)):
+            assert rows * chosen.block_k * BYTES.get(dtype, 1) >= 4 * lanes
+        assert choose_launch("matmul_weight_only", aligned=False, **problem).num_stages == 1
+
+
 def test_refusals_say_why():
     def reason(kernel: str, a: str, w: str, target: str, k: int = 2048) -> str:
         return refusal(kernel, k=k, a_dtype=a, w_dtype=w, target=get_target(target)) or ""

@@ -9,6 +9,7 @@ import torch
 from lowbit.kernels.matmul import matmul
 from lowbit.kernels.targets import get_target, pretending
 from lowbit.kernels.tuned_tables import LaunchParameters
+from sample_operands import FP8
 
 M, N, K = (0, 1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 257), (1, 16, 100, 576, 971), (16, 32, 100, 496, 3884)
 # Every value of every dimension at least once; the whole product runs under `-m slow`.
@@ -64,8 +65,8 @@ def test_int8_is_bitwise_exact_on_every_shape(m, n, k):
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_fp8_is_bitwise_exact_where_sums_are(m, n, k):
-    a = torch.randint(-4, 5, (m, k)).to(torch.float8_e4m3fn)
-    w = torch.randint(-4, 5, (n, k)).to(torch.float8_e4m3fn)
+    a = torch.randint(-4, 5, (m, k)).to(FP8)
+    w = torch.randint(-4, 5, (n, k)).to(FP8)
     a_scale, w_scale, bias = powers_of_2(m, 1), powers_of_2(n, 1), torch.randint(-8, 9, (n,)).float()
     found = matmul(a, w, a_scale, w_scale, bias=bias, out_dtype=torch.float32)
     expected = (a.double() @ w.double().T) * a_scale.double() * w_scale.double().T + bias.double()
@@ -103,7 +104,7 @@ def test_every_variant_gives_the_same_bits(variant):
             assert torch.equal(found, matmul(a, w, *scales, **extra, launch=SMALL))
             expected = epilogue(exact_sum(a, w, extra["a_zero_point"]), *scales, extra["bias"])
             assert torch.equal(found, expected)
-        codes = [torch.randn(rows, k).to(torch.float8_e4m3fn) for rows in (m, n)]
+        codes = [torch.randn(rows, k).to(FP8) for rows in (m, n)]
         found = matmul(*codes, *scales, out_dtype=torch.float32, launch=launch)
         expected = (codes[0].double() @ codes[1].double().T) * scales[0] * scales[1].T
         assert (found - expected).norm() <= 1e-6 * expected.norm()
@@ -216,7 +217,7 @@ def test_nothing_to_multiply():
 def test_signal_to_noise_of_int8_and_fp8():
     x, weight = torch.randn(33, 496), torch.randn(100, 496)
     exact = x.double() @ weight.double().T
-    for dtype, largest, decibels in ((torch.int8, 127.0, 39.0), (torch.float8_e4m3fn, 448.0, 28.0)):
+    for dtype, largest, decibels in ((torch.int8, 127.0, 39.0), (FP8, torch.finfo(FP8).max, 28.0)):
         a_scale, w_scale = (t.abs().amax(1, keepdim=True) / largest for t in (x, weight))
         a, w = (
             (t / s).round() if dtype == torch.int8 else t / s for t, s in ((x, a_scale), (weight, w_scale))
@@ -230,7 +231,7 @@ def test_signal_to_noise_of_int8_and_fp8():
     [
         ({"a": int8(4, 31)}, "expected the same K"),
         ({"a": torch.randn(4, 32)}, "expected activations of dtype int8"),
-        ({"w": torch.zeros(8, 32, dtype=torch.float8_e4m3fn)}, "expected one dtype"),
+        ({"w": torch.zeros(8, 32, dtype=FP8)}, "expected one dtype"),
         ({"w": int8(32, 8).t()}, "as stored"),
         ({"a_scale": torch.ones(3, 1)}, r"expected a_scale of shape \[4, 1\] or \[1\]"),
         ({"w_scale": torch.ones(8, 1).half()}, "expected w_scale of dtype float32"),

@@ -9,6 +9,7 @@ import torch
 from lowbit.kernels.matmul_grouped import matmul_grouped
 from lowbit.kernels.targets import get_target, pretending
 from lowbit.kernels.tuned_tables import LaunchParameters
+from sample_operands import FP8
 
 COUNTS = {
     "uneven": [3, 0, 40, 1, 17],
@@ -60,7 +61,7 @@ def problem(counts: list[int], dtype: torch.dtype, n: int, k: int, block: bool, 
 
 
 @pytest.mark.parametrize("block", [False, True], ids=["channel", "block"])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=["int8", "fp8"])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_bitwise_exact(counts, dtype, block):
     arguments, expected = problem(COUNTS[counts], dtype, 36, 160, block)
@@ -70,7 +71,7 @@ def test_bitwise_exact(counts, dtype, block):
 
 def test_rows_of_other_experts_do_not_reach_a_tile():
     """Descriptors load a tile's rows and columns past the expert's end: its neighbour's, which are infinite here."""
-    arguments, expected = problem([5, 7], torch.float8_e4m3fn, 36, 160, False, torch.float16)
+    arguments, expected = problem([5, 7], FP8, 36, 160, False, torch.float16)
     arguments["a"][5:], arguments["w_scale"][1] = float("inf"), float("nan")
     for launch in (SMALL, TMA):
         found = matmul_grouped(**arguments, launch=launch)
@@ -87,7 +88,7 @@ def test_parameters_of_the_targets(name, block):
 
 @pytest.mark.parametrize("name", ["sm80", "sm90"])
 @pytest.mark.parametrize("x", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8], ids=["int8", "fp8"])
 def test_weight_only(name, x, dtype):
     arguments, expected = problem(COUNTS["uneven"], dtype, 36, 160, True, x)
     with pretending(get_target(name)):
@@ -148,17 +149,14 @@ def test_bad_arguments_are_named(change, message):
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "fp8-static", "int8-static"])
-def test_the_operation_on_a_target_without_fp8(scheme, monkeypatch):
+def test_the_operation_on_a_target_without_fp8(scheme):
     """Experts in fp8 are decoded there and get their activations as they are; int8 ones get codes."""
-    from lowbit.kernels import matmul_grouped as module
     from lowbit.kernels import targets
 
     from lowbit import ops
     from lowbit.quantize import quantize
     from lowbit.scheme import SCHEMES
 
-    for place in (targets, module):
-        monkeypatch.setattr(place, "device_target", lambda device: targets.get_target("sm80"))
     spec = SCHEMES[scheme].weights
     weights = [quantize(torch.randn(32, 64), spec) for _ in range(2)]
     static = not SCHEMES[scheme].activations.dynamic
@@ -168,7 +166,7 @@ def test_the_operation_on_a_target_without_fp8(scheme, monkeypatch):
         "block": ops.block_of(spec.granularity), "input_scale": torch.tensor([[0.02], [0.05]]) if static else None,
     }  # fmt: skip
     x, kind = torch.randn(8, 64), "tensor" if static else "token"
-    with ops.use_implementation("triton"):
+    with targets.pretending(targets.get_target("sm80")), ops.use_implementation("triton"):
         out = ops.linear_grouped(x, activations=kind, **call)
     if scheme != "int8-static":
         call["input_scale"], kind = None, "none"

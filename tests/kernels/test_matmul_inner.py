@@ -12,6 +12,7 @@ from lowbit.kernels.matmul_mxfp8 import matmul_mxfp8
 from lowbit.kernels.matmul_weight_only import matmul_weight_only
 from lowbit.kernels.targets import get_target, pretending
 from lowbit.kernels.tuned_tables import LaunchParameters
+from sample_operands import FP8
 
 M, N, K = (0, 1, 2, 15, 16, 17, 31, 33, 64, 127, 128, 257), (1, 16, 100, 576, 971), (16, 32, 100, 496, 3884)
 QUICK = [
@@ -33,7 +34,7 @@ VARIANTS = {"split": SPLIT, "persistent": PERSISTENT, "tma": TMA, "tma, split, p
 def codes(kind: str, *shape: int) -> torch.Tensor:
     """Small integers, whose products and sums are exact in float32."""
     values = torch.randint(-4, 5, shape)
-    return values.to(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    return values.to(torch.int8 if kind == "int8" else FP8)
 
 
 def powers_of_2(*shape: int) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_block_with_random_operands(kind, variant):
     if kind == "int8":
         a, w = (torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (m, n))
     else:
-        a, w = ((torch.randn(rows, k) * 100).to(torch.float8_e4m3fn) for rows in (m, n))
+        a, w = ((torch.randn(rows, k) * 100).to(FP8) for rows in (m, n))
     a_scale, w_scale = torch.rand(3, m).t(), torch.rand(2, 3)
     expected = (a.double() * expand(a_scale, m, k, (1, 128))) @ (
         w.double() * expand(w_scale, n, k, (128, 128))

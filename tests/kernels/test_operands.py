@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowbit.kernels.checks import rows_aligned
 from lowbit.kernels.operands import flattens, operands
 from lowbit.kernels.targets import TARGETS, get_target
 from lowbit.kernels.tile import AS_STORED, TMA, TURNED
@@ -37,6 +38,21 @@ def test_descriptors_where_the_layout_allows_them(a, w, described):
         assert w_rows.base.data_ptr() == w.data_ptr() and list(w_rows.shape) == [w[..., 0].numel(), 96]
     else:
         assert a_rows is a and w_rows is w and load == AS_STORED.value
+
+
+@pytest.mark.parametrize(
+    ("tensor", "sm90", "gfx950"),
+    [
+        (torch.zeros(4, 48, dtype=torch.bfloat16), True, True),
+        (torch.zeros(4, 56, dtype=torch.bfloat16)[:, :48], True, False),  # 112 bytes apart, 56 elements
+        (torch.zeros(4, 64, dtype=torch.bfloat16)[:, :40], True, False),  # masks that end anywhere
+        (torch.zeros(200, dtype=torch.bfloat16)[1:193].view(4, 48), False, False),
+        (int8(4, 40), False, False),
+    ],
+)
+def test_rows_are_aligned_as_triton_sees_it(tensor, sm90, gfx950):
+    assert rows_aligned(tensor) == rows_aligned(tensor, target=get_target("sm90")) == sm90
+    assert rows_aligned(tensor, target=get_target("gfx950")) == gfx950
 
 
 def test_a_launch_without_tma_has_tensors_and_the_target_says_how_a_tile_is_loaded():

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 OFFSETS = [0, 3, 3, 20, 21]
 
 
-# What the machine of tests/ptx is; else, in the interpreter, all: sm86 runs as sm80 and sm120 as sm89, as far as
+# What the machine of tests/machines is; else, in the interpreter, all: sm86 runs as sm80 and sm120 as sm89, as far as
 # operations go.
 MACHINE = [name for name in TARGETS if name == os.environ.get("LOWBIT_MACHINE")]
 

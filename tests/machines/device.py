@@ -93,9 +93,16 @@ def _parameters(
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
-            at, _ = next(places)
-            maps[at] = _tensor_map(value, next(described))
             tensors.append(value.base)
+            if metadata.tensordesc_meta:
+                at, _ = next(places)
+                maps[at] = _tensor_map(value, next(described))
+            else:  # a target without TMA
+                put(value.base.data_ptr(), "Q")
+                for number in (*value.shape, *value.strides):
+                    put(number, "q")
+                for flag in (value.padding == "nan", value.round_f32_to_tf32):
+                    put(flag, "b")
             for extent in value.shape:
                 put(extent, "i")
             for stride in value.strides:

@@ -5,7 +5,8 @@
     vector.py     what each lane computes
     matrix.py     v_mfma
     waves.py      a workgroup's waves: registers, masks, branches, barriers, and s_waitcnt
-    machine.py    a workgroup, its memory, and a whole launch
+    vector_unit.py, memory_unit.py    their instructions
+    machine.py    a workgroup, and a whole launch
 
 Written after AMD's "Instinct MI300" and "CDNA4" instruction set architecture guides and LLVM's "User Guide for AMDGPU
 Backend".

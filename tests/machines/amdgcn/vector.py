@@ -14,7 +14,7 @@ import torch
 
 from ..numbers import Lanes, Unknown, e4m3, to_bfloat16
 
-_VIEWS: dict[str, Any] = {"u": np.uint32, "i": np.int32, "f": np.float32}
+_VIEWS: dict[str, Any] = {"I": np.int64, "U": np.uint64, "u": np.uint32, "i": np.int32, "f": np.float32}
 _HALVES: dict[str, Any] = {"w": np.uint16, "s": np.int16, "h": np.float16}
 
 
@@ -129,6 +129,7 @@ PLAIN: dict[str, tuple[str, Callable[..., Lanes]]] = {
     "add_u16": ("ww", np.add), "sub_u16": ("ww", np.subtract), "mul_lo_u16": ("ww", np.multiply),
     "lshlrev_b16": ("ww", _shifts(np.left_shift, 16)), "lshrrev_b16": ("ww", _shifts(np.right_shift, 16)),
     "ashrrev_i16": ("ws", _shifts(np.right_shift, 16)), "mul_f16": ("hh", np.multiply), "add_f16": ("hh", np.add),
+    "max_f16": ("hh", np.fmax), "min_f16": ("hh", np.fmin),
 }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ _COMPARE: dict[str, Callable[[Lanes, Lanes], Lanes]] = {
     "nle": lambda a, b: ~(a <= b), "nlg": lambda a, b: ~((a < b) | (a > b)),
     "o": lambda a, b: ~(np.isnan(a) | np.isnan(b)), "u": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
-_KINDS = {"f32": "f", "i32": "i", "u32": "u", "f16": "h", "u16": "w", "i16": "s"}
+_KINDS = {"i64": "I", "u64": "U", "f32": "f", "i32": "i", "u32": "u", "f16": "h", "u16": "w", "i16": "s"}
 
 
 def compare(how: str, kind: str, a: Lanes, b: Lanes) -> Lanes:
@@ -171,7 +172,7 @@ def division_scale(s0: Lanes, divisor: Lanes, dividend: Lanes) -> tuple[Lanes, L
         ((divisor == 0) | (dividend == 0), None, False),
         (difference >= 96, np.where(first, 64, 0), True),
         (tiny(divisor), 64, False),
-        (tiny(wide) & tiny(quotient), np.where(first, 64, 0), True),
+        (tiny(wide) & tiny(quotient), None, False),  # NaN: what the guide says of it divides wrongly
         (tiny(wide), -64, False),
         (tiny(quotient), np.where(second, 64, 0), True),
         (_exponent(dividend) <= 23, 64, False),
@@ -194,11 +195,12 @@ def division_fma(a: Lanes, b: Lanes, c: Lanes, flag: Lanes) -> Lanes:
 
 
 def division_end(quotient: Lanes, divisor: Lanes, dividend: Lanes) -> Lanes:
-    """v_div_fixup_f32: signs, infinities, NaN and zeros."""
+    """v_div_fixup_f32: signs, infinities, NaN and zeros. A quotient beyond float32 stays what its steps made, NaN."""
     negative = np.signbit(divisor) ^ np.signbit(dividend)
     sign = np.where(negative, np.float32(-1), np.float32(1))
     out = np.abs(quotient) * sign
     infinite, zero = sign * np.float32(np.inf), sign * np.float32(0)
+    out = np.where(_exponent(dividend) - _exponent(divisor) < -150, zero, out)
     out = np.where((divisor == 0) | np.isinf(dividend), infinite, out)
     out = np.where(np.isinf(divisor) | (dividend == 0), zero, out)
     invalid = (divisor == 0) & (dividend == 0) | np.isinf(divisor) & np.isinf(dividend)

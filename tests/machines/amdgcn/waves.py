@@ -75,9 +75,7 @@ class Waves(ABC):
         groups: dict[int, np.ndarray] = {0: np.ones(self.count, bool)}
         parked: dict[int, np.ndarray] = {}
         live, back = np.ones(self.count, bool), 0
-        while groups or parked:
-            if not groups:
-                raise Fault("waves wait at a barrier that others never reach")
+        while groups:
             at = min(groups)
             self._go(groups.pop(at))
             stop = min(groups, default=len(code))
@@ -100,15 +98,16 @@ class Waves(ABC):
                         if some.any():
                             _join(groups, where, some)
                     break
-                if name == "s_endpgm":
-                    live &= ~self.on
-                    break
-                if name == "s_barrier":
-                    if (self.on | ~live).all():
+                if name in ("s_endpgm", "s_barrier"):
+                    if name == "s_endpgm":
+                        live &= ~self.on
+                    elif (self.on | ~live).all():
                         self.barrier()
                         continue
-                    _join(parked, at, self.on)
-                    if (np.logical_or.reduce(list(parked.values())) | ~live).all():
+                    else:
+                        _join(parked, at, self.on)
+                    # Waves that have ended are waited for by none.
+                    if parked and (np.logical_or.reduce(list(parked.values())) | ~live).all():
                         self.barrier()
                         for where, some in parked.items():
                             _join(groups, where, some)

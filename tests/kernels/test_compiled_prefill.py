@@ -1,8 +1,6 @@
 """Compiled kernels of many rows: large tiles, several for a program, TMA.
 
-The tests of test_prefill.py, with kernels as Triton compiles them for NVIDIA, run instruction by instruction on the CPU
-(tests/ptx), in a process for each target: sm80 (mma), sm89 and sm120 (mma of fp8, TMA, mxfp8), sm90 (wgmma, TMA), sm100
-(tcgen05 and its memory, TMA).
+The tests of test_prefill.py, as test_compiled_operators.py runs those of few rows.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from machines.session import run_tests
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("target", ["sm80", pytest.param("sm89", marks=SLOW), "sm90", "sm100", "sm120"])
+@pytest.mark.parametrize(
+    "target", ["sm80", pytest.param("sm89", marks=SLOW), "sm90", "sm100", "sm120", "gfx942", "gfx950"]
+)
 def test_the_compiled_kernels_compute_what_the_reference_does(target, tmp_path):
     assert run_tests(Path(__file__).parent / "test_prefill.py", target, tmp_path) > 30
