@@ -27,7 +27,7 @@ from lowbit.calibration.sequential import fits
 from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Fits, Selection, decide, left_by_source
+from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.formats import get_format
 from lowbit.formats.format import Joined
@@ -51,6 +51,22 @@ def module_schemes(
     Blocks that the default format does not take are what a conversion makes of them, a scale per channel.
     `fits`: a format's `refuse`, where static activations that it does not take become dynamic, too.
     """
+    return quantized_by(module_decisions(model, scheme, selection, fits=fits))
+
+
+def quantized_by(decisions: Mapping[str, Decision]) -> dict[str, Scheme]:
+    """Module → scheme of those that are quantized anew."""
+    return {
+        name: d.scheme
+        for name, d in decisions.items()
+        if d.scheme is not None and d.scheme.weights is not None and not d.as_found
+    }
+
+
+def module_decisions(
+    model: LayerwiseModel, scheme: Scheme, selection: Selection, *, fits: Fits | None = None
+) -> dict[str, Decision]:
+    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`."""
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
     for index in range(len(model)):
@@ -63,11 +79,7 @@ def module_schemes(
         shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused,
         fits=fits or _blocks_fit,
     )  # fmt: skip
-    return {
-        names[m]: d.scheme
-        for m, d in decisions.items()
-        if d.scheme is not None and d.scheme.weights is not None and not d.as_found
-    }
+    return {names[m]: d for m, d in decisions.items()}
 
 
 def _blocks_fit(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:

@@ -16,24 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calibrate import make_batches, module_decisions, module_schemes, quantized_by
 from lowbit.calibration.distributed import gathered, my_share
 from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
-from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.rules import Selection, decide, dynamic_instead, left_by_source
-from lowbit.dtypes import INT8
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
+from lowbit.evaluate.stored import install_stored, stored_input
 from lowbit.formats import get_format
-from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
-from lowbit.quantize import Quantized, quantize
+from lowbit.quantize import quantize
 from lowbit.scheme import Scheme, get_scheme
 
 LOGITS = 1 << 24
@@ -74,37 +72,13 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     stored = model.source.stored
     kv_cache = KVCache.of_config(model.source.config)
 
-    def codes_of(disk: str) -> Quantized | None:
-        """Codes and scale as they are stored, where that is a tensor each."""
-        module = stored[disk]
-        if module.spec.dtype is not INT8 or not {"codes", "scale"} <= module.names.keys():
-            return None
-        codes, scale = (model.source.raw(n) for n in (module.weight, module.scale))
-        shape = scale_shape(tuple(codes.shape), module.spec.granularity)
-        return Quantized(codes=codes, scale=scale.float().reshape(shape), zero_point=None, spec=module.spec)
-
     _round_inputs(
         model, {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
     )
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
-        layer, prefix = model.load(index), model.layer_name(index)
-        schemes: dict[str, Scheme] = {}
-        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        online: set[str] = set()
-        quantized: dict[str, Quantized] = {}
-        for name, module in layer.named_modules():
-            disk = model.disk_name(f"{prefix}.{name}")
-            if isinstance(module, nn.Linear) and disk in model.source.rotated:
-                online.add(name)
-            if not isinstance(module, nn.Linear) or disk not in stored:
-                continue
-            scheme = stored[disk].scheme
-            if scheme.activations is not None:
-                schemes[name], scales[name] = scheme, _stored_input(model, disk)
-                if multiplies_integers(scheme, module.weight) and (q := codes_of(disk)) is not None:
-                    quantized[name] = q
-        return layer, install(layer, schemes, quantized, scales, frozenset(online))
+        layer = model.load(index)
+        return layer, install_stored(model, layer, index)
 
     def scale_of(name: str) -> Tensor | None:
         """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
@@ -152,10 +126,16 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
         config_overrides=dict(calibration.config_overrides), **model_options,
     )  # fmt: skip
     scheme, selection = get_scheme(calibration.scheme), calibration.selection
-    schemes = module_schemes(model, scheme, selection, fits=get_format().refuse)
+    decisions = module_decisions(model, scheme, selection, fits=get_format().refuse)
     _round_outside(model, scheme, selection, calibration.tensors)
-    overlay = Overlay(calibration, model, schemes)
-    return Candidate(model=model, load=overlay.load, kv_hooks=overlay.kv_hooks)
+    overlay = Overlay(calibration, model, quantized_by(decisions))
+    kept = {n for n, d in decisions.items() if d.as_found}
+
+    def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
+        layer, quantizers = overlay.load(index)
+        return layer, {**quantizers, **install_stored(model, layer, index, kept.__contains__)}
+
+    return Candidate(model=model, load=load, kv_hooks=overlay.kv_hooks)
 
 
 @torch.no_grad()
@@ -180,7 +160,9 @@ def _round_outside(
     if dynamic := dynamic_instead(decisions, stored, calibrated):
         decisions = decided(selection.with_first(dynamic))
     for disk, decision in decisions.items():
-        if decision.scheme is not None and decision.scheme.weights is not None:
+        if decision.as_found and disk in stored:
+            found[linears[disk][0]] = stored[disk].scheme
+        elif decision.scheme is not None and decision.scheme.weights is not None:
             name, module = linears[disk]
             module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
             found[name] = decision.scheme
@@ -199,27 +181,9 @@ def _round_inputs(model: LayerwiseModel, schemes: Mapping[str, Scheme]) -> None:
     quantizers = {}
     for name, scheme in schemes.items():
         if (spec := scheme.activations) is not None:
-            scales = (None, None) if spec.dynamic else _stored_input(model, model.disk_name(name))
+            scales = (None, None) if spec.dynamic else stored_input(model, model.disk_name(name))
             quantizers[name] = ActivationQuantizer(spec, *scales)
     attach(model.model, quantizers)
-
-
-def _stored_input(model: LayerwiseModel, disk: str) -> tuple[Tensor | None, Tensor | None]:
-    """(scale [1], zero point [1]) of a stored module's static activations; (None, None) where they are dynamic."""
-    stored = model.source.stored[disk]
-    if stored.scheme.activations is None or stored.scheme.activations.dynamic:
-        return None, None
-    if "input_scale" not in stored.names:
-        raise InputError(
-            f"{disk}: expected a scale of its input, which {stored.scheme.name} has, found none in "
-            f"{model.source.path}; the checkpoint is incomplete: fetch it again"
-        )
-
-    def number(name: str) -> Tensor:
-        return model.source.raw(name).float().reshape(1).to(model.device)
-
-    zero = stored.names.get("input_zero_point")
-    return number(stored.names["input_scale"]), None if zero is None else number(zero)
 
 
 @torch.no_grad()
