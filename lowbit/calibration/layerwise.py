@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lowbit.calibration.calls import INSTEAD, Hold, LayerCall, Recorder, Stub, moved, shared_states
 from lowbit.calibration.devices import choose_device
 from lowbit.calibration.experts import fused_modules, unfuse
-from lowbit.calibration.joined import SplitLinear, part_name
 from lowbit.calibration.kv_cache import KEYS
-from lowbit.calibration.names import CheckpointNames
+from lowbit.calibration.names import CheckpointNames, part_name
 from lowbit.calibration.positions import longest_text
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 from lowbit.nn.integration import require_transformers
+from lowbit.nn.joined import SplitLinear
 
 Override = Callable[[str], Tensor | None]
 """Checkpoint name → a tensor that takes its place, or None."""
@@ -183,7 +183,7 @@ class LayerwiseModel:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear) and (of := self._names.apart.get(f"{prefix}.{name}.weight")):
                 rows = {part_name(t): self.source.rows(t) for t in of}
-                layer.set_submodule(name, SplitLinear(module, rows))
+                layer.set_submodule(name, SplitLinear.like(module, rows))
         return layer
 
     @torch.no_grad()

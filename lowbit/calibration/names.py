@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lowbit.calibration.joined import converter_of, joined_along, part_name
+from lowbit.nn.joined import converted_by, joined_along
 from lowbit.nn.names import ROLES
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)(?P<rest>\..+)?$")
@@ -37,15 +37,13 @@ class CheckpointNames:
             name = _as_in(name, parts, prefix)
             self._tensors[name] = disk
             whole = name.removesuffix("_packed")
-            found = None if _is_in(whole, parts) else converter_of(whole, converters)
+            found = None if _is_in(whole, parts) else converted_by(whole, converters)
             if found is not None:
-                converter, target, pattern = found
-                target, dim = _as_in(target, parts, prefix), joined_along(converter)
+                target, dim = _as_in(found.target, parts, prefix), joined_along(found.converter)
                 if dim is None:
                     self.otherwise[_beside(target)] = disk
                 else:
-                    position = converter.source_patterns.index(pattern)
-                    places.setdefault(target, {})[position] = disk.removesuffix("_packed")
+                    places.setdefault(target, {})[found.place] = disk.removesuffix("_packed")
                     dims[target] = dim
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
@@ -80,6 +78,11 @@ class CheckpointNames:
             return self._modules[name]
         parent, _, leaf = name.rpartition(".")
         return f"{self._modules[parent]}.{leaf}" if parent in self._modules else name
+
+
+def part_name(tensor: str) -> str:
+    """What a part is called within its `SplitLinear`: of `….mlp.gate_proj.weight`, `gate_proj`."""
+    return tensor.split(".")[-2]
 
 
 def _plain_expert(name: str) -> str:

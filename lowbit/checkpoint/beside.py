@@ -20,15 +20,14 @@ BESIDE_CODES = (
 """Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
 `input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
 
-_OF_ATTENTION = re.compile(
-    r".*\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)"
-)
+OF_ATTENTION = r"\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)$"
+"""Ends of names: see `is_of_attention`."""
 _OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.output_scale")
 
 
 def is_of_attention(name: str) -> bool:
     """Whether a tensor is a scale or zero point by which attention quantizes queries, or what it caches."""
-    return _OF_ATTENTION.fullmatch(name) is not None
+    return re.search(OF_ATTENTION, name) is not None
 
 
 def name_of_attention(name: str) -> str:

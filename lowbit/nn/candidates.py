@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
-from lowbit.nn.fused_experts import parameter, refusal
+from lowbit.nn.fused_experts import has_weights, parameter, refusal
 from lowbit.nn.linear import is_conv1d
 from lowbit.nn.names import Finder, expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule
@@ -22,10 +22,12 @@ class Candidate:
     name: str
     module: nn.Module
     disk: tuple[str, ...]
-    """The modules that it is on disk: itself, or each expert's projections."""
+    """The modules that it is on disk: itself, each expert's projections, or several that are its rows in this order."""
     shape: tuple[int, ...]
     projections: Mapping[str, str] | None = None
     """Fused experts: gate, up, down → their names on disk."""
+    rows: tuple[str, ...] = ()
+    """The modules, this one among them, whose weights are the rows of one matrix on disk, in their order."""
     fused: Mapping[str, str] = field(default_factory=dict)
     """Of fused experts that are so on disk too: module of one expert → that of the 3-D tensor that holds it there."""
 
@@ -58,10 +60,16 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
     found: list[Candidate] = []
     unfit: dict[str, str] = {}
     for name, module in weights.items():
-        on_disk = (module_of(disk[full_name(name, "weight")][0]),)
         weight = module.weight
         assert isinstance(weight, Tensor)
-        found.append(Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape)))
+        on_disk = tuple(module_of(t) for t in disk[full_name(name, "weight")])
+        parts = find is not None and _has_parts(name, module, tied, on_disk, find)
+        on_disk = on_disk if parts else on_disk[:1]
+        rows = find.split_into(on_disk[0]) if find is not None else []
+        rows = rows if name in rows and all(_divided(weights.get(row), tied, row) for row in rows) else []
+        found.append(
+            Candidate(name=name, module=module, disk=on_disk, shape=tuple(weight.shape), rows=tuple(rows))
+        )
         if weight.dim() == 2 and not isinstance(module, nn.Linear) and not is_conv1d(module):
             unfit[name] = f"a {type(module).__name__}, not a Linear"
         elif weight.dim() == 2 and "weight" not in module._parameters:
@@ -70,7 +78,12 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             unfit[name] = f"its weight is {weight.dtype}, no float: codes of another library, perhaps"
         elif isinstance(module, nn.Linear) and not _is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
-        elif weight.dim() == 2 and find is not None and find.reshapes(f"{on_disk[0]}.weight"):
+        elif (
+            weight.dim() == 2
+            and find is not None
+            and not (rows or parts)
+            and find.reshapes(f"{on_disk[0]}.weight")
+        ):
             unfit[name] = "transformers saves it joined, split or transposed, which codes do not survive"
         elif name in tied and weight.dim() == 2:
             unfit[name] = f"its weight is tied to {tied[name]}"
@@ -81,6 +94,8 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
         whole = {} if problem else {p: module_of(t) for t in tensors for p in part_names(t, shape[0])}
         tensors = [f"{p}.weight" for p in whole] or tensors
         projections = expert_names(tensors)
+        if projections:
+            tensors = [t for t in tensors if has_weights(module, module_of(t))]
         if problem:
             unfit[name] = problem
         elif not projections:
@@ -96,6 +111,23 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             )
         )
     return found, unfit
+
+
+def _has_parts(
+    name: str, module: nn.Module, tied: Mapping[str, str], disk: tuple[str, ...], find: Finder
+) -> bool:
+    """Whether a Linear is several modules on disk that can be quantized each by itself."""
+    places = [(name, i, len(disk)) for i in range(len(disk))]
+    joined = len(disk) > 1 and [find.joined_into(d) for d in disk] == places
+    return joined and _divided(module, tied, name) and module.bias is None
+
+
+def _divided(module: nn.Module | None, tied: Mapping[str, str], name: str) -> bool:
+    """Whether it can be quantized with others that are one matrix with it on disk, or in parts."""
+    return (
+        isinstance(module, nn.Linear) and _is_plain(module) and name not in tied
+        and "weight" in module._parameters and module.weight.dtype in ANY_FLOAT
+    )  # fmt: skip
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from lowbit import ops
 from lowbit.formats import Format
-from lowbit.nn.fused_experts import activation, fused_weight, own_gate, parameter, refusal, sizes
+from lowbit.nn.fused_experts import (
+    activation,
+    fused_weight,
+    identity_experts,
+    own_gate,
+    parameter,
+    refusal,
+    sizes,
+)
 from lowbit.nn.offload import follow_offloading
 from lowbit.nn.stacked import StackedModule
 from lowbit.nn.static import Operands, StaticOperands, check_zeros
@@ -37,7 +45,8 @@ class QuantExperts(StackedModule):
     """Drop-in for transformers' fused experts, called as `experts(hidden, top_k_index, top_k_weights)`.
 
     hidden [T, H] in a float dtype, indices [T, k], weights [T, k] → [T, H]. An index of
-    `num_experts` (expert parallelism's mark for another rank's expert) contributes nothing.
+    `num_experts` (expert parallelism's mark for another rank's expert) contributes nothing; where there are
+    `identity_experts` (LongCat-Flash), those that follow the others return hidden itself, and have no weights.
     Llama 4 calls `experts(hidden)` with the rows of all experts, in their order: [E·T, H] → [E·T, H].
 
     Each projection is one stacked buffer [E, N, K] with its scales. The state_dict is that of
@@ -76,6 +85,7 @@ class QuantExperts(StackedModule):
         assert self.scheme.weights is not None
         self._block = ops.block_of(self.scheme.weights.granularity)
         self._activations = ops.activations_of(self.scheme)
+        self.identity_experts = 0
         self.act_fn = act_fn
         self.apply_gate: Callable[..., Tensor] | None = None
         self.projections = dict(projections or {p: f"{p}_proj" for p in PROJECTIONS})
@@ -155,6 +165,7 @@ class QuantExperts(StackedModule):
             count, hidden, intermediate, scheme=scheme, act_fn=activation(experts), projections=found,
             format=format, names=names, device=down.device, float_dtype=float_dtype,
         )  # fmt: skip
+        module.identity_experts = identity_experts(experts)
         if gate is not None:
             # A gate of the model's own (a clamp, say), with the plain attributes that it reads.
             module.apply_gate = gate
@@ -243,7 +254,16 @@ class QuantExperts(StackedModule):
         out = self._product("down", middle, offsets).to(torch.float32) * weights[order, None]
         # Back to the tokens' order, and a sum in a fixed order: index_add is not deterministic on GPUs.
         out = torch.zeros_like(out).index_copy(0, order, out)
-        return out.view(tokens, choices, self.hidden_size).sum(1).to(out_dtype)
+        out = out.view(tokens, choices, self.hidden_size).sum(1)
+        if self.identity_experts:
+            passes = (top_k_index >= self.num_experts) & (
+                top_k_index < self.num_experts + self.identity_experts
+            )
+            share = torch.where(passes, top_k_weights.view_as(top_k_index).to(torch.float32), 0.0).sum(
+                1, keepdim=True
+            )
+            out = out + hidden_states.to(torch.float32) * share
+        return out.to(out_dtype)
 
     def _check_routing(self, x: Tensor, index: Tensor | None, weights: Tensor | None) -> None:
         """ValueError unless every token has k experts and their weights, or all experts have as many rows."""

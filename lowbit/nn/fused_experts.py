@@ -31,13 +31,27 @@ def refusal(experts: nn.Module) -> str:
     if extra:
         return f"it has parameters beside its projections: {', '.join(extra)}"
     count, hidden, intermediate = down.shape
-    fits = orientation_of(tuple(first.shape), tuple(down.shape)) if gated else first.shape == down.mT.shape
+    shape = (count, *first.shape[1:]) if first.shape[0] == count + identity_experts(experts) else first.shape
+    fits = orientation_of(tuple(shape), tuple(down.shape)) if gated else shape == down.mT.shape
     if not fits:
         twice = 2 if gated else 1
         return f"expected [{count}, {twice * intermediate}, {hidden}] before down_proj, found {list(first.shape)}"
     if transposed(experts) and not takes_sorted_rows(experts):
         return "its experts are stored [E, in, out]"
     return ""
+
+
+def identity_experts(experts: nn.Module) -> int:
+    """How many experts after those with weights return what they get (LongCat-Flash's zero experts)."""
+    same = isinstance(getattr(experts, "identity_expert", None), nn.Identity)
+    return int(getattr(experts, "zero_expert_num", 0)) if same else 0
+
+
+def has_weights(experts: nn.Module, name: str) -> bool:
+    """Whether one of `experts`, by a name on disk of one of its projections (`….experts.3.up_proj`), is no identity."""
+    return (
+        not identity_experts(experts) or int(name.split(".")[-2]) < parameter(experts, "down_proj").shape[0]
+    )
 
 
 def own_gate(experts: nn.Module) -> Callable[..., Tensor] | None:
@@ -55,7 +69,11 @@ def activation(experts: nn.Module) -> Any:
 def transposed(experts: nn.Module) -> bool:
     """Whether fused experts lie [E, in, out]."""
     first, down = getattr(experts, "gate_up_proj", None), parameter(experts, "down_proj")
-    return isinstance(first, Tensor) and orientation_of(tuple(first.shape), tuple(down.shape)) == "columns"
+    # transformers has a gate_up_proj, which it never reads, for LongCat-Flash's zero experts too.
+    return (
+        isinstance(first, Tensor)
+        and orientation_of((down.shape[0], *first.shape[1:]), tuple(down.shape)) == "columns"
+    )
 
 
 def sizes(experts: nn.Module) -> tuple[int, int, int]:

@@ -210,6 +210,13 @@ class QuantLinear(QuantModule):
         return buffer
 
     @property
+    def qweight(self) -> Tensor:
+        """Codes that are packed, by the name under which PEFT looks for the weight of a layer that has no `weight`."""
+        if "packed" not in self.names:
+            raise AttributeError(f"{type(self).__name__} has no qweight: its codes are its weight")
+        return self.codes_buffer
+
+    @property
     def codes(self) -> Tensor:
         """int8 or float8_e4m3fn [N, K]."""
         stored = self.codes_buffer

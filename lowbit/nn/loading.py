@@ -36,14 +36,16 @@ def load(
     DeepSeek-style block FP8, msModelSlim's W8A8, W8A8_DYNAMIC, W8A16 and W8A8_MXFP8. The model is
     built on meta and filled with tensors mapped from the files: quantized weights are never held in
     full precision, and on a CPU they are read when they are first used (leave the files in place
-    while the model lives). Only the stacks of a mixture's experts are copied.
+    while the model lives). Only the stacks of a mixture's experts are copied, and what is one matrix on
+    disk and several in the model.
 
     `device` puts all of it on one device; `device_map` (`"auto"`, or module → device) spreads it
     through accelerate, with `"auto"` within `max_memory` (device → bytes, or `"10GiB"`). What it
     puts on `"disk"`, or in memory beside an accelerator, is fetched for every use, codes and scales
-    too. `offload_folder` takes what a file of the checkpoint does not hold as it is
-    needed (experts in float). `dtype` is that of what is not quantized, and of the activations: as
-    stored when None. Raises InputError for a checkpoint that cannot be read or run.
+    too. `offload_folder` takes what a file of the checkpoint does not hold as it is needed (experts in
+    float, and rows of a matrix that the model has several of). `dtype` is that of what is not
+    quantized, and of the activations: as stored when None. Raises InputError for a checkpoint that
+    cannot be read or run.
     """
     if device is not None and device_map is not None:
         raise InputError("expected device or device_map, found both; give one of them")

@@ -8,7 +8,7 @@ checkpoint's names. The library's own tables are asked, one tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.checkpoint.fused_experts import fused_tensors
 from lowbit.nn.integration import require_transformers
+from lowbit.nn.joined import Converted, converted_by, joined_along, split_along
 
 _EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight$")
 _EXPERT_MODULE = re.compile(r"^(.*)\.(\d+)\.(\w+)$")
@@ -61,6 +62,31 @@ def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     tensors = {f"{name}.weight": torch.empty(0, device="meta") for name in names}
     return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
+
+
+def save_joined(model: Any, joined: Mapping[str, Sequence[str]], apart: Mapping[str, str]) -> None:
+    """Let transformers save QuantLinears as the modules that they are on disk.
+
+    joined: name there → names in memory of those that are its rows; apart: → of one that transformers would join.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    from lowbit.nn.row_conversions import Renamed, rows_converters
+
+    find = Finder(model)
+    own: list[Any] = [
+        c for name, paths in joined.items() for c in rows_converters(find.renamed(name), model, paths)
+    ]
+    if apart:
+        own.append(
+            Renamed({find.renamed(name): path for name, path in apart.items()}, model.base_model_prefix)
+        )
+    before = getattr(model, "_weight_conversions", None)
+    if before is None:  # as transformers does for a model that it has not loaded
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        before = [c for c in mapping if not isinstance(c, PrefixChange)]
+    model._weight_conversions = before + own  # saving asks the last one first
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:
@@ -134,11 +160,35 @@ class Finder:
                 return path
         return None
 
-    def becomes_float(self, tensor: str) -> bool:
+    def renamed(self, module: str) -> str:
+        """What transformers calls the checkpoint's `module`, before it splits or joins anything."""
+        return module_of(self._renamed(f"{module}.weight"))
+
+    def _converted(self, module: str) -> Converted | None:
+        return converted_by(f"{self.renamed(module)}.weight", self._converters)
+
+    def split_into(self, module: str) -> list[str]:
+        """The modules whose weights are the rows of the checkpoint's `module`, in their order; [] where it is no such
+        matrix."""
+        found = self._converted(module)
+        if found is None or split_along(found.converter) != 0:
+            return []
+        paths = [self._placed(target.rpartition(".")[0]) for target in found.targets]
+        return [p for p in paths if p is not None] if len(paths) > 1 and all(paths) else []
+
+    def joined_into(self, module: str) -> tuple[str, int, int] | None:
+        """(the module whose weight's rows are those of the checkpoint's `module` and of others, its place among them,
+        how many they are); None where it is no such part."""
+        found = self._converted(module)
+        if found is None or joined_along(found.converter) != 0:
+            return None
+        path, count = self._placed(found.target.rpartition(".")[0]), len(found.converter.source_patterns)
+        return None if path is None or count == 1 else (path, found.place, count)
+
+    def becomes_float(self, module: str) -> bool:
         """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
-        name = self._renamed(tensor)
-        targets = (c.rename_source_key(name) for c in self._converters)
-        return any(matched and self._placed(target.rpartition(".")[0]) for target, matched in targets)
+        found = self._converted(module)
+        return found is not None and self._placed(found.target.rpartition(".")[0]) is not None
 
     def reshapes(self, tensor: str) -> bool:
         """Whether transformers splits, joins or transposes this tensor while loading."""

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit.checkpoint.beside import BESIDE_CODES, OF_ATTENTION
 from lowbit.checkpoint.headers import TensorRef, read_header
-from lowbit.checkpoint.roles import BY_TORCH, CASTS, read_by_code
+from lowbit.checkpoint.roles import BY_TORCH, CASTS, SPLITS, read_by_code
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
@@ -28,9 +30,20 @@ from lowbit.granularity import PerGroup, PerTensor, PerToken
 from lowbit.nn.bfloat16 import in_float, keep_bfloat16, settle
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import FUSED_PARAMETERS, refusal
-from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import ROLES, Finder
+from lowbit.nn.joined import SplitLinear
+from lowbit.nn.linear import QuantLinear
+from lowbit.nn.names import Finder
+from lowbit.nn.placing import (
+    pass_over,
+    place_experts,
+    place_linear,
+    place_parts,
+    place_rows,
+    why_not_parts,
+    why_not_rows,
+)
 from lowbit.nn.rotated import rotate_inputs
+from lowbit.nn.row_conversions import Renamed, rows_converters
 from lowbit.nn.stored import QuantModule
 from lowbit.nn.swap import replace_module
 from lowbit.scheme import Scheme
@@ -50,14 +63,6 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {}
-
-
-def _filled(*shape: int) -> Tensor:
-    """Under names that weights have in float alone, while transformers looks for what is not filled: its code asks for
-    their shapes to initialize a Linear's, packed here, and in some mixtures (Qwen3-Omni) their experts'."""
-    weight: Any = torch.empty(shape, device="meta")
-    weight._is_hf_initialized = True
-    return weight
 
 
 def runs(config: Mapping[str, Any]) -> bool:
@@ -87,6 +92,12 @@ class LowbitQuantizer(HfQuantizer):
         """Tensor names on disk of experts that are quantized → the module of all of them in memory."""
         self._float_experts: list[str] = []
         """Modules in memory of fused experts that are not."""
+        self._rows: dict[str, list[str]] = {}
+        """Modules on disk that transformers splits → those in memory that are their rows."""
+        self._of_rows: list[Any] = []
+        """The conversions of those."""
+        self._parts: dict[str, str] = {}
+        """Modules on disk that transformers would join → what they are in memory."""
 
     def is_serializable(self) -> bool:
         return True
@@ -123,8 +134,9 @@ class LowbitQuantizer(HfQuantizer):
             found = {path: n for n in in_bfloat16 if (path := find.module(n)) is not None}
             keep_bfloat16(model, found)
         # Scales of a quantized KV cache: transformers' cache is in float, so they are neither used nor kept.
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {r"\.(k|v)_scale$"}
+        pass_over(model, OF_ATTENTION)
+        if unread := _unread(stored, tensors):
+            pass_over(model, rf"\.({'|'.join(unread)})$")
         if original.get("kv_cache_scheme"):
             original["kv_cache_scheme"] = None
 
@@ -137,23 +149,38 @@ class LowbitQuantizer(HfQuantizer):
     ) -> None:
         in_float: dict[str, str] = {}
         experts: dict[str, dict[str, StoredModule]] = {}
+        parts: dict[str, dict[int, str]] = {}
         for name, module in stored.items():
             check_runnable(name, module)
+        stored = {n: replace(m, scheme=runnable(m.scheme)) for n, m in stored.items()}
+        for name, module in stored.items():
             path = find.module(module.weight)
-            if path is not None and (reason := _why_in_float(model, path, name, module, tensors, find)):
+            parent = None if path is not None else find.experts(name)
+            paths = [path] if path is not None else find.split_into(name) if parent is None else []
+            if reason := _why_in_float(model, paths, name, module, tensors, find):
                 in_float[name] = reason
-                continue
-            if path is not None:
-                _swap_linear(model, path, name, module, tensors, find)
-                continue
-            parent = find.experts(name)
-            if parent is not None:
+            elif path is not None:
+                place_linear(model, path, name, module, tensors, find)
+            elif parent is not None:
                 experts.setdefault(parent, {})[name] = module
-            elif find.becomes_float(f"{name}.weight"):
+            elif paths:
+                place_rows(model, paths, name, module, tensors, find)
+                self._rows[name] = paths
+            elif (into := find.joined_into(name)) is not None:
+                joined, place, _ = into
+                parts.setdefault(joined, {})[place] = name
+            elif find.becomes_float(name):
                 in_float[name] = _RESHAPED
+        for path, names in parts.items():
+            in_order = [names[place] for place in sorted(names)]
+            if reason := why_not_parts(path, in_order, find):
+                in_float |= dict.fromkeys(in_order, reason)
+                continue
+            place_parts(model, path, [(n, stored[n]) for n in in_order], tensors, find)
+            self._parts |= {name: f"{path}.{i}" for i, name in enumerate(in_order)}
         _refuse(in_float)
         for path, members in experts.items():
-            _swap_experts(model, path, members, tensors, find)
+            place_experts(model, path, members, tensors, find)
             self._experts |= {t: path for m in members.values() for t in m.names.values()}
         rotate_inputs(model, find)
         self._float_experts = [
@@ -163,20 +190,28 @@ class LowbitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
         """Without the converters that would fuse quantized experts; those stay for experts in float. And with
         renamings of experts whose single names transformers does not know (Step 3.5)."""
-        if not self._experts:
-            return weight_conversions
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings
-
         renamings = [c for c in weight_conversions if isinstance(c, WeightRenaming)]
-        renamed = {apply_renamings(name, renamings): path for name, path in self._experts.items()}
-        moved = {parent: path for name, path in renamed.items() if _elsewhere(parent := _parent(name), path)}
+        kept = self._without_quantized_experts(weight_conversions, renamings, model)
+
+        def renamed(name: str) -> str:
+            return apply_renamings(f"{name}.weight", renamings).removesuffix(".weight")
+
+        self._of_rows = [
+            c for name, paths in self._rows.items() for c in rows_converters(renamed(name), model, paths)
+        ]
+        # Last, since these speak of names that the others made.
+        names = {renamed(name): path for name, path in self._parts.items()}
+        parts = [Renamed(names, model.base_model_prefix)] if names else []
+        return self._of_rows + kept + parts + self._moved_experts(renamings)
+
+    def _without_quantized_experts(self, conversions: list, renamings: list, model: Any) -> list:
+        renamed = [apply_renamings(name, renamings) for name in self._experts]
         kept = []
-        for conversion in weight_conversions:
-            if not isinstance(conversion, WeightConverter):
-                kept.append(conversion)
-                continue
-            matched = any(conversion.compiled_sources.search(name) for name in renamed)
-            if not matched:
+        for conversion in conversions:
+            quantized = isinstance(conversion, WeightConverter) and any(
+                conversion.compiled_sources.search(name) for name in renamed
+            )
+            if not quantized:
                 kept.append(conversion)
                 continue
             for path in self._float_experts:
@@ -186,8 +221,12 @@ class LowbitQuantizer(HfQuantizer):
                 scoped.base_model_prefix = model.base_model_prefix
                 scoped.scope_prefix = scope.removeprefix(model.base_model_prefix).removeprefix(".")
                 kept.append(scoped)
-        # Last, since these speak of names that the others made.
-        return kept + [WeightRenaming(re.escape(f"{parent}."), f"{path}.") for parent, path in moved.items()]
+        return kept
+
+    def _moved_experts(self, renamings: list) -> list:
+        renamed = {apply_renamings(name, renamings): path for name, path in self._experts.items()}
+        moved = {parent: path for name, path in renamed.items() if _elsewhere(parent := _parent(name), path)}
+        return [WeightRenaming(re.escape(f"{parent}."), f"{path}.") for parent, path in moved.items()]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
@@ -200,6 +239,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear | QuantExperts):
                 module.check_symmetric()
         settle(model)
+        # Saving asks the last one first, and transformers' own may fit as well, where some layers are in float.
+        if self._of_rows:
+            model._weight_conversions.sort(key=lambda conversion: conversion in self._of_rows)
         # transformers refuses .half() and .float() on quantized models, which lowbit's modules allow.
         model.is_quantized = False
         return model
@@ -212,9 +254,19 @@ class LowbitQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, new in in_float(model, dtype or torch.float32).items():
             replace_module(model, name, new)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SplitLinear):
+                replace_module(model, name, module.to_linear())
         if hasattr(model.config, "lowbit"):  # of rotations, which the float weights have not
             del model.config.lowbit
         return model
+
+
+def _unread(stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]) -> list[str]:
+    """What quantized modules have beside what they compute with: scales of inputs that are quantized dynamically."""
+    read_here = {name for module in stored.values() for name in module.names.values()}
+    rest = (name.rpartition(".") for name in tensors.keys() - read_here)
+    return sorted({leaf for module, _, leaf in rest if leaf in BESIDE_CODES and module in stored})
 
 
 def _on_cpu(device_map: Any) -> bool:
@@ -224,24 +276,30 @@ def _on_cpu(device_map: Any) -> bool:
 
 def _why_in_float(
     model: Any,
-    path: str,
+    paths: Sequence[str],
     name: str,
     stored: StoredModule,
     tensors: Mapping[str, TensorRef],
     find: Finder,
 ) -> str:
-    """What transformers' code, or torch's, does with the weight that codes do not survive; "" for nothing."""
-    module = find.modules[path]
-    if find.reshapes(stored.weight):
+    """What transformers' code, or torch's, does with the weight of the module, or the modules, that codes do not
+    survive; "" for nothing."""
+    if not paths:
+        return ""
+    if len(paths) == 1 and find.reshapes(stored.weight):
         return _RESHAPED
-    tied = f"{path}.weight"
+    if len(paths) > 1 and (reason := why_not_rows(paths, stored, find)):
+        return reason
+    tied = {f"{path}.weight" for path in paths}
     for pair in getattr(model, "all_tied_weights_keys", {}).items():
-        if tied in pair:
-            other = pair[1 - pair.index(tied)].removesuffix(".weight")
+        if shared := tied.intersection(pair):
+            other = pair[1 - pair.index(shared.pop())].removesuffix(".weight")
             return f"transformers makes it one weight with that of {other}, which is in float"
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+    if any(type(find.modules[p]).__name__ == "NonDynamicallyQuantizableLinear" for p in paths):
         return BY_TORCH
     reason = read_by_code(name, {"model_type": model.config.model_type})
+    if reason == SPLITS and len(paths) > 1:  # by transformers alone; here each gets its rows
+        return ""
     return "" if reason == CASTS and tensors[stored.weight].dtype == "I8" else reason
 
 
@@ -307,80 +365,3 @@ def runnable(scheme: Scheme) -> Scheme:
     ):
         return replace(scheme, activations=replace(activations, granularity=PerToken()))
     return scheme
-
-
-def _swap_linear(
-    model: nn.Module,
-    path: str,
-    name: str,
-    stored: StoredModule,
-    tensors: Mapping[str, TensorRef],
-    find: Finder,
-) -> None:
-    module = find.modules[path]
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        raise InputError(
-            f"{name}: expected a Linear for quantized codes, found {type(module).__name__}; "
-            "convert the checkpoint again with --ignore for this module"
-        )
-    n, k = stored.shape
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    expected = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
-    # Of a packed weight the header tells the columns with those that fill an int32 up.
-    filled = "packed" in stored.names and n == expected[0] and 0 <= k - expected[1] < 4
-    if stored.shape != expected and not filled:
-        raise InputError(
-            f"{name}: expected a weight {list(expected)} for this config, found {list(stored.shape)}; "
-            "config.json and weights do not belong together"
-        )
-    bias = getattr(module, "bias", None)
-    suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in stored.names.items()}
-    new = QuantLinear(
-        expected[1], n, scheme=runnable(stored.scheme), bias=bias is not None, format=stored.format,
-        names=suffixes, dtype=weight.dtype, device="meta",
-        float_dtype=float_dtype_of(stored, tensors),
-    )  # fmt: skip
-    new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
-    if "weight" not in new._buffers:
-        new.weight = _filled(*weight.shape)
-    replace_module(model, path, new)
-    find.modules[path] = new
-
-
-def float_dtype_of(stored: StoredModule, tensors: Mapping[str, TensorRef]) -> str:
-    """Of the checkpoint's float tensors, after which msModelSlim stores `deq_scale`."""
-    return "F16" if any(tensors[t].dtype == "I64" for t in stored.names.values()) else "BF16"
-
-
-def _swap_experts(
-    model: nn.Module,
-    path: str,
-    members: Mapping[str, StoredModule],
-    tensors: Mapping[str, TensorRef],
-    find: Finder,
-) -> None:
-    experts = model.get_submodule(path)
-    if problem := refusal(experts):
-        raise InputError(f"{path}: {type(experts).__name__} cannot hold quantized experts: {problem}")
-    first = next(iter(members.values()))
-    schemes = {runnable(m.scheme) for m in members.values()}
-    down: Any = experts.down_proj
-    count = down.shape[0] * (3 if getattr(experts, "has_gate", True) else 2)
-    if len(schemes) > 1 or len(members) != count:
-        raise InputError(
-            f"{path}: expected all {count} expert projections quantized alike, found {len(members)} in "
-            f"{len(schemes)} schemes; convert the checkpoint again with one scheme for its experts"
-        )
-    projections = {ROLES[p]: p for p in dict.fromkeys(find.projection(m) for m in members)}
-    suffixes: dict[str, str] = {c: t.rpartition(".")[2] for c, t in first.names.items()}
-    try:
-        new = QuantExperts.like(
-            experts, next(iter(schemes)), projections=projections, format=first.format, names=suffixes,
-            float_dtype=float_dtype_of(first, tensors),
-        )  # fmt: skip
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    shapes = {n: p.shape for n, p in experts.named_parameters(recurse=False) if n in FUSED_PARAMETERS}
-    vars(new).update({n: _filled(*shape) for n, shape in shapes.items()})
-    replace_module(model, path, new)

@@ -99,7 +99,9 @@ class StackedModule(QuantModule):
             for key in state_dict:
                 name = key[len(prefix) :]
                 shape_of = "shape" in self.suffixes and name.endswith("." + self.suffixes["shape"])
-                if key.startswith(prefix) and name not in known and not shape_of:
+                # torch.distributed's set_model_state_dict adds the stacks themselves, by the names of buffers.
+                own = name in self._buffers and state_dict[key] is self._buffers[name]
+                if key.startswith(prefix) and not (name in known or shape_of or own):
                     unexpected_keys.append(key)
 
     @torch.no_grad()

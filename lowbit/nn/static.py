@@ -67,7 +67,7 @@ class StaticOperands:
             a() is b for a, b in zip(self._made_from, now, strict=True)
         )
         if self._operands is None or not same:
-            self._operands, self._made_from = operands(*now), tuple(ref(b) for b in now)
+            self._operands, self._made_from = _kept(*now), tuple(ref(b) for b in now)
         return self._operands
 
 
@@ -92,6 +92,14 @@ def operands(
         zero_point=zero_point,
         weight_sum=sums.to(torch.int32),
     )
+
+
+def _kept(*buffers: Tensor) -> Operands:
+    """`operands` for later calls too: what is made in inference mode cannot be saved for a gradient."""
+    if torch.compiler.is_compiling():
+        return operands(*buffers)
+    with torch.inference_mode(False):
+        return operands(*buffers)
 
 
 def check_zeros(offset: Tensor | None, name: str) -> None:

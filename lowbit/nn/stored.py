@@ -111,7 +111,7 @@ class StoredWeights(nn.Module):
             self._buffers[name] = tensor.view(dtype)
 
     def check_frozen(self) -> None:
-        """TypeError when someone asked for a gradient of codes or scales."""
+        """TypeError when someone asked for a gradient of what is stored, or cast codes or scales behind the module."""
         for name in self.frozen:
             buffer = self._buffers[name]
             if buffer is not None and buffer.requires_grad:
@@ -125,6 +125,16 @@ class QuantModule(StoredWeights):
     """Base of the quantized modules: codes and scales in an on-disk format."""
 
     format: Format
+
+    def check_frozen(self) -> None:
+        super().check_frozen()
+        for name in self.frozen:
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"expected {type(self).__name__}.{name} as stored, found it cast to {buffer.dtype}; FSDP's "
+                    "MixedPrecision(buffer_dtype=…) does that: leave it out, and load the weights again"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         # A format is stateless: its name will do.

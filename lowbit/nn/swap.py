@@ -17,10 +17,11 @@ from lowbit.errors import InputError
 from lowbit.formats import METHOD_OF_DESCRIPTION, Format, Layout
 from lowbit.nn.candidates import Candidate, candidates_of, is_fused_experts
 from lowbit.nn.experts import QuantExperts
-from lowbit.nn.fused_experts import sizes
+from lowbit.nn.fused_experts import parameter, sizes
+from lowbit.nn.joined import SplitLinear, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import is_transformers_model, stored_modules_on_disk
-from lowbit.nn.stored import QuantModule, as_format, as_scheme
+from lowbit.nn.names import is_transformers_model, save_joined, stored_modules_on_disk
+from lowbit.nn.stored import QuantModule, as_format, as_scheme, float_linear
 from lowbit.scheme import Scheme
 
 
@@ -87,11 +88,14 @@ def quantize_model(
     swapped: dict[int, nn.Module] = {}
     for part in parts:
         ignored: list[str] = []
+        joined: dict[str, tuple[str, ...]] = {}
+        apart: dict[str, str] = {}
         while part.candidates:
             candidate = part.candidates.pop(0)
             name = _full_name(part.path, candidate.name)
             decision = part.decisions[candidate.disk[0]]
-            reason = _why_kept(decision, part.unfit.get(candidate.name, ""), part.given)
+            unfit = part.unfit.get(candidate.name, "") or part.within_blocks(candidate)
+            reason = _why_kept(decision, unfit, part.given)
             if decision.scheme is None or reason:
                 if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
                     kept[name] = reason
@@ -105,6 +109,12 @@ def quantize_model(
             _drop_weights(candidate.module)
             quantized[name] = decision.scheme.name
             part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
+            if candidate.rows:
+                joined[candidate.disk[0]] = candidate.rows
+            if isinstance(new, SplitLinear):
+                apart |= {disk: f"{candidate.name}.{i}" for i, disk in enumerate(candidate.disk)}
+        if joined or apart:
+            save_joined(part.model, joined, apart)
         if is_transformers_model(part.model) and part.layout:
             _describe(part.model, target, part.layout, ignored)
     if not quantized:
@@ -135,6 +145,14 @@ class _Part:
         """All that a pattern may match."""
         found = [*self.decisions, *(n for c in self.candidates for n in c.fused.values())]
         return found + [n for c in self.candidates for n in (c.name, _full_name(self.path, c.name))]
+
+    def within_blocks(self, candidate: Candidate) -> str:
+        """Why modules that are one matrix on disk cannot be its rows under the scheme that was chosen, or ""."""
+        scheme = self.decisions[candidate.disk[0]].scheme
+        if not candidate.rows or scheme is None or scheme.weights is None:
+            return ""
+        rows = [self.model.get_submodule(row).out_features for row in candidate.rows]  # type: ignore[misc]
+        return within_blocks(rows, scheme.weights.granularity)  # type: ignore[arg-type]
 
 
 def _full_name(path: str, name: str) -> str:
@@ -248,10 +266,15 @@ def _decisions(
     model: nn.Module, candidates: Sequence[Candidate], scheme: Scheme, target: Format, selection: Selection
 ) -> dict[str, Decision]:
     shapes: dict[str, tuple[int, ...]] = {}
+    by_name = {c.name: c for c in candidates}
     for c in candidates:
         if c.projections is None:
             # A Conv1D is [in, out] here, and a Linear once it is quantized.
             shape = c.shape[::-1] if is_conv1d(c.module) else c.shape
+            if len(c.disk) > 1:
+                shape = (shape[0] // len(c.disk), *shape[1:])
+            if c.rows:
+                shape = (sum(by_name[row].shape[0] for row in c.rows), *shape[1:])
             shapes |= dict.fromkeys(c.disk, shape)
             continue
         _, hidden, intermediate = sizes(c.module)
@@ -273,7 +296,7 @@ def _config_dict(model: nn.Module) -> dict[str, Any]:
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
-def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) -> QuantModule:
+def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) -> nn.Module:
     module = candidate.module
     first = next(iter(module.parameters()))
     if first.is_meta:
@@ -283,7 +306,13 @@ def _quantized(candidate: Candidate, name: str, scheme: Scheme, target: Format) 
             return QuantExperts.from_experts(
                 module, scheme, projections=candidate.projections, format=target, name=name
             )
-        return QuantLinear.from_linear(module, scheme, format=target, name=name)
+        if len(candidate.disk) == 1:
+            return QuantLinear.from_linear(module, scheme, format=target, name=name)
+        made = {}
+        for i, weight in enumerate(parameter(module, "weight").chunk(len(candidate.disk))):
+            part = float_linear(weight, None).train(module.training)
+            made[str(i)] = QuantLinear.from_linear(part, scheme, format=target, name=f"{name}.{i}")
+        return SplitLinear(made).train(module.training)
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -32,7 +32,7 @@ all of them: `(0, 0)` per tensor, scale [1]; `(1, 0)` per channel, [N, 1]; `(1, 
 Every operation runs as `triton`, `cpu` or `reference`, chosen by `dispatch.choose`; the last is
 the oracle that the others equal, bit for bit where codes are integers with no scale along K.
 All trace under `torch.compile(fullgraph=True)` with any number of rows. Gradients reach `x`
-(through the dequantized weight; rounding counts as identity) and `bias`, never the codes.
+(through the dequantized weight; rounding counts as identity) and `bias`, never codes and scales.
 
 Nothing falls back to dequantize-and-multiply unseen: it is logged once per reason, and raises
 `NoKernelError` under `allow_fallback(False)` or LOWBIT_NO_FALLBACK=1. `LOWBIT_CPU_ISA` pins the
@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from lowbit.granularity import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.ops import (  # noqa: F401  (importing them registers the operations)
+from lowbit.ops import (  # importing them registers the operations
     eager,
     register,
     register_bfloat16,
@@ -193,11 +193,13 @@ def matmul(
     """`linear` from codes: a int8 or float8_e4m3fn [..., K] like the weight → [..., N] of `out_dtype`.
 
     a_scale: float32 [1] per tensor, [..., 1] per token, or [..., ⌈K/block[1]⌉] per group, as
-    `quantize` returns it. a_zero_point: int8 [1], with one scale per tensor.
+    `quantize` returns it. a_zero_point: int8 [1], with one scale per tensor. A gradient reaches bias.
     """
-    return _ops.matmul.default(
-        a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum, block, out_dtype
-    )
+    tensors = (a, a_scale, weight, weight_scale, bias, a_zero_point, weight_sum)
+    if not torch.compiler.is_compiling() and eager.applies(*tensors):
+        return register.matmul(*tensors, block, out_dtype)
+    check_no_tangent(a_scale, weight_scale, bias)
+    return _ops.matmul.default(*tensors, block, out_dtype)
 
 
 def dequantize(
@@ -221,6 +223,8 @@ def quantize(
     [..., ⌈K/group⌉] or [..., 1]. Equals `lowbit.quantize`: scale = absmax / largest code (1 for a
     row of zeros), codes = x / scale rounded half to even. power_of_2: scales rounded up.
     """
+    if not torch.compiler.is_compiling() and eager.applies(x):
+        return register_quantize.quantize(x, dtype, group, power_of_2)
     return _ops.quantize.default(x, dtype, group, power_of_2)
 
 
@@ -228,6 +232,8 @@ def quantize_static(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, dtype: torch.dtype
 ) -> Tensor:
     """Codes of x [..., K] under one scale [1] (and zero point int8 [1]): saturating, half to even."""
+    if not torch.compiler.is_compiling() and eager.applies(x, scale, zero_point):
+        return register_quantize.quantize_static(x, scale, zero_point, dtype)
     return _ops.quantize_static.default(x, scale, zero_point, dtype)
 
 
@@ -243,9 +249,13 @@ def rms_norm_quantize(
     """RMSNorm of h = x (+ residual), quantized: (codes, scale, h in x.dtype), see `quantize`.
 
     x, residual: [..., K] of one dtype; weight: [K]. h / √(mean(h²) + eps) is computed in float32 and
-    rounded to x.dtype, then multiplied by the weight and rounded again, as transformers does.
+    rounded to x.dtype, then multiplied by the weight and rounded again, as transformers does. A gradient
+    reaches x and residual through h.
     """
-    return _ops.rms_norm_quantize.default(x, weight, eps, residual, dtype, group)
+    arguments = (x, weight, eps, residual, dtype, group)
+    if not torch.compiler.is_compiling() and eager.applies(x, weight, residual):
+        return register_quantize.rms_norm_quantize(*arguments)
+    return _ops.rms_norm_quantize.default(*arguments)
 
 
 def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple[Tensor, Tensor]:
@@ -253,6 +263,8 @@ def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple
 
     silu is computed in float32 and rounded to x.dtype, as is the product with up, as transformers does.
     """
+    if not torch.compiler.is_compiling() and eager.applies(x):
+        return register_quantize.silu_mul_quantize(x, dtype, group)
     return _ops.silu_mul_quantize.default(x, dtype, group)
 
 

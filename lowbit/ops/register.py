@@ -196,6 +196,11 @@ linear = _define(
 )
 
 
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """[…, N] of the output → [N], summed in float32 as the bias is added."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
+
+
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, weight_scale, bias, _, _, _, _, block = inputs
     ctx.save_for_backward(weight, weight_scale)
@@ -211,7 +216,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
         w = torch.ops.lowbit.dequantize(weight, weight_scale, ctx.block, ctx.k, grad.dtype)
         to_x = grad @ w
     if ctx.needs_input_grad[3]:
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        to_bias = bias_gradient(grad, ctx.bias_dtype)
     return to_x, None, None, to_bias, None, None, None, None, None
 
 
@@ -428,10 +433,28 @@ def _matmul_fake(
     return a.new_empty([*a.shape[:-1], weight.shape[0]], dtype=out_dtype)
 
 
-_define(
+matmul = _define(
     "matmul(Tensor a, Tensor a_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "Tensor? a_zero_point, Tensor? weight_sum, int[] block, ScalarType out_dtype) -> Tensor",
     _matmul,
     _matmul_fake,
     moving=("a", "a_scale", "a_zero_point"),
 )
+
+
+def _matmul_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    bias = inputs[4]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple:
+    """To bias; to scales there is none, and codes have none."""
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+        raise NotImplementedError(
+            "lowbit::matmul passes a gradient to its bias only; detach the scales, or give x itself to "
+            "lowbit.ops.linear, which passes one to x"
+        )
+    return None, None, None, None, bias_gradient(grad, ctx.bias_dtype), None, None, None, None
+
+
+torch.library.register_autograd("lowbit::matmul", _matmul_backward, setup_context=_matmul_setup, lib=_library)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.ops import cpu, eager, reference
 from lowbit.ops.checks import check_bfloat16
 from lowbit.ops.problem import Activations, Weights
-from lowbit.ops.register import _define, _library, _shaped, rows_of
+from lowbit.ops.register import _define, _library, _shaped, bias_gradient, rows_of
 from lowbit.ops.settings import fall_back, settings
 
 _PLAIN = Activations(kind="none")
@@ -48,7 +48,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     to_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
     to_bias = None
     if ctx.needs_input_grad[2]:
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        to_bias = bias_gradient(grad, ctx.bias_dtype)
     return to_x, None, to_bias
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,17 @@ def _quantize_fake(x: Tensor, dtype: torch.dtype, group: int, power_of_2: bool) 
     return x.new_empty(x.shape, dtype=dtype), _no_scale(x, group)
 
 
-_define(
+def _constants(ctx: Any, inputs: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    """Codes and scales pass no gradient, so that what is computed of them asks for none."""
+    ctx.arguments = len(inputs)
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+
+
+def _nothing(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+    return (None,) * ctx.arguments
+
+
+quantize = _define(
     "quantize(Tensor x, ScalarType dtype, int group, bool power_of_2) -> (Tensor codes, Tensor scale)",
     _quantize,
     _quantize_fake,
@@ -105,7 +117,7 @@ def _quantize_static_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None, d
     return x.new_empty(x.shape, dtype=dtype)
 
 
-_define(
+quantize_static = _define(
     "quantize_static(Tensor x, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     _quantize_static,
     _quantize_static_fake,
@@ -158,7 +170,7 @@ def _rms_norm_quantize_fake(
     return x.new_empty(x.shape, dtype=dtype), _no_scale(x, group), x.new_empty(x.shape)
 
 
-_define(
+rms_norm_quantize = _define(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType dtype, int group) "
     "-> (Tensor codes, Tensor scale, Tensor total)",
     _rms_norm_quantize,
@@ -194,11 +206,27 @@ def _silu_mul_quantize_fake(x: Tensor, dtype: torch.dtype, group: int) -> tuple[
     return half, _no_scale(half, group)
 
 
-_define(
+silu_mul_quantize = _define(
     "silu_mul_quantize(Tensor x, ScalarType dtype, int group) -> (Tensor codes, Tensor scale)",
     _silu_mul_quantize,
     _silu_mul_quantize_fake,
     moving=("x",),
+)
+
+
+def _norm_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[:2])
+
+
+def _norm_backward(ctx: Any, to_codes: None, to_scale: None, to_total: Tensor) -> tuple:
+    """To x and residual, whose sum is given back."""
+    return to_total, None, None, to_total if ctx.needs_input_grad[3] else None, None, None
+
+
+for _name in ("quantize", "quantize_static", "silu_mul_quantize"):
+    torch.library.register_autograd(f"lowbit::{_name}", _nothing, setup_context=_constants, lib=_library)
+torch.library.register_autograd(
+    "lowbit::rms_norm_quantize", _norm_backward, setup_context=_norm_setup, lib=_library
 )
 
 

@@ -57,9 +57,6 @@ ROTATED = {
 }
 """Of those chosen. The others see, normalize what is added to the residual stream, or have experts in 3-D tensors."""
 
-# What `lowbit.load` wants in float, since transformers joins it: calibrated, and dequantized by the conversion.
-NOT_LOADED = {"minimax_m3_vl": ["*.mlp.*_proj", "*.shared_experts.*_proj"]}
-
 
 class Double(TorchFunctionMode):
     """Casts to float32 go to float64: transformers' norms and routers would hide what is to be exact to 1e-9."""
@@ -186,9 +183,7 @@ def calibrated_kl(source: Path, at: Path, ids: torch.Tensor, want: torch.Tensor,
     generator = torch.Generator().manual_seed(0)
     windows = list(torch.randint(3, 120, (12, 48), generator=generator))
     calibrate(source, at / "calib", get_scheme("int8"), method, windows, options=RunOptions(min_tokens=8))
-    lowbit.convert(
-        source, at / "out", "int8", calibration=at / "calib", ignore=NOT_LOADED.get(source.name, [])
-    )
+    lowbit.convert(source, at / "out", "int8", calibration=at / "calib")
     with torch.no_grad():
         return kl(want, lowbit.load(at / "out")(input_ids=ids).logits)
 
@@ -197,7 +192,7 @@ def calibrated_kl(source: Path, at: Path, ids: torch.Tensor, want: torch.Tensor,
 def test_best_runs_and_is_better_than_rounding(sources, ids, tmp_path, name):
     with torch.no_grad():
         want = build(name)(input_ids=ids).logits
-    lowbit.convert(sources(name), tmp_path / "rounded", "int8", ignore=NOT_LOADED.get(name, []))
+    lowbit.convert(sources(name), tmp_path / "rounded", "int8")
     with torch.no_grad():
         rounded = kl(want, lowbit.load(tmp_path / "rounded")(input_ids=ids).logits)
     found = calibrated_kl(sources(name), tmp_path, ids, want, best_method(get_scheme("int8")))
@@ -212,7 +207,7 @@ def test_best_runs_and_is_better_than_rounding(sources, ids, tmp_path, name):
 def test_every_method_runs_and_is_not_worse_than_rounding(sources, ids, tmp_path, name, method):
     with torch.no_grad():
         want = build(name)(input_ids=ids).logits
-    lowbit.convert(sources(name), tmp_path / "rounded", "int8", ignore=NOT_LOADED.get(name, []))
+    lowbit.convert(sources(name), tmp_path / "rounded", "int8")
     with torch.no_grad():
         rounded = kl(want, lowbit.load(tmp_path / "rounded")(input_ids=ids).logits)
     found = calibrated_kl(sources(name), tmp_path, ids, want, get_method(method))

@@ -247,6 +247,16 @@ def tiny(kind: str) -> tuple[type, transformers.PretrainedConfig]:
                 swiglu_limit=0.5,
             )
             return t.MiniMaxM3VLForCausalLM, config
+        case (
+            "longcat"
+        ):  # two of its experts return what they get; on disk its layers are half as many as in memory
+            config = t.LongcatFlashConfig(
+                **{k: v for k, v in text.items() if k not in ("intermediate_size", "num_key_value_heads")},
+                num_layers=1, ffn_hidden_size=96, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+                qk_nope_head_dim=16, v_head_dim=16, moe_topk=3, n_routed_experts=4, zero_expert_num=2,
+                expert_ffn_hidden_size=32,
+            )  # fmt: skip
+            return t.LongcatFlashForCausalLM, config
         case "qwen3-omni":  # transformers' code initializes its experts by their names in float
             audio = {
                 "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,

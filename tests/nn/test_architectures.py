@@ -16,6 +16,7 @@ from lowbit.nn import QuantExperts, QuantLinear, float_activations, load, quanti
 CONVERTED = [
     "llama", "qwen3", "qwen3-moe", "mixtral", "deepseek-v3", "gemma", "phi", "bert", "vision-language",
     "qwen3.5-moe", "qwen3-vl-moe", "llama4", "gemma4-moe", "granite-moe", "step", "qwen3-omni", "hy-v4", "minimax-m3",
+    "longcat",
 ]  # fmt: skip
 
 
@@ -63,6 +64,35 @@ def test_converted_model_equals_the_dequantized_one(kind, tmp_path):
     assert not any(t.is_meta for t in model.state_dict().values())
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     check_against_float(model, dequantized(tmp_path / "out", tmp_path / "float", FUSED.get(kind)), kind)
+
+
+def test_experts_without_weights(tmp_path, caplog):
+    """LongCat-Flash as published: transformers writes matrices of them that it never reads, and could not load this."""
+    model = build("longcat")
+    model.save_pretrained(tmp_path / "src")
+    file = tmp_path / "src" / "model.safetensors"
+    tensors = load_file(file)
+    published = {n: t for n, t in tensors.items() if not any(f".experts.{e}." in n for e in (4, 5))}
+    assert len(tensors) - len(published) == 4
+    batch = inputs("longcat")
+    found = {}
+    for name, saved in {"as saved": tensors, "published": published}.items():
+        save_file(saved, file, {"format": "pt"})
+        lowbit.convert(tmp_path / "src", tmp_path / name, "int8")
+        found[name] = load(tmp_path / name)
+        found[name].save_pretrained(tmp_path / f"{name} again")
+        assert (
+            load_file(tmp_path / f"{name} again" / "model.safetensors").keys()
+            == found[name].state_dict().keys()
+        )
+        assert torch.equal(logits(load(tmp_path / f"{name} again"), batch), logits(found[name], batch))
+    assert torch.equal(logits(found["as saved"], batch), logits(found["published"], batch))
+    assert "UNEXPECTED" not in caplog.text and "MISSING" not in caplog.text
+    experts = found["published"].model.layers[0].mlp.experts
+    assert (experts.num_experts, experts.identity_experts) == (4, 2)
+    rows, index = torch.randn(3, 64), torch.tensor([[4], [5], [6]])
+    out = experts(rows, index, torch.tensor([[0.5], [2.0], [1.0]]))
+    assert torch.equal(out, rows * torch.tensor([[0.5], [2.0], [0.0]]))
 
 
 # How these are published; transformers writes them otherwise.
@@ -316,16 +346,14 @@ def test_beyond_text_in_memory_equals_converted(kind, scheme, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
 def test_weights_that_transformers_splits_are_refused(scheme, tmp_path):
-    """DINOv2 has one matrix on disk where its model has two: their codes were taken for weights. It stays in float."""
-    config = transformers.Dinov2Config(
-        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True, **SEEN
-    )
-    transformers.Dinov2Model(config).save_pretrained(tmp_path / "src")
-    named = {"encoder.layer.0.mlp.weights_in": scheme}
+    """Kimi-K2.5's tower has q, k and v in one matrix on disk, and its rows in another order in memory."""
+    _, text = tiny("deepseek-v3")
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Kimi_K25Config(text_config=text, vision_config=vision, projection_hidden_size=64)
+    transformers.Kimi_K25ForConditionalGeneration(config).save_pretrained(tmp_path / "src")
+    named = {"vision_tower.encoder.blocks.0.wqkv": scheme}
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme=scheme, overrides=named)
-    with pytest.raises(
-        InputError, match=r"mlp\.weights_in: .* splits or joins .* --ignore '\*\.mlp\.weights_in'$"
-    ):
+    with pytest.raises(InputError, match=r"blocks\.0\.wqkv: .* splits or joins .* --ignore '\*\.0\.wqkv'$"):
         load(tmp_path / "out")
     lowbit.convert(tmp_path / "src", tmp_path / "float", scheme=scheme)
     load(tmp_path / "float")

@@ -143,6 +143,20 @@ def test_static_layers_move_copy_and_dequantize(tmp_path, monkeypatch):
     assert (layer.dequantize() - weight).norm() < 0.02 * weight.norm()
 
 
+def test_static_layers_pass_gradients_after_inference(tmp_path):
+    """What they compute once was made in inference mode then, and could not be saved for a gradient."""
+    _, out = static(tmp_path, -77, torch.bfloat16)
+    layer = lowbit.load(out, dtype=torch.float32).model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        before = layer(x)
+    x.requires_grad_()
+    found = layer(x)
+    assert torch.equal(found, before)
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_files_named_as_msmodelslim_names_them(tmp_path, shards):
     src = saved("llama", tmp_path / "src")

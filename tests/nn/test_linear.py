@@ -229,6 +229,29 @@ def test_gradient_reaches_the_input_only(scheme):
     assert list(quant.parameters()) == []
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_peft_finds_a_weight(scheme):
+    """It asks for `qweight`, then for `weight`, and without either for a parameter; an adapter goes to its device."""
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), scheme)
+    found = layer.qweight if hasattr(layer, "qweight") else layer.weight
+    assert found is layer.codes_buffer
+    assert hasattr(layer, "qweight") == (scheme == "int8-weight-only")
+    assert layer.to("meta").codes_buffer.is_meta and "qweight" not in layer.state_dict()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])
+def test_scales_that_somebody_cast_are_an_error(scheme):
+    """As FSDP does with a buffer_dtype, past the module: int8 went on with scales rounded to bfloat16."""
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), scheme)
+    for buffer in layer.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.to(torch.bfloat16)
+    with pytest.raises(
+        TypeError, match=r"cast to torch\.bfloat16; FSDP's MixedPrecision\(buffer_dtype=…\) does"
+    ):
+        layer(torch.randn(2, 64, dtype=torch.bfloat16))
+
+
 def test_weights_are_frozen():
     _, quant = make(96, 40, "fp8")
     with pytest.raises(TypeError, match="frozen"):

@@ -357,6 +357,32 @@ def test_missing_tensors_are_an_error(tmp_path):
         load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_scales_that_nothing_here_reads_are_passed_over(scheme, tmp_path, caplog):
+    """AutoFP8's, of inputs that are quantized dynamically after all, and of what attention and its cache hold."""
+    caplog.set_level("WARNING", logger="transformers")  # whatever another test has asked of it
+    build("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = [n.removesuffix("weight") for n in tensors if n.endswith("_proj.weight")]
+    for name in names:
+        scale = tensors[f"{name}weight"].abs().max() / 448
+        tensors[f"{name}weight"] = (tensors[f"{name}weight"] / scale).to(torch.float8_e4m3fn)
+        tensors |= {f"{name}weight_scale": scale.reshape(1), f"{name}input_scale": torch.tensor([0.02])}
+    at = "model.layers.0.self_attn"
+    of_attention = ("kv_scale", "k_scale", "q_scale", "prob_output_scale", "k_proj.output_scale")
+    tensors |= {f"{at}.{leaf}": torch.ones(1) for leaf in of_attention}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": scheme}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path)
+    assert "UNEXPECTED" not in caplog.text
+    assert torch.isfinite(logits(model, inputs("llama"))).all()
+    save_file(tensors | {f"{at}.other": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    load(tmp_path)
+    assert caplog.text.count("UNEXPECTED |") == 1 and f"{at}.other" in caplog.text
+
+
 def test_scales_of_a_kv_cache_are_passed_over(tmp_path, caplog):
     build("llama").save_pretrained(tmp_path / "src")
     lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="fp8")

@@ -23,7 +23,7 @@ from lowbit.dtypes import E4M3FN
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.granularity import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
-from lowbit.nn import QuantExperts, QuantLinear, float_activations, integration, speed
+from lowbit.nn import QuantExperts, QuantLinear, float_activations, integration, quantize_model, speed
 from lowbit.nn.bfloat16 import BFloat16Embedding, BFloat16Linear, keepable
 from lowbit.nn.loading import _check_devices
 from lowbit.nn.names import Finder, expert_names
@@ -169,6 +169,30 @@ def test_stacks_load_what_fits_them_alone():
     del state["2.down_proj.weight"]
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "2.down_proj.weight"'):
         experts.load_state_dict(state)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only"])
+def test_torchs_distributed_state_dicts_load_experts(scheme):
+    """set_model_state_dict adds all buffers to what it loads, by their own names, which were unexpected then."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    model = nn.Sequential(quantize_model(build("qwen3-moe"), scheme))
+    saved = {name: t.clone() for name, t in get_model_state_dict(model).items()}
+    assert saved.keys() == model.state_dict().keys()
+    for tensor in model.state_dict().values():
+        tensor.data.zero_()
+    set_model_state_dict(model, dict(saved), options=StateDictOptions(full_state_dict=True))
+    assert all(torch.equal(t, saved[name]) for name, t in model.state_dict().items())
+    experts = model[0].model.layers[1].mlp.experts
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*gate_proj_weight_scale"):
+        model.load_state_dict(
+            saved
+            | {"0.model.layers.1.mlp.experts.gate_proj_weight_scale": experts.gate_proj_weight_scale + 1}
+        )
 
 
 def test_a_stack_is_found_again_by_all_of_its_experts_in_order():

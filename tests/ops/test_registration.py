@@ -90,7 +90,7 @@ def test_results_are_contiguous_wherever_x_comes_from(name, implementation):
     assert all(t.is_contiguous() for t in (found if isinstance(found, tuple) else (found,)))
 
 
-@pytest.mark.parametrize("name", ["linear", "hadamard"])
+@pytest.mark.parametrize("name", ["linear", "hadamard", "matmul"])
 def test_opcheck_with_gradients(name):
     o = operands()
     o["x"].requires_grad_()
@@ -147,6 +147,80 @@ def test_gradient_is_that_of_the_dequantized_weight(weight, block, shape):
     w = ops.dequantize(o[weight], scale, block=block, k=64)
     torch.testing.assert_close(x.grad, grad @ w, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias.grad, grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", ["int8", "fp8"])
+def test_gradient_of_matmul_reaches_its_bias(weight, out_dtype):
+    """As autograd has it of the dequantized product; what is before the codes and scales gets none."""
+    o = operands()
+    codes, scale = ops.quantize(o["x"].view(1, 5, 64), o[weight].dtype)
+    arguments = (codes, scale, o[weight], o["channel"])
+    grad = torch.randn(1, 5, 24).to(out_dtype)
+    bias, expected = (o["bias"].clone().requires_grad_() for _ in range(2))
+    out = ops.matmul(*arguments, bias, block=(1, 0), out_dtype=out_dtype)
+    product = (codes.float() * scale) @ (o[weight].float() * o["channel"]).T
+    want = (product + expected).to(out_dtype)
+    torch.testing.assert_close(out, want, rtol=1e-5 if out_dtype == torch.float32 else 0.01, atol=1e-5)
+    out.backward(grad)
+    want.backward(grad)
+    torch.testing.assert_close(bias.grad, expected.grad, rtol=1e-5, atol=1e-5)
+    assert bias.grad.dtype == torch.float32
+    compiled, bias.grad = bias.grad, None
+    step = torch.compile(lambda b: ops.matmul(*arguments, b, block=(1, 0), out_dtype=out_dtype), fullgraph=True,
+                         backend="aot_eager")  # fmt: skip
+    step(bias).backward(grad)
+    assert torch.equal(bias.grad, compiled)
+    trained = scale.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="passes a gradient to its bias only; detach the scales"):
+        ops.matmul(codes, trained, *arguments[2:], bias, block=(1, 0), out_dtype=out_dtype).sum().backward()
+
+
+def test_codes_and_scales_are_constants():
+    """What a gradient is asked of before them is no reason to fail: a compiled product traces its backward pass too."""
+    o = operands()
+    x, bias = o["x"].requires_grad_(), o["bias"].requires_grad_()
+    outputs = [*ops.quantize(x, INT8), *ops.silu_mul_quantize(x, dtype=FP8)]
+    outputs.append(ops.quantize_static(x, torch.tensor([0.1]), dtype=FP8))
+    assert not any(t.requires_grad for t in outputs)
+
+    def product(x, bias):
+        return ops.matmul(
+            *ops.quantize(x, INT8), o["int8"], o["channel"], bias, block=(1, 0), out_dtype=torch.float32
+        )
+
+    for run in (product, torch.compile(product, fullgraph=True, backend="aot_eager")):
+        bias.grad = x.grad = None
+        run(x, bias).sum().backward()
+        assert torch.equal(bias.grad, torch.full_like(bias, len(x))) and x.grad is None
+        run(x, bias.detach())
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_gradient_of_rms_norm_quantize_is_that_of_the_sum(added):
+    x, other = (torch.randn(3, 64, requires_grad=True) for _ in range(2))
+    grad = torch.randn(3, 64)
+
+    def run(x, other):
+        return ops.rms_norm_quantize(x, torch.ones(64), 1e-6, other if added else None, dtype=INT8)
+
+    for norm in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        x.grad = other.grad = None
+        codes, scale, total = norm(x, other)
+        assert not codes.requires_grad and not scale.requires_grad
+        total.backward(grad)
+        assert torch.equal(x.grad, grad) and (torch.equal(other.grad, grad) if added else other.grad is None)
+
+
+def test_a_float32_bias_gets_its_gradient_in_float32():
+    o = operands()
+    x, grad = torch.randn(100, 64, dtype=torch.bfloat16), torch.randn(100, 24, dtype=torch.bfloat16)
+    bias = o["bias"].requires_grad_()
+    ops.linear(x, o["int8"], o["channel"], bias, activations="token", block=(1, 0)).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.float().sum(0), rtol=1e-6, atol=1e-6)
+    bias.grad = None
+    ops.linear_bfloat16(x, torch.randn(24, 64, dtype=torch.bfloat16), bias).backward(grad)
+    torch.testing.assert_close(bias.grad, grad.float().sum(0), rtol=1e-6, atol=1e-6)
 
 
 def test_gradient_of_hadamard_is_hadamard():
