@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.calibration import store
+from lowbit.calibration.store import Calibration
 from lowbit.checkpoint.headers import TensorRef, open_checkpoint
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.parts import Part
@@ -67,7 +69,7 @@ def plan(
     keep: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     max_shard_size: str | int = "5GB",
-    calibration: str | Path | None = None,
+    calibration: str | Path | Calibration | None = None,
 ) -> Plan:
     """What `convert` would do with the same arguments, without reading weight data.
 
@@ -76,13 +78,15 @@ def plan(
     others (see `lowbit.formats`). A pattern in `ignore`, `keep` and `overrides` is a module's or parent's name,
     a glob, or `re:` and a regular expression. `ignore`: not quantized. `keep`: byte for byte as the source has
     it. `overrides`: pattern → scheme name or `float`; the first match decides.
-    `calibration`: what `lowbit calibrate` wrote. Raises InputError for what cannot be done.
+    `calibration`: what `lowbit.calibrate` returned, or the directory that it wrote; the patterns that it was made
+    with hold where these say nothing. Raises InputError for what cannot be done.
     """
     source = open_checkpoint(src)
     selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
+    found = store.read(calibration) if isinstance(calibration, str | Path) else calibration
     if scheme is None:
-        scheme = "int8" if calibration is None else calibrated_scheme(calibration)
-    replacements = _read_calibration(calibration, src, scheme) if calibration is not None else None
+        scheme = "int8" if found is None else found.scheme
+    replacements = None if found is None else _replacements(found, src, scheme)
     return make_plan(
         source,
         scheme,
@@ -103,7 +107,7 @@ def convert(
     keep: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     max_shard_size: str | int = "5GB",
-    calibration: str | Path | None = None,
+    calibration: str | Path | Calibration | None = None,
     workers: int | None = None,
     part: Part | None = None,
     overwrite: bool = False,
@@ -195,20 +199,11 @@ def verify(
     return verify_checkpoint(out, source, workers=workers or default_workers(), progress=progress)
 
 
-def calibrated_scheme(path: str | Path) -> str:
-    """Name of the scheme that a calibration was made for. InputError where `path` holds none."""
-    from lowbit.calibration import store
-
-    return store.load_manifest(Path(path))["scheme"]
-
-
-def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -> Replacements:
-    from lowbit.calibration import store
+def _replacements(calibration: Calibration, src: str | Path, scheme: str | Scheme) -> Replacements:
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.dtypes import INT8
     from lowbit.scheme import get_scheme
 
-    calibration = store.read(path)
     calibration.require(
         fingerprint=store.fingerprint(src),
         scheme=get_scheme(scheme).name if isinstance(scheme, str) else scheme.name,
@@ -229,9 +224,9 @@ def _read_calibration(path: str | Path, src: str | Path, scheme: str | Scheme) -
             notes.append("vLLM takes KV caches of FP8 only, and refuses a config that says INT8")
     return Replacements(
         tensors=tensors,
-        module_schemes=calibration.module_schemes,
+        selection=calibration.selection,
         kv_cache=kv_cache,
         config_overrides=overrides,
         notes=tuple(notes),
-        label=f"{calibration.method} {store.fingerprint(path) if tensors else ''}",
+        label=f"{calibration.method} {store.fingerprint(calibration.path) if tensors else ''}",
     )

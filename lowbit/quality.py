@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowbit.calibration.methods import Method
     from lowbit.calibration.run import RunOptions
     from lowbit.calibration.store import Calibration
+    from lowbit.checkpoint.rules import Selection
     from lowbit.evaluate.layerwise import Report
     from lowbit.recipe import Recipe
     from lowbit.scheme import Scheme
@@ -24,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
 SEEDS = 2**63 - 1
 """The largest seed that torch takes, less or more than 0."""
+Resumed = Callable[[int, int], None]
+"""Told how many layers earlier runs had done, of how many, where they had any."""
 Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
@@ -47,6 +50,7 @@ def calibrate(
     options: RunOptions | None = None,
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> Calibration:
@@ -62,8 +66,10 @@ def calibrate(
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
     it is called again with the same arguments (where the method smooths, some codes may then be others
     than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share
-    the work. Before the work `started` is called with the method and the windows, `warn` with what is odd: patterns
-    that match no module. Raises InputError.
+    the work. Before the work `started` is called with the method and the windows, `resumed` with how many layers an
+    interrupted run had done, of how many, `warn` with what is odd: patterns that match no module. Raises InputError,
+    also for a method that chooses nothing for the scheme (`absmax` for a dynamic one, without a KV cache):
+    `lowbit.convert` does that by itself.
     """
     from dataclasses import replace
 
@@ -92,13 +98,25 @@ def calibrate(
             "rounds by GPTQ"
         )
     chosen = replace(chosen, seed=seed, smooth=chosen.smooth if alpha is None else alpha)
+    selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
+    if kv_cache is None:
+        _require_effect(chosen, target, selection)
     windows, described = _windows(src, data, samples, length, seed)
     return run(
-        src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, progress=progress,
-        data=described, warn=warn,
-        selection=Selection.of(ignore=ignore, keep=keep, overrides=overrides),
+        src, out, target, chosen, windows, options=options, overwrite=overwrite, started=started, resumed=resumed,
+        progress=progress, data=described, warn=warn, selection=selection,
         kv_cache=KVCache.parse(kv_cache) if kv_cache else None,
     )  # fmt: skip
+
+
+def _require_effect(method: Method, scheme: Scheme, selection: Selection) -> None:
+    """Raise InputError for a method that leaves all schemes asked for as a conversion by itself has them."""
+    if scheme.weights is not None and not any(method.has_effect(s) for s in selection.schemes(scheme)):
+        raise InputError(
+            f"expected something to calibrate, found none: {method.name} chooses ranges of static activations, which "
+            f"{scheme.name} has not, and rounds weights as a conversion does by itself; convert to {scheme.name} "
+            f"without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another method: best"
+        )
 
 
 def measure(
@@ -106,7 +124,7 @@ def measure(
     data: str | Path | Sequence[Tensor],
     *,
     reference: str | Path | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Calibration | None = None,
     samples: int = 64,
     length: int = 512,
     seed: int = 0,
@@ -118,9 +136,9 @@ def measure(
     where it has scales for them.
 
     With `reference`, what it was made from: also the KL divergence to it in nats per token, how often the
-    likeliest token is the same, and the error after each layer. `calibration`: `out` is evaluated with
-    that laid over it, unconverted, against itself. `data`, `samples`, `length`, `seed`, `device`: as
-    for `calibrate`. One decoder layer of each model is in memory at a time. Raises InputError.
+    likeliest token is the same, and the error after each layer. `calibration`, what `calibrate` returned or
+    wrote: `out` is evaluated with that laid over it, unconverted, against itself. `data`, `samples`, `length`,
+    `seed`, `device`: as for `calibrate`. One decoder layer of each model is in memory at a time. Raises InputError.
     """
     from lowbit.calibration import store
     from lowbit.calibration.devices import join
@@ -141,7 +159,7 @@ def measure(
     if calibration is None:
         candidate = plain(out, device=where)
     else:
-        found = store.read(calibration)
+        found = store.read(calibration) if isinstance(calibration, str | Path) else calibration
         found.require(fingerprint=store.fingerprint(out))
         candidate = calibrated(out, found, device=where)
         reference = reference or out
@@ -161,6 +179,9 @@ def search(
     length: int = 512,
     seed: int = 0,
     device: str | torch.device = "auto",
+    state: str | Path | None = None,
+    overwrite: bool = False,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> Recipe:
@@ -169,10 +190,13 @@ def search(
     Or, with `max_kl`, the smallest model whose predicted KL is at most that. `candidates`: schemes to choose
     from; float is always one. Modules that engines fuse get one scheme. `ignore`: patterns of modules in float,
     in the recipe too. `recipe.notes` has the curve of bits against KL; `recipe.save` writes it for `lowbit convert
-    --recipe`. The rest as for `calibrate`.
+    --recipe`. `state`: a directory for what is measured. An interrupted search goes on in it, to the same result, when
+    it is called again with the same arguments, and another budget is chosen for without measuring again; a search of
+    something else is refused there, or replaces it with `overwrite`. The rest as for `calibrate`.
     """
+    from lowbit.calibration.choice import check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
-    from lowbit.calibration.search import check_wish, curve, pick, recipe_of, sensitivities
+    from lowbit.calibration.search import sensitivities
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:
@@ -181,10 +205,10 @@ def search(
         raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
     check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
-    windows, _ = _windows(src, data, samples, length, seed)
+    windows, described = _windows(src, data, samples, length, seed)
     units = sensitivities(
         src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,
-        progress=progress, warn=warn,
+        state=state, data=described, overwrite=overwrite, resumed=resumed, progress=progress, warn=warn,
     )  # fmt: skip
     points = curve(units)
     return recipe_of(units, pick(points, budget=budget, max_kl=max_kl), points, ignore=ignore)

@@ -81,7 +81,15 @@ class Recipe:
             return
         import yaml
 
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        class Dumper(yaml.SafeDumper):
+            def represent_sequence(
+                self, tag: str, sequence: Any, flow_style: bool | None = None
+            ) -> yaml.SequenceNode:
+                numbers = all(isinstance(item, int | float) for item in sequence)
+                return super().represent_sequence(tag, sequence, numbers or flow_style)
+
+        text = yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def recipe_from(data: Any, where: str = "recipe") -> Recipe:

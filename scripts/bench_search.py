@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from bench_calibration import cpu, evaluated, prepare, write  # beside this file
 
-from lowbit.calibration.search import curve, pick, recipe_of, sensitivities
+from lowbit.calibration.choice import curve, pick, recipe_of
+from lowbit.calibration.search import sensitivities
 from lowbit.checkpoint.rules import Selection
 from lowbit.evaluate.layerwise import rounded
 from lowbit.scheme import get_scheme

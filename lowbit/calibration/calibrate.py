@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.calibration import store
+from lowbit.calibration import resume, store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
@@ -25,9 +24,10 @@ from lowbit.calibration.rotate_model import rotate_outside, settled
 from lowbit.calibration.rotation import Rotation, make_rotation
 from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.sequential import fits
+from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
-from lowbit.checkpoint.rules import Fits, Selection, decide, left_by_source
+from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.formats import get_format
 from lowbit.formats.format import Joined
@@ -37,6 +37,8 @@ from lowbit.scheme import Scheme, TensorSpec, get_scheme
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)."""
+Resumed = Callable[[int, int], None]
+"""Told how many layers earlier runs had done, of how many, where they had any."""
 Warn = Callable[[str], None]
 """Told what is odd about what was asked, before the work."""
 
@@ -49,6 +51,22 @@ def module_schemes(
     Blocks that the default format does not take are what a conversion makes of them, a scale per channel.
     `fits`: a format's `refuse`, where static activations that it does not take become dynamic, too.
     """
+    return quantized_by(module_decisions(model, scheme, selection, fits=fits))
+
+
+def quantized_by(decisions: Mapping[str, Decision]) -> dict[str, Scheme]:
+    """Module → scheme of those that are quantized anew."""
+    return {
+        name: d.scheme
+        for name, d in decisions.items()
+        if d.scheme is not None and d.scheme.weights is not None and not d.as_found
+    }
+
+
+def module_decisions(
+    model: LayerwiseModel, scheme: Scheme, selection: Selection, *, fits: Fits | None = None
+) -> dict[str, Decision]:
+    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`."""
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
     for index in range(len(model)):
@@ -61,11 +79,7 @@ def module_schemes(
         shapes, scheme, selection, config=source.config, left_in_float=left, fused=source.fused,
         fits=fits or _blocks_fit,
     )  # fmt: skip
-    return {
-        names[m]: d.scheme
-        for m, d in decisions.items()
-        if d.scheme is not None and d.scheme.weights is not None and not d.as_found
-    }
+    return {names[m]: d for m, d in decisions.items()}
 
 
 def _blocks_fit(scheme: Scheme, shape: tuple[int, ...], joined: Joined) -> str:
@@ -87,6 +101,7 @@ def calibrate(
     data: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     started: Callable[[Method, Sequence[Tensor]], None] | None = None,
+    resumed: Resumed = lambda done, layers: None,
     progress: Progress | None = None,
     warn: Warn = warnings.warn,
 ) -> store.Calibration:
@@ -97,18 +112,20 @@ def calibrate(
     and rounded in passing (see `sequential`), what finished layers then hand on differs in the last bits from
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
-    the model does not allow it (see `Method.else_smooth`), `warn` of patterns that mean nothing. Raises
-    InputError for a scheme that quantizes no weights, data that is missing, and architectures
-    that cannot be run layer by layer or rotated.
+    the model does not allow it (see `Method.else_smooth`), `resumed` with what a killed run had done, `warn` of
+    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, and
+    architectures that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
     if scheme.weights is None:
         raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; calibration has nothing to do"
         )
-    if not windows and (kv_cache is not None or method.needs_data(scheme)):
+    wanting = [s.name for s in selection.schemes(scheme) if method.needs_data(s)]
+    if not windows and (kv_cache is not None or wanting):
         raise InputError(
-            f"expected data for method {method.name} with scheme {scheme.name}, found none; pass --data"
+            f"expected data for method {method.name} with scheme {', '.join(wanting) or scheme.name}, found none; "
+            "pass --data"
         )
     share = my_share(windows)
     reader = Source(source)
@@ -123,27 +140,20 @@ def calibrate(
             "(multi-head latent attention caches something else); calibrate without a KV cache"
         )
     method = settled(method, model)
-    if started is not None:
-        started(method, windows)
     schemes = module_schemes(model, scheme, selection)
     if not schemes:
         raise InputError(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
+    if started is not None:
+        started(method, windows)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
         "method": method.to_dict(),
-        "data": dict(data or {})
-        | {
-            "windows": len(windows),
-            "tokens": sum(int(w.numel()) for w in windows),
-            "digest": _digest(windows),
-        },
         "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
-        "source": {"path": str(Path(source).name), "fingerprint": store.fingerprint(source)},
-        "tool": _version(),
+        **settings_of(source, selection, windows, data),
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
@@ -158,11 +168,13 @@ def calibrate(
 
         def start() -> set[str]:
             nonlocal writer
-            held.enter_context(store.alone(out))
+            held.enter_context(resume.alone(out, store.KIND))
             writer = store.Writer(out, settings, overwrite=overwrite)
             return writer.finished
 
         done = decided(start, model.device)
+        if already := sum(model.layer_name(i) in done for i in range(len(model))):
+            resumed(already, len(model))
         if writer is not None and outside and store.MODEL_PART not in done:
             writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
         run.kv_cache = kv_cache
@@ -297,23 +309,5 @@ def _exceptions(
     return out
 
 
-def _digest(windows: Sequence[Tensor]) -> str:
-    """Tells other token ids apart: the text at a path may have changed since a run was killed."""
-    digest = hashlib.sha256()
-    for window in windows:
-        digest.update(window.numel().to_bytes(8, "little"))
-        digest.update(window.cpu().to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 def _tied(model: LayerwiseModel) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"lowbit {version('lowbit')}"
-    except PackageNotFoundError:
-        return "lowbit"

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.calibration.shared_scale import share_scales
+from lowbit.calibration.shared_scale import MatrixOf, share_scales
+from lowbit.checkpoint.rules import matmul_key
 from lowbit.dtypes import decode, encode
 from lowbit.errors import InputError
 from lowbit.granularity import PerBlock, PerGroup, block_shape
@@ -122,20 +123,20 @@ def round_group(
     *,
     targets: list[Tensor] | None = None,
     names: Sequence[str] = (),
-    model_type: str = "",
+    matrix_of: MatrixOf = matmul_key,
 ) -> list[Rounded]:
     """Round Linear layers that share their input.
 
     `weights` [N_i, K] float; `hessian` [K, K] of the input, or None for plain rounding.
     `targets` replace `weights` as what is to be rounded (see `compensate`), while errors are
-    still measured against `weights`. Those that engines join, by their `names` and the
-    `model_type`, share a scale per tensor (see `share_scales`). Per row the better of GPTQ and plain rounding is kept,
+    still measured against `weights`. Those that engines join, by their `names` and
+    `matrix_of`, share a scale per tensor (see `share_scales`). Per row the better of GPTQ and plain rounding is kept,
     measured by H, so the result is never worse than rounding on the layer's own data.
     """
     goals = targets or weights
     scales = [choose_scale(w, spec, options.scale)[0] for w in goals]
     if names:
-        shared = share_scales(dict(zip(names, scales, strict=True)), spec, model_type)
+        shared = share_scales(dict(zip(names, scales, strict=True)), spec, matrix_of)
         scales = [shared[n] for n in names]
     if hessian is None:
         nearest = [quantize_with(w, s, spec) for w, s in zip(goals, scales, strict=True)]

@@ -18,8 +18,10 @@ from lowbit.calibration.methods import Method
 from lowbit.calibration.observers import observed_range
 from lowbit.calibration.products import multiplies_integers, rounded_module
 from lowbit.calibration.rotation import Rotation, has_hadamard, online_block
+from lowbit.calibration.shared_scale import MatrixOf
 from lowbit.calibration.simulate import ActivationQuantizer, fake_quantize
 from lowbit.calibration.statistics import InputStatistics, Wanted, token_errors
+from lowbit.checkpoint.rules import matmul_key
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized, scale_from_range
 from lowbit.scheme import SCHEMES, Scheme, TensorSpec
@@ -86,7 +88,7 @@ def quantize_weights(
     statistics: Mapping[str, InputStatistics],
     *,
     min_tokens: int,
-    model_type: str = "",
+    matrix_of: MatrixOf = matmul_key,
 ) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """Round every quantized Linear of the layer, groups that share an input together.
 
@@ -106,7 +108,7 @@ def quantize_weights(
                 method,
                 schemes,
                 min_tokens=min_tokens,
-                model_type=model_type,
+                matrix_of=matrix_of,
             )
         )
         rows, columns = sum(w.shape[0] for w in weights.values()), weights[first].shape[1]
@@ -125,7 +127,7 @@ def round_members(
     schemes: Mapping[str, Scheme],
     *,
     min_tokens: int,
-    model_type: str = "",
+    matrix_of: MatrixOf = matmul_key,
 ) -> tuple[dict[str, Quantized], dict[str, Any]]:
     """`quantize_weights` for Linear layers of one group: name → weight [N, K]."""
     quantized: dict[str, Quantized] = {}
@@ -144,9 +146,7 @@ def round_members(
         targets = None
         if hessian is not None and s is not None and s.cross is not None:
             targets = [compensate(w, hessian, s.cross, options.damping) for w in found]
-        codes = round_group(
-            found, hessian, spec, options, targets=targets, names=names, model_type=model_type
-        )
+        codes = round_group(found, hessian, spec, options, targets=targets, names=names, matrix_of=matrix_of)
         for m, rounded in zip(names, codes, strict=True):
             quantized[m] = rounded.quantized
             report[m] = {"error": rounded.error, "nearest_error": rounded.nearest_error}

@@ -95,6 +95,11 @@ class Method:
         rounds = self.rounding.rounding != "nearest"
         return self.smooths or rounds or self.compensate or self.bias_correction or scheme.needs_calibration
 
+    def has_effect(self, scheme: Scheme) -> bool:
+        """False where a calibration would hold nothing: a conversion by itself rounds the same."""
+        transforms = self.rotate != "none" or self.rotate_heads or self.online_hadamard
+        return transforms or self.needs_data(scheme) or self.rounding.scale != "absmax"
+
     def describe(self) -> str:
         """One line that says what it does."""
         parts = []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
-from lowbit.calibration.shared_scale import share_scales
+from lowbit.calibration.shared_scale import MatrixOf, in_checkpoint, share_scales
 from lowbit.calibration.simulate import ActivationQuantizer
 from lowbit.calibration.store import Calibration
 from lowbit.quantize import Quantized, check_finite, choose_scale, quantize_with
@@ -61,7 +61,8 @@ class Overlay:
                 found = (f"{disk}.{leaf}" for leaf in ("input_scale", "input_zero_point"))
                 scale, zero = (self._here(n) if self.calibration.has(n) else None for n in found)
                 scales[name] = (scale, zero)
-        quantized |= _rounded(plain, weight_scales, schemes, self.model.model_type)
+        matrix_of = in_checkpoint(lambda n: self.model.disk_name(f"{prefix}.{n}"), self.model.model_type)
+        quantized |= _rounded(plain, weight_scales, schemes, matrix_of)
         report = self.calibration.layers.get(prefix, {})
         rotated = set(report.get("online_hadamard", []))
         online = frozenset(
@@ -89,7 +90,7 @@ def _rounded(
     weights: Mapping[str, Tensor],
     scales: Mapping[str, Tensor],
     schemes: Mapping[str, Scheme],
-    model_type: str,
+    matrix_of: MatrixOf,
 ) -> dict[str, Quantized]:
     """Plain rounding of `weights`, between `scales` that include those of the weights they are joined with."""
     by_spec: dict[TensorSpec, dict[str, Tensor]] = defaultdict(dict)
@@ -99,7 +100,7 @@ def _rounded(
         by_spec[spec][name] = scale
     found = {}
     for spec, own in by_spec.items():
-        for name, scale in share_scales(own, spec, model_type).items():
+        for name, scale in share_scales(own, spec, matrix_of).items():
             if name in weights:
                 codes = quantize_with(weights[name], scale, spec)
                 found[name] = Quantized(codes=codes, scale=scale, zero_point=None, spec=spec)

@@ -21,7 +21,9 @@ from lowbit.calibration.joints import Joint, choose_smoothing, joints, smoothing
 from lowbit.calibration.layer import groups_of, round_members
 from lowbit.calibration.methods import Method
 from lowbit.calibration.products import rounded_module
+from lowbit.calibration.shared_scale import MatrixOf
 from lowbit.calibration.statistics import InputStatistics, Wanted
+from lowbit.checkpoint.rules import matmul_key
 from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
@@ -62,7 +64,7 @@ def round_in_passing(
     min_tokens: int,
     prepare: Mapping[str, Callable[[Tensor], Tensor]],
     stored: torch.dtype | None = None,
-    model_type: str = "",
+    matrix_of: MatrixOf = matmul_key,
 ) -> Passed:
     """Smooth and round every quantized Linear of the layer during `run`, which must run it once over all data.
 
@@ -99,9 +101,7 @@ def round_in_passing(
         s = InputStatistics(wanted=seen, spec=scheme.activations)
         writes = any(m in graph.writers for m in members)
         s.update(x, _sketch(x, weights[first]) if writes and seen.anything else None)
-        codes, errors = round_members(
-            weights, s, method, schemes, min_tokens=min_tokens, model_type=model_type
-        )
+        codes, errors = round_members(weights, s, method, schemes, min_tokens=min_tokens, matrix_of=matrix_of)
         passed.quantized.update(codes)
         passed.errors.update(errors)
         return {m: rounded_module(linears[m], codes[m], schemes[m]) for m in members}, divisor

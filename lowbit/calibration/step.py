@@ -33,6 +33,7 @@ from lowbit.calibration.proof import proven
 from lowbit.calibration.rotation import Rotation, apply_online_hadamard
 from lowbit.calibration.run import Run
 from lowbit.calibration.sequential import round_in_passing
+from lowbit.calibration.shared_scale import MatrixOf, in_checkpoint
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.statistics import InputStatistics, Wanted, collect
 from lowbit.errors import InputError
@@ -213,7 +214,7 @@ class LayerStep:
         run, method = self.run, self.run.method
         self.quantized, self.report["modules"] = quantize_weights(
             self.layer, self.graph, method, self.schemes, self.statistics, min_tokens=run.options.min_tokens,
-            model_type=run.model.model_type,
+            matrix_of=self._matrix_of,
         )  # fmt: skip
         self.input_scales, self.schemes = decided(
             lambda: input_scales(
@@ -237,7 +238,7 @@ class LayerStep:
             passed = round_in_passing(
                 self.layer, self.graph, run.method, self.schemes, self.wanted, self._all_data(hand_on),
                 min_tokens=run.options.min_tokens, prepare=self._prepare(), stored=run.norms_stored,
-                model_type=run.model.model_type,
+                matrix_of=self._matrix_of,
             )  # fmt: skip
         self.quantized, self.report["modules"] = passed.quantized, passed.errors
         self.changed |= passed.changed
@@ -284,6 +285,10 @@ class LayerStep:
             for leaf, scale in zip(("k_scale", "v_scale"), pair, strict=True):
                 out[f"{attention}.{leaf}"] = scale.float().cpu()
         return out
+
+    @property
+    def _matrix_of(self) -> MatrixOf:
+        return in_checkpoint(self._disk, self.run.model.model_type)
 
     def _disk(self, name: str) -> str:
         return self.run.model.disk_name(f"{self.prefix}.{name}")

@@ -13,9 +13,8 @@ chooses scales stores `input_scale` or `weight_scale` alone. Float tensors that 
 transform changed stand under their own names. KV scales: `….self_attn.k_scale` and `v_scale`.
 Names are the checkpoint's own. A module that is absent is converted by plain rounding.
 
-Every file is complete when it has its final name (it is written aside, then renamed), and the
-manifest names a file only after that. So a killed run leaves something to resume, never
-something that looks finished: `complete` is true only at the end.
+Every file is complete when it has its final name, and the manifest names a file only after that
+(see `resume`). So a killed run leaves something to resume, never something that looks finished.
 
 Reading needs neither torch nor any tensor data, only headers.
 """
@@ -24,32 +23,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.checkpoint.files import lock
-from lowbit.errors import InputError
+from lowbit.calibration import resume
+from lowbit.calibration.resume import CalibrationError
+from lowbit.checkpoint.rules import Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
 MANIFEST = "calibration.json"
+KIND = resume.Kind(
+    what="calibration", command="calibrate", manifest=MANIFEST, version=1, keys=(("scheme", str), ("layers", dict)),
+    parts="layer-*.safetensors",
+)  # fmt: skip
 MODEL_PART = "model"
 """Name of the part that holds what belongs to no decoder layer."""
 
 _CODES = ("I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100 * 1024 * 1024
-
-
-class CalibrationError(InputError):
-    """A calibration directory that cannot be used, with what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +70,9 @@ class Calibration:
     scheme: str
     """Name of the scheme that the codes were made for."""
     module_schemes: Mapping[str, str | None] = field(repr=False)
-    """Modules whose scheme differs from `scheme`; None: kept in float."""
+    """Modules of decoder layers whose scheme differs from `scheme`; None: kept in float."""
+    asked: Selection = field(repr=False)
+    """The patterns that it was made with: what they say of modules beside the layers holds for them too."""
     method: Mapping[str, Any]
     data: Mapping[str, Any]
     source: Mapping[str, Any]
@@ -89,6 +87,11 @@ class Calibration:
     """Time spent per phase, of the run that finished it."""
     complete: bool
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def selection(self) -> Selection:
+        """What it was made for: its own modules as they are, others by the patterns."""
+        return replace(self.asked, calibrated={m: s or "float" for m, s in self.module_schemes.items()})
 
     def has(self, name: str) -> bool:
         return name in self.tensors
@@ -212,6 +215,7 @@ def read(path: str | Path) -> Calibration:
     _check_tensors(tensors, path)
     return Calibration(
         path=path, scheme=manifest["scheme"], module_schemes=manifest.get("module_schemes", {}),
+        asked=Selection.of(**manifest.get("selection", {})),
         method=manifest.get("method", {}), data=manifest.get("data", {}), source=manifest.get("source", {}),
         kv_cache=manifest.get("kv_cache", {}),
         config_overrides=manifest.get("config_overrides", {}), layers=manifest["layers"],
@@ -222,26 +226,7 @@ def read(path: str | Path) -> Calibration:
 
 def load_manifest(path: Path) -> dict[str, Any]:
     """calibration.json of a directory, its required keys checked."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise CalibrationError(
-            f"expected {MANIFEST} in {path}, found none; write one with `lowbit calibrate`"
-        )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
-    version = manifest.get("version")
-    if version != VERSION:
-        raise CalibrationError(
-            f"expected version {VERSION} in {file}, found {version!r}; calibrate again with this lowbit"
-        )
-    for key, kind in (("scheme", str), ("layers", dict)):
-        if not isinstance(manifest.get(key), kind):
-            raise CalibrationError(
-                f"expected {key!r} ({kind.__name__}) in {file}, found {manifest.get(key)!r}"
-            )
-    return manifest
+    return resume.load_manifest(path, KIND)
 
 
 def _check_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
@@ -275,108 +260,24 @@ def _intact(file: Path) -> bool:
     return True
 
 
-def _made(path: str | Path) -> Path:
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CalibrationError(
-            f"expected a directory for the calibration at {path}, found that none can be made: {error}"
-        ) from error
-    return path
+class Writer(resume.Resumable):
+    """Writes a calibration part by part, and knows which parts a resumed run already has (see `resume`)."""
 
+    KIND = KIND
 
-@contextmanager
-def alone(path: str | Path) -> Iterator[None]:
-    """Keep other calibrations out of a directory, which is made: parts of two would stand under one manifest."""
-    held = lock(_made(path), what="calibration")
-    try:
-        yield
-    finally:
-        if held >= 0:
-            os.close(held)
-
-
-class Writer:
-    """Writes a calibration part by part, and knows which parts a resumed run already has.
-
-    `settings` are the manifest's own keys (scheme, method, data, source, …). A directory that holds a
-    calibration with the same settings is resumed, without the parts whose files are gone or damaged; one
-    with others is refused, or replaced with `overwrite`; one that holds something else is refused.
-    """
-
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.path = _made(path)
-        wanted = json.loads(json.dumps({"version": VERSION, **settings}))
-        identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
-        self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
-        if (self.path / MANIFEST).is_file():
-            self._take_over(overwrite)
-        elif found := sorted(f.name for f in self.path.iterdir() if not f.name.startswith(".")):
-            raise CalibrationError(
-                f"expected an empty directory or a calibration in {self.path}, found {', '.join(found[:3])} and no "
-                f"{MANIFEST}; choose another directory"
-            )
-        self._save()
-
-    def _take_over(self, overwrite: bool) -> None:
-        """Go on with the calibration that lies here, or remove it."""
-        try:
-            old = load_manifest(self.path)
-        except CalibrationError:
-            if not overwrite:
-                raise
-            old = {}
-        if old.get("identity") == self.manifest["identity"]:
-            intact = {part: e for part, e in old["layers"].items() if _intact(self.path / e["file"])}
-            whole = bool(old.get("complete")) and intact.keys() == old["layers"].keys()
-            self.manifest = old | {"layers": intact, "complete": whole}
-            return
-        if old.get("layers") and not overwrite:
-            changed = sorted(
-                k
-                for k in self.manifest.keys() - {"identity", "layers", "complete"}
-                if old.get(k) != self.manifest[k]
-            )
-            raise CalibrationError(
-                f"expected an empty directory or the same calibration in {self.path}, found one with "
-                f"other {', '.join(changed) or 'settings'}; choose another directory, or pass overwrite"
-            )
-        for file in self.path.glob("layer-*.safetensors"):
-            file.unlink()
-
-    @property
-    def finished(self) -> set[str]:
-        """Parts that are written and intact."""
-        return set(self.manifest["layers"])
+    def _intact(self, entry: Mapping[str, Any]) -> bool:
+        return _intact(self.path / entry["file"])
 
     def write(
         self, part: str, tensors: Mapping[str, Tensor], report: Mapping[str, Any] | None = None
     ) -> Path:
         """Write one part. `part` is a layer's name ("model.layers.3") or MODEL_PART."""
-        from safetensors.torch import save_file
-
         number = part.rpartition(".")[2]
         name = f"layer-{int(number):05d}.safetensors" if number.isdigit() else f"layer-{part}.safetensors"
-        aside = self.path / f".{name}.part"
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside)
-        shutil.copymode(self.path / MANIFEST, aside)  # safetensors lets nobody else read its files
-        aside.replace(self.path / name)
-        self.manifest["layers"][part] = {"file": name, **(report or {})}
-        self._save()
+        resume.save_tensors(self.path / name, tensors, mode_of=self.path / MANIFEST)
+        self.record(part, {"file": name, **(report or {})})
         return self.path / name
 
     def finish(self, **more: Any) -> None:
-        """Add what is known only at the end (totals, config_overrides) and mark it complete."""
-        self.manifest.update(json.loads(json.dumps(more)))
-        self.manifest["complete"] = True
-        self._save()
+        super().finish(**more)
         read(self.path)  # what cannot be read back was not written
-
-    def _save(self) -> None:
-        aside = self.path / f".{MANIFEST}.part"
-        with aside.open("w") as stream:
-            json.dump(self.manifest, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(self.path / MANIFEST)

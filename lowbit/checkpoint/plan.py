@@ -116,7 +116,7 @@ def make_plan(
 ) -> Plan:
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
     scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
-    target = _format(scheme, format)
+    target, shard_size = _format(scheme, format), parse_size(max_shard_size)
     on_disk, experts = source, split(source)
     source = experts.checkpoint
     stored = read(source.config, source.tensors)
@@ -174,7 +174,7 @@ def make_plan(
             f"{len(apart)} matrices of experts are to be in float (first: {apart[0]}), but transformers loads this "
             "model's from 3-D tensors only; convert the original checkpoint instead, or quantize them"
         )
-    shards, placed = assign(planner.groups(), parse_size(max_shard_size))
+    shards, placed = assign(planner.groups(), shard_size)
     jobs = tuple(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
         for job in planner.jobs_in_order()
@@ -257,14 +257,12 @@ def _decisions(
                     f"tensors, found {name}; make {name} the scheme, and `float` the override of what is to stay"
                 )
         return decide(shapes, scheme, selection, config=source.config, fused=fused)
-    if replacements and replacements.module_schemes:
-        own = {m: s or "float" for m, s in replacements.module_schemes.items()}
-        selection = replace(selection, overrides={**selection.overrides, **own})
     already = {name: module.spec for name, module in stored.items()}
     return decide(
         shapes,
         scheme,
         selection,
+        otherwise=replacements.selection if replacements else EVERYTHING,
         config=source.config,
         fits=target.refuse,
         left_in_float=left_by_source(shapes, stored),

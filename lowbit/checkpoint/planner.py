@@ -11,7 +11,7 @@ from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scal
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.jobs import Job, Source, StaticInput, constant_job, job_of, jobs_as_they_are, zeros
 from lowbit.checkpoint.layout import OutTensor, out_like
-from lowbit.checkpoint.rules import Decision
+from lowbit.checkpoint.rules import Decision, Selection
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError, NotCalibratedError
 from lowbit.formats import Format, StoredModule, quantization_of
@@ -32,8 +32,8 @@ class Replacements:
 
     tensors: Mapping[str, TensorRef]
     """By name. A module's codes come with its `weight_scale`; float tensors stand alone."""
-    module_schemes: Mapping[str, str | None] = field(default_factory=dict)
-    """Modules with a scheme of their own; None: kept in float."""
+    selection: Selection = field(default_factory=Selection)
+    """What it was made for, where the conversion is not told otherwise."""
     config_overrides: Mapping[str, Any] = field(default_factory=dict)
     kv_cache: TensorSpec | None = None
     notes: tuple[str, ...] = ()

@@ -65,6 +65,8 @@ class Selection:
     """Carried byte for byte as the source has them, quantized or not."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Pattern → scheme name, or `float`: for mixed precision. The first that matches decides."""
+    calibrated: Mapping[str, str] = field(default_factory=dict)
+    """Module → the same: what a calibration made of it, before overrides; but it wants nothing of a format."""
 
     @classmethod
     def of(
@@ -82,6 +84,11 @@ class Selection:
         return cls(
             ignore=_listed("ignore", ignore), keep=_listed("keep", keep), overrides=dict(overrides or {})
         )
+
+    def schemes(self, main: Scheme) -> list[Scheme]:
+        """`main`, and those that overrides name."""
+        named = (get_scheme(name) for name in self.overrides.values() if name != "float")
+        return list(dict.fromkeys((main, *named)))
 
     def with_first(self, overrides: Mapping[str, str]) -> Selection:
         """With these overrides before all others, so that they decide."""
@@ -150,6 +157,7 @@ def decide(
     scheme: Scheme,
     selection: Selection = Selection(),
     *,
+    otherwise: Selection = Selection(),
     config: Mapping[str, Any] | None = None,
     fits: Fits = lambda scheme, shape, joined: "",
     left_in_float: Mapping[str, str] = MappingProxyType({}),
@@ -159,6 +167,7 @@ def decide(
 ) -> dict[str, Decision]:
     """Decide for every module with a weight: module name → shape in, module name → Decision out.
 
+    `otherwise` decides where `selection` says nothing: what a calibration was made for.
     An override whose pattern takes in modules that are usually quantized (all of a layer) leaves a
     router or norm among them as it is; one that names nothing else means it.
 
@@ -174,11 +183,15 @@ def decide(
         if role == "grouped" and already.get(module) == scheme.weights:
             # Engines that run it as its makers have it are the ones that this is for.
             roles[module] = (role, "")
-    asked = _Asked(selection, fused, [m for m, (_, reason) in roles.items() if not reason])
+    usual = [m for m, (_, reason) in roles.items() if not reason]
+    asked = (_Asked(selection, fused, usual), _Asked(otherwise, fused, usual, before="as calibrated: "))
     decisions: dict[str, Decision] = {}
     for module, shape in weights.items():
         role, reason = roles[module]
-        decision = asked.decide(module, shape, role, kept=reason, exactly=module in wanted_in_float)
+        exactly = module in wanted_in_float
+        decision = next(
+            (d for a in asked if (d := a.decide(module, shape, role, kept=reason, exactly=exactly))), None
+        )
         stays = reason or wanted_in_float.get(module) or left_in_float.get(module) or ""
         by_rule = Decision(scheme=None if stays else scheme, role=role, reason=stays)
         decisions[module] = decision or by_rule
@@ -195,11 +208,19 @@ def decide(
 class _Asked:
     """What the user asks of a module."""
 
-    def __init__(self, selection: Selection, fused: Mapping[str, str], usual: Sequence[str]) -> None:
-        """`fused` as `decide` has it; `usual`: the modules that no rule keeps."""
+    def __init__(
+        self,
+        selection: Selection,
+        fused: Mapping[str, str],
+        usual: Sequence[str],
+        *,
+        before: str = "",
+    ) -> None:
+        """`fused` as `decide` has it; `usual`: the modules that no rule keeps; `before`: what reasons begin with."""
         self.keep, self.ignore = Patterns(selection.keep), Patterns(selection.ignore)
         self.overrides, self.names = Patterns(selection.overrides), selection.overrides
         self.fused, self.usual = fused, usual
+        self.calibrated, self.said = selection.calibrated, before
 
     def _matching(self, patterns: Patterns, module: str) -> list[str]:
         return patterns.matching(module, *([self.fused[module]] if module in self.fused else ()))
@@ -214,20 +235,26 @@ class _Asked:
     ) -> Decision | None:
         """None: nothing. `kept`: why a rule keeps it, or ""; `exactly`: only an override of its name means it."""
         if found := self._matching(self.keep, module):
-            return Decision(scheme=None, role=role, reason=f"--keep {found[0]}", as_found=True)
+            return Decision(scheme=None, role=role, reason=f"{self.said}--keep {found[0]}", as_found=True)
         if found := self._matching(self.ignore, module):
-            return Decision(scheme=None, role=role, reason=f"--ignore {found[0]}")
+            return Decision(scheme=None, role=role, reason=f"{self.said}--ignore {found[0]}")
         if len(shape) != 2:
             return None
+        if module in self.calibrated and not exactly:
+            return self._decision(role, self.calibrated[module], f"as calibrated: {self.calibrated[module]}")
         for pattern in self._matching(self.overrides, module):
             if pattern != module and (exactly or (kept and pattern in self.broad)):
                 continue
             name = self.names[pattern]
-            chosen = get_scheme(name) if name != "float" else None
-            if chosen is None or chosen.weights is None:
-                return Decision(scheme=None, role=role, reason=f"override {pattern}: {name}")
-            return Decision(scheme=chosen, role=role, reason=f"override {pattern}")
+            decision = self._decision(role, name, f"{self.said}override {pattern}")
+            if decision.scheme is None:
+                return replace(decision, reason=f"{decision.reason}: {name}")
+            return decision
         return None
+
+    def _decision(self, role: str, name: str, reason: str) -> Decision:
+        chosen = get_scheme(name) if name != "float" else None
+        return Decision(scheme=chosen if chosen and chosen.weights else None, role=role, reason=reason)
 
 
 def simpler(scheme: Scheme) -> Scheme | None:

@@ -26,7 +26,7 @@ from lowbit.checkpoint.files import (
     sync,
     write_json,
 )
-from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL, Checkpoint
 from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.layout import index_of
 from lowbit.checkpoint.manifest import listed_files, make_manifest
@@ -46,6 +46,42 @@ CONFIG = "config.json"
 TIDY_SECONDS = 30
 # Below PARTIAL, the source's other files, whose names are not ours to choose.
 OTHERS = Path("others")
+
+
+def check_place(out: Path, source: Checkpoint, *, overwrite: bool, stale: bool = False) -> None:
+    """Raise InputError where no conversion of `source` can go to `out`. Nothing is touched.
+
+    `stale`: what lies unfinished there is not what would go on.
+    """
+    here, there = out.resolve(), source.root.resolve()
+    if here == there or there in here.parents:
+        raise InputError(
+            f"{out}: expected an output directory outside the source {source.root}; choose another place"
+        )
+    if here in there.parents and overwrite:
+        raise InputError(f"{out}: holds the source; choose another place")
+    # They are copied at the end, which may be hours away.
+    for file in source.others:
+        if not os.access(source.root / file, os.R_OK):
+            raise InputError(
+                f"{source.root / file}: cannot be read, and is to be carried along; check its permissions"
+            )
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: expected a directory or nothing, found a file; choose another place")
+    found = {p.name for p in out.iterdir()}
+    finishing = not stale and (out / PARTIAL / FINISHING).exists()
+    if found - {PARTIAL} and not overwrite and not finishing:
+        raise InputError(
+            f"{out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
+            "choose another, or give --overwrite"
+        )
+    if overwrite and not found & {PARTIAL, CONFIG, MANIFEST} and found:
+        raise InputError(
+            f"{out}: --overwrite replaces a checkpoint, found a directory that holds none "
+            f"(but {min(found)}); choose another place"
+        )
 
 
 class OutputDirectory:
@@ -77,45 +113,14 @@ class OutputDirectory:
         self._check()
 
     def _check(self) -> None:
-        out, source = self.out.resolve(), self.plan.source.root.resolve()
-        if out == source or source in out.parents:
-            raise InputError(
-                f"{self.out}: expected an output directory outside the source {self.plan.source.root}; "
-                "choose another place"
-            )
-        if out in source.parents and self._overwrite:
-            raise InputError(f"{self.out}: holds the source; choose another place")
-        # They are copied at the end, which may be hours away.
-        for file in self.plan.source.others:
-            if not os.access(self.plan.source.root / file, os.R_OK):
-                raise InputError(
-                    f"{self.plan.source.root / file}: cannot be read, and is to be carried along; check its permissions"
-                )
-        if not self.out.exists():
-            return
-        if not self.out.is_dir():
-            raise InputError(
-                f"{self.out}: expected a directory or nothing, found a file; choose another place"
-            )
-        found = {p.name for p in self.out.iterdir()}
-        if PARTIAL in found:
+        if self.partial.exists():
             self._read_journals()
             if self._stale and not self._overwrite:
                 raise InputError(
                     f"{self.out}: holds an unfinished conversion of another source or with other settings; "
                     "run it again as it was to finish it, or give --overwrite to begin anew"
                 )
-        finishing = not self._stale and (self.partial / FINISHING).exists()
-        if found - {PARTIAL} and not self._overwrite and not finishing:
-            raise InputError(
-                f"{self.out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
-                "choose another, or give --overwrite"
-            )
-        if self._overwrite and not found & {PARTIAL, CONFIG, MANIFEST} and found:
-            raise InputError(
-                f"{self.out}: --overwrite replaces a checkpoint, found a directory that holds none "
-                f"(but {min(found)}); choose another place"
-            )
+        check_place(self.out, self.plan.source, overwrite=self._overwrite, stale=self._stale)
 
     def _read_journals(self) -> None:
         record = read_journals(self.partial)

@@ -77,7 +77,7 @@ def main() -> None:
             _say_as_json("bad usage; standard error says what was expected")
         if stop.code == 130:  # typer's answer to Ctrl-C
             again = "; run the same command again to go on from here"
-            said = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"]))
+            said = "stopped" + again * (sys.argv[1:2] in (["convert"], ["calibrate"], ["search"]))
             print(said, file=sys.stderr)
             _say_as_json(said)
         raise

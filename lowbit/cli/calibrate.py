@@ -202,18 +202,36 @@ def run_recipe(
         found = quality.calibrate(
             src, out, wanted.scheme, method=wanted.method or "best", data=of.pop("path", None), alpha=alpha,
             ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides, options=options, kv_cache=kv_cache,
-            overwrite=overwrite, started=None if quiet else started, progress=progress, warn=warn, **of,
+            overwrite=overwrite, started=None if quiet else started, resumed=say_resumed(quiet=quiet),
+            progress=progress, warn=warn, **of,
         )  # fmt: skip
     if not quiet:
         _say(out, summary(found))
     return found
 
 
+def say_resumed(*, quiet: bool) -> Callable[[int, int], None]:
+    """Says how much was done before; nothing when `quiet`."""
+
+    def say(done: int, layers: int) -> None:
+        if not quiet:
+            print(f"resumed: {done} of {layers} layers were done already and are intact")
+
+    return say
+
+
 def _say(out: Path, report: dict[str, Any]) -> None:
-    print(f"wrote {out}: {report['modules']} modules in {report['layers']} layers, {report['seconds']:.1f} s")
+    what = {"modules": report["modules"], "KV caches": report["kv_caches"]}
+    written = " and ".join(f"{n} {name}" for name, n in what.items() if n) or "0 modules"
+    print(f"wrote {out}: {written} in {report['layers']} layers, {report['seconds']:.1f} s")
     if report["error"] is not None:
         print(
             f"squared output error of weights: {report['error']:.2e}, rounding {report['nearest_error']:.2e} (mean)"
+        )
+    if dynamic := report["left_dynamic"]:
+        print(
+            f"{len(dynamic)} modules have dynamic activations, since with static ones their outputs would keep less "
+            f"than {report['method']['dynamic_below']:g} dB (first: {dynamic[0]})"
         )
     fallbacks = report["fallbacks"]
     for said in fallbacks[:10]:
@@ -245,7 +263,7 @@ def steps_bar(label: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], 
 
 def summary(calibration: Any) -> dict[str, Any]:
     """What a finished calibration tells in a few numbers."""
-    errors, fallbacks, online = [], [], []
+    errors, fallbacks, online, dynamic = [], [], [], []
     for layer, report in calibration.layers.items():
         for module, entry in report.get("modules", {}).items():
             if "fallback" in entry:
@@ -253,11 +271,13 @@ def summary(calibration: Any) -> dict[str, Any]:
             elif entry.get("nearest_error"):
                 errors.append((entry["error"], entry["nearest_error"]))
         online += report.get("online_hadamard", [])
+        dynamic += report.get("left_dynamic", {})
     mean = [sum(column) / len(errors) for column in zip(*errors, strict=True)] if errors else [None, None]
     return {
         "path": str(calibration.path), "scheme": calibration.scheme, "method": dict(calibration.method),
         "data": dict(calibration.data), "modules": len(calibration.modules()),
         "layers": sum(1 for n in calibration.layers if n != "model"), "error": mean[0], "nearest_error": mean[1],
+        "kv_caches": sum(name.endswith(".k_scale") for name in calibration.tensors), "left_dynamic": dynamic,
         "fallbacks": fallbacks, "online_hadamard": online, "seconds": sum(calibration.seconds.values()),
         "seconds_by_phase": dict(calibration.seconds),
     }  # fmt: skip

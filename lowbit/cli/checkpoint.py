@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +12,15 @@ import typer
 from lowbit.cli.output import warn
 
 if TYPE_CHECKING:
+    from lowbit.calibration.store import Calibration
     from lowbit.checkpoint.jobs import Job
     from lowbit.checkpoint.plan import Plan
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
+
+
+REASONS = 20
+"""How many reasons `plan` counts; of a large model there may be thousands."""
 
 
 def some_path(text: str) -> Path:
@@ -107,12 +112,14 @@ def plan(
 ) -> None:
     """Show what convert would do, tensor by tensor and in sum, without reading weight data."""
     from lowbit import api
+    from lowbit.calibration import store
     from lowbit.cli.output import print_json, say_bytes, table
 
-    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibration)
+    calibrated = None if calibration is None else store.read(calibration)
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibrated)
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
-        max_shard_size=max_shard_size, calibration=calibration,
+        max_shard_size=max_shard_size, calibration=calibrated,
     )  # fmt: skip
     print_warnings(decided, chip)
     modules = _modules(decided)
@@ -128,10 +135,12 @@ def plan(
     print(table(headers, rows, right={1, 4, 5}))
     print()
     print(headline(decided))
-    if reasons := Counter(m["why"] for m in modules if m["why"]).most_common():
+    if reasons := Counter(_reason(m) for m in modules if m["why"]).most_common():
         print("why, counted in tensors:")
-    for reason, count in reasons:
+    for reason, count in reasons[:REASONS]:
         print(f"  {count:6d}  {reason}")
+    if others := [count for _, count in reasons[REASONS:]]:
+        print(f"  {sum(others):6d}  {len(others)} other reasons, which the table says")
     print(
         f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "
         f"in {len(decided.shards)} file{'s' * (len(decided.shards) != 1)}"
@@ -222,14 +231,13 @@ def what_is_asked(
     target: str | None,
     ignore: list[str] | None,
     keep: list[str] | None,
-    calibration: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Recipe, str | None, Accelerator | None]:
     """(the recipe of a file, or the one that the options spell out; the format; the chip).
 
     Where neither recipe nor scheme is given, the scheme is the calibration's, or else what suits the chip, and the
     chip chooses the format too. InputError for a recipe beside the options that spell one out.
     """
-    from lowbit.api import calibrated_scheme
     from lowbit.errors import InputError
     from lowbit.recipe import Recipe, load_recipe
     from lowbit.scheme import get_scheme
@@ -244,7 +252,7 @@ def what_is_asked(
         return load_recipe(recipe), format, chip
     usual = chip.scheme if chip else "int8"
     if calibration is not None and scheme is None:
-        usual = calibrated_scheme(calibration)
+        usual = calibration.scheme
     try:
         name = get_scheme(usual if scheme is None else scheme).name
     except ValueError as error:
@@ -298,6 +306,20 @@ def summary(decided: Plan, chip: Accelerator | None = None) -> dict[str, Any]:
     }
 
 
+def _reason(row: Mapping[str, Any]) -> str:
+    """Why, without the tensor's own name: a recipe of `search` names each module that it means."""
+    override = f"override {_module_of(row['name'])}"
+    return (
+        "override of its name" + why[len(override) :]
+        if (why := row["why"]).partition(": ")[0] == override
+        else why
+    )
+
+
+def _module_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight").removesuffix(".weight_packed")
+
+
 def _stored_as(job: Job) -> str:
     """The dtype of what is read, and in what it is packed."""
     source = job.source
@@ -314,9 +336,9 @@ def _modules(decided: Plan) -> list[dict[str, Any]]:
         if job.source is None:
             continue
         out = next(iter(job.outputs.values()))
-        module = out.name.removesuffix(".weight").removesuffix(".weight_packed")
-        decision = decided.decisions.get(module)
-        plain = "not a matrix" if job.kind == "copy" else ""
+        decision = decided.decisions.get(_module_of(out.name))
+        ours = decided.source.root in job.source.ref.file.parents
+        plain = "" if job.kind != "copy" else "not a matrix" if ours else "from the calibration"
         why = decision.reason if decision else plain
         after = str(job.spec) if job.spec else (out.dtype if job.kind != "copy" else f"{out.dtype} as it is")
         rows.append(

@@ -32,6 +32,7 @@ from lowbit.cli.checkpoint import (
 
 if TYPE_CHECKING:
     from lowbit.api import Conversion
+    from lowbit.calibration.store import Calibration
     from lowbit.checkpoint.parts import Part
     from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
@@ -83,6 +84,7 @@ def convert(
     `lowbit verify OUT --source SRC`.
     """
     from lowbit import api
+    from lowbit.calibration import store
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.cli.output import Warnings, bytes_bar, print_json, say_bytes
@@ -90,13 +92,14 @@ def convert(
 
     warn = Warnings()
     share = Part() if part is None else Part.parse(part)
-    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibration)
-    if method or (wanted.method and calibration is None):
+    calibrated = None if calibration is None else store.read(calibration)
+    wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibrated)
+    if method or (wanted.method and calibrated is None):
         from lowbit.calibration.distributed import rank
 
-        _check_options(share, calibration, dry_run)
-        _check_before_calibrating(src, wanted, format)
-        calibration = _calibrate(
+        _check_options(share, calibrated, dry_run)
+        _check_before_calibrating(src, out, wanted, format, max_shard_size, overwrite=overwrite)
+        calibrated = _calibrate(
             src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json, warn=warn
         )  # fmt: skip
         if rank() != 0:
@@ -107,7 +110,7 @@ def convert(
         )
     decided = api.plan(
         src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
-        max_shard_size=max_shard_size, calibration=calibration,
+        max_shard_size=max_shard_size, calibration=calibrated,
     )  # fmt: skip
     print_warnings(decided, chip, warn)
     if not json:
@@ -169,7 +172,7 @@ def not_finite_warning(tensors: Sequence[str]) -> str:
     )
 
 
-def _check_options(share: Part, calibration: Path | None, dry_run: bool) -> None:
+def _check_options(share: Part, calibration: Calibration | None, dry_run: bool) -> None:
     """Raise for what does not go with --method."""
     from lowbit.errors import InputError
 
@@ -188,17 +191,23 @@ def _check_options(share: Part, calibration: Path | None, dry_run: bool) -> None
         )
 
 
-def _check_before_calibrating(src: Path, wanted: Recipe, format: str | None) -> None:
+def _check_before_calibrating(
+    src: Path, out: Path, wanted: Recipe, format: str | None, max_shard_size: str, *, overwrite: bool
+) -> None:
     """Raise now what would otherwise be raised when the calibration, hours maybe, has been made."""
     from lowbit import api
+    from lowbit.checkpoint.headers import open_checkpoint
+    from lowbit.checkpoint.writer import check_place
     from lowbit.errors import InputError, NotCalibratedError
     from lowbit.formats import get_format
     from lowbit.scheme import get_scheme
 
     with suppress(NotCalibratedError):
         api.plan(
-            src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides
+            src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
+            max_shard_size=max_shard_size,
         )  # fmt: skip
+    check_place(out, open_checkpoint(src), overwrite=overwrite)
     scheme, target = get_scheme(wanted.scheme), get_format(format)
     if scheme.weights is not None and (why := target.refuse(scheme, (1024, 1024), "")):
         raise InputError(
@@ -220,7 +229,7 @@ def _calibrate(
     overwrite: bool,
     quiet: bool,
     warn: Warnings,
-) -> Path:
+) -> Calibration:
     """Calibrate into OUT.calibration, which stays: a second conversion or a resumed one needs it again."""
     from dataclasses import replace
 
@@ -232,5 +241,4 @@ def _calibrate(
     directory = named.with_name(named.name + ".calibration")
     wanted = with_data(replace(wanted, method=method or wanted.method), data, samples=samples, length=length)
     options = RunOptions(device=join(device))
-    run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
-    return directory
+    return run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)

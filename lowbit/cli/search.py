@@ -39,17 +39,23 @@ def search(
     ] = 512,
     seed: Annotated[int, typer.Option(callback=torch_seed, help="Which samples.")] = 0,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file RECIPE.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the file RECIPE, and another search in RECIPE.search."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Find a scheme per module: the least KL divergence for a mean number of bits. Writes a recipe.
 
     Modules that engines fuse get one scheme. Then:  lowbit convert SRC OUT --recipe RECIPE
+
+    What is measured is kept in RECIPE.search: a run that was killed goes on when the same command is given again, and
+    another --budget (with --overwrite) takes no measuring.
     """
     from lowbit import quality
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import steps_bar
+    from lowbit.cli.calibrate import say_resumed, steps_bar
     from lowbit.cli.output import Warnings, print_json, table
     from lowbit.errors import InputError
 
@@ -65,11 +71,13 @@ def search(
         raise InputError(
             f"expected no file at {out}, where the recipe will be, found one; give another --out, or --overwrite"
         )
-    with steps_bar("searching", quiet=json or rank() != 0) as progress:
+    quiet = json or rank() != 0
+    with steps_bar("searching", quiet=quiet) as progress:
         recipe = quality.search(
             src, data, budget=budget, max_kl=max_kl, candidates=[c.strip() for c in candidates.split(",") if c.strip()],
-            ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where, progress=progress,
-            warn=warn,
+            ignore=tuple(ignore or ()), samples=samples, length=length, seed=seed, device=where,
+            state=out.with_name(out.name + ".search"), overwrite=overwrite, resumed=say_resumed(quiet=quiet),
+            progress=progress, warn=warn,
         )  # fmt: skip
     if rank() != 0:
         return

@@ -6,8 +6,9 @@ it works for any scheme, on any machine, for models that do not fit it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import make_batches, module_schemes
+from lowbit.calibration.calibrate import make_batches, module_decisions, module_schemes, quantized_by
 from lowbit.calibration.distributed import gathered, my_share
 from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
-from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
-from lowbit.checkpoint.rules import Selection, decide, left_by_source
-from lowbit.dtypes import INT8
+from lowbit.checkpoint.rules import Selection, decide, dynamic_instead, left_by_source
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
+from lowbit.evaluate.stored import install_stored, stored_input
 from lowbit.formats import get_format
-from lowbit.granularity import scale_shape
 from lowbit.host_memory import keep_freed_memory
-from lowbit.quantize import Quantized, quantize
+from lowbit.quantize import quantize
 from lowbit.scheme import Scheme, get_scheme
 
 LOGITS = 1 << 24
@@ -73,53 +72,13 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     stored = model.source.stored
     kv_cache = KVCache.of_config(model.source.config)
 
-    def codes_of(disk: str) -> Quantized | None:
-        """Codes and scale as they are stored, where that is a tensor each."""
-        module = stored[disk]
-        if module.spec.dtype is not INT8 or not {"codes", "scale"} <= module.names.keys():
-            return None
-        codes, scale = (model.source.raw(n) for n in (module.weight, module.scale))
-        shape = scale_shape(tuple(codes.shape), module.spec.granularity)
-        return Quantized(codes=codes, scale=scale.float().reshape(shape), zero_point=None, spec=module.spec)
-
-    def input_scale(disk: str) -> tuple[Tensor | None, Tensor | None]:
-        """(scale [1], zero point [1]) of static activations; (None, None) where they are dynamic."""
-        names, spec = stored[disk].names, stored[disk].scheme.activations
-        if spec is None or spec.dynamic:
-            return None, None
-        if "input_scale" not in names:
-            raise InputError(
-                f"{disk}: expected a scale of its input, which {stored[disk].scheme.name} has, found none in "
-                f"{model.source.path}; the checkpoint is incomplete: fetch it again"
-            )
-
-        def number(name: str) -> Tensor:
-            return model.source.raw(name).float().reshape(1).to(model.device)
-
-        zero = names.get("input_zero_point")
-        return number(names["input_scale"]), None if zero is None else number(zero)
-
-    outside = {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
-    _round_inputs(model, outside, {n: input_scale(model.disk_name(n)) for n in outside})
+    _round_inputs(
+        model, {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
+    )
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
-        layer, prefix = model.load(index), model.layer_name(index)
-        schemes: dict[str, Scheme] = {}
-        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        online: set[str] = set()
-        quantized: dict[str, Quantized] = {}
-        for name, module in layer.named_modules():
-            disk = model.disk_name(f"{prefix}.{name}")
-            if isinstance(module, nn.Linear) and disk in model.source.rotated:
-                online.add(name)
-            if not isinstance(module, nn.Linear) or disk not in stored:
-                continue
-            scheme = stored[disk].scheme
-            if scheme.activations is not None:
-                schemes[name], scales[name] = scheme, input_scale(disk)
-                if multiplies_integers(scheme, module.weight) and (q := codes_of(disk)) is not None:
-                    quantized[name] = q
-        return layer, install(layer, schemes, quantized, scales, frozenset(online))
+        layer = model.load(index)
+        return layer, install_stored(model, layer, index)
 
     def scale_of(name: str) -> Tensor | None:
         """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
@@ -166,30 +125,48 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
         Source(source), override=lambda n: tensor_of(calibration, n),
         config_overrides=dict(calibration.config_overrides), **model_options,
     )  # fmt: skip
-    schemes = module_schemes(
-        model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration)),
-        fits=get_format().refuse,
-    )  # fmt: skip
-    _round_outside(model, get_scheme(calibration.scheme), Selection(overrides=_overrides(calibration)))
-    overlay = Overlay(calibration, model, schemes)
-    return Candidate(model=model, load=overlay.load, kv_hooks=overlay.kv_hooks)
+    scheme, selection = get_scheme(calibration.scheme), calibration.selection
+    decisions = module_decisions(model, scheme, selection, fits=get_format().refuse)
+    _round_outside(model, scheme, selection, calibration.tensors)
+    overlay = Overlay(calibration, model, quantized_by(decisions))
+    kept = {n for n, d in decisions.items() if d.as_found}
+
+    def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
+        layer, quantizers = overlay.load(index)
+        return layer, {**quantizers, **install_stored(model, layer, index, kept.__contains__)}
+
+    return Candidate(model=model, load=load, kv_hooks=overlay.kv_hooks)
 
 
 @torch.no_grad()
-def _round_outside(model: LayerwiseModel, scheme: Scheme, selection: Selection) -> None:
+def _round_outside(
+    model: LayerwiseModel, scheme: Scheme, selection: Selection, calibrated: Collection[str] = ()
+) -> None:
     """Round what a conversion quantizes outside the decoder layers (Gemma 4's projection to per-layer inputs, a head
-    that an override names), and what these multiply."""
+    that an override names), and what these multiply.
+
+    `calibrated`: the tensors of a calibration. It does not run these modules, and a conversion makes static ones
+    dynamic, unless the source has the ranges of their inputs.
+    """
     linears = {model.disk_name(n): (n, m) for n, m in _outside(model) if not m.weight.is_meta}
     shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
     found: dict[str, Scheme] = {}
-    left = left_by_source(shapes, model.source.stored)
-    decisions = decide(shapes, scheme, selection, config=model.source.config, left_in_float=left)
+    stored = model.source.stored
+    decided = partial(
+        decide, shapes, scheme, config=model.source.config, left_in_float=left_by_source(shapes, stored),
+        fits=get_format().refuse,
+    )  # fmt: skip
+    decisions = decided(selection)
+    if dynamic := dynamic_instead(decisions, stored, calibrated):
+        decisions = decided(selection.with_first(dynamic))
     for disk, decision in decisions.items():
-        if decision.scheme is not None and decision.scheme.weights is not None:
+        if decision.as_found and disk in stored:
+            found[linears[disk][0]] = stored[disk].scheme
+        elif decision.scheme is not None and decision.scheme.weights is not None:
             name, module = linears[disk]
             module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
             found[name] = decision.scheme
-    _round_inputs(model, {n: s for n, s in found.items() if not s.needs_calibration}, {})
+    _round_inputs(model, found)
 
 
 def _outside(model: LayerwiseModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -199,22 +176,14 @@ def _outside(model: LayerwiseModel) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def _round_inputs(
-    model: LayerwiseModel,
-    schemes: Mapping[str, Scheme],
-    scales: Mapping[str, tuple[Tensor | None, Tensor | None]],
-) -> None:
-    """Let the modules named round their inputs as an engine would, from now on."""
-    quantizers = {
-        n: ActivationQuantizer(s.activations, *scales.get(n, (None, None)))
-        for n, s in schemes.items()
-        if s.activations is not None
-    }
+def _round_inputs(model: LayerwiseModel, schemes: Mapping[str, Scheme]) -> None:
+    """Let the modules named round their inputs as an engine would, from now on; static ones as the source has it."""
+    quantizers = {}
+    for name, scheme in schemes.items():
+        if (spec := scheme.activations) is not None:
+            scales = (None, None) if spec.dynamic else stored_input(model, model.disk_name(name))
+            quantizers[name] = ActivationQuantizer(spec, *scales)
     attach(model.model, quantizers)
-
-
-def _overrides(calibration: Calibration) -> dict[str, str]:
-    return {m: s or "float" for m, s in calibration.module_schemes.items()}
 
 
 @torch.no_grad()

@@ -372,6 +372,23 @@ def test_static_and_dynamic_modules_mix_in_a_layer(sources, tmp_path, ids, range
     assert lowbit.verify(tmp_path / "out", source=source).ok
 
 
+def test_what_is_left_dynamic_is_not_wanted_quantized_by_that(sources, tmp_path, ids):
+    """vLLM-Ascend reads kv_b_proj in float: a calibration that left it dynamic named it, and it was INT8 there."""
+    source, calib = sources("deepseek_v3"), tmp_path / "calib"
+    method = {"name": "mine", "activation_range": "output", "dynamic_below": 200.0}
+    name = "model.layers.0.self_attn.kv_b_proj"
+
+    def decided(format: str | None) -> str | None:
+        scheme = lowbit.plan(source, calibration=calib, format=format).decisions[name].scheme
+        return scheme.name if scheme else None
+
+    lowbit.calibrate(source, calib, "int8-static", method=method, data=list(ids))
+    assert (decided(None), decided("ascend")) == ("int8", None)
+    named = {"overrides": {name: "int8"}, "overwrite": True}
+    lowbit.calibrate(source, calib, "int8-static", method=method, data=list(ids), **named)
+    assert (decided(None), decided("ascend")) == ("int8", "int8")
+
+
 @pytest.mark.parametrize(("scheme", "instead"), [("int8-static", "int8"), ("fp8-static", "fp8")])
 def test_what_a_calibration_does_not_run_is_dynamic(sources, tmp_path, ids, scheme, instead):
     """Multi-token prediction, behind the last layer: the conversion asked for the calibration that it was given."""

@@ -198,7 +198,9 @@ def test_a_killed_run_resumes_to_the_same_result(checkpoints, windows, tmp_path,
             calibrate(source, out, scheme, method, windows)
         assert not store.read(out).complete
         before = (out / "layer-00001.safetensors").stat().st_mtime_ns
-        resumed = calibrate(source, out, scheme, method, windows)
+        said: list[tuple[int, int]] = []
+        resumed = calibrate(source, out, scheme, method, windows, resumed=lambda *of, to=said: to.append(of))
+        assert said == [(2, 3)]
         assert calls[3:] == ([2] if method.propagate else [0, 1, 2])
         assert resumed.complete and (out / "layer-00001.safetensors").stat().st_mtime_ns == before
         monkeypatch.setattr(module, "calibrate_layer", original)

@@ -53,6 +53,29 @@ def test_calibrate_then_eval(source, tmp_path):
     assert "kl" not in alone and alone["perplexity"] > 1
 
 
+def test_calibrate_says_what_it_wrote(source, tmp_path):
+    """Of a calibration that had scales of KV caches only it said `0 modules`, and of modules left dynamic nothing."""
+    common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 32)
+    done = lowbit("calibrate", source, "-o", tmp_path / "a", "-m", "absmax", "--kv-cache", "fp8", *common)
+    assert f"wrote {tmp_path / 'a'}: 3 KV caches in 3 layers" in done.output
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8-static\nmethod: {name: rotate-gptq-static, dynamic_below: 200.0}\n")
+    static = ("calibrate", source, "--recipe", recipe, "--kv-cache", "int8-head", *common)
+    done = lowbit(*static, "-o", tmp_path / "b")
+    assert "21 modules and 3 KV caches in 3 layers" in done.output
+    assert "resumed: 3 of 3 layers were done already" in lowbit(*static, "-o", tmp_path / "b").output
+    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").output)
+    assert f"{len(found['left_dynamic'])} modules have dynamic activations" in done.output
+    assert "would keep less than 200 dB" in done.output and found["left_dynamic"][0] in done.output
+    counted = lowbit("plan", source, "--calibration", tmp_path / "b").output.partition("counted in tensors")[
+        2
+    ]
+    assert (
+        f" {len(found['left_dynamic'])}  as calibrated: int8\n" in counted
+        and "from the calibration" in counted
+    )
+
+
 def test_eval_of_a_converted_checkpoint(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32, "--json")
     calibration = ("--calibration", tmp_path / "c")
@@ -70,7 +93,7 @@ def test_eval_of_a_converted_checkpoint(source, tmp_path):
         assert all(0 < e < 0.2 for e in errors), (rotated, errors)  # also when the basis is another
 
 
-def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path):
+def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path, monkeypatch):
     calibration = tmp_path / "c"
     common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
     lowbit("calibrate", source, "-o", calibration, "-s", "int8-static", "-m", "absmax", *common)
@@ -80,16 +103,45 @@ def test_the_scheme_is_the_calibration_s_where_none_is_given(source, tmp_path):
     planned = json.loads(lowbit("plan", source, *given, "--target", "ascend910b", "--json").output)
     assert (planned["scheme"], planned["format"]) == ("int8-static", "ascend")
     assert package.plan(source, calibration=calibration).scheme.name == "int8-static"
+    read, load = [], store.load_manifest
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "load_manifest", lambda path: read.append(path) or load(path))
+        lowbit("plan", source, *given)
+        assert read == [calibration]  # of a trillion parameters it is long
+        found = store.read(calibration)
+        one, other = (package.plan(source, calibration=c).digest() for c in (found, calibration))
+        assert one == other
+        one, other = (
+            package.measure(source, source.parent / "text.txt", samples=2, length=16, calibration=c)
+            for c in (found, calibration)
+        )
+        assert one.to_dict() == other.to_dict()
     other = lowbit("convert", source, tmp_path / "b", "--scheme", "int8", *given, code=2)
     assert "expected scheme int8-static" in str(other.exception)
     none = lowbit("plan", source, "--calibration", tmp_path / "none", code=2)
     assert "expected calibration.json" in str(none.exception)
 
 
+@pytest.mark.parametrize(
+    ("overwrite", "message"), [((), "give --overwrite"), (("--overwrite",), "holds none")]
+)
+def test_a_place_that_is_taken_is_said_before_it_is_calibrated(
+    source, tmp_path, monkeypatch, overwrite, message
+):
+    monkeypatch.setattr(quality, "calibrate", lambda *_, **__: pytest.fail("calibrated in vain"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    command = ("convert", source, tmp_path / "out", "--method", "gptq", "--data", source, *overwrite)
+    assert message in str(lowbit(*command, code=2).exception)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
 def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     lowbit("convert", source, tmp_path / "out", "--method", "gptq", *common)
     again = ("convert", source, tmp_path / "out", "--method", "smoothquant", *common)
+    assert "give --overwrite" in str(lowbit(*again, code=2).exception)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert "found one with other method" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
@@ -123,7 +175,7 @@ def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
 def test_options_come_before_what_a_recipe_says_of_data(source, tmp_path):
     (tmp_path / "other.txt").write_text((source.parent / "text.txt").read_text())
     data = {"path": str(source.parent / "text.txt"), "samples": 6, "length": 32, "seed": 3}
-    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "absmax", "data": data}))
+    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "method": "gptq", "data": data}))
     recipe = ("--recipe", tmp_path / "r.json")
 
     def used(*options, command: str = "calibrate"):
@@ -186,6 +238,7 @@ def test_bad_input_is_named(source, tmp_path, arguments, message):
             "one scale per channel only; convert without",
         ),
         (("--scheme", "int8", "--ignore", "model.*"), "at least one weight"),
+        (("--scheme", "int8-static", "--max-shard-size", "5"), "expected a size such as"),
     ],
 )
 def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
@@ -242,12 +295,35 @@ def test_what_cannot_be_done_is_said_before_the_work(
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
 
 
+@pytest.mark.parametrize("method", ["absmax", "entropy"])
+def test_what_a_conversion_does_by_itself_is_not_calibrated(source, tmp_path, monkeypatch, method):
+    """It said `wrote c: 0 modules`, after all the data had passed."""
+    monkeypatch.setattr(LayerwiseModel, "__init__", lambda *a, **k: pytest.fail("a model was built"))
+    common = ("--method", method, "--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    for command in (("calibrate", source, "-o", tmp_path / "c"), ("convert", source, tmp_path / "c")):
+        done = lowbit(*command, "--scheme", "fp8", *common, code=2)
+        assert isinstance(done.exception, InputError) and "best" in str(done.exception)
+        assert "`lowbit convert SRC OUT --scheme fp8`" in str(done.exception)
+        assert not list(tmp_path.iterdir())
+
+
+def test_static_modules_of_a_dynamic_scheme_are_calibrated_with_data(source, tmp_path):
+    """Without any their ranges were those of the first 32 tokens of the vocabulary, and nothing said so."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("scheme: int8\noverrides: {'*.o_proj': int8-static}\nmethod: absmax\n")
+    calibrate = ("calibrate", source, "-o", tmp_path / "c", "--recipe", recipe)
+    done = lowbit(*calibrate, code=2)
+    assert "expected data for method absmax with scheme int8-static" in str(done.exception)
+    lowbit(*calibrate, "--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+    assert store.read(tmp_path / "c").modules() == [f"model.layers.{i}.self_attn.o_proj" for i in range(3)]
+
+
 def test_patterns_that_mean_nothing_are_said(source, tmp_path):
     """As `convert` and `plan` say it; one that means what is not calibrated is no mistake."""
     common = ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
     said = "pattern '*.q_prj' matches no module; `lowbit plan` lists their names"
     ignore = ("--ignore", "*.q_prj", "--ignore", "lm_head", "--ignore", "model.embed_tokens")
-    calibrate = ("calibrate", source, "-m", "absmax", *common)
+    calibrate = ("calibrate", source, "-m", "mse", *common)
     done = lowbit(*calibrate, "-o", tmp_path / "a", *ignore)
     assert done.stderr.count(said) == 1 and done.stderr.count("matches no module") == 2  # the head is tied
     recipe = tmp_path / "r.yaml"
@@ -256,7 +332,7 @@ def test_patterns_that_mean_nothing_are_said(source, tmp_path):
     assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
     shown = lowbit("search", source, *common, "-o", tmp_path / "s.yaml", *ignore[:2], "--json")
     assert json.loads(shown.stdout)["warnings"] == [said] and said in shown.stderr
-    done = lowbit("convert", source, tmp_path / "o", "--method", "absmax", *common, *ignore[:2])
+    done = lowbit("convert", source, tmp_path / "o", "--method", "mse", *common, *ignore[:2])
     assert done.stderr.count(said) == 1 and done.stderr.index(said) < len(said) + 20
     with pytest.warns(UserWarning, match="q_prj"):
         quality.search(source, source.parent / "text.txt", ignore=["*.q_prj"], samples=2, length=16)

@@ -66,6 +66,24 @@ def test_layer_by_layer_is_what_transformers_makes_of_the_dequantized_model(publ
     assert lowbit.measure(published, data=windows).agreement.nll == pytest.approx(float(wanted), rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["absmax", "gptq"])
+def test_what_engines_join_has_one_scale_under_other_names_than_transformers(
+    published, windows, tmp_path, method
+):
+    """wq_a and wkv are q_a_proj and kv_proj there. What is written is what the calibration is."""
+    lowbit.convert(published, tmp_path / "bf16", "bf16")
+    given = {"calibration": tmp_path / "calibration"}
+    lowbit.calibrate(tmp_path / "bf16", given["calibration"], "fp8-static", method=method, data=windows[:8])
+    lowbit.convert(tmp_path / "bf16", tmp_path / "out", "fp8-static", **given)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for index in range(3):
+        a, b = (written[f"model.layers.{index}.attn.{n}.weight_scale"] for n in ("wq_a", "wkv"))
+        assert torch.equal(a, b)
+    out = lowbit.measure(tmp_path / "out", reference=tmp_path / "bf16", data=windows[8:]).to_dict()
+    overlaid = lowbit.measure(tmp_path / "bf16", data=windows[8:], **given).to_dict()
+    assert overlaid["layer_errors"] == pytest.approx(out["layer_errors"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scheme", "method"), [("int8", "best"), ("fp8-block", "gptq"), ("int8-static", "gptq")]
 )

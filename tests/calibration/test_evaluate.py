@@ -142,6 +142,48 @@ def test_a_model_rounded_in_memory_is_what_a_conversion_writes(checkpoints, wind
     assert in_memory.layer_errors == pytest.approx(written.layer_errors, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "head", "becomes"),
+    [("int8", "int8", "int8"), ("int8-static", "int8-static", "int8"), ("fp8-static", "int8-block", "int8")],
+)
+def test_a_head_that_a_calibration_names_is_converted_and_evaluated(
+    checkpoints, windows, tmp_path, scheme, head, becomes
+):
+    """Its input has no range in a calibration, so that it is dynamic, and its 48 columns hold no block."""
+    source, asked = checkpoints["qwen3"], {"lm_head": head}
+    method = "gptq" if scheme == "int8" else "absmax"
+    found = lowbit.calibrate(source, tmp_path / "c", scheme, method=method, data=windows, overrides=asked)
+    done = lowbit.convert(source, tmp_path / "out", scheme, calibration=tmp_path / "c")
+    assert done.plan.decisions["lm_head"].scheme.name == becomes
+    told = lowbit.plan(source, scheme, calibration=tmp_path / "c", overrides={"lm_head": "float"})
+    assert told.decisions["lm_head"].scheme is None
+    written = evaluate(plain(tmp_path / "out"), windows[:4], plain(source)).agreement
+    overlaid = evaluate(evaluation.calibrated(source, found), windows[:4], plain(source)).agreement
+    assert overlaid.to_dict() == pytest.approx(written.to_dict(), rel=1e-5)
+    lowbit.convert(source, tmp_path / "float", scheme, calibration=tmp_path / "c", ignore=["lm_head"])
+    other = evaluate(plain(tmp_path / "float"), windows[:4], plain(source)).agreement
+    assert abs(other.kl - written.kl) > 1e-3 * written.kl
+
+
+@pytest.mark.parametrize("kept", ["fp8-static", "int8"])
+def test_what_a_calibration_kept_rounds_its_inputs_as_it_did(checkpoints, windows, tmp_path, kept):
+    """Of a source that is quantized itself, carried as found beside what is calibrated."""
+    src, float_ = tmp_path / "src", checkpoints["qwen3"]
+    asked = {"*.mlp.*": kept, "lm_head": kept, "*.self_attn.*": "float"}
+    lowbit.calibrate(float_, tmp_path / "a", "fp8-static", method="absmax", data=windows, overrides=asked)
+    lowbit.convert(float_, src, "fp8-static", calibration=tmp_path / "a")
+    keep, static = ["*.mlp.*", "lm_head"], {"*.self_attn.*": "int8-static"}
+    found = lowbit.calibrate(
+        src, tmp_path / "b", "int8-static", method="absmax", data=windows, keep=keep, overrides=static
+    )
+    done = lowbit.convert(src, tmp_path / "out", "int8-static", calibration=found)
+    assert sum(d.as_found for d in done.plan.decisions.values()) == 10
+    reference = plain(float_)
+    written = evaluate(plain(tmp_path / "out"), windows[:4], reference).agreement
+    overlaid = evaluate(evaluation.calibrated(src, found), windows[:4], reference).agreement
+    assert overlaid.to_dict() == pytest.approx(written.to_dict(), rel=1e-5)
+
+
 def test_what_a_source_left_in_float_beside_the_layers_stays(tmp_path):
     """As in a conversion: Gemma 4's projection to per-layer inputs."""
     torch.manual_seed(0)

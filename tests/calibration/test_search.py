@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.calibration.search import FLOAT, Unit, bits_of, curve, pick, recipe_of, sensitivities
+from lowbit.calibration.choice import FLOAT, Unit, bits_of, curve, pick, recipe_of
+from lowbit.calibration.search import sensitivities
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import evaluate, plain, rounded
@@ -110,6 +112,10 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
     for suffix in ("yaml", "json"):
         recipe.save(tmp_path / f"r.{suffix}")
         assert load_recipe(tmp_path / f"r.{suffix}") == recipe
+    curve = replace(recipe, notes={"curve": [[8.0, 0.5], [9.0, 0.25]], "uniform": {"int8": 0.5}})
+    curve.save(tmp_path / "c.yaml")  # a point on a line, a pattern on a line
+    assert {"  - [8.0, 0.5]", "  '*.down_proj': float"} <= {*(tmp_path / "c.yaml").read_text().splitlines()}
+    assert load_recipe(tmp_path / "c.yaml") == curve
     assert recipe_from({"scheme": "W8A8"}).scheme == "int8"
     assert recipe_from({"scheme": "int8", "data": {"samples": 1}}).data == {"samples": 1}
     wrong = [

@@ -5,8 +5,10 @@ Each task writes what it found to DIRECTORY/TASK-<workers>.pt (the calibrations 
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import partialmethod
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +18,7 @@ from other_device import OtherDevice
 from torch import nn
 
 from lowbit.calibration import distributed
+from lowbit.calibration import search as sensitivity
 from lowbit.calibration.calibrate import calibrate
 from lowbit.calibration.graph import LayerGraph
 from lowbit.calibration.kv_cache import KVCache
@@ -129,10 +132,33 @@ def refusal(directory: Path) -> None:
         (directory / f"refusal-{distributed.rank()}.txt").write_text(str(error))
 
 
+def search(directory: Path) -> None:
+    """A search that stops on all workers in the second layer that it measures, and goes on; and an undisturbed one."""
+    source, windows = directory / "qwen3", list(torch.load(directory / "ids.pt", weights_only=True))
+    costs, ran = sensitivity._Sweep._costs, []
+
+    def dies(sweep, index, gradients):
+        if index == 1:
+            raise KeyboardInterrupt
+        return costs(sweep, index, gradients)
+
+    def notes(sweep, index, gradients):
+        ran.append(index)
+        return costs(sweep, index, gradients)
+
+    with patch.object(sensitivity._Sweep, "_costs", dies), suppress(KeyboardInterrupt):
+        sensitivity.sensitivities(source, windows, state=directory / "state")
+    with patch.object(sensitivity._Sweep, "_costs", notes):
+        resumed = sensitivity.sensitivities(source, windows, state=directory / "state")
+    whole = sensitivity.sensitivities(source, windows)
+    if distributed.rank() == 0:
+        same = {"resumed": [asdict(u) for u in resumed], "whole": [asdict(u) for u in whole], "ran": ran}
+        (directory / f"search-{distributed.workers()}.json").write_text(json.dumps(same))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.join_workers()
     for task in sys.argv[2].split(","):
-        {"calibrations": calibrations, "merging": merging, "rounding": rounding, "refusal": refusal}[task](
-            Path(sys.argv[1])
-        )
+        tasks = {f.__name__: f for f in (calibrations, merging, rounding, refusal, search)}
+        tasks[task](Path(sys.argv[1]))

@@ -151,6 +151,26 @@ def test_lowbit_does_not_run_int4(tmp_path):
         lowbit.load(tmp_path / "src")
 
 
+def test_what_was_left_out_when_it_was_calibrated_stays_out(tmp_path):
+    """Also what is no module of a decoder layer, and what is carried as found; unless the conversion is told."""
+    published(tmp_path / "src")
+    windows = [torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    lowbit.calibrate(
+        tmp_path / "src", tmp_path / "calib", "int8", method="gptq", data=windows, device="cpu",
+        keep=["*.layers.0.mlp.experts.*"], overrides={"lm_head": "fp8"},
+    )  # fmt: skip
+    given = {"calibration": tmp_path / "calib"}
+    decisions = lowbit.plan(tmp_path / "src", "int8", **given).decisions
+    experts = [d for n, d in decisions.items() if ".layers.0.mlp.experts." in n]
+    assert experts and all(d.as_found for d in experts)
+    assert decisions["lm_head"].scheme.name == "fp8"
+    told = {"*.layers.0.mlp.experts.*": "int8", "lm_head": "float"}
+    decisions = lowbit.plan(tmp_path / "src", "int8", overrides=told, **given).decisions
+    experts = [d for n, d in decisions.items() if ".layers.0.mlp.experts." in n]
+    assert all(d.scheme.name == "int8" and not d.as_found for d in experts)
+    assert decisions["lm_head"].scheme is None
+
+
 @pytest.mark.parametrize("method", ["gptq", "best"])
 def test_calibration_leaves_in_float_what_the_source_did(tmp_path, method):
     published(tmp_path / "src")

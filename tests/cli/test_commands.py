@@ -231,9 +231,11 @@ def test_a_calibration_lies_beside_the_output_whatever_that_is_called(run, src, 
         raise InputError(f"into {directory.resolve()}")
 
     (tmp_path / "here" / "x").mkdir(parents=True)
+    (tmp_path / "here" / "config.json").touch()  # a checkpoint, to be replaced
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("lowbit.cli.calibrate.run_recipe", calibrate)
-    code, _, err = run("convert", src, out, "--method", "best", "--data", src / "config.json")
+    command = ("convert", src, out, "--method", "best", "--data", src / "config.json", "--overwrite")
+    code, _, err = run(*command)
     assert code == 2 and f"into {tmp_path / 'here.calibration'}" in err
 
 
@@ -245,6 +247,24 @@ def test_a_dry_run_writes_nothing(run, src, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
     assert run("convert", src, tmp_path / "full", "--dry-run")[0] == 2
+
+
+def test_plan_counts_why_without_the_names_of_modules(run, tmp_path):
+    """A recipe of `search` names every module that it means: it was a line for each."""
+    src = write(tmp_path / "src", *block_fp8(*deepseek_v3()))
+    names = [n for n, d in lowbit.plan(src, "int8").decisions.items() if d.scheme]
+    asked = {n: "fp8" for n in names if ".layers.0.self_attn" in n} | {"model.layers.0.mlp": "float"}
+    (tmp_path / "r.json").write_text(json.dumps({"scheme": "int8", "overrides": asked}))
+    code, out, _ = run("plan", src, "--recipe", tmp_path / "r.json")
+    assert code == 0
+    counted = out.partition("why, counted in tensors:")[2]
+    assert f" {len(asked) - 1}  override of its name\n" in counted
+    assert " 3  override model.layers.0.mlp: float\n" in counted and "0.self_attn" not in counted
+    many = [f"re:.*layers\\.1\\.mlp\\.experts\\.{i}\\..*" for i in range(4)] + names[:30]
+    options = [word for pattern in many for word in ("--ignore", pattern)]
+    _, out, _ = run("plan", src, *options)
+    counted = out.partition("why, counted in tensors:\n")[2].splitlines()
+    assert "other reasons, which the table says" in counted[20] and "→" in counted[21]
 
 
 def test_plan_says_why(run, tmp_path):

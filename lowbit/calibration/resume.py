@@ -1,0 +1,179 @@
+"""A directory that a long run fills part by part, so that the same run, killed, goes on where it was.
+
+Its manifest, a JSON file, has what the run is (its settings, and `identity`, a hash of them), an entry for every
+part that is done, and `complete`, true only at the end. It is written aside, synced and renamed, after the files
+that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lowbit.checkpoint.files import lock, sync
+from lowbit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CalibrationError(InputError):
+    """A directory of `calibrate` or `search` that cannot be used, with what to do about it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What such a directory is of."""
+
+    what: str
+    """As errors call it."""
+    command: str
+    """That of the command line which writes it."""
+    manifest: str
+    """Name of the file."""
+    version: int
+    keys: tuple[tuple[str, type], ...] = (("layers", dict),)
+    """That a manifest must have; `layers` maps parts to entries."""
+    parts: str
+    """Glob of their files."""
+
+
+def made(path: str | Path, kind: Kind) -> Path:
+    """The directory, which is there then."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CalibrationError(
+            f"expected a directory for the {kind.what} at {path}, found that none can be made: {error}"
+        ) from error
+    return path
+
+
+@contextmanager
+def alone(path: str | Path, kind: Kind) -> Iterator[None]:
+    """Keep other runs out of a directory, which is made: parts of two would stand under one manifest."""
+    held = lock(made(path, kind), what=kind.what)
+    try:
+        yield
+    finally:
+        if held >= 0:
+            os.close(held)
+
+
+def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
+    """The manifest of a directory, its required keys checked. Raises CalibrationError saying what is wrong."""
+    file = path / kind.manifest
+    if not file.is_file():
+        raise CalibrationError(
+            f"expected {kind.manifest} in {path}, found none; write one with `lowbit {kind.command}`"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
+    if (version := manifest.get("version")) != kind.version:
+        raise CalibrationError(
+            f"expected version {kind.version} in {file}, found {version!r}; {kind.command} again with this lowbit"
+        )
+    for key, of in kind.keys:
+        if not isinstance(manifest.get(key), of):
+            raise CalibrationError(f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}")
+    return manifest
+
+
+class Resumable:
+    """Such a directory while it is written; subclasses say what a part is.
+
+    `settings` are keys of the manifest. A directory with the same ones is resumed, without parts that are damaged;
+    one with others is refused, or replaced with `overwrite`; one that holds something else is refused.
+    """
+
+    KIND: ClassVar[Kind]
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = made(path, self.KIND)
+        wanted = json.loads(json.dumps({"version": self.KIND.version, **settings}))
+        identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
+        self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
+        if (self.path / self.KIND.manifest).is_file():
+            self._take_over(overwrite)
+        elif found := sorted(f.name for f in self.path.iterdir() if not f.name.startswith(".")):
+            raise CalibrationError(
+                f"expected an empty directory or a {self.KIND.what} in {self.path}, found {', '.join(found[:3])} and "
+                f"no {self.KIND.manifest}; choose another directory"
+            )
+        self._save()
+
+    def _take_over(self, overwrite: bool) -> None:
+        """Go on with what lies here, or remove it."""
+        try:
+            old = load_manifest(self.path, self.KIND)
+        except CalibrationError:
+            if not overwrite:
+                raise
+            old = {}
+        if old.get("identity") == self.manifest["identity"]:
+            intact = {part: e for part, e in old["layers"].items() if self._intact(e)}
+            whole = bool(old.get("complete")) and intact.keys() == old["layers"].keys()
+            self.manifest = old | {"layers": intact, "complete": whole}
+            return
+        if old.get("layers") and not overwrite:
+            changed = sorted(
+                k
+                for k in self.manifest.keys() - {"identity", "layers", "complete"}
+                if old.get(k) != self.manifest[k]
+            )
+            raise CalibrationError(
+                f"expected an empty directory or the same {self.KIND.what} in {self.path}, found one with "
+                f"other {', '.join(changed) or 'settings'}; choose another directory, or pass overwrite"
+            )
+        for file in self.path.glob(self.KIND.parts):
+            file.unlink()
+
+    def _intact(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a part is still what its entry says."""
+        return True
+
+    @property
+    def finished(self) -> set[str]:
+        """Parts that are written and intact."""
+        return set(self.manifest["layers"])
+
+    def record(self, part: str, entry: Mapping[str, Any]) -> None:
+        """A part is done."""
+        self.manifest["layers"][part] = dict(entry)
+        self._save()
+
+    def finish(self, **more: Any) -> None:
+        """Add what is known only at the end, and mark it complete."""
+        self.manifest.update(json.loads(json.dumps(more)))
+        self.manifest["complete"] = True
+        self._save()
+
+    def _save(self) -> None:
+        aside = self.path / f".{self.KIND.manifest}.part"
+        with aside.open("w") as stream:
+            json.dump(self.manifest, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(self.path / self.KIND.manifest)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], *, mode_of: Path | None = None) -> None:
+    """Write a safetensors file aside, sync and rename it. `mode_of`: a file that the same people may read."""
+    from safetensors.torch import save_file
+
+    aside = file.with_name(f".{file.name}.part")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, aside)
+    if mode_of is not None:  # safetensors lets nobody else read its files
+        shutil.copymode(mode_of, aside)
+    sync(aside)
+    aside.replace(file)
