@@ -144,7 +144,8 @@ def _rms_norm_quantize(
         codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group))
         # A copy where nothing was added; `clone` alone would keep the order of x's strides.
         total = total.clone(memory_format=torch.contiguous_format) if residual is None else total.contiguous()
-    return codes.view(x.shape), scale.view([*x.shape[:-1], _groups(k, group)]), total.view(x.shape)
+    scale = scale.view([*x.shape[:-1], _groups(k, group)])
+    return codes.view(x.shape), scale, _shaped(total, *x.shape)
 
 
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype, group: int) -> None:
