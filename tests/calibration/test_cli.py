@@ -74,6 +74,9 @@ def test_calibrate_says_what_it_wrote(source, tmp_path):
         f" {len(found['left_dynamic'])}  as calibrated: int8\n" in counted
         and "from the calibration" in counted
     )
+    # The source's size, not that of the codes which take its weights' place.
+    source_size = re.search("^(.*) → ", lowbit("plan", source).output, re.MULTILINE)[1]
+    assert f"\n{source_size} → " in counted
 
 
 def test_eval_of_a_converted_checkpoint(source, tmp_path):
