@@ -146,6 +146,7 @@ def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     assert "give --overwrite" in str(lowbit(*again, code=2).exception)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert "found one with other method" in str(lowbit(*again, code=2).exception)
+    assert "run it as it was to go on there" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
 
