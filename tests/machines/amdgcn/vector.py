@@ -126,6 +126,8 @@ PLAIN: dict[str, tuple[str, Callable[..., Lanes]]] = {
     "ashrrev_i32": ("ui", _shifts(np.right_shift, 32)),
     "max_i32": ("ii", np.maximum), "min_i32": ("ii", np.minimum), "max_u32": ("uu", np.maximum),
     "min_u32": ("uu", np.minimum), "max3_i32": ("iii", lambda a, b, c: np.maximum(np.maximum(a, b), c)),
+    "max_u16": ("ww", np.maximum), "min_u16": ("ww", np.minimum), "max_i16": ("ss", np.maximum),
+    "min_i16": ("ss", np.minimum),
     "add_u16": ("ww", np.add), "sub_u16": ("ww", np.subtract), "mul_lo_u16": ("ww", np.multiply),
     "lshlrev_b16": ("ww", _shifts(np.left_shift, 16)), "lshrrev_b16": ("ww", _shifts(np.right_shift, 16)),
     "ashrrev_i16": ("ws", _shifts(np.right_shift, 16)), "mul_f16": ("hh", np.multiply), "add_f16": ("hh", np.add),

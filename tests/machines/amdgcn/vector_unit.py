@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..numbers import Lanes, Unknown
+from ..numbers import Lanes, Unknown, e8m0
 from . import matrix, vector
 from .program import VCC, Immediate, Instruction, Register, Source
 from .waves import WAVE, Waves
@@ -274,8 +274,9 @@ class VectorUnit(Waves):
         self.put(slot, self.vectors[slot] & keep | low_bits << np.uint32(16 * high))
 
     def _v_cvt_pk_fp8_f32(self, instruction: Instruction) -> None:
-        if instruction.opcode == "v_cvt_scalef32_pk_fp8_f32":
-            self._unscaled(instruction, 3)
+        scaled = instruction.opcode == "v_cvt_scalef32_pk_fp8_f32"
+        if scaled and (self.lanes(instruction.operands[3]) != 0x3F80_0000).any():
+            raise Unknown("codes of what is divided by a scale")
         a, b = (vector.value(s, "f") for s in self._sources(instruction, "", 1)[:2])
         codes = [vector.to_fp8(x, self.fp8, self.saturates) for x in (a, b)]
         high = instruction.flags("op_sel", 4, 0)[2] or instruction.flags("op_sel", 4, 0)[3]
@@ -284,18 +285,15 @@ class VectorUnit(Waves):
     _v_cvt_scalef32_pk_fp8_f32 = _v_cvt_pk_fp8_f32
 
     def _v_cvt_scalef32_pk_bf16_fp8(self, instruction: Instruction) -> None:
-        self._unscaled(instruction, 2)
+        """Two codes, times the power of two that a float32's exponent says."""
         packed = "cvt_pk_bf16_f32" if "bf16" in instruction.opcode else "cvt_pk_f16_f32"
-        pair = vector.fp8_pair(
-            self.lanes(instruction.operands[1]), instruction.flags("op_sel", 3, 0)[0], self.fp8
-        )
-        self.put(instruction.register(0).first, vector.PLAIN[packed][1](pair[:, 0], pair[:, 1]))
+        codes, scale = (self.lanes(o) for o in instruction.operands[1:])
+        pair = vector.fp8_pair(codes, instruction.flags("op_sel", 3, 0)[0], self.fp8)
+        factor = e8m0(scale >> np.uint32(23) & np.uint32(255))
+        low, high = (np.float32(pair[:, i] * factor) for i in range(2))
+        self.put(instruction.register(0).first, vector.PLAIN[packed][1](low, high))
 
     _v_cvt_scalef32_pk_f16_fp8 = _v_cvt_scalef32_pk_bf16_fp8
-
-    def _unscaled(self, instruction: Instruction, index: int) -> None:
-        if (self.lanes(instruction.operands[index]) != 0x3F80_0000).any():
-            raise Unknown("a conversion with a scale")
 
     # --- matrices -------------------------------------------------------------------------------------------------
 
