@@ -133,7 +133,8 @@ class Resumable:
             )
             raise CalibrationError(
                 f"expected an empty directory or the same {self.KIND.what} in {self.path}, found one with "
-                f"other {', '.join(changed) or 'settings'}; choose another directory, or pass overwrite"
+                f"other {', '.join(changed) or 'settings'}; run it as it was to go on there, choose another place, or "
+                "give overwrite to replace it"
             )
         for file in self.path.glob(self.KIND.parts):
             file.unlink()

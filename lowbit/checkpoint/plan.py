@@ -64,6 +64,7 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
+        """Of what the jobs read: a calibration's tensors in place of the source's (`source.nbytes` is of all those)."""
         return sum(j.source_bytes for j in self.jobs)
 
     def jobs_in(self, shards: Collection[int]) -> list[tuple[int, Job]]:

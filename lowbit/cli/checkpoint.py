@@ -142,7 +142,7 @@ def plan(
     if others := [count for _, count in reasons[REASONS:]]:
         print(f"  {sum(others):6d}  {len(others)} other reasons, which the table says")
     print(
-        f"{say_bytes(decided.source_bytes)} → {say_bytes(decided.output_bytes)} "
+        f"{say_bytes(decided.source.nbytes)} → {say_bytes(decided.output_bytes)} "
         f"in {len(decided.shards)} file{'s' * (len(decided.shards) != 1)}"
     )
     if chip is not None:
@@ -299,7 +299,7 @@ def summary(decided: Plan, chip: Accelerator | None = None) -> dict[str, Any]:
         "quantized": dict(schemes),
         "kept": len(decided.decisions) - sum(schemes.values()),
         "split_experts": len(decided.split_experts),
-        "bytes_before": decided.source_bytes,
+        "bytes_before": decided.source.nbytes,
         "bytes_after": decided.output_bytes,
         "warnings": [*decided.warnings, *(advice_on(decided, chip)[1] if chip else ())],
         **({"target": chip.name, "advice": advice_on(decided, chip)[0]} if chip else {}),

@@ -148,7 +148,10 @@ def _round_outside(
     `calibrated`: the tensors of a calibration. It does not run these modules, and a conversion makes static ones
     dynamic, unless the source has the ranges of their inputs.
     """
-    linears = {model.disk_name(n): (n, m) for n, m in _outside(model) if not m.weight.is_meta}
+    outside = ((model.disk_name(n), n, m) for n, m in _outside(model) if not m.weight.is_meta)
+    # A head that is the embedding has no tensor of its own, and so none that a conversion quantizes.
+    on_disk = model.source.modules
+    linears = {disk: (n, m) for disk, n, m in outside if disk in on_disk}
     shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
     found: dict[str, Scheme] = {}
     stored = model.source.stored

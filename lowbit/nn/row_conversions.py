@@ -21,11 +21,15 @@ What = Literal["rows", "value", "shape"]
 """What a tensor is: something of each row (or block of rows), one value for all rows, or the shape [2] of a weight."""
 
 
-class SplitRows(ConversionOps):
-    """One tensor → one for each module, `sizes` rows (of the tensor; of the weight, for a shape) each."""
+class _OfRows(ConversionOps):
+    """Between one tensor and one for each module, of `sizes` rows (of the tensor; of the weight, for a shape)."""
 
     def __init__(self, what: What, sizes: Sequence[int]) -> None:
         self.what, self.sizes = what, list(sizes)
+
+
+class SplitRows(_OfRows):
+    """One tensor → one for each module."""
 
     def convert(
         self,
@@ -50,11 +54,8 @@ class SplitRows(ConversionOps):
         return JoinRows(self.what, self.sizes)
 
 
-class JoinRows(ConversionOps):
+class JoinRows(_OfRows):
     """The reverse of `SplitRows`. ValueError where what is one value on disk has become several."""
-
-    def __init__(self, what: What, sizes: Sequence[int]) -> None:
-        self.what, self.sizes = what, list(sizes)
 
     def convert(
         self,

@@ -90,31 +90,38 @@ def quantize_model(
         ignored: list[str] = []
         joined: dict[str, tuple[str, ...]] = {}
         apart: dict[str, str] = {}
-        while part.candidates:
-            candidate = part.candidates.pop(0)
-            name = _full_name(part.path, candidate.name)
-            decision = part.decisions[candidate.disk[0]]
-            unfit = part.unfit.get(candidate.name, "") or part.within_blocks(candidate)
-            reason = _why_kept(decision, unfit, part.given)
-            if decision.scheme is None or reason:
-                if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
-                    kept[name] = reason
-                    if decision.role not in ("embedding", "norm", "conv"):
-                        ignored += candidate.in_engines
-                continue
-            new = swapped.get(id(candidate.module)) or _quantized(candidate, name, decision.scheme, target)
-            swapped[id(candidate.module)] = new
-            _carry_hooks(candidate.module, new)
-            model = replace_module(model, name, new)
-            _drop_weights(candidate.module)
-            quantized[name] = decision.scheme.name
-            part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
-            if candidate.rows:
-                joined[candidate.disk[0]] = candidate.rows
-            if isinstance(new, SplitLinear):
-                apart |= {disk: f"{candidate.name}.{i}" for i, disk in enumerate(candidate.disk)}
-        if joined or apart:
-            save_joined(part.model, joined, apart)
+        try:
+            while part.candidates:
+                matrix = part.next_matrix()
+                candidate = matrix[0]
+                names = [_full_name(part.path, c.name) for c in matrix]
+                decision = part.decisions[candidate.disk[0]]
+                unfit = part.unfit.get(candidate.name, "") or part.within_blocks(candidate)
+                reason = _why_kept(decision, unfit, part.given)
+                if decision.scheme is None or reason:
+                    if len(candidate.shape) == 2 or is_fused_experts(candidate.module):
+                        kept |= dict.fromkeys(names, reason)
+                        if decision.role not in ("embedding", "norm", "conv"):
+                            ignored += candidate.in_engines
+                    continue
+                for c, name in zip(matrix, names, strict=True):
+                    if id(c.module) not in swapped:
+                        swapped[id(c.module)] = _quantized(c, name, decision.scheme, target)
+                for c, name in zip(matrix, names, strict=True):
+                    new = swapped[id(c.module)]
+                    _carry_hooks(c.module, new)
+                    model = replace_module(model, name, new)
+                    _drop_weights(c.module)
+                    if isinstance(new, SplitLinear):
+                        apart |= {disk: f"{c.name}.{i}" for i, disk in enumerate(c.disk)}
+                quantized |= dict.fromkeys(names, decision.scheme.name)
+                part.layout |= dict.fromkeys(candidate.disk, decision.scheme)
+                if candidate.rows:
+                    joined[candidate.disk[0]] = candidate.rows
+        finally:
+            # What came before an error stays quantized, and may be saved.
+            if joined or apart:
+                save_joined(part.model, joined, apart)
         if is_transformers_model(part.model) and part.layout:
             _describe(part.model, target, part.layout, ignored)
     if not quantized:
@@ -145,6 +152,16 @@ class _Part:
         """All that a pattern may match."""
         found = [*self.decisions, *(n for c in self.candidates for n in c.fused.values())]
         return found + [n for c in self.candidates for n in (c.name, _full_name(self.path, c.name))]
+
+    def next_matrix(self) -> list[Candidate]:
+        """Takes the next candidate out, with those that are one matrix on disk with it: of one that cannot be
+        quantized, none is."""
+        first = self.candidates.pop(0)
+        if not first.rows:
+            return [first]
+        others = [c for c in self.candidates if c.rows == first.rows]
+        self.candidates = [c for c in self.candidates if c.rows != first.rows]
+        return [first, *others]
 
     def within_blocks(self, candidate: Candidate) -> str:
         """Why modules that are one matrix on disk cannot be its rows under the scheme that was chosen, or ""."""

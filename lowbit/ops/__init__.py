@@ -255,6 +255,7 @@ def rms_norm_quantize(
     arguments = (x, weight, eps, residual, dtype, group)
     if not torch.compiler.is_compiling() and eager.applies(x, weight, residual):
         return register_quantize.rms_norm_quantize(*arguments)
+    check_no_tangent(x, residual)
     return _ops.rms_norm_quantize.default(*arguments)
 
 

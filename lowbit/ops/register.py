@@ -1,20 +1,18 @@
-"""Registration with torch.library: schemas, implementations, fake implementations, gradients.
+"""Registration of the products with quantized weights, and of what dequantizes these.
 
 Each operation has one implementation for every device; it asks `dispatch.choose` which of
-`triton`, `cpu` and `reference` runs. Defined through `torch.library.Library` and not through
-`custom_op`, whose wrapper costs more per call than a small product on a CPU.
+`triton`, `cpu` and `reference` runs (see `product`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.ops import again, cpu, dispatch, eager, reference
+from lowbit.ops import eager, reference
 from lowbit.ops.checks import (
     ANY_FLOAT,
     CODES,
@@ -27,134 +25,12 @@ from lowbit.ops.checks import (
     check_zero_point,
     require,
 )
-from lowbit.ops.problem import Activations, Weights, quantized_as
-from lowbit.ops.settings import fall_back, settings
+from lowbit.ops.library import bias_gradient, define, differentiate, rows_of, shaped
+from lowbit.ops.problem import Weights, quantized_as
+from lowbit.ops.product import bounds_of, run
+from lowbit.ops.settings import settings
 
 INTEGERS = (torch.int32, torch.int64)
-
-_library = torch.library.Library("lowbit", "DEF")
-
-
-def _define(schema: str, implementation: Any, fake: Any, moving: Sequence[str] = ()) -> Any:
-    """Register an operation and return its implementation.
-
-    moving: the tensors, of an operation that launches kernels, that differ from call to call (see `again`).
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    if moving:
-        arguments = [a.name for a in torch._C.parse_schema(schema).arguments]
-        implementation = again.keeping(implementation, [arguments.index(m) for m in moving])
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowbit::{name}", fake, lib=_library)
-    return implementation
-
-
-def _implementation(
-    operation: str, problem: dispatch.Problem, device: torch.device
-) -> tuple[str, dispatch.Decision | None]:
-    """(`triton`, `cpu`, `reference`, or `dequantize` where no kernel takes the problem; what was decided)."""
-    forced = settings.implementation
-    if forced == "cpu" or forced == "reference":
-        return forced, None
-    if device.type == "cpu" and forced is None:
-        chosen = dispatch.choose(problem, "cpu")
-    else:
-        try:
-            from lowbit.kernels.targets import device_target  # type: ignore[import-not-found]
-
-            chosen = dispatch.choose(dispatch.bucketed(problem), device_target(device).name)
-        except (ImportError, ValueError) as error:
-            chosen = dispatch.Refusal(reason=str(error))
-    if isinstance(chosen, dispatch.Decision):
-        return chosen.implementation, chosen
-    fall_back(operation, chosen.reason)
-    return "dequantize", None
-
-
-def _dequantized(
-    x: Tensor, weights: Weights, activations: Activations, bias: Tensor | None, out_dtype: torch.dtype,
-    offsets: list[int] | None = None, routed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The fallback: quantize and dequantize activations, dequantize weights, multiply in float32."""
-    if x.dtype in CODES or activations.kind != "none":
-        codes, scale = x, activations.scale
-        if x.dtype not in CODES:
-            codes, scale = reference.quantize(x, reference.unpack(weights).dtype, activations)
-        assert scale is not None
-        if activations.group:
-            scale = scale.repeat_interleave(activations.group, dim=-1)[..., : weights.k]
-        x = (codes.float() - activations.zero_point) * scale
-    w = reference.dequantize(weights)
-    if offsets is None:
-        out = x.float() @ w.T
-        out = out if bias is None else out + bias.float()
-    else:
-        out = torch.zeros(x.shape[0], weights.n, device=x.device)
-        for expert, (start, end) in enumerate(pairwise(offsets)):
-            out[start:end] = x[start:end].float() @ w[expert].T
-            if bias is not None:
-                out[start:end] += bias[expert].float()
-    if routed is not None:
-        out = out * routed.float().reshape(-1, 1)
-    return out.to(out_dtype)
-
-
-def _run(
-    operation: str, kind: str, x: Tensor, weights: Weights, activations: Activations, bias: Tensor | None,
-    out_dtype: torch.dtype, *, offsets: Tensor | None = None, routed: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    problem = dispatch.problem_of(
-        x, weights, kind, zero_point=activations.zero is not None, bias=bias is not None, out_dtype=out_dtype
-    )
-    name, decision = _implementation(operation, problem, x.device)
-    if decision is not None and decision.keeps_floats(problem):
-        activations = Activations(kind="none")
-    elif activations.kind == "tensor" and offsets is not None:
-        x, activations = reference.quantize_by_expert(x, weights.tensor.dtype, activations, offsets)
-    if name == "triton":
-        from lowbit.ops import triton
-
-        assert decision is not None
-        return triton.linear(
-            x,
-            weights,
-            activations,
-            bias,
-            out_dtype,
-            kernel=decision.kernel,
-            offsets=offsets,
-            routed=routed,
-            weight_sum=weight_sum,
-        )
-    bounds = None if offsets is None else _bounds(offsets, x.shape[0])
-    if name == "cpu":
-        return cpu.linear(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
-    if name == "reference":
-        return reference.linear(x, weights, activations, bias, out_dtype, offsets=bounds, routed=routed)
-    return _dequantized(x, weights, activations, bias, out_dtype, bounds, routed)
-
-
-def _bounds(offsets: Tensor, rows: int) -> list[int]:
-    bounds: list[int] = offsets.tolist()
-    require(
-        bounds == sorted(bounds) and bounds[0] == 0 and bounds[-1] == rows,
-        lambda: (
-            f"expected offsets to rise from 0 to the {rows} rows of x, found {bounds[:4]} … {bounds[-1:]}"
-        ),
-    )
-    return bounds
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """[..., K] → [M, K], where K is 0 too: torch infers no -1 of nothing."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _shaped(out: Tensor, *shape: int) -> Tensor:
-    """`out` in another shape, and no view of it: nobody may change a view made within an operation in place."""
-    return torch.ops.aten._unsafe_view.default(out, shape)
 
 
 # ------------------------------------------------------------------------------------ linear
@@ -174,8 +50,8 @@ def _linear(
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=k)
     how = quantized_as(activations, block, weights.k, input_scale, input_zero_point)
     flat = x if x.dim() == 2 else rows_of(x)
-    out = _run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
-    return out if x.dim() == 2 else _shaped(out, *x.shape[:-1], weights.n)
+    out = run("linear", activations, flat, weights, how, bias, x.dtype, weight_sum=weight_sum)
+    return out if x.dim() == 2 else shaped(out, *x.shape[:-1], weights.n)
 
 
 def _linear_fake(
@@ -187,18 +63,13 @@ def _linear_fake(
     return x.new_empty([*x.shape[:-1], weight.shape[0]])
 
 
-linear = _define(
+linear = define(
     "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? input_scale, "
     "Tensor? input_zero_point, Tensor? weight_sum, str activations, int[] block) -> Tensor",
     _linear,
     _linear_fake,
     moving=("x",),
 )
-
-
-def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """[…, N] of the output → [N], summed in float32 as the bias is added."""
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(dtype)
 
 
 def _linear_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -218,6 +89,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     if ctx.needs_input_grad[3]:
         to_bias = bias_gradient(grad, ctx.bias_dtype)
     return to_x, None, None, to_bias, None, None, None, None, None
+
+
+differentiate("linear", _linear_setup, _linear_backward)
 
 
 # --------------------------------------------------------------------------------- dequantize
@@ -244,12 +118,11 @@ def _dequantize_fake(
     return weight.new_empty([*weight.shape[:-1], k], dtype=dtype)
 
 
-_define(
+define(
     "dequantize(Tensor weight, Tensor weight_scale, int[] block, SymInt k, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
-torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
 
 
 # ----------------------------------------------------------------------------- linear_grouped
@@ -262,14 +135,14 @@ def _linear_grouped(
     keeps = x.is_cpu and settings.implementation is None and row_weight is None and input_scale is None
     rises = offsets.dtype in INTEGERS and offsets.is_cpu and offsets.shape == (weight.shape[0] + 1,)
     if keeps and x.dim() == 2 and rises:
-        bounds = _bounds(offsets, x.shape[0])
+        bounds = bounds_of(offsets, x.shape[0])
         found = eager.linear(x, weight, weight_scale, bias, None, activations, tuple(block), bounds)
         if found is not None:
             return found
     _check_grouped(x, weight, weight_scale, offsets, bias, row_weight, input_scale, activations, block)
     weights = Weights(tensor=weight, scale=weight_scale, block=(block[0], block[1]), k=x.shape[-1])
     how = quantized_as(activations, block, weights.k, input_scale)
-    return _run(
+    return run(
         "linear_grouped", activations, x, weights, how, bias, x.dtype, offsets=offsets, routed=row_weight
     )
 
@@ -306,7 +179,7 @@ def _linear_grouped_fake(
     return x.new_empty([x.shape[0], weight.shape[1]])
 
 
-linear_grouped = _define(
+linear_grouped = define(
     "linear_grouped(Tensor x, Tensor weight, Tensor weight_scale, Tensor offsets, Tensor? bias, "
     "Tensor? row_weight, Tensor? input_scale, str activations, int[] block) -> Tensor",
     _linear_grouped,
@@ -340,7 +213,7 @@ def _grouped_input_gradient(
     grad: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor, block: list[int], k: int
 ) -> Tensor:
     out = grad.new_zeros([grad.shape[0], k])
-    bounds = _bounds(offsets, grad.shape[0])
+    bounds = bounds_of(offsets, grad.shape[0])
     for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:  # one expert's weight at a time is dequantized
             w = _dequantize(weight[expert], weight_scale[expert], block, k, grad.dtype)
@@ -354,15 +227,13 @@ def _grouped_input_gradient_fake(
     return grad.new_empty([grad.shape[0], k])
 
 
-_define(
+define(
     "grouped_input_gradient(Tensor grad, Tensor weight, Tensor weight_scale, Tensor offsets, int[] block, "
     "SymInt k) -> Tensor",
     _grouped_input_gradient,
     _grouped_input_gradient_fake,
 )
-torch.library.register_autograd(
-    "lowbit::linear_grouped", _linear_grouped_backward, setup_context=_linear_grouped_setup, lib=_library
-)
+differentiate("linear_grouped", _linear_grouped_setup, _linear_grouped_backward)
 
 
 # ------------------------------------------------------------------------------------- matmul
@@ -379,8 +250,8 @@ def _matmul(
     scale = a_scale.to(torch.float32)
     scale = scale if kind == "tensor" else scale.reshape(flat.shape[0], a_scale.shape[-1])
     how = quantized_as(kind, block, k, scale, a_zero_point)
-    out = _run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
-    return out if a.dim() == 2 else _shaped(out, *a.shape[:-1], weights.n)
+    out = run("matmul", kind, flat, weights, how, bias, out_dtype, weight_sum=weight_sum)
+    return out if a.dim() == 2 else shaped(out, *a.shape[:-1], weights.n)
 
 
 def _check_matmul(
@@ -433,7 +304,7 @@ def _matmul_fake(
     return a.new_empty([*a.shape[:-1], weight.shape[0]], dtype=out_dtype)
 
 
-matmul = _define(
+matmul = define(
     "matmul(Tensor a, Tensor a_scale, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "Tensor? a_zero_point, Tensor? weight_sum, int[] block, ScalarType out_dtype) -> Tensor",
     _matmul,
@@ -457,4 +328,4 @@ def _matmul_backward(ctx: Any, grad: Tensor) -> tuple:
     return None, None, None, None, bias_gradient(grad, ctx.bias_dtype), None, None, None, None
 
 
-torch.library.register_autograd("lowbit::matmul", _matmul_backward, setup_context=_matmul_setup, lib=_library)
+differentiate("matmul", _matmul_setup, _matmul_backward)

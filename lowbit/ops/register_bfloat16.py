@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lowbit.ops import cpu, eager, reference
 from lowbit.ops.checks import check_bfloat16
+from lowbit.ops.library import bias_gradient, define, differentiate, rows_of, shaped
 from lowbit.ops.problem import Activations, Weights
-from lowbit.ops.register import _define, _library, _shaped, bias_gradient, rows_of
 from lowbit.ops.settings import fall_back, settings
 
 _PLAIN = Activations(kind="none")
@@ -29,7 +29,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = rows_of(x)
     weights = Weights(tensor=weight, scale=_ONE.to(x.device), block=(0, 0), k=x.shape[-1])
     run = reference.linear if settings.implementation == "reference" else cpu.linear
-    return _shaped(run(flat, weights, _PLAIN, bias, x.dtype), *x.shape[:-1], weight.shape[0])
+    return shaped(run(flat, weights, _PLAIN, bias, x.dtype), *x.shape[:-1], weight.shape[0])
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,5 +52,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return to_x, None, to_bias
 
 
-linear = _define("linear_bfloat16(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
-torch.library.register_autograd("lowbit::linear_bfloat16", _backward, setup_context=_setup, lib=_library)
+linear = define("linear_bfloat16(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _linear_fake)
+differentiate("linear_bfloat16", _setup, _backward)

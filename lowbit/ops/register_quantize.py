@@ -17,8 +17,8 @@ from lowbit.ops.checks import (
     check_zero_point,
     require,
 )
+from lowbit.ops.library import define, differentiate, shaped
 from lowbit.ops.problem import Activations, within
-from lowbit.ops.register import _define, _library, _shaped
 from lowbit.ops.settings import fall_back, settings
 
 
@@ -89,7 +89,7 @@ def _nothing(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
     return (None,) * ctx.arguments
 
 
-quantize = _define(
+quantize = define(
     "quantize(Tensor x, ScalarType dtype, int group, bool power_of_2) -> (Tensor codes, Tensor scale)",
     _quantize,
     _quantize_fake,
@@ -117,7 +117,7 @@ def _quantize_static_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None, d
     return x.new_empty(x.shape, dtype=dtype)
 
 
-quantize_static = _define(
+quantize_static = define(
     "quantize_static(Tensor x, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     _quantize_static,
     _quantize_static_fake,
@@ -144,7 +144,8 @@ def _rms_norm_quantize(
         codes, scale = _quantize_flat("rms_norm_quantize", values, dtype, _dynamic(group))
         # A copy where nothing was added; `clone` alone would keep the order of x's strides.
         total = total.clone(memory_format=torch.contiguous_format) if residual is None else total.contiguous()
-    return codes.view(x.shape), scale.view([*x.shape[:-1], _groups(k, group)]), total.view(x.shape)
+    scale = scale.view([*x.shape[:-1], _groups(k, group)])
+    return codes.view(x.shape), scale, shaped(total, *x.shape)
 
 
 def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype, group: int) -> None:
@@ -170,7 +171,7 @@ def _rms_norm_quantize_fake(
     return x.new_empty(x.shape, dtype=dtype), _no_scale(x, group), x.new_empty(x.shape)
 
 
-rms_norm_quantize = _define(
+rms_norm_quantize = define(
     "rms_norm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, ScalarType dtype, int group) "
     "-> (Tensor codes, Tensor scale, Tensor total)",
     _rms_norm_quantize,
@@ -206,7 +207,7 @@ def _silu_mul_quantize_fake(x: Tensor, dtype: torch.dtype, group: int) -> tuple[
     return half, _no_scale(half, group)
 
 
-silu_mul_quantize = _define(
+silu_mul_quantize = define(
     "silu_mul_quantize(Tensor x, ScalarType dtype, int group) -> (Tensor codes, Tensor scale)",
     _silu_mul_quantize,
     _silu_mul_quantize_fake,
@@ -224,10 +225,8 @@ def _norm_backward(ctx: Any, to_codes: None, to_scale: None, to_total: Tensor) -
 
 
 for _name in ("quantize", "quantize_static", "silu_mul_quantize"):
-    torch.library.register_autograd(f"lowbit::{_name}", _nothing, setup_context=_constants, lib=_library)
-torch.library.register_autograd(
-    "lowbit::rms_norm_quantize", _norm_backward, setup_context=_norm_setup, lib=_library
-)
+    differentiate(_name, _constants, _nothing)
+differentiate("rms_norm_quantize", _norm_setup, _norm_backward)
 
 
 # ---------------------------------------------------------------------------------- hadamard
@@ -240,8 +239,8 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     if name == "triton":
         from lowbit.ops import triton
 
-        return _shaped(triton.hadamard(flat, block), *x.shape)
-    return _shaped((cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block), *x.shape)
+        return shaped(triton.hadamard(flat, block), *x.shape)
+    return shaped((cpu.hadamard if name == "cpu" else reference.hadamard)(flat, block), *x.shape)
 
 
 def _check_hadamard(x: Tensor, block: int) -> None:
@@ -263,7 +262,7 @@ def _hadamard_fake(x: Tensor, block: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_fake, moving=("x",))
+define("hadamard(Tensor x, int block) -> Tensor", _hadamard, _hadamard_fake, moving=("x",))
 
 
 def _hadamard_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -275,6 +274,4 @@ def _hadamard_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return torch.ops.lowbit.hadamard(grad, ctx.block), None
 
 
-torch.library.register_autograd(
-    "lowbit::hadamard", _hadamard_backward, setup_context=_hadamard_setup, lib=_library
-)
+differentiate("hadamard", _hadamard_setup, _hadamard_backward)

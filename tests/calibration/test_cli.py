@@ -74,6 +74,9 @@ def test_calibrate_says_what_it_wrote(source, tmp_path):
         f" {len(found['left_dynamic'])}  as calibrated: int8\n" in counted
         and "from the calibration" in counted
     )
+    # The source's size, not that of the codes which take its weights' place.
+    source_size = re.search("^(.*) → ", lowbit("plan", source).output, re.MULTILINE)[1]
+    assert f"\n{source_size} → " in counted
 
 
 def test_eval_of_a_converted_checkpoint(source, tmp_path):
@@ -143,6 +146,7 @@ def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     assert "give --overwrite" in str(lowbit(*again, code=2).exception)
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert "found one with other method" in str(lowbit(*again, code=2).exception)
+    assert "run it as it was to go on there" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
 

@@ -165,6 +165,18 @@ def test_a_head_that_a_calibration_names_is_converted_and_evaluated(
     assert abs(other.kl - written.kl) > 1e-3 * written.kl
 
 
+@pytest.mark.parametrize("method", ["gptq", "rotate-gptq"])
+def test_a_head_that_is_the_embedding_is_not_rounded(checkpoints, windows, tmp_path, method):
+    """A conversion has no tensor for it to quantize, whatever an override says."""
+    source, asked = checkpoints["llama"], {"lm_head": "int8"}
+    with pytest.warns(UserWarning, match="matches no module"):
+        found = lowbit.calibrate(source, tmp_path / "c", "int8", method=method, data=windows, overrides=asked)
+    lowbit.convert(source, tmp_path / "out", "int8", calibration=found)
+    written = evaluate(plain(tmp_path / "out"), windows[:4], plain(source)).agreement
+    overlaid = evaluate(evaluation.calibrated(source, found), windows[:4], plain(source)).agreement
+    assert overlaid.to_dict() == pytest.approx(written.to_dict(), rel=1e-5)
+
+
 @pytest.mark.parametrize("kept", ["fp8-static", "int8"])
 def test_what_a_calibration_kept_rounds_its_inputs_as_it_did(checkpoints, windows, tmp_path, kept):
     """Of a source that is quantized itself, carried as found beside what is calibrated."""

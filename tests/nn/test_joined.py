@@ -173,6 +173,32 @@ def test_blocks_over_two_matrices_stay_in_float_in_memory(tmp_path):
     assert torch.equal(logits(load(tmp_path), batch("gte")), logits(model, batch("gte")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "bad", "whole"),
+    [
+        ("nomic", "layers.1.self_attn.k_proj", "encoder.layers.1.attn.Wqkv"),
+        ("minimax-m3", "model.language_model.layers.1.self_attn.o_proj", ""),
+    ],
+)
+def test_after_an_error_joined_weights_are_saved_as_they_are(kind, bad, whole, tmp_path):
+    """Of a matrix with a weight that is not finite no part is quantized, and what came before is one on disk."""
+    model = made(kind)
+    weight = model.get_submodule(bad).weight
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="expected finite values"):
+        lowbit.quantize_model(model, "int8")
+    assert model.get_submodule(bad).weight is weight
+    with torch.no_grad():
+        weight[0, 0] = 0.0
+    lowbit.quantize_model(model, "int8", ignore=[bad])
+    model.save_pretrained(tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    if whole:
+        assert saved[f"{whole}.weight"].dtype == torch.float32 and f"{whole}.weight_scale" not in saved
+    assert torch.equal(logits(load(tmp_path / "out"), batch(kind)), logits(model, batch(kind)))
+
+
 def test_a_pattern_for_one_of_the_modules_means_all_of_the_matrix(tmp_path):
     model = made("nomic")
     lowbit.quantize_model(model, "int8", ignore=["layers.0.self_attn.k_proj"])

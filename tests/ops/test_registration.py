@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from lowbit import ops
@@ -194,6 +195,22 @@ def test_codes_and_scales_are_constants():
         run(x, bias).sum().backward()
         assert torch.equal(bias.grad, torch.full_like(bias, len(x))) and x.grad is None
         run(x, bias.detach())
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_the_sum_of_rms_norm_quantize_may_be_changed_in_place(added):
+    x, other = (torch.randn(2, 3, 64, requires_grad=True) for _ in range(2))
+    *_, total = ops.rms_norm_quantize(x, torch.ones(64), 1e-6, other if added else None, dtype=INT8)
+    total.mul_(2).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))
+
+
+def test_rms_norm_quantize_has_no_forward_mode_derivative():
+    x = torch.randn(3, 64)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangents"):
+        ops.rms_norm_quantize(forward_ad.make_dual(x, x), torch.ones(64), 1e-6, dtype=INT8)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="expected no tangents"):
+        ops.rms_norm_quantize(x, torch.ones(64), 1e-6, forward_ad.make_dual(x, x), dtype=INT8)
 
 
 @pytest.mark.parametrize("added", [False, True])
