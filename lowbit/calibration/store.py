@@ -215,13 +215,23 @@ def read(path: str | Path) -> Calibration:
     _check_tensors(tensors, path)
     return Calibration(
         path=path, scheme=manifest["scheme"], module_schemes=manifest.get("module_schemes", {}),
-        asked=Selection.of(**manifest.get("selection", {})),
+        asked=_asked(manifest.get("selection", {}), path),
         method=manifest.get("method", {}), data=manifest.get("data", {}), source=manifest.get("source", {}),
         kv_cache=manifest.get("kv_cache", {}),
         config_overrides=manifest.get("config_overrides", {}), layers=manifest["layers"],
         seconds=manifest.get("seconds", {}),
         complete=bool(manifest.get("complete", False)), tensors=tensors,
     )  # fmt: skip
+
+
+def _asked(patterns: Mapping[str, Any], path: Path) -> Selection:
+    known = {"ignore", "keep", "overrides"}
+    if unknown := patterns.keys() - known:
+        raise CalibrationError(
+            f"expected {', '.join(sorted(known))} under selection in {path / MANIFEST}, found "
+            f"{', '.join(sorted(unknown))}: written by a newer lowbit, or changed by hand; calibrate again"
+        )
+    return Selection.of(**patterns)
 
 
 def load_manifest(path: Path) -> dict[str, Any]:

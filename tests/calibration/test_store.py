@@ -131,6 +131,15 @@ def test_a_truncated_or_missing_file_and_another_version_are_named(tmp_path):
         store.read(tmp_path / "nowhere")
 
 
+def test_patterns_that_it_does_not_know_are_named(tmp_path):
+    store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    manifest = json.loads((tmp_path / store.MANIFEST).read_text())
+    manifest["selection"] = {"ignore": ["*.down_proj"], "skip": ["lm_head"]}
+    (tmp_path / store.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(store.CalibrationError, match="found skip"):
+        store.read(tmp_path)
+
+
 def test_fingerprint_tells_values_apart(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
     first = store.fingerprint(tmp_path)
