@@ -59,6 +59,8 @@ class MemoryUnit(Waves):
             self.begin("vm", lambda waves: None)
             return
         if onto_chip:
+            if "offset" in instruction.options:
+                raise Unknown("an offset in memory and on-chip")
             self._copy(lanes, address, width, what)
             return
         register = instruction.register(0)
@@ -84,6 +86,8 @@ class MemoryUnit(Waves):
         width = data.shape[1]
         if width < 4:
             bits = data.view(f"i{width}" if extended else f"u{width}")[:, 0].astype(np.int32).view(np.uint32)
+            if high:  # the other half stays
+                bits = bits << np.uint32(16) | self.vectors[register.first] & np.uint32(0xFFFF)
             self.vectors[register.first, lanes] = bits[lanes]
             return
         words = data.view(np.uint32)
@@ -92,17 +96,14 @@ class MemoryUnit(Waves):
 
     def _bytes(self, register: Register, lanes: np.ndarray, width: int, high: int) -> np.ndarray:
         """[lanes, width]."""
-        bits = self.vectors[register.first : register.first + max(1, width // 4), lanes] >> np.uint32(
-            16 * high
-        )
+        registers = slice(register.first, register.first + max(1, width // 4))
+        bits = self.vectors[registers, lanes] >> np.uint32(16 * high)
         return np.ascontiguousarray(bits.T).view(np.uint8)[:, :width]
 
     def _buffer(
         self, instruction: Instruction, operands: tuple[Operand, ...], width: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """(lanes that reach something, their addresses). What lies outside of the buffer is 0, or not written."""
-        if "idxen" in instruction.options:
-            raise Unknown("a buffer with an index")
         if "offen" in instruction.options:
             offset = self.lanes(operands[0]).astype(np.uint64)
         else:

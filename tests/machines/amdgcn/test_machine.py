@@ -156,6 +156,24 @@ def test_loads_beyond_a_buffer_are_0_and_stores_are_not_made():
     assert run(body).tolist() == [0] + [7] * 64 + [0] * 63
 
 
+def test_halves_of_registers_are_loaded_and_stored():
+    body = """
+	v_mov_b32_e32 v3, 0x12345678
+	ds_write_b32 v1, v3
+	s_waitcnt lgkmcnt(0)
+	v_mov_b32_e32 v4, 7
+	ds_read_u16_d16_hi v4, v1 offset:2
+	s_waitcnt lgkmcnt(0)
+	ds_write_b16_d16_hi v1, v4
+	s_waitcnt lgkmcnt(0)
+	ds_read_b32 v5, v1
+	s_waitcnt lgkmcnt(0)
+	v_add_u32_e32 v5, v4, v5
+	global_store_dword v1, v5, s[6:7]
+"""
+    assert run(body).tolist() == [0x12340007 + 0x12341234] * 128
+
+
 @pytest.mark.parametrize(
     "line",
     [
