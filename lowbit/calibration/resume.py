@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowbit.checkpoint.files import lock, sync
+from lowbit.checkpoint.files import lock, sync, write_json
 from lowbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
             f"expected {kind.manifest} in {path}, found none; write one with `lowbit {kind.command}`"
         )
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
     if (version := manifest.get("version")) != kind.version:
@@ -160,12 +160,7 @@ class Resumable:
         self._save()
 
     def _save(self) -> None:
-        aside = self.path / f".{self.KIND.manifest}.part"
-        with aside.open("w") as stream:
-            json.dump(self.manifest, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(self.path / self.KIND.manifest)
+        write_json(self.path / self.KIND.manifest, self.manifest)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], *, mode_of: Path | None = None) -> None:

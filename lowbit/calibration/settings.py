@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ def settings_of(
     source: str | Path, selection: Selection, windows: Sequence[Tensor], data: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Source, patterns, windows of token ids [T] (`data` says where they come from) and lowbit's version."""
+    from lowbit import __version__
+
     tokens = sum(int(w.numel()) for w in windows)
     return {
         "selection": {
@@ -26,7 +27,7 @@ def settings_of(
         },
         "data": {**(data or {}), "windows": len(windows), "tokens": tokens, "digest": _digest(windows)},
         "source": {"path": str(Path(source).name), "fingerprint": fingerprint(source)},
-        "tool": _tool(),
+        "tool": f"lowbit {__version__}",
     }  # fmt: skip
 
 
@@ -37,10 +38,3 @@ def _digest(windows: Sequence[Tensor]) -> str:
         digest.update(window.numel().to_bytes(8, "little"))
         digest.update(window.cpu().to(torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _tool() -> str:
-    try:
-        return f"lowbit {version('lowbit')}"
-    except PackageNotFoundError:
-        return "lowbit"

@@ -46,11 +46,7 @@ def place_linear(
     weight = module.weight
     assert isinstance(weight, Tensor)
     expected = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
-    if not _fits(stored, expected):
-        raise InputError(
-            f"{name}: expected a weight {list(expected)} for this config, found {list(stored.shape)}; "
-            "config.json and weights do not belong together"
-        )
+    _require(name, stored, expected)
     bias = getattr(module, "bias", None) is not None
     new = _linear(stored, (stored.shape[0], expected[1]), tensors, dtype=weight.dtype, bias=bias)
     new.expect_shapes({c: tensors[t].shape for c, t in stored.names.items()})
@@ -70,6 +66,14 @@ def _fits(stored: StoredModule, expected: tuple[int, ...]) -> bool:
     # Of a packed weight the header tells the columns with those that fill an int32 up.
     filled = "packed" in stored.names and n == expected[0] and 0 <= k - expected[1] < 4
     return stored.shape == expected or filled
+
+
+def _require(name: str, stored: StoredModule, expected: tuple[int, ...]) -> None:
+    if not _fits(stored, expected):
+        raise InputError(
+            f"{name}: expected a weight {list(expected)} for this config, found {list(stored.shape)}; "
+            "config.json and weights do not belong together"
+        )
 
 
 def _linear(
@@ -109,11 +113,7 @@ def place_rows(
     linears: list[Any] = [find.modules[path] for path in paths]
     heights = [linear.out_features for linear in linears]
     whole = (sum(heights), linears[0].in_features)
-    if not _fits(stored, whole):
-        raise InputError(
-            f"{name}: expected a weight {list(whole)} for this config, found {list(stored.shape)}; "
-            "config.json and weights do not belong together"
-        )
+    _require(name, stored, whole)
     shapes = {c: tensors[t].shape for c, t in stored.names.items()}
     for path, linear, rows in zip(paths, linears, heights, strict=True):
         bias = linear.bias is not None
