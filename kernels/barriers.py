@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 
-_LABEL = re.compile(r"^(\.L\w+):")
-_INSTRUCTION = re.compile(r"^\t([a-z]\w+)\s*([^;\n]*)")
+from .inner_loop import AMDGCN, LABEL
+
 _TOUCHES = re.compile(r"ds_(read|write)")
 
 
@@ -24,10 +24,10 @@ def unawaited(assembly: str) -> list[str]:
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     for line in assembly.splitlines():
-        if label := _LABEL.match(line):
+        if label := LABEL.match(line):
             labels[label.group(1)] = len(code)
-        elif found := _INSTRUCTION.match(line):
-            code.append((found.group(1), found.group(2).strip()))
+        elif found := AMDGCN.match(line):
+            code.append((found.group(1), found.group(2).partition(";")[0].strip()))
     after: dict[int, dict[int, int]] = {0: {}}
     """Before each instruction: of each that is under way, the fewest others that followed it on any path."""
     work, found_at_barriers = [0], set()
@@ -47,11 +47,8 @@ def unawaited(assembly: str) -> list[str]:
             now = {i: count for i, count in now.items() if count < int(wait.group(1))}
         for to in _next(name, rest, at, labels):
             before = after.get(to)
-            merged = (
-                now
-                if before is None
-                else {**now, **before} | {i: min(now[i], before[i]) for i in now.keys() & before.keys()}
-            )
+            counts = (now, before or {})
+            merged = {i: min(c[i] for c in counts if i in c) for i in set().union(*counts)}
             if merged != before:
                 after[to] = merged
                 work.append(to)

@@ -107,14 +107,11 @@ def rows_aligned(*tensors: Tensor, target: Target | None = None) -> bool:
     target: the one that Triton compiles for. Where it copies tiles, rows and the distances between them must be
     multiples of 16 elements too: of an integer Triton knows no more than whether 16 divides it.
     """
+    known = target is not None and target.copies_tiles
     for t in tensors:
-        if t.data_ptr() % 16 or any(s * t.element_size() % 16 for s in t.stride()[:-1]):
-            return False
-        if (
-            target is not None
-            and target.copies_tiles
-            and any(i % 16 for i in (t.shape[-1], *t.stride()[:-1]))
-        ):
+        steps = t.stride()[:-1]
+        multiples = (t.shape[-1], *steps) if known else [s * t.element_size() for s in steps]
+        if t.data_ptr() % 16 or any(i % 16 for i in multiples):
             return False
     return True
 

@@ -12,8 +12,8 @@ import tempfile
 
 _MATRIX = re.compile(r"(?:[IHQ]G?MMA|UTC[IHQO]MMA|v_s?mfma_)")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)([^;]*)")
-_AMDGCN = re.compile(r"^\t([a-z]\w+)(.*)")
-_LABEL = re.compile(r"^(\.L\w+):")
+AMDGCN = re.compile(r"^\t([a-z]\w+)(.*)")
+LABEL = re.compile(r"^(\.L\w+):")
 _JUMP = re.compile(r"(?:BRA|s_c?branch)")
 
 
@@ -29,10 +29,10 @@ def inner_loop(assembly: str) -> tuple[int, int] | None:
     jumps: list[tuple[int, str]] = []
     shortest: tuple[int, int] | None = None
     for line in assembly.splitlines():
-        if label := _LABEL.match(line):
+        if label := LABEL.match(line):
             labels[label.group(1)] = len(multiplies)
             continue
-        instruction = _SASS.match(line) or _AMDGCN.match(line)
+        instruction = _SASS.match(line) or AMDGCN.match(line)
         if instruction is None:
             continue
         name, rest = instruction.groups()
