@@ -40,3 +40,17 @@ def to_e4m3(x: Lanes, dtype: torch.dtype = torch.float8_e4m3fn) -> Lanes:
 def e8m0(bits: Lanes) -> Lanes:
     """uint8 → 2^(byte − 127), float64."""
     return np.ldexp(1.0, bits.astype(np.int64) - 127)
+
+
+def elements(raw: np.ndarray, kind: str, fp8: torch.dtype = torch.float8_e4m3fn) -> np.ndarray:
+    """Bytes, uint8 […, n] → what a product multiplies, float64 […, n or n / 2], which holds sums exactly enough."""
+    raw = np.ascontiguousarray(raw)
+    if kind == "s8":
+        return raw.view(np.int8).astype(np.float64)
+    if kind == "e4m3":
+        return e4m3(raw, fp8).astype(np.float64)
+    if kind == "bf16":
+        return bfloat16(raw.view(np.uint16)).astype(np.float64)
+    if kind == "f16":
+        return raw.view(np.float16).astype(np.float64)
+    raise Unknown(f"a product of {kind}")

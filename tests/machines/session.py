@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def begin(name: str) -> Driver:
     """Before any test module is imported."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
-    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="lowbit-ptx-"))
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="lowbit-machine-"))
     from lowbit.kernels import targets
 
     from machines.device import device

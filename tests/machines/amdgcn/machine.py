@@ -104,11 +104,9 @@ class _Workgroup(VectorUnit, MemoryUnit):
             found = scalar.compare(base, kind, a, b)
             self.scc = np.where(self.on, found, self.scc)
             return
-        counts = [width] * len(operands)
-        if base in ("lshl", "lshr", "ashr") or base == "bfe":
-            counts[2:] = [32]
-        sources = operands[1:] if base not in ("addk", "mulk") or len(operands) > 2 else operands
-        args = [self.scalar(o, w) for o, w in zip(sources, counts[len(counts) - len(sources) :], strict=True)]
+        sources = operands if base in ("addk", "mulk") else operands[1:]  # to what it writes
+        counts = base in ("lshl", "lshr", "ashr", "bfe")  # the second is a number of bits
+        args = [self.scalar(o, 32 if counts and i == 1 else width) for i, o in enumerate(sources)]
         result, self.scc = self._merged(*scalar.compute(base, kind, args, self.scc))
         self.put_scalar(instruction.register(0), result, width)
 

@@ -11,29 +11,24 @@ import re
 import numpy as np
 import torch
 
-from ..numbers import Unknown, bfloat16, e4m3, e8m0
+from ..numbers import Unknown, e8m0, elements
+
+_KINDS = {"i8": "s8", "fp8_fp8": "e4m3", "f8f6f4": "e4m3", "bf16": "bf16", "f16": "f16"}
 
 
 def shape(opcode: str) -> tuple[str, int, int, str]:
     """(dtype of the sums, rows = columns, K, dtype of the operands)."""
     found = re.fullmatch(r"v_mfma_(?:scale_)?(f32|i32)_(16|32)x\2x(\d+)_(\w+)", opcode)
-    if found is None or found[4] not in ("i8", "fp8_fp8", "f8f6f4", "bf16", "f16"):
+    if found is None or found[4] not in _KINDS:
         raise Unknown(opcode)
-    return found[1], int(found[2]), int(found[3]), found[4]
+    return found[1], int(found[2]), int(found[3]), _KINDS[found[4]]
 
 
 def operand(registers: np.ndarray, rows: int, depth: int, kind: str, fp8: torch.dtype) -> np.ndarray:
     """Bits [registers, waves · 64] → float64 [waves, rows, K]."""
     raw = np.ascontiguousarray(registers.T).view(np.uint8)  # lanes, bytes
     raw = raw.reshape(-1, 64 // rows, rows, raw.shape[1])  # wave, part of K, row, bytes
-    if kind == "i8":
-        numbers = raw.view(np.int8).astype(np.float64)
-    elif kind in ("fp8_fp8", "f8f6f4"):
-        numbers = e4m3(raw, fp8).astype(np.float64)
-    elif kind == "bf16":
-        numbers = bfloat16(raw.view(np.uint16)).astype(np.float64)
-    else:
-        numbers = raw.view(np.float16).astype(np.float64)
+    numbers = elements(raw, kind, fp8)
     parts, each = numbers.shape[1], numbers.shape[3]
     if parts * each != depth:
         raise Unknown(f"{each} elements of {kind} in a lane")

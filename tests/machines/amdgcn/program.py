@@ -110,17 +110,17 @@ class Program:
     """The scalar register with the address of the parameters (a pair)."""
     groups: tuple[int | None, ...] = (None, None, None)
     """The scalar registers with the program's number along x, y and z."""
-    vectors: int = 0
 
 
 _OPERAND_REGISTER = re.compile(r"([vas])(?:(\d+)|\[(\d+):(\d+)\])$")
-_OPTIONS = frozenset(["offen", "lds", "nt", "sc0", "sc1", "row_half_mirror", "row_mirror", "glc", "slc"])
+_OPTIONS = frozenset(["offen", "lds", "nt", "sc0", "sc1", "row_half_mirror", "row_mirror"])
 _RANGE = re.compile(r"\W*[vas]\[")
 _INTEGER = re.compile(r"-?(0x[0-9a-f]+|\d+)$")
 _FLOAT = re.compile(r"-?\d+\.\d+(e[+-]?\d+)?$")
 
 
-_DPP = "quad_perm row_half_mirror row_mirror row_ror row_shr row_shl row_bcast row_mask bank_mask bound_ctrl"
+DPP = ("quad_perm", "row_half_mirror", "row_mirror", "row_ror", "row_shr", "row_shl", "row_bcast")
+"""How lanes exchange."""
 _KNOWN = (
     (r"s_waitcnt", "vmcnt lgkmcnt expcnt"),
     (r"buffer_", "offen offset lds nt sc0 sc1"),
@@ -134,7 +134,7 @@ _KNOWN = (
     (r"v_cvt_(scalef32_)?pk_(fp8_f32|b?f16_fp8)", "op_sel"),
     (r"v_bitop3", "bitop3"),
     (r"v_\w+_sdwa", "dst_sel dst_unused src0_sel src1_sel"),
-    (r"v_\w+_dpp", _DPP),
+    (r"v_\w+_dpp", f"{' '.join(DPP)} row_mask bank_mask bound_ctrl"),
 )
 """What the machine takes into account, by the opcode's beginning: any other option is unknown."""
 
@@ -186,8 +186,8 @@ def _instruction(line: str) -> Instruction:
     operands: list[Operand] = []
     options: dict[str, str] = {}
     for part in _split(rest):
-        first, *others = part.split()
-        words = [first, *others]
+        words = part.split()
+        first = words[0]
         if first not in _OPTIONS and (":" not in first or _RANGE.match(first)):
             operands.append(_operand(words.pop(0)))
         for word in words:
@@ -242,7 +242,6 @@ def _first_registers(program: Program, about: dict[str, int]) -> None:
         groups.append(at if taken else None)
         at += taken
     program.groups = tuple(groups)
-    program.vectors = about["next_free_vgpr"]
 
 
 def _parameters(program: Program, text: str) -> None:

@@ -71,7 +71,6 @@ EXCHANGE = """
 """
 COPY = """
 	s_lshl_b32 m0, s9, 2
-	v_lshl_add_u64 v[6:7], s[4:5], 0, v[1:2]
 	v_mov_b32_e32 v8, v1
 	v_mov_b32_e32 v9, 0
 	v_lshl_add_u64 v[6:7], s[4:5], 0, v[8:9]
@@ -138,7 +137,6 @@ def test_a_barrier_does_not_wait_for_waves_that_have_ended():
 
 def test_loads_beyond_a_buffer_are_0_and_stores_are_not_made():
     body = """
-	s_mov_b32 s6, s6
 	s_mov_b32 s10, 0x104
 	v_mov_b32_e32 v3, 7
 	s_mov_b32 s8, s6

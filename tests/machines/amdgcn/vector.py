@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..numbers import Lanes, Unknown, e4m3, to_bfloat16
+from ..numbers import Lanes, Unknown, e4m3, to_bfloat16, to_e4m3
 
 _VIEWS: dict[str, Any] = {"I": np.int64, "U": np.uint64, "u": np.uint32, "i": np.int32, "f": np.float32}
 _HALVES: dict[str, Any] = {"w": np.uint16, "s": np.int16, "h": np.float16}
@@ -219,11 +219,10 @@ def fp8_dtype(target: str) -> torch.dtype:
 
 def to_fp8(x: Lanes, dtype: torch.dtype, saturates: bool) -> Lanes:
     """float32 → uint32. What is too large becomes NaN, unless MODE says otherwise (FP16_OVFL)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(x))
-    largest = torch.finfo(dtype).max
     if saturates:
-        tensor = tensor.clamp(-largest, largest)
-    return tensor.to(dtype).view(torch.uint8).numpy().astype(np.uint32)
+        return to_e4m3(x, dtype).astype(np.uint32)
+    codes = torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+    return codes.view(torch.uint8).numpy().astype(np.uint32)
 
 
 def fp8_pair(bits: Lanes, high: int, dtype: torch.dtype) -> Lanes:
@@ -290,6 +289,3 @@ def dpp_sources(control: str, argument: str) -> tuple[np.ndarray, np.ndarray]:
     if control == "row_bcast" and count == 31:
         return np.full(64, 31), lane >= 32
     raise Unknown(f"{control}:{argument}")
-
-
-DPP = ("quad_perm", "row_half_mirror", "row_mirror", "row_ror", "row_shr", "row_shl", "row_bcast")

@@ -7,7 +7,7 @@ import torch
 
 from ..numbers import Lanes, Unknown, e8m0
 from . import matrix, vector
-from .program import VCC, Immediate, Instruction, Register, Source
+from .program import DPP, VCC, Immediate, Instruction, Operand, Register, Source
 from .waves import WAVE, Waves
 
 _VCC = Register(False, VCC, 2)
@@ -28,30 +28,30 @@ class VectorUnit(Waves):
             if kind.endswith("64"):
                 a, b = (self.lanes64(o) for o in instruction.operands[1:])
             else:
-                a, b = self._sources(instruction, encoding, 1, 16 if kind.endswith("16") else 32)
+                a, b = self._sources(instruction, encoding, 16 if kind.endswith("16") else 32)
             self.put_mask(instruction.register(0), vector.compare(how, kind, a, b))
             return
         if name == "cndmask_b32":
-            no, yes = self._sources(instruction, encoding, 1)[:2]
+            no, yes = self._sources(instruction, encoding)[:2]
             result = np.where(self.mask(instruction.operands[3]), yes, no)
         elif name in vector.PLAIN:
             kinds, function = vector.PLAIN[name]
             half = any(k in "wsh" for k in kinds)
-            sources = self._sources(instruction, encoding, 1, 16 if half else 32)
+            sources = self._sources(instruction, encoding, 16 if half else 32)
             values = [vector.value(s, k) for s, k in zip(sources, kinds, strict=True)]
             result = vector.bits_of(np.ascontiguousarray(function(*values)))
         elif name == "fmac_f32":
-            sources = [*self._sources(instruction, encoding, 1), self.vectors[instruction.register(0).first]]
+            sources = [*self._sources(instruction, encoding), self.vectors[instruction.register(0).first]]
             result = vector.bits_of(vector.PLAIN["fma_f32"][1](*(vector.value(s, "f") for s in sources)))
         else:
             raise Unknown(instruction.opcode)
         self._result(instruction, encoding, result)
 
-    def _sources(self, instruction: Instruction, encoding: str, first: int, width: int = 32) -> list[Lanes]:
+    def _sources(self, instruction: Instruction, encoding: str = "", width: int = 32) -> list[Lanes]:
         if instruction.plain:
-            return [self.lanes(operand) for operand in instruction.operands[first:]]
+            return [self.lanes(operand) for operand in instruction.operands[1:]]
         found = []
-        for i, operand in enumerate(instruction.operands[first:]):
+        for i, operand in enumerate(instruction.operands[1:]):
             bits = self.lanes(operand)
             if encoding == "sdwa":
                 select = instruction.options.get(f"src{i}_sel", "DWORD")
@@ -70,7 +70,7 @@ class VectorUnit(Waves):
 
     def _moved(self, instruction: Instruction) -> tuple[np.ndarray, np.ndarray]:
         """DPP: (the lane that each reads, whether it gets one)."""
-        control = next((c for c in vector.DPP if c in instruction.options), None)
+        control = next((c for c in DPP if c in instruction.options), None)
         if control is None or instruction.options.get("bank_mask") != "0xf":
             raise Unknown(instruction.text)
         lane, valid = vector.dpp_sources(control, instruction.options[control])
@@ -96,17 +96,17 @@ class VectorUnit(Waves):
         first = np.arange(self.count) * WAVE + executing.argmax(1)  # lane 0 where none executes
         self.put_scalar(instruction.register(0), self.lanes(instruction.operands[1])[first].astype(np.uint64))
 
+    def _lane(self, operand: Operand) -> np.ndarray:
+        """Of each wave the lane that a scalar names."""
+        return np.arange(self.count) * WAVE + (self.scalar(operand) & np.uint64(63)).astype(int)
+
     def _v_readlane_b32(self, instruction: Instruction) -> None:
-        lane = np.arange(self.count) * WAVE + (self.scalar(instruction.operands[2]) & np.uint64(63)).astype(
-            int
-        )
+        lane = self._lane(instruction.operands[2])
         self.put_scalar(instruction.register(0), self.lanes(instruction.operands[1])[lane].astype(np.uint64))
 
     def _v_writelane_b32(self, instruction: Instruction) -> None:
         """Whatever EXEC says."""
-        lane = np.arange(self.count) * WAVE + (self.scalar(instruction.operands[2]) & np.uint64(63)).astype(
-            int
-        )
+        lane = self._lane(instruction.operands[2])
         values = self.scalar(instruction.operands[1]).astype(np.uint32)
         self.vectors[instruction.register(0).first, lane[self.on]] = values[self.on]
 
@@ -247,11 +247,11 @@ class VectorUnit(Waves):
         self.put_mask(instruction.register(1), flag)
 
     def _v_div_fmas_f32(self, instruction: Instruction) -> None:
-        a, b, c = (vector.value(s, "f") for s in self._sources(instruction, "", 1))
+        a, b, c = (vector.value(s, "f") for s in self._sources(instruction))
         self.put(instruction.register(0).first, vector.bits_of(vector.division_fma(a, b, c, self.mask(_VCC))))
 
     def _v_div_fixup_f32(self, instruction: Instruction) -> None:
-        values = [vector.value(s, "f") for s in self._sources(instruction, "", 1)]
+        values = [vector.value(s, "f") for s in self._sources(instruction)]
         self.put(instruction.register(0).first, vector.bits_of(vector.division_end(*values)))
 
     def _v_permlane32_swap_b32_e32(self, instruction: Instruction) -> None:
@@ -277,10 +277,11 @@ class VectorUnit(Waves):
         scaled = instruction.opcode == "v_cvt_scalef32_pk_fp8_f32"
         if scaled and (self.lanes(instruction.operands[3]) != 0x3F80_0000).any():
             raise Unknown("codes of what is divided by a scale")
-        a, b = (vector.value(s, "f") for s in self._sources(instruction, "", 1)[:2])
+        a, b = (vector.value(s, "f") for s in self._sources(instruction)[:2])
         codes = [vector.to_fp8(x, self.fp8, self.saturates) for x in (a, b)]
-        high = instruction.flags("op_sel", 4, 0)[2] or instruction.flags("op_sel", 4, 0)[3]
-        self._put_half(instruction, high, codes[0] | codes[1] << np.uint32(8))
+        self._put_half(
+            instruction, max(instruction.flags("op_sel", 4, 0)[2:]), codes[0] | codes[1] << np.uint32(8)
+        )
 
     _v_cvt_scalef32_pk_fp8_f32 = _v_cvt_pk_fp8_f32
 
@@ -301,8 +302,6 @@ class VectorUnit(Waves):
         """Of all lanes, whatever EXEC says."""
         out, size, depth, kind = matrix.shape(instruction.opcode)
         _, a, b, c, *scaling = instruction.operands
-        if {"cbsz", "abid", "blgp"} & instruction.options.keys():
-            raise Unknown(instruction.text)
         sides = []
         for i, operand in enumerate((a, b)):
             assert isinstance(operand, Source) and isinstance(operand.of, Register) and operand.of.vector

@@ -84,7 +84,7 @@ class Waves(ABC):
                 instruction = code[at]
                 name = instruction.opcode
                 at += 1
-                if name in ("s_branch",) or name.startswith("s_cbranch"):
+                if name.startswith(("s_branch", "s_cbranch")):
                     to = self.program.labels[str(instruction.operands[0])]
                     taken = self.on & self._condition(name)
                     if to < at:
@@ -200,9 +200,8 @@ class Waves(ABC):
         return self.constants[bits]
 
     def lanes64(self, operand: Operand) -> Lanes:
-        return self.lanes(operand).astype(np.uint64) | self.lanes(operand, 1).astype(np.uint64) << np.uint64(
-            32
-        )
+        low, high = (self.lanes(operand, word).astype(np.uint64) for word in range(2))
+        return low | high << np.uint64(32)
 
     def put(self, slot: int, bits: Lanes) -> None:
         if self.whole:
@@ -245,13 +244,6 @@ class Waves(ABC):
         """A bit for each lane that executes; 0 for the others."""
         packed = np.packbits((lanes & self.executing).reshape(-1, WAVE), axis=1, bitorder="little")
         self.put_scalar(register, packed.view(np.uint64).reshape(-1), 64)
-
-    def one(self, operand: Operand, width: int = 32) -> int:
-        """What must be the same in all waves that go on."""
-        values = self.scalar(operand, width)[self.on]
-        if (values != values[0]).any():
-            raise Unknown("waves that differ in what must be the same")
-        return int(values[0])
 
 
 def _source(operand: Operand) -> Source:

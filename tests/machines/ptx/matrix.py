@@ -11,21 +11,7 @@ import re
 import numpy as np
 
 from ..memory import Fault
-from ..numbers import Lanes, Unknown, bfloat16, e4m3, e8m0
-
-
-def elements(rows: np.ndarray, kind: str) -> np.ndarray:
-    """uint8 [..., 32] → numbers [..., 32 or 16]; float64, which holds products and their sums exactly enough."""
-    rows = np.ascontiguousarray(rows)
-    if kind == "s8":
-        return rows.view(np.int8).astype(np.float64)
-    if kind == "e4m3":
-        return e4m3(rows).astype(np.float64)
-    if kind == "bf16":
-        return bfloat16(rows.view(np.uint16)).astype(np.float64)
-    if kind == "f16":
-        return rows.view(np.float16).astype(np.float64)
-    raise Unknown(f"a product of {kind}")
+from ..numbers import Lanes, Unknown, e8m0, elements
 
 
 def _bytes(registers: list[Lanes]) -> np.ndarray:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..memory import Fault
-from ..numbers import Unknown, e8m0
-from .matrix import accumulate, elements, rows_along_k, swizzled
+from ..numbers import Unknown, e8m0, elements
+from .matrix import accumulate, rows_along_k, swizzled
 from .transfer import Barriers
 
 LANES, WORDS = 128, 512
