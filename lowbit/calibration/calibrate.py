@@ -146,8 +146,6 @@ def calibrate(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
-    if started is not None:
-        started(method, windows)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),
@@ -157,6 +155,9 @@ def calibrate(
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
+    decided(lambda: store.Writer.require_usable(out, settings, overwrite=overwrite), model.device)
+    if started is not None:
+        started(method, windows)
     rotation, outside = None, {}
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":

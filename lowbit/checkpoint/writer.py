@@ -84,6 +84,14 @@ def check_place(out: Path, source: Checkpoint, *, overwrite: bool, stale: bool =
         )
 
 
+def another_unfinished(out: Path) -> InputError:
+    """What is wrong where journals in `out` are of another plan."""
+    return InputError(
+        f"{out}: holds an unfinished conversion of another source or with other settings; "
+        "run it again as it was to finish it, or give --overwrite to begin anew"
+    )
+
+
 class OutputDirectory:
     """OUT, from the first check to the last rename."""
 
@@ -116,10 +124,7 @@ class OutputDirectory:
         if self.partial.exists():
             self._read_journals()
             if self._stale and not self._overwrite:
-                raise InputError(
-                    f"{self.out}: holds an unfinished conversion of another source or with other settings; "
-                    "run it again as it was to finish it, or give --overwrite to begin anew"
-                )
+                raise another_unfinished(self.out)
         check_place(self.out, self.plan.source, overwrite=self._overwrite, stale=self._stale)
 
     def _read_journals(self) -> None:

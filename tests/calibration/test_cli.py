@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import everything
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM as Auto
@@ -19,10 +20,12 @@ from typer.testing import CliRunner
 
 import lowbit as package
 from lowbit import quality
+from lowbit.calibration import calibrate as calibrating
 from lowbit.calibration import data, store
 from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
+from lowbit.engines import local
 from lowbit.errors import InputError
 from lowbit.recipe import load_recipe
 
@@ -137,6 +140,36 @@ def test_a_place_that_is_taken_is_said_before_it_is_calibrated(
     command = ("convert", source, tmp_path / "out", "--method", "gptq", "--data", source, *overwrite)
     assert message in str(lowbit(*command, code=2).exception)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_lies_unfinished_in_the_output_is_said_before_it_is_calibrated(source, tmp_path, monkeypatch):
+    """It was said after the calibration, and of one that was to replace another after the data had been embedded."""
+    command = ("convert", source, tmp_path / "out", "--method", "gptq")
+    command += ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "run_jobs", stopped)
+        lowbit(*command, code=130)
+    before = everything(tmp_path)
+    assert ".calibration/calibration.json" in " ".join(before) and "journal.jsonl" in " ".join(before)
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "calibrate", lambda *_, **__: pytest.fail("calibrated in vain"))
+        for other in (("--max-shard-size", "50KB"), ("--scheme", "fp8")):
+            assert "an unfinished conversion" in str(lowbit(*command, *other, code=2).exception)
+        kept = (tmp_path / "out.calibration").rename(tmp_path / "elsewhere")
+        assert "an unfinished conversion" in str(lowbit(*command, code=2).exception)
+        kept.rename(tmp_path / "out.calibration")
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrating, "_start", lambda *_, **__: pytest.fail("embedded in vain"))
+        assert "found one with other data" in str(lowbit(*command, "--samples", 3, code=2).exception)
+        calibrate = ("calibrate", source, *command[3:], "-o", source / "config.json")
+        assert "found that none can be made" in str(lowbit(*calibrate, code=2).exception)
+    assert everything(tmp_path) == before
+    assert "layers were done already" in lowbit(*command).output
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
