@@ -560,6 +560,8 @@ def test_a_model_that_transformers_has_not_is_named(source, tmp_path, change):
     done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", "--length", 32, code=2)
     assert isinstance(done.exception, InputError), done.exception
     assert f"found {change['model_type']!r}" in str(done.exception) and "[y/N]" not in done.output
+    # It said to convert what may be converted already.
+    assert "to compare weights `lowbit verify OUT --source SRC`" in str(done.exception)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens"])
