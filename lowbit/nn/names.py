@@ -185,6 +185,16 @@ class Finder:
         path, count = self._placed(found.target.rpartition(".")[0]), len(found.converter.source_patterns)
         return None if path is None or count == 1 else (path, found.place, count)
 
+    def joined_with(self, module: str) -> list[str]:
+        """The checkpoint's `module` and those whose rows `joined_into` puts beside its; [] where their names are not
+        certain."""
+        found, tensor = self._converted(module), f"{module}.weight"
+        if found is None:
+            return []
+        ends = [pattern.replace("\\", "") for pattern in found.converter.source_patterns]
+        before = tensor.removesuffix(ends[found.place])
+        return [] if before == tensor else [module_of(before + end) for end in ends]
+
     def becomes_float(self, module: str) -> bool:
         """Whether transformers makes weights of this model from codes whose module is not in it under their name."""
         found = self._converted(module)

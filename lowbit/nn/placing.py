@@ -126,8 +126,18 @@ def place_rows(
         _put(model, path, part, find, (rows, whole[1]))
 
 
-def why_not_parts(path: str, names: Sequence[str], find: Finder) -> str:
-    """Why the Linear at `path` cannot be made of these modules on disk, all of it that is quantized, or ""."""
+def why_not_parts(
+    path: str, names: Sequence[str], tensors: Mapping[str, TensorRef], find: Finder
+) -> str:  # fmt: skip
+    """Why the Linear at `path` cannot be made of these modules on disk, all of it that is quantized, or "".
+
+    InputError where another part of it is not among the `tensors`.
+    """
+    if absent := [n for n in find.joined_with(names[0]) if n not in names and f"{n}.weight" not in tensors]:
+        raise InputError(
+            f"{names[0]}: expected {', '.join(absent)} beside it, which transformers joins with it into one matrix, "
+            "found no such weight; the checkpoint is incomplete: fetch or convert it again"
+        )
     joined, into = find.modules[path], find.joined_into(names[0])
     if not isinstance(joined, nn.Linear) or joined.bias is not None:
         return "transformers joins it with others into something else than a Linear without bias"
