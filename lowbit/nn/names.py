@@ -188,12 +188,8 @@ class Finder:
     def joined_with(self, module: str) -> list[str]:
         """The checkpoint's `module` and those whose rows `joined_into` puts beside its; [] where their names are not
         certain."""
-        found, tensor = self._converted(module), f"{module}.weight"
-        if found is None:
-            return []
-        ends = [pattern.replace("\\", "") for pattern in found.converter.source_patterns]
-        before = tensor.removesuffix(ends[found.place])
-        return [] if before == tensor else [module_of(before + end) for end in ends]
+        found = self._converted(module)
+        return [] if found is None else [module_of(t) for t in found.joined(f"{module}.weight")]
 
     def becomes_float(self, module: str) -> bool:
         """Whether transformers makes weights of this model from codes whose module is not in it under their name."""

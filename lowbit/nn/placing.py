@@ -13,7 +13,7 @@ from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import FUSED_PARAMETERS, has_weights, refusal
-from lowbit.nn.joined import SplitLinear, within_blocks
+from lowbit.nn.joined import SplitLinear, absent_part, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
 from lowbit.nn.swap import replace_module
@@ -134,10 +134,7 @@ def why_not_parts(
     InputError where another part of it is not among the `tensors`.
     """
     if absent := [n for n in find.joined_with(names[0]) if n not in names and f"{n}.weight" not in tensors]:
-        raise InputError(
-            f"{names[0]}: expected {', '.join(absent)} beside it, which transformers joins with it into one matrix, "
-            "found no such weight; the checkpoint is incomplete: fetch or convert it again"
-        )
+        raise absent_part(names[0], absent)
     joined, into = find.modules[path], find.joined_into(names[0])
     if not isinstance(joined, nn.Linear) or joined.bias is not None:
         return "transformers joins it with others into something else than a Linear without bias"
