@@ -133,12 +133,8 @@ def calibrate(
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     for warning in selection.warnings(reader.modules):
         warn(warning)
-    linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
-    if kv_cache is not None and not any(n.rpartition(".")[2] in KEYS for n in linears):
-        raise InputError(
-            f"expected attention with {' or '.join(KEYS)}, whose keys and values a cache holds, found none "
-            "(multi-head latent attention caches something else); calibrate without a KV cache"
-        )
+    if kv_cache is not None:
+        _require_keys(model)
     method = settled(method, model)
     schemes = module_schemes(model, scheme, selection)
     if not schemes:
@@ -209,6 +205,18 @@ def calibrate(
             )
         wait_for_all()
     return store.read(out)
+
+
+def _require_keys(model: LayerwiseModel) -> None:
+    """InputError where no layer has an attention of which the cache holds what `KEYS` make."""
+    linears = dict.fromkeys(n.rpartition(".")[2] for i in range(len(model)) for n in model.linear_shapes(i))
+    if linears.keys().isdisjoint(KEYS):
+        latent = any(n.startswith("kv_a_proj") for n in linears)
+        raise InputError(
+            f"expected attention with {' or '.join(KEYS)}, which make the keys and values of a cache, found layers of "
+            f"{', '.join(linears) or 'no Linears'}{' (latent attention caches something else)' if latent else ''}; "
+            "calibrate without a KV cache"
+        )
 
 
 def _start(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file
 from test_fused_experts import TEXT, model_of
@@ -128,6 +129,15 @@ def test_latent_attention_has_no_keys_to_calibrate(tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="k_proj or qkv_proj"):
         converted(DeepseekV3ForCausalLM(config), tmp_path, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("gpt_neox", "query_key_value"), ("mamba2", "in_proj"), ("deepseek_v3", "kv_b_proj")]
+)
+def test_only_models_with_latent_attention_are_said_to_have_it(name, found, tmp_path):
+    with pytest.raises(InputError, match="k_proj or qkv_proj") as error:
+        converted(ARCHITECTURES[name](), tmp_path, "fp8")
+    assert found in str(error.value) and ("latent" in str(error.value)) == (name == "deepseek_v3")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
