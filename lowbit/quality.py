@@ -112,11 +112,7 @@ def calibrate(
 def _require_effect(method: Method, scheme: Scheme, selection: Selection) -> None:
     """Raise InputError for a method that leaves all schemes asked for as a conversion by itself has them."""
     if scheme.weights is not None and not any(method.has_effect(s) for s in selection.schemes(scheme)):
-        raise InputError(
-            f"expected something to calibrate, found none: {method.name} chooses ranges of static activations, which "
-            f"{scheme.name} has not, and rounds weights as a conversion does by itself; convert to {scheme.name} "
-            f"without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another method: best"
-        )
+        raise method.without_effect(scheme)
 
 
 def measure(

@@ -113,8 +113,8 @@ def calibrate(
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
     the model does not allow it (see `Method.else_smooth`), `resumed` with what a killed run had done, `warn` of
-    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, and
-    architectures that cannot be run layer by layer or rotated.
+    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, a method
+    that changes nothing of this model, and architectures that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
     if scheme.weights is None:
@@ -142,6 +142,9 @@ def calibrate(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
+    biased = {n for i in range(len(model)) for n in model.biased(i)} if method.bias_correction else set()
+    if kv_cache is None and not any(method.has_effect(s, biased=n in biased) for n, s in schemes.items()):
+        raise method.without_effect(scheme)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
         "module_schemes": _exceptions(model, schemes, scheme),

@@ -9,7 +9,7 @@ model's own forward prepares for its layers is recorded by running it with stubs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -155,13 +155,17 @@ class LayerwiseModel:
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
-        layer = self._empty(index)
+        return {n: tuple(m.weight.shape) for n, m in self._linears(index)}
+
+    def biased(self, index: int) -> list[str]:
+        """Those that have a bias."""
+        return [n for n, m in self._linears(index) if m.bias is not None]
+
+    def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         prefix = self.layer_name(index)
-        return {
-            f"{prefix}.{n}": tuple(m.weight.shape)
-            for n, m in layer.named_modules()
-            if isinstance(m, nn.Linear)
-        }
+        for name, module in self._empty(index).named_modules():
+            if isinstance(module, nn.Linear):
+                yield f"{prefix}.{name}", module
 
     def load(self, index: int, override: Override | None = None) -> nn.Module:
         """Decoder layer `index`, filled from the checkpoint, fused experts taken apart. A fresh module."""
@@ -382,19 +386,3 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleLis
         )
     own = getattr(decoder, "layers", None)  # towers inside the decoder may have more
     return max(found, key=lambda item: (item[1] is own, len(item[1])))
-
-
-def final_norm(base: nn.Module) -> nn.Module:
-    """The norm after the last decoder layer."""
-    for name in (
-        "norm",
-        "final_layernorm",
-        "final_layer_norm",
-        "ln_f",
-        "final_norm",
-        "norm_f",
-        "embedding_norm",
-    ):
-        if isinstance(norm := getattr(base, name, None), nn.Module):
-            return norm
-    raise InputError(f"expected a final norm in {type(base).__name__}, found none")

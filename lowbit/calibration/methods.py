@@ -95,10 +95,25 @@ class Method:
         rounds = self.rounding.rounding != "nearest"
         return self.smooths or rounds or self.compensate or self.bias_correction or scheme.needs_calibration
 
-    def has_effect(self, scheme: Scheme) -> bool:
-        """False where a calibration would hold nothing: a conversion by itself rounds the same."""
+    def has_effect(self, scheme: Scheme, *, biased: bool = True) -> bool:
+        """False where a calibration would hold nothing: a conversion by itself rounds the same.
+
+        `biased`: there is a bias to correct.
+        """
+        of_bias = self.bias_correction and biased
         transforms = self.rotate != "none" or self.rotate_heads or self.online_hadamard
-        return transforms or self.needs_data(scheme) or self.rounding.scale != "absmax"
+        others = transforms or self.rounding.scale != "absmax"
+        return others or of_bias or replace(self, bias_correction=False).needs_data(scheme)
+
+    def without_effect(self, scheme: Scheme) -> InputError:
+        """What is wrong where it has none."""
+        corrects = " and corrects biases" if self.bias_correction else ""
+        return InputError(
+            f"expected something to calibrate, found none: {self.name} chooses ranges of static activations{corrects}, "
+            "of which there are none, and rounds weights as a conversion does by itself; convert to "
+            f"{scheme.name} without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another "
+            "method: best"
+        )
 
     def describe(self) -> str:
         """One line that says what it does."""

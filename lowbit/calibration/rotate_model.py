@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lowbit.calibration import fold
 from lowbit.calibration.graph import norm_gain, trace
-from lowbit.calibration.layerwise import LayerwiseModel, final_norm
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation, make_rotation
 from lowbit.checkpoint.roles import role_of
@@ -36,7 +36,7 @@ def refuse_outside(model: LayerwiseModel) -> None:
                 f"expected a model of text alone to rotate, found {name} in {model.source.path}, whose outputs enter "
                 "the residual stream as they are; use a method without rotation (gptq, smoothquant-gptq)"
             )
-    embedding, norm = model.model.get_input_embeddings(), final_norm(model.base)
+    embedding, norm = model.model.get_input_embeddings(), _final_norm(model.base)
     if model.model.get_output_embeddings() is None or not isinstance(embedding, nn.Embedding):
         raise InputError(
             "expected token embeddings and lm_head to rotate, found none; use a method without rotation"
@@ -91,7 +91,7 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
     """
     refuse_outside(model)
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    norm = final_norm(model.base)
+    norm = _final_norm(model.base)
     offset, _ = norm_gain(norm, rotation.size)
     gain = norm.weight.detach() + offset  # type: ignore[operator]
 
@@ -108,3 +108,19 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
         f"{names[id(m)]}.weight": m.weight.detach().to(stored)  # type: ignore[operator]
         for m in (embedding, head, norm)
     }
+
+
+def _final_norm(base: nn.Module) -> nn.Module:
+    """The norm after the last decoder layer."""
+    for name in (
+        "norm",
+        "final_layernorm",
+        "final_layer_norm",
+        "ln_f",
+        "final_norm",
+        "norm_f",
+        "embedding_norm",
+    ):
+        if isinstance(norm := getattr(base, name, None), nn.Module):
+            return norm
+    raise InputError(f"expected a final norm in {type(base).__name__}, found none")

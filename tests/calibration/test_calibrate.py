@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -338,6 +339,24 @@ def test_bias_correction_moves_existing_biases(checkpoints, windows, tmp_path, s
     found = calibrate(checkpoints["qwen2"], tmp_path / "c", get_scheme("int8"), method, windows)
     biases = {n for n in found.tensors if n.endswith(".bias")}
     assert biases == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides"),
+    [({"bias_correction": True}, {}), ({"name": "entropy"}, {"model.layers.0.mlp.gate": "int8-static"})],
+)
+def test_a_method_that_changes_nothing_of_a_model_is_refused(
+    checkpoints, windows, tmp_path, settings, overrides
+):
+    """A model without biases, and one without the module that was to be static: 0 modules were written, after the
+    work."""
+    method, selection = Method.from_dict(settings), Selection(overrides=overrides)
+    with pytest.raises(InputError, match="something to calibrate, found none"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        calibrate(
+            checkpoints["llama"], tmp_path / "c", get_scheme("int8"), method, windows, selection=selection
+        )
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_cannot_be_done_is_said(checkpoints, windows, tmp_path):
