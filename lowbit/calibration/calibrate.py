@@ -27,6 +27,7 @@ from lowbit.calibration.sequential import fits
 from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
+from lowbit.calibration.stored import stored_quantizers
 from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.formats import get_format
@@ -113,8 +114,8 @@ def calibrate(
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
     the model does not allow it (see `Method.else_smooth`), `resumed` with what a killed run had done, `warn` of
-    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, a method
-    that changes nothing of this model, and architectures that cannot be run layer by layer or rotated.
+    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, biases
+    to correct that are missing, and architectures that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
     if scheme.weights is None:
@@ -135,19 +136,21 @@ def calibrate(
         warn(warning)
     if kv_cache is not None:
         _require_keys(model)
-    method = settled(method, model)
-    schemes = module_schemes(model, scheme, selection)
+    decisions = module_decisions(model, scheme, selection)
+    schemes, kept = quantized_by(decisions), frozenset(n for n, d in decisions.items() if d.as_found)
+    method = settled(method, model, kept)
     if not schemes:
         raise InputError(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
-    biased = {n for i in range(len(model)) for n in model.biased(i)} if method.bias_correction else set()
-    if kv_cache is None and not any(method.has_effect(s, biased=n in biased) for n, s in schemes.items()):
-        raise method.without_effect(scheme)
+    if kv_cache is None and method.bias_correction:
+        biased = {n for i in range(len(model)) for n in model.biased(i)}
+        if not any(method.has_effect(s, biased=n in biased) for n, s in schemes.items()):
+            raise method.without_effect(scheme)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
-        "module_schemes": _exceptions(model, schemes, scheme),
+        "module_schemes": _exceptions(model, decisions, scheme),
         "method": method.to_dict(),
         "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
         **settings_of(source, selection, windows, data),
@@ -162,7 +165,7 @@ def calibrate(
     if method.rotate != "none":
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
-    run = _start(model, method, schemes, options, rotation, windows, share)
+    run = _start(model, method, schemes, kept, options, rotation, windows, share)
     writer: store.Writer | None = None
     with ExitStack() as held:
 
@@ -226,6 +229,7 @@ def _start(
     model: LayerwiseModel,
     method: Method,
     schemes: dict[str, Scheme],
+    kept: frozenset[str],
     options: RunOptions,
     rotation: Rotation | None,
     windows: Sequence[Tensor],
@@ -250,7 +254,7 @@ def _start(
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
         calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
-        batches=sum(gathered(len(cache))), one_batch=one_batch,
+        batches=sum(gathered(len(cache))), one_batch=one_batch, kept=kept,
     )  # fmt: skip
 
 
@@ -300,6 +304,7 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
     run.schemes.update({n: get_scheme(left[d]) for n in run.schemes if (d := run.model.disk_name(n)) in left})
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
+    quantizers |= stored_quantizers(run.model, layer, index, run.kept.__contains__)
     if shares_states(run.small[index]):  # what later layers' samples will look up
         run.model.run(layer, index, run.cache[0][:1, : run.small_shape[1]], run.small[index])
     with watched(layer, overlay.kv_hooks(layer, index)):
@@ -307,18 +312,13 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
 
 
 def _exceptions(
-    model: LayerwiseModel, schemes: Mapping[str, Scheme], scheme: Scheme
+    model: LayerwiseModel, decisions: Mapping[str, Decision], scheme: Scheme
 ) -> dict[str, str | None]:
-    """Modules with another scheme than the main one; None for those left in float."""
-    out: dict[str, str | None] = {}
-    for index in range(len(model)):
-        for ours in model.linear_shapes(index):
-            found = schemes.get(ours)
-            if found is None:
-                out[model.disk_name(ours)] = None
-            elif found.name != scheme.name:
-                out[model.disk_name(ours)] = found.name
-    return out
+    """Modules with another scheme than the main one; None for those in float. Not those that are kept as found, of
+    which the patterns tell."""
+    schemes = quantized_by(decisions)
+    found = {n: schemes[n].name if n in schemes else None for n, d in decisions.items() if not d.as_found}
+    return {model.disk_name(n): name for n, name in found.items() if name != scheme.name}
 
 
 def _tied(model: LayerwiseModel) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +16,26 @@ from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 
 
-def settled(method: Method, model: LayerwiseModel) -> Method:
-    """`method`, or what it allows in place of a rotation that the model does not (see `Method.else_smooth`)."""
-    if method.rotate == "none" or not method.else_smooth:
+def settled(method: Method, model: LayerwiseModel, kept: Collection[str] = ()) -> Method:
+    """`method`, or what it allows in place of a rotation that the model does not (see `Method.else_smooth`).
+
+    `kept`: modules that are to be as the source has them. InputError for those where it rotates, and allows nothing.
+    """
+    if method.rotate == "none":
         return method
     try:
-        refuse_outside(model)
-        _try_layers(model, method)
+        if kept:
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            raise InputError(
+                f"expected weights that a rotation may change, found {model.disk_name(min(kept))}{more} to be kept as "
+                "the source has it; use a method without rotation (gptq, smoothquant-gptq)"
+            )
+        if method.else_smooth:
+            refuse_outside(model)
+            _try_layers(model, method)
     except InputError as error:
+        if not method.else_smooth:
+            raise
         reason = str(error).partition(", found ")[2].rpartition("; ")[0] or str(error)
         return method.without_rotation(reason)
     return method

@@ -25,10 +25,10 @@ from lowbit.calibration.overlay import Overlay, tensor_of
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
+from lowbit.calibration.stored import install_stored, stored_input
 from lowbit.checkpoint.rules import Selection, decide, dynamic_instead, left_by_source
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
-from lowbit.evaluate.stored import install_stored, stored_input
 from lowbit.formats import get_format
 from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import quantize

@@ -16,19 +16,43 @@ from lowbit.granularity import scale_shape
 from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
+Wanted = Callable[[str], bool]
+"""Which modules, by our full names."""
+
 
 def install_stored(
-    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Callable[[str], bool] = lambda name: True
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted = lambda name: True
 ) -> dict[str, ActivationQuantizer]:
     """Prepare the stored Linears of decoder layer `index`, as it was loaded; → the quantizers of their inputs.
 
-    `wanted`: which of them, by our full names. Those that multiply integers get their codes.
+    Those that multiply integers get their codes.
     """
+    schemes, scales, online = _inputs(model, layer, index, wanted)
+    quantized: dict[str, Quantized] = {}
+    for name, scheme in schemes.items():
+        weight = layer.get_submodule(name).get_parameter("weight")
+        disk = model.disk_name(f"{model.layer_name(index)}.{name}")
+        if multiplies_integers(scheme, weight) and (q := _codes(model, disk)) is not None:
+            quantized[name] = q
+    return install(layer, schemes, quantized, scales, online)
+
+
+def stored_quantizers(
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted
+) -> dict[str, ActivationQuantizer]:
+    """The quantizers of those inputs alone: the layer stays as it is."""
+    schemes, scales, online = _inputs(model, layer, index, wanted)
+    return install(layer, schemes, {}, scales, online)
+
+
+def _inputs(
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted
+) -> tuple[dict[str, Scheme], dict[str, tuple[Tensor | None, Tensor | None]], frozenset[str]]:
+    """(scheme, scales of its input) of the stored Linears of the layer that round it, and those that rotate it."""
     prefix, stored = model.layer_name(index), model.source.stored
     schemes: dict[str, Scheme] = {}
     scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     online: set[str] = set()
-    quantized: dict[str, Quantized] = {}
     for name, module in layer.named_modules():
         ours = f"{prefix}.{name}"
         if not isinstance(module, nn.Linear) or not wanted(ours):
@@ -41,9 +65,7 @@ def install_stored(
         scheme = stored[disk].scheme
         if scheme.activations is not None:
             schemes[name], scales[name] = scheme, stored_input(model, disk)
-            if multiplies_integers(scheme, module.weight) and (q := _codes(model, disk)) is not None:
-                quantized[name] = q
-    return install(layer, schemes, quantized, scales, frozenset(online))
+    return schemes, scales, frozenset(online)
 
 
 def stored_input(model: LayerwiseModel, disk: str) -> tuple[Tensor | None, Tensor | None]:
