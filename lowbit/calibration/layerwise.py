@@ -23,7 +23,7 @@ from lowbit.calibration.names import CheckpointNames, part_name
 from lowbit.calibration.positions import longest_text
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
-from lowbit.nn.integration import require_transformers
+from lowbit.nn.integration import open_config, require_transformers
 from lowbit.nn.joined import SplitLinear
 
 Override = Callable[[str], Tensor | None]
@@ -47,20 +47,10 @@ class LayerwiseModel:
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
         require_transformers()
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
         self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
-        try:
-            # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            found = source.config.get("model_type")
-            raise InputError(
-                f"{source.path}: expected a config.json of an architecture that transformers has, found {found!r}, "
-                f"which it does not take ({str(error).partition('. ')[0]}); update transformers, or {INSTEAD}"
-            ) from error
+        # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
+        config = open_config(source.path, source.config.get("model_type"), instead=f", or {INSTEAD}")
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         for key, value in (config_overrides or {}).items():
