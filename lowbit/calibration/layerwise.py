@@ -50,7 +50,7 @@ class LayerwiseModel:
         self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
         # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
-        config = open_config(source.path, source.config.get("model_type"), instead=f", or {INSTEAD}")
+        config = open_config(source.path, source.config.get("model_type"), instead=INSTEAD)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         for key, value in (config_overrides or {}).items():
