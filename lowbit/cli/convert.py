@@ -200,7 +200,7 @@ def _check_before_calibrating(
     from lowbit.calibration.resume import CalibrationError
     from lowbit.checkpoint.headers import PARTIAL, open_checkpoint
     from lowbit.checkpoint.journal import read_journals
-    from lowbit.checkpoint.writer import another_unfinished, check_place
+    from lowbit.checkpoint.place import another_unfinished, check_place
     from lowbit.errors import InputError, NotCalibratedError
     from lowbit.formats import get_format
     from lowbit.scheme import get_scheme
