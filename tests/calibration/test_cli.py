@@ -463,6 +463,30 @@ def test_texts_of_token_ids_are_windows_of_their_own(tmp_path):
     assert [int(w[0]) for w in found] == [0, 8, 20, 28, 40, 48]
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (torch.ones(2, 40, 4, dtype=torch.int64), r"found Tensor \[2, 40, 4\]"),  # as one text of 320 tokens
+        (torch.tensor(3), r"found Tensor \[\]"),
+        ([torch.arange(20), torch.arange(9)], "found list"),
+        ({"input_ids": torch.arange(20)}, "found dict"),
+    ],
+)
+def test_token_ids_of_another_form_are_named(tmp_path, found, message):
+    torch.save(found, tmp_path / "ids.pt")
+    with pytest.raises(InputError, match=r"\[T\] or \[N, T\] of N texts, " + message):
+        load_windows(tmp_path / "ids.pt", None, length=8)
+
+
+def test_token_ids_that_were_on_an_accelerator(tmp_path, monkeypatch):
+    """Of which there may be none here."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(torch.arange(20), tmp_path / "ids.pt")
+    (window,) = load_windows(tmp_path / "ids.pt", None, length=16)
+    assert window.tolist() == list(range(16))
+
+
 def test_messages_come_with_their_tools(source, tmp_path):
     tokenizer = load_tokenizer(source)
     tokenizer.chat_template = (
