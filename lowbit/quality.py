@@ -190,7 +190,7 @@ def search(
     it is called again with the same arguments, and another budget is chosen for without measuring again; a search of
     something else is refused there, or replaces it with `overwrite`. The rest as for `calibrate`.
     """
-    from lowbit.calibration.choice import check_wish, curve, pick, recipe_of
+    from lowbit.calibration.choice import FLOAT, check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import sensitivities
     from lowbit.checkpoint.rules import Selection
@@ -199,6 +199,7 @@ def search(
         budget = 8.5
     if isinstance(candidates, str):
         raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
+    candidates = [name for name in candidates if name != FLOAT]
     check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
     windows, described = _windows(src, data, samples, length, seed)
