@@ -77,19 +77,18 @@ def calibrate(
     from lowbit.calibration.devices import join
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.calibration.methods import Method as MethodClass
-    from lowbit.calibration.methods import best_method, get_method
+    from lowbit.calibration.methods import best_method
     from lowbit.calibration.run import RunOptions as Options
     from lowbit.checkpoint.rules import Selection
     from lowbit.scheme import get_scheme
 
     target = get_scheme(scheme) if isinstance(scheme, str) else scheme
     options = options or Options(device=join(device))
-    if isinstance(method, str):
-        chosen = best_method(target) if method == "best" else get_method(method)
-    elif isinstance(method, MethodClass):
+    if isinstance(method, MethodClass):
         chosen = method
-    elif isinstance(method, Mapping):
-        chosen = MethodClass.from_dict(dict(method))
+    elif isinstance(method, str | Mapping):
+        given = method if isinstance(method, str) else dict(method)
+        chosen = MethodClass.from_dict(given, best=best_method(target))
     else:
         raise InputError(f"expected a method's name, a mapping of its settings or a Method, found {method!r}")
     if alpha is not None and not chosen.smooths:

@@ -156,13 +156,14 @@ class Method:
         return out
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any] | str) -> Method:
+    def from_dict(cls, data: dict[str, Any] | str, *, best: Method | None = None) -> Method:
         """A preset's name, or a mapping whose `name` is a preset to start from and whose other keys override it.
 
-        Raises InputError naming unknown keys.
+        `best`: what that name means. Without a name, or with all keys, a mapping is a method of its own. Raises
+        InputError naming unknown keys and names.
         """
         if isinstance(data, str):
-            return get_method(data)
+            return best if best is not None and data == "best" else get_method(data)
         known = {f.name for f in fields(cls)} - {"summary"}
         if unknown := sorted(set(data) - known):
             raise InputError(f"method: unknown keys {unknown}; expected some of {sorted(known)}")
@@ -170,7 +171,8 @@ class Method:
         name = changes.pop("name", "custom")
         if not isinstance(name, str):
             raise InputError(f"method: expected a name, found {name!r}")
-        base = METHODS.get(name, cls(name=name))
+        own = name == "custom" or changes.keys() | {"name"} == known
+        base = cls(name=name) if own else cls.from_dict(name, best=best)
         if "rounding" in changes:
             rounding = changes["rounding"]
             if not isinstance(rounding, str | Mapping):

@@ -446,6 +446,20 @@ def test_what_cannot_be_done_is_said(checkpoints, windows, tmp_path):
         Method.from_dict({"name": "smoothquant", "smooth": 1.5})
 
 
+def test_the_method_that_a_mapping_starts_from_is_one_that_there_is(checkpoints, windows, tmp_path):
+    """A misspelt one was a method of its own, without all that the preset does; so was best."""
+    with pytest.raises(InputError, match="did you mean 'gptq'"):
+        Method.from_dict({"name": "gtpq", "rounding": {"act_order": False}})
+    common = {"data": windows, "options": RunOptions(min_tokens=8)}
+    for scheme, name in (("int8", "rotate-gptq"), ("fp8", "gptq")):
+        method = {"name": "best", "rounding": {"act_order": False}}
+        found = lowbit.calibrate(checkpoints["llama"], tmp_path / scheme, scheme, method=method, **common)
+        assert found.method["name"] == name and found.method["rounding"]["rounding"] == "gptq"
+        assert not found.method["rounding"]["act_order"]
+        again = Method.from_dict({**found.method, "name": "as-it-was"})
+        assert replace(again, name=name).to_dict() == found.method
+
+
 def test_methods_survive_json():
     for method in METHODS.values():
         again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
