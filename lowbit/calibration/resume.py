@@ -41,6 +41,10 @@ class Kind:
     version: int
     keys: tuple[tuple[str, type], ...] = (("layers", dict),)
     """That a manifest must have; `layers` maps parts to entries."""
+    entry: tuple[str, type]
+    """That an entry must have."""
+    mappings: tuple[str, ...] = ()
+    """Keys that it may have."""
     parts: str
     """Glob of their files."""
 
@@ -83,6 +87,8 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}")
     if (version := manifest.get("version")) != kind.version:
         raise CalibrationError(
             f"expected version {kind.version} in {file}, found {version!r}; {kind.command} again with this lowbit"
@@ -90,6 +96,13 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
     for key, of in kind.keys:
         if not isinstance(manifest.get(key), of):
             raise CalibrationError(f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}")
+    key, of = kind.entry
+    for part, entry in manifest["layers"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), of):
+            raise CalibrationError(f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}")
+    for key in kind.mappings:
+        if not isinstance(manifest.get(key, {}), dict):
+            raise CalibrationError(f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}")
     return manifest
 
 
