@@ -307,7 +307,7 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
     quantizers |= stored_quantizers(run.model, layer, index, run.kept.__contains__)
     if shares_states(run.small[index]):  # what later layers' samples will look up
         run.model.run(layer, index, run.cache[0][:1, : run.small_shape[1]], run.small[index])
-    with watched(layer, overlay.kv_hooks(layer, index)):
+    with watched(layer, overlay.kv_hooks(layer, index) or run.carried_kv(layer, index)):
         run.hand_on(layer, index, quantizers)
 
 

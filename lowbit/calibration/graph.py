@@ -62,13 +62,15 @@ class LayerGraph:
     rotation_refusal: str = ""
     """Why the residual stream of this layer cannot be rotated; empty when it can."""
 
-    def without(self, fixed: Collection[str]) -> LayerGraph:
-        """Only with joints that leave these modules as they are."""
+    def without(self, fixed: Collection[str], outputs: Collection[str] = ()) -> LayerGraph:
+        """Only with joints that leave the modules `fixed` as they are, and what `outputs` put out."""
         fixed = set(fixed)
         return replace(
             self,
             norms=tuple(n if fixed.isdisjoint(n.readers) else replace(n, movable=False) for n in self.norms),
-            pairs=tuple(p for p in self.pairs if fixed.isdisjoint((p.first, p.second))),
+            pairs=tuple(
+                p for p in self.pairs if fixed.isdisjoint((p.first, p.second)) and p.first not in outputs
+            ),
         )
 
 

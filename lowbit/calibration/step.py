@@ -158,7 +158,9 @@ class LayerStep:
             return [run_plain(layer), *shared_states(run.small[index])]
 
         kept = {n.removeprefix(inside) for n in run.kept if n.startswith(inside)}
-        graph = trace(layer, run_plain, sample.shape[-1], model.text_config).without(kept)
+        # Scales of values that the source has are for values as they are there.
+        values = {f"{n}.v_proj" for n in run.carried_kv(layer, index)}
+        graph = trace(layer, run_plain, sample.shape[-1], model.text_config).without(kept, values)
         if run.method.smooths or run.method.rotate_heads:
             graph = decided(partial(proven, layer, graph, run_whole), model.device)
         return cls(
@@ -257,7 +259,7 @@ class LayerStep:
             return
         quantizers = install(self.layer, self.schemes, self.quantized, self.input_scales, self.online)
         quantizers |= self._kept_inputs()
-        hooks = {}
+        hooks = run.carried_kv(self.layer, self.index)
         if run.kv_cache is not None:
             hooks = {n: KVQuantizer(run.kv_cache, *pair) for n, pair in self.kv_scales.items()}
         with watched(self.layer, dict(hooks)):
@@ -314,12 +316,13 @@ class LayerStep:
         return stored_quantizers(self.run.model, self.layer, self.index, self.run.kept.__contains__)
 
     def _kept_rounding(self, hand_on: bool) -> Callable[[], None]:
-        """`_all_data`, with those."""
+        """`_all_data`, with those, and with keys and values rounded by scales that the source has."""
 
         def run_data() -> None:
             detach = attach(self.layer, self._kept_inputs())
             try:
-                self.run.all_data(self.layer, self.index, hand_on=hand_on)
+                with watched(self.layer, self.run.carried_kv(self.layer, self.index)):
+                    self.run.all_data(self.layer, self.index, hand_on=hand_on)
             finally:
                 detach()
 

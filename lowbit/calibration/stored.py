@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.products import multiplies_integers
@@ -66,6 +67,24 @@ def _inputs(
         if scheme.activations is not None:
             schemes[name], scales[name] = scheme, stored_input(model, disk)
     return schemes, scales, frozenset(online)
+
+
+def stored_kv_hooks(model: LayerwiseModel, layer: nn.Module, index: int) -> dict[str, KVHook]:
+    """What rounds the layer's keys and values (see `kv_cache.watched`) by scales that the checkpoint has, where its
+    config asks for such a cache."""
+
+    def scale_of(name: str) -> Tensor | None:
+        """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
+        attention, _, leaf = name.rpartition(".")
+        below = f"{attention}.{leaf[0]}_proj"
+        known = (name, f"{below}.{leaf}", f"{below}.output_scale")
+        found = next((n for n in known if model.source.has(n)), None)
+        return None if found is None else model.source.raw(found).to(model.device)
+
+    if (kv_cache := KVCache.of_config(model.source.config)) is None:
+        return {}
+    prefix = model.layer_name(index)
+    return quantizers(layer, kv_cache, lambda name: model.disk_attention(f"{prefix}.{name}"), scale_of)
 
 
 def stored_input(model: LayerwiseModel, disk: str) -> tuple[Tensor | None, Tensor | None]:
