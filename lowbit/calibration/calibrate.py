@@ -28,6 +28,7 @@ from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
 from lowbit.calibration.stored import stored_quantizers
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
 from lowbit.formats import get_format
@@ -137,7 +138,9 @@ def calibrate(
     if kv_cache is not None:
         _require_keys(model)
     decisions = module_decisions(model, scheme, selection)
-    schemes, kept = quantized_by(decisions), frozenset(n for n, d in decisions.items() if d.as_found)
+    schemes, keep = quantized_by(decisions), Patterns(selection.keep)
+    kept = frozenset(model.disk_name(n) for n, d in decisions.items() if d.as_found)
+    kept |= {module for module in reader.modules if keep.matching(module)}
     method = settled(method, model, kept)
     if not schemes:
         raise InputError(

@@ -67,7 +67,9 @@ class LayerGraph:
         fixed = set(fixed)
         return replace(
             self,
-            norms=tuple(n if fixed.isdisjoint(n.readers) else replace(n, movable=False) for n in self.norms),
+            norms=tuple(
+                n if fixed.isdisjoint((n.name, *n.readers)) else replace(n, movable=False) for n in self.norms
+            ),
             pairs=tuple(
                 p for p in self.pairs if fixed.isdisjoint((p.first, p.second)) and p.first not in outputs
             ),

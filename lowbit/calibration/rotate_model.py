@@ -19,7 +19,8 @@ from lowbit.errors import InputError
 def settled(method: Method, model: LayerwiseModel, kept: Collection[str] = ()) -> Method:
     """`method`, or what it allows in place of a rotation that the model does not (see `Method.else_smooth`).
 
-    `kept`: modules that are to be as the source has them. InputError for those where it rotates, and allows nothing.
+    `kept`: modules, by the checkpoint's names, that are to be as the source has them. InputError for those where it
+    rotates, and allows nothing.
     """
     if method.rotate == "none":
         return method
@@ -27,8 +28,8 @@ def settled(method: Method, model: LayerwiseModel, kept: Collection[str] = ()) -
         if kept:
             more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
             raise InputError(
-                f"expected weights that a rotation may change, found {model.disk_name(min(kept))}{more} to be kept as "
-                "the source has it; use a method without rotation (gptq, smoothquant-gptq)"
+                f"expected weights that a rotation may change, found {min(kept)}{more} to be kept as the source has "
+                "it; use a method without rotation (gptq, smoothquant-gptq), or ignore in place of keep"
             )
         if method.else_smooth:
             refuse_outside(model)

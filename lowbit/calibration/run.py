@@ -59,7 +59,7 @@ class Run:
     batches: int = 1
     """Of all workers together."""
     kept: frozenset[str] = frozenset()
-    """Modules, by our full names, that are carried as they are in the source, quantized or not."""
+    """Modules, by the checkpoint's names, that are carried as they are in the source, quantized or not."""
     kv_cache: KVCache | None = None
     one_batch: bool = False
     """All data is one batch, so that layers can be smoothed and rounded while it passes (see `sequential`)."""

@@ -157,7 +157,11 @@ class LayerStep:
         def run_whole() -> list[Tensor]:
             return [run_plain(layer), *shared_states(run.small[index])]
 
-        kept = {n.removeprefix(inside) for n in run.kept if n.startswith(inside)}
+        kept = (
+            {n for n, _ in layer.named_modules() if model.disk_name(inside + n) in run.kept}
+            if run.kept
+            else set()
+        )
         # Scales of values that the source has are for values as they are there.
         values = {f"{n}.v_proj" for n in run.carried_kv(layer, index)}
         graph = trace(layer, run_plain, sample.shape[-1], model.text_config).without(kept, values)

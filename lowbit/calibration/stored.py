@@ -18,7 +18,7 @@ from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
 Wanted = Callable[[str], bool]
-"""Which modules, by our full names."""
+"""Which modules, by the checkpoint's names."""
 
 
 def install_stored(
@@ -55,10 +55,9 @@ def _inputs(
     scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     online: set[str] = set()
     for name, module in layer.named_modules():
-        ours = f"{prefix}.{name}"
-        if not isinstance(module, nn.Linear) or not wanted(ours):
+        disk = model.disk_name(f"{prefix}.{name}")
+        if not isinstance(module, nn.Linear) or not wanted(disk):
             continue
-        disk = model.disk_name(ours)
         if disk in model.source.rotated:
             online.add(name)
         if disk not in stored:

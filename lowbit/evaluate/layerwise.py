@@ -113,7 +113,7 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
     decisions = module_decisions(model, scheme, selection, fits=get_format().refuse)
     _round_outside(model, scheme, selection, calibration.tensors)
     overlay = Overlay(calibration, model, quantized_by(decisions))
-    kept = {n for n, d in decisions.items() if d.as_found}
+    kept = {model.disk_name(n) for n, d in decisions.items() if d.as_found}
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, quantizers = overlay.load(index)

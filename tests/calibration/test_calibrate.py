@@ -24,6 +24,7 @@ from lowbit.calibration.kv_cache import KVCache
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import METHODS, Method
 from lowbit.calibration.source import Source
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import Candidate, _Stream, calibrated, evaluate, plain
@@ -342,6 +343,21 @@ def test_bias_correction_moves_existing_biases(checkpoints, windows, tmp_path, s
     found = calibrate(checkpoints["qwen2"], tmp_path / "c", get_scheme("int8"), method, windows)
     biases = {n for n in found.tensors if n.endswith(".bias")}
     assert biases == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}
+
+
+@pytest.mark.parametrize("keep", ["*.input_layernorm", "*.mlp.gate", "lm_head", "model.layers.0.mlp"])
+def test_what_is_kept_in_float_stays_byte_for_byte(checkpoints, windows, tmp_path, keep):
+    """Norms gave their gain away, and routers got it."""
+    source = checkpoints["qwen3_moe"]
+    for method in ("smoothquant", "best"):
+        found = lowbit.calibrate(
+            source, tmp_path / "c", "int8", method=method, data=windows, keep=[keep], overwrite=True
+        )
+        assert found.method["rotate"] == "none"
+        lowbit.convert(source, tmp_path / "out", "int8", calibration=found, overwrite=True)
+        before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "out"))
+        kept = [n for n in before if Patterns([keep]).matching(n.removesuffix(".weight"))]
+        assert kept and all(torch.equal(before[n], after[n]) for n in kept), method
 
 
 def test_biases_alone_of_a_model_without_any_are_refused(checkpoints, windows, tmp_path):
