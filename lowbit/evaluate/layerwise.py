@@ -114,9 +114,14 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
     _round_outside(model, scheme, selection, calibration.tensors)
     overlay = Overlay(calibration, model, quantized_by(decisions))
     kept = {model.disk_name(n) for n, d in decisions.items() if d.as_found}
+    dequantized = (model.source.stored.keys() - kept) - {model.disk_name(n) for n in overlay.schemes}
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, quantizers = overlay.load(index)
+        for name, module in layer.named_modules():  # in the dtype that they are written in
+            if model.disk_name(f"{model.layer_name(index)}.{name}") in dequantized:
+                weight = module.get_parameter("weight")
+                weight.copy_(weight.to(model.source.float_dtype))
         return layer, {**quantizers, **install_stored(model, layer, index, kept.__contains__)}
 
     # Scales that the source has are carried where the calibration has none.
