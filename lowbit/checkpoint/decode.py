@@ -9,11 +9,13 @@ import numpy as np
 from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.headers import FLOATS, TensorRef
 from lowbit.checkpoint.jobs import Source
-from lowbit.checkpoint.reading import finite, read_bytes
+from lowbit.checkpoint.reading import finite, read_bytes, read_rows
 from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 
 NO_SCALE = np.empty((0, 0), np.float32)
+# So many scales of one weight are in memory at a time: of most weights all.
+_SPAN_SCALES = 1 << 20
 # The smallest magnitudes that round to infinity.
 LIMITS = {"F16": 65520.0, "BF16": float(np.uint32(0x7F7F8000).view(np.float32))}
 
@@ -43,28 +45,76 @@ def read_scale(source: Source) -> np.ndarray:
     """The source's scales as float32 [row blocks, column blocks]; empty when it has none."""
     if source.scale is None:
         return NO_SCALE
-    scale = to_float(read_bytes(source.scale), source.scale.dtype)
-    if source.divisor is not None:
-        with np.errstate(all="ignore"):  # what is not finite is refused below
-            scale = scale / read_number(source.divisor)
-    if not np.isfinite(scale).all():
-        at = int(np.flatnonzero(~np.isfinite(scale))[0])
-        raise InputError(f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {at}")
+    _check_scale(source)
+    return _scale_rows(source, 0, source.scale.elements // _scale_columns(source))
+
+
+class Scales:
+    """What a weight's decoded codes are multiplied by, as the loops take it: of a large weight a span of rows at a
+    time, so that scales of small groups do not grow with it."""
+
+    def __init__(self, source: Source) -> None:
+        """InputError where they do not fit the weight, or a number for all of it is none."""
+        self._source, self._rows, self._columns = source, 0, 1
+        self._first, self._span = 0, NO_SCALE
+        if source.scale is not None:
+            _check_scale(source)
+            self._columns = _scale_columns(source)
+            self._rows = source.scale.elements // self._columns
+
+    def at(self, row: int, count: int) -> tuple[np.ndarray, int]:
+        """(float32 [*, column blocks] with those of `count` rows of the weight from `row` on, `row` as counted from
+        where they begin); (empty, `row`) without scales. Valid until the next call."""
+        if not self._rows:
+            return NO_SCALE, row
+        height = self._source.block[0]
+        first, stop = row // height, (row + count - 1) // height + 1
+        if first < self._first or stop > self._first + len(self._span):
+            self._span = NO_SCALE  # and never two of them
+            wanted = max(stop - first, _SPAN_SCALES // self._columns)
+            self._span = _scale_rows(self._source, first, min(wanted, self._rows - first))
+            self._first = first
+        return self._span, row - self._first * height
+
+
+def _scale_columns(source: Source) -> int:
+    """Scales per row of them: what is no matrix has one for each row of the weight, or one for all."""
+    assert source.scale is not None
+    return max(source.scale.shape[-1], 1) if len(source.scale.shape) == 2 else 1
+
+
+def _check_scale(source: Source) -> None:
+    """InputError where zero points are not 0, or scales are not as many as the weight needs."""
+    assert source.scale is not None
     if source.offset is not None and to_float(read_bytes(source.offset), source.offset.dtype).any():
         raise InputError(
             f"{source.offset.name}: expected symmetric weights, found zero points other than 0; dequantize the "
             "checkpoint with its own tools first"
         )
-    columns = source.scale.shape[-1] if len(source.scale.shape) == 2 else 1
-    scale = np.ascontiguousarray(scale.reshape(-1, columns))
     if len(source.ref.shape) == 2 and source.ref.elements:
         expected = tuple(-(-n // tile) for n, tile in zip(source.unpacked, source.block, strict=True))
-        if scale.shape != expected:  # the loops would read past its end
+        columns = _scale_columns(source)
+        if (source.scale.elements // columns, columns) != expected:  # the loops would read past its end
             raise InputError(
                 f"{source.scale.name}: expected {list(expected)} scales for {source.ref.name}, found "
                 f"{list(source.scale.shape)}; config and tensors do not belong together: fetch the checkpoint again"
             )
-    return scale
+
+
+def _scale_rows(source: Source, first: int, count: int) -> np.ndarray:
+    """`count` rows of the scales from row `first` on, float32, divided by their divisor if there is one."""
+    assert source.scale is not None
+    columns = _scale_columns(source)
+    scale = to_float(read_rows(source.scale, first, count), source.scale.dtype)
+    if source.divisor is not None:
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            scale = scale / read_number(source.divisor)
+    if not np.isfinite(scale).all():
+        at = int(np.flatnonzero(~np.isfinite(scale))[0])
+        raise InputError(
+            f"{source.scale.name}: expected finite scales, found {scale[at]} at flat index {first * columns + at}"
+        )
+    return np.ascontiguousarray(scale.reshape(-1, columns))
 
 
 def check_shape(source: Source, shape: tuple[int, ...]) -> None:
@@ -144,7 +194,7 @@ def unfit_value(
     *,
     first: int,
     count: int,
-    scale: np.ndarray = NO_SCALE,
+    scales: Scales | None = None,
     out_dtype: str = "",
 ) -> InputError:
     """Find the value among `count`, from flat index `first` on, that is not finite or that `out_dtype` cannot hold,
@@ -152,10 +202,12 @@ def unfit_value(
     values = decode_slowly(part, kind)
     cols = shape[-1] if shape else 1
     index = np.arange(first, first + count)
-    if scale.size:
+    if scales is not None and source.scale is not None:
         block_rows, block_cols = source.block
+        scale, row = scales.at(first // cols, -(-count // cols))
+        rows = index // cols - first // cols + row
         with np.errstate(over="ignore"):
-            values = values * scale[(index // cols) // block_rows, (index % cols) // block_cols]
+            values = values * scale[rows // block_rows, (index % cols) // block_cols]
     limit = LIMITS.get(out_dtype, np.inf)
     at = int(np.flatnonzero(~(np.abs(values) < limit))[0])
     position = [int(i) for i in np.unravel_index(first + at, shape)] if shape else []

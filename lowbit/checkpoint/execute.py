@@ -16,6 +16,7 @@ import xxhash
 from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.decode import (
     NO_SCALE,
+    Scales,
     check_shape,
     overflowed,
     read_number,
@@ -177,7 +178,7 @@ class Worker:
         out_kind = _out_kind(job, out)
         out_cols = -(-cols // 4) * 4 if out_kind == loops.TO_INT8_PACKED else cols
         check_shape(source, job.shape)
-        source_scale = read_scale(source)
+        source_scales = Scales(source)
         one_scale = job.spec is None or isinstance(job.spec.granularity, PerTensor)
         # One scale for all is a scale per row that is known by now.
         tile_rows, tile_cols = (1, max(cols, 1))
@@ -198,13 +199,14 @@ class Worker:
             if out_cols != cols:
                 codes[:] = 0
             part_scales = np.repeat(scales, count, axis=0) if one_scale else scales[row // tile_rows :]
+            source_scale, row0 = source_scales.at(row, count)
             bad = loops.convert_rows(
-                part, kind, count, cols, source_scale, *source.block, row, codes, out_kind, out_cols,
+                part, kind, count, cols, source_scale, *source.block, row0, codes, out_kind, out_cols,
                 part_scales, tile_rows, tile_cols, given, power_of_2, values,
             )  # fmt: skip
             if bad >= 0 or overflowed(codes, out.dtype):
                 raise unfit_value(
-                    source, job.shape, part, kind, first=row * cols, count=count * cols, scale=source_scale,
+                    source, job.shape, part, kind, first=row * cols, count=count * cols, scales=source_scales,
                     out_dtype=out.dtype,
                 )  # fmt: skip
             digest.update(codes.data)
@@ -261,7 +263,7 @@ class Worker:
 
     def _absmax(self, job: Job) -> np.float32:
         assert job.source is not None
-        kind, source_scale = source_kind(job.source), read_scale(job.source)
+        kind, scales = source_kind(job.source), Scales(job.source)
         check_shape(job.source, job.shape)
         rows, cols = job.shape
         row_bytes = loops.source_bytes(kind, cols)
@@ -270,19 +272,14 @@ class Worker:
         for row in range(0, rows, step):
             count = min(step, rows - row)
             part = self._read(job.source.ref, row * row_bytes, count * row_bytes)
+            source_scale, row0 = scales.at(row, count)
             largest, bad = loops.absmax_rows(
-                part, kind, count, cols, source_scale, *job.source.block, row, self._floats("values", cols)
+                part, kind, count, cols, source_scale, *job.source.block, row0, self._floats("values", cols)
             )
             # Scales of the source can push a value out of float32.
             if bad >= 0 or not np.isfinite(largest):
                 raise unfit_value(
-                    job.source,
-                    job.shape,
-                    part,
-                    kind,
-                    first=row * cols,
-                    count=count * cols,
-                    scale=source_scale,
+                    job.source, job.shape, part, kind, first=row * cols, count=count * cols, scales=scales
                 )
             peak = max(peak, np.float32(largest))
         return peak

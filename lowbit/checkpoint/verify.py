@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.decode import decode_slowly, read_scale, source_kind, to_float
+from lowbit.checkpoint.decode import Scales, decode_slowly, source_kind, to_float
 from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef, open_checkpoint
@@ -261,7 +261,7 @@ class _RowReader:
     def __init__(self, source: Source, shape: tuple[int, int], step: int) -> None:
         self._source, self._cols = source, shape[1]
         self._kind = source_kind(source)
-        self._scale = read_scale(source)
+        self._scales = Scales(source)
         self._row_bytes = source.ref.nbytes // max(shape[0], 1)
         self._raw = np.empty(step * self._row_bytes, np.uint8)
         self._transposed = TransposedRows()
@@ -280,8 +280,9 @@ class _RowReader:
             part = self._raw[: count * self._row_bytes]
             read_exactly(fd, part, ref.offset + row * self._row_bytes, ref.file)
         out = self._out[: count * self._cols * 4]
+        scale, row0 = self._scales.at(row, count)
         bad = loops.convert_rows(
-            part, self._kind, count, self._cols, self._scale, *self._source.block, row, out, loops.TO_F32,
+            part, self._kind, count, self._cols, scale, *self._source.block, row0, out, loops.TO_F32,
             self._cols, self._values[:1].reshape(1, 1), 1, max(self._cols, 1), True, False, self._values,
         )  # fmt: skip
         if bad >= 0:  # NaN or Inf: reported elsewhere; the error becomes NaN rather than hidden
