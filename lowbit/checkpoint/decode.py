@@ -16,12 +16,14 @@ from lowbit.errors import InputError
 NO_SCALE = np.empty((0, 0), np.float32)
 # So many scales of one weight are in memory at a time: of most weights all.
 _SPAN_SCALES = 1 << 20
+ONE = np.float32(1.0)
 # The smallest magnitudes that round to infinity.
 LIMITS = {"F16": 65520.0, "BF16": float(np.uint32(0x7F7F8000).view(np.float32))}
 
 
 def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """uint8 bytes of BF16, F16, F32, F8_E8M0 or U8 (biased exponents), I8, or I64 (float32 bits) → float32, flat."""
+    """uint8 bytes of BF16, F16, F32, F8_E4M3, F8_E8M0 or U8 (biased exponents), I8, or I64 (float32 bits) → float32,
+    flat."""
     if dtype == "F32":
         return raw.view(np.float32)
     if dtype == "BF16":
@@ -34,11 +36,25 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
         bits[raw == 0] = 1 << 22  # 2⁻¹²⁷ is subnormal
         bits[raw == 255] = 0x7FC00000
         return bits.view(np.float32)
+    if dtype == "F8_E4M3":
+        return _E4M3_VALUES[raw]
     if dtype == "I8":
         return raw.view(np.int8).astype(np.float32)
     if dtype == "I64":
         return raw.view(np.int64).astype(np.int32).view(np.float32)
-    raise InputError(f"expected scales in F32, BF16, F16 or E8M0, found {dtype}")
+    raise InputError(f"expected scales in F32, BF16, F16, E4M3 or E8M0, found {dtype}")
+
+
+def _e4m3_values() -> np.ndarray:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    value = np.where((code & 127) == 127, np.nan, value)
+    return np.where(code & 128, -value, value).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_values()
+"""By code."""
 
 
 def read_scale(source: Source) -> np.ndarray:
@@ -61,6 +77,8 @@ class Scales:
             _check_scale(source)
             self._columns = _scale_columns(source)
             self._rows = source.scale.elements // self._columns
+        self.of_all = (_positive(source.global_scale), _positive(source.global_divisor))
+        """(multiplier, divisor) of every value after its scale."""
 
     def at(self, row: int, count: int) -> tuple[np.ndarray, int]:
         """(float32 [*, column blocks] with those of `count` rows of the weight from `row` on, `row` as counted from
@@ -75,6 +93,16 @@ class Scales:
             self._span = _scale_rows(self._source, first, min(wanted, self._rows - first))
             self._first = first
         return self._span, row - self._first * height
+
+
+def _positive(ref: TensorRef | None) -> np.float32:
+    """A tensor's one number; 1 for none."""
+    if ref is None:
+        return ONE
+    value = read_number(ref)
+    if value <= 0:
+        raise InputError(f"{ref.name}: expected a positive scale, found {value}; fetch the checkpoint again")
+    return value
 
 
 def _scale_columns(source: Source) -> int:
@@ -168,11 +196,7 @@ def whole_number(ref: TensorRef) -> int:
 def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
     """Elements of any source kind → float32, NaN and Inf included, with numpy alone."""
     if kind == loops.E4M3:
-        code = np.arange(256)
-        exponent, mantissa = (code >> 3) & 15, code & 7
-        value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-        value = np.where((code & 127) == 127, np.nan, value)
-        return np.where(code & 128, -value, value).astype(np.float32)[part]
+        return _E4M3_VALUES[part]
     if kind == loops.INT8:
         return part.view(np.int8).astype(np.float32)
     if kind == loops.INT8_PACKED:
@@ -206,8 +230,9 @@ def unfit_value(
         block_rows, block_cols = source.block
         scale, row = scales.at(first // cols, -(-count // cols))
         rows = index // cols - first // cols + row
+        multiplier, divisor = scales.of_all
         with np.errstate(over="ignore"):
-            values = values * scale[rows // block_rows, (index % cols) // block_cols]
+            values = values * scale[rows // block_rows, (index % cols) // block_cols] * multiplier / divisor
     limit = LIMITS.get(out_dtype, np.inf)
     at = int(np.flatnonzero(~(np.abs(values) < limit))[0])
     position = [int(i) for i in np.unravel_index(first + at, shape)] if shape else []

@@ -16,6 +16,7 @@ import xxhash
 from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.decode import (
     NO_SCALE,
+    ONE,
     Scales,
     check_shape,
     overflowed,
@@ -158,6 +159,7 @@ class Worker:
             bad = loops.convert_rows(
                 part, kind, 1, count, NO_SCALE, 1, 1, 0, codes, out_kind, count,
                 self._floats("scales", 1).reshape(1, 1), 1, count, False, False, self._floats("values", count),
+                ONE, ONE,
             )  # fmt: skip
             if bad >= 0 or overflowed(codes, out.dtype):
                 raise unfit_value(
@@ -202,7 +204,7 @@ class Worker:
             source_scale, row0 = source_scales.at(row, count)
             bad = loops.convert_rows(
                 part, kind, count, cols, source_scale, *source.block, row0, codes, out_kind, out_cols,
-                part_scales, tile_rows, tile_cols, given, power_of_2, values,
+                part_scales, tile_rows, tile_cols, given, power_of_2, values, *source_scales.of_all,
             )  # fmt: skip
             if bad >= 0 or overflowed(codes, out.dtype):
                 raise unfit_value(
@@ -274,8 +276,9 @@ class Worker:
             part = self._read(job.source.ref, row * row_bytes, count * row_bytes)
             source_scale, row0 = scales.at(row, count)
             largest, bad = loops.absmax_rows(
-                part, kind, count, cols, source_scale, *job.source.block, row0, self._floats("values", cols)
-            )
+                part, kind, count, cols, source_scale, *job.source.block, row0, self._floats("values", cols),
+                *scales.of_all,
+            )  # fmt: skip
             # Scales of the source can push a value out of float32.
             if bad >= 0 or not np.isfinite(largest):
                 raise unfit_value(

@@ -384,7 +384,8 @@ def _config(
                 holder[key] = scheme.float_dtype
     if replacements:
         config.update(replacements.config_overrides)
-    if "expert_dtype" in config or any(m.spec.dtype is E2M1 for m in stored.values()):
+    fp4 = any(m.spec.dtype is E2M1 for m in stored.values())
+    if "expert_dtype" in config or (fp4 and config.get("model_type") == "deepseek_v4"):
         config["expert_dtype"] = _expert_dtype(layout)
     if target is not None and (quantization := target.config(layout)) is not None:
         config["quantization_config"] = quantization

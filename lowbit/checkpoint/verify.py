@@ -284,6 +284,7 @@ class _RowReader:
         bad = loops.convert_rows(
             part, self._kind, count, self._cols, scale, *self._source.block, row0, out, loops.TO_F32,
             self._cols, self._values[:1].reshape(1, 1), 1, max(self._cols, 1), True, False, self._values,
+            *self._scales.of_all,
         )  # fmt: skip
         if bad >= 0:  # NaN or Inf: reported elsewhere; the error becomes NaN rather than hidden
             return decode_slowly(part, self._kind)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowbit.dtypes import E2M1
 from lowbit.errors import InputError
 from lowbit.formats.format import (
     ConfigOnly,
@@ -24,17 +23,15 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
+from lowbit.formats.fp4 import FP4
 from lowbit.formats.joined import with_joined, with_members
 from lowbit.formats.name_patterns import towers
-from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
-from lowbit.scheme import Scheme, TensorSpec, get_scheme
+from lowbit.granularity import PerBlock, PerTensor, scale_shape
+from lowbit.scheme import Scheme, get_scheme
 
 # What a scale is called; newer models shorten it.
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
 _INPUT_SCALES = (".input_scale", ".activation_scale")  # the latter is Mistral's
-
-FP4 = Scheme(name="fp4", weights=TensorSpec(dtype=E2M1, granularity=PerGroup(32), scale="e8m0"))
-"""DeepSeek-V4's routed experts: two codes to a byte, MXFP4's scales."""
 
 
 class HfFp8(ConfigOnly):

@@ -113,11 +113,13 @@ def test_modelopts_config_in_a_file_of_its_own(tmp_path):
     assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant[NAME + ".weight"].bfloat16())
 
 
-@pytest.mark.parametrize("said", [{}, {"quantization": None}, {"quantization": {"quant_algo": "NVFP4"}}])
+@pytest.mark.parametrize("said", [{}, {"quantization": None}, {"quantization": {"quant_algo": "W4A8_AWQ"}}])
 def test_modelopt_that_is_not_read(said, tmp_path):
     stored, config, _ = per_tensor()
     src = write(tmp_path / "src", stored, config, files={"hf_quant_config.json": json.dumps(said)})
-    with pytest.raises(InputError, match=r"of ModelOpt expected quant_algo FP8, found (None|'NVFP4')"):
+    with pytest.raises(
+        InputError, match=r"of ModelOpt expected quant_algo FP8, NVFP4, .*found (None|'W4A8_AWQ')"
+    ):
         lowbit.plan(src, "int8")
 
 
