@@ -102,6 +102,9 @@ KINDS: dict[str, tuple[Callable[[Tensor], tuple[Stored, Tensor]], dict[str, Any]
             "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}}},
         },
     ),
+    "mxfp4 modelopt": (
+        lambda w: by_hand("mxfp4", w), {"quant_method": "modelopt", "quant_algo": "W4A8_MXFP4_FP8", "group_size": 32},
+    ),
     "nvfp4 quark": (
         lambda w: by_hand("nvfp4", w), {**_QUARK, "global_quant_config": {"weight": _NVFP4, "input_tensors": _NVFP4}},
     ),

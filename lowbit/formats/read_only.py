@@ -22,8 +22,10 @@ MODELOPT = "hf_quant_config.json"
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, Info]], dict[str, StoredModule]]
 
-# Those whose weights are NVFP4, whatever their activations are.
-_NVFP4 = ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "NVFP4_AWQ")
+# ModelOpt's whose weights are FP4, whatever their activations are; codes in a group.
+_MODELOPT_FP4 = {
+    "NVFP4": 16, "W4A16_NVFP4": 16, "W4A8_NVFP4_FP8": 16, "NVFP4_AWQ": 16, "MXFP4": 32, "W4A8_MXFP4_FP8": 32,
+}  # fmt: skip
 
 
 def modelopt_config(file: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,17 +38,18 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
     said, layers = [config], config.get("quantized_layers")
     if config.get("quant_algo") == "MIXED_PRECISION" and layers:
         said = list(layers.values())
-    algorithms = {each.get("quant_algo") for each in said}
-    for each in said:
-        if (algorithm := each.get("quant_algo")) not in ("FP8", *_NVFP4):
+    algorithms = {str(each.get("quant_algo")).upper(): each for each in said}
+    for algorithm, each in algorithms.items():
+        if algorithm not in ("FP8", *_MODELOPT_FP4):
             raise InputError(
-                f"quantization_config: of ModelOpt expected quant_algo FP8, NVFP4, or MIXED_PRECISION of these, found "
-                f"{algorithm!r}, which cannot be read; start from the model in float"
+                "quantization_config: of ModelOpt expected quant_algo FP8, NVFP4, MXFP4, or MIXED_PRECISION of these, "
+                f"found {each.get('quant_algo')!r}, which cannot be read; start from the model in float"
             )
-        if algorithm in _NVFP4 and (each.get("group_size") or 16) != 16:
+        group = _MODELOPT_FP4.get(algorithm)
+        if group and (each.get("group_size") or group) != group:
             raise InputError(
-                f"quantization_config: of ModelOpt expected NVFP4 in groups of 16, found {each['group_size']}, which "
-                "cannot be read; start from the model in float"
+                f"quantization_config: of ModelOpt expected {algorithm} in groups of {group}, found "
+                f"{each['group_size']}, which cannot be read; start from the model in float"
             )
     if smoothed := next((name for name in tensors if name.endswith(".pre_quant_scale")), None):
         raise InputError(
@@ -54,8 +57,8 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
             "(AWQ), which are not read; start from the model in float"
         )
     fp8, fp4 = read_fp8(per_tensor(), tensors, static=True), _fp4(tensors)
-    for found, dtype, expected in ((fp8, "FP8", {"FP8"}), (fp4, "FP4", set(_NVFP4))):
-        if found and algorithms.isdisjoint(expected):
+    for found, dtype, expected in ((fp8, "FP8", ["FP8"]), (fp4, "FP4", _MODELOPT_FP4)):
+        if found and algorithms.keys().isdisjoint(expected):
             raise InputError(
                 f"{next(iter(found.values())).weight}: expected what quant_algo of ModelOpt says "
                 f"({', '.join(sorted(algorithms))}), found {dtype} codes; config and tensors do not belong together: "
