@@ -104,10 +104,15 @@ def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> 
     """
     if name.endswith(_OF_OTHERS):
         return True
-    codes = name.endswith(".weight") and info.dtype in ("U8", "I8", "U32", "I32")
+    if info.dtype not in ("U8", "I8", "U32", "I32"):
+        return False
     module = name.removesuffix("weight")
-    scales = (name + "_scale", name + "_scale_inv", module + "scale", module + "scales")
-    return codes and not tensors.keys().isdisjoint(scales)
+    scales = [name + "_weight_scale"]  # of experts in 3-D, which are no `.weight`
+    if name.endswith("_blocks"):  # gpt-oss
+        scales.append(name.removesuffix("blocks") + "scales")
+    if name.endswith(".weight"):
+        scales += [name + "_scale", name + "_scale_inv", module + "scale", module + "scales"]
+    return not tensors.keys().isdisjoint(scales)
 
 
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

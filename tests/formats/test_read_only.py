@@ -167,6 +167,8 @@ OTHERS = {
     "MLX": {"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.bfloat16},
     "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
     "MXFP4": {"weight": torch.uint8, "scale": torch.uint8},
+    "gpt-oss": {"gate_up_proj_blocks": torch.uint8, "gate_up_proj_scales": torch.uint8},
+    "experts in 3-D": {"gate_up_proj": torch.uint8, "gate_up_proj_weight_scale": torch.uint8},
     "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
 }
 
