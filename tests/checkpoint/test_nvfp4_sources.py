@@ -11,14 +11,28 @@ import pytest
 import torch
 from conversions import everything, start, wait_for_jobs
 from fp4_checkpoints import KINDS, by_hand, config_of_library, published
-from sample_models import Tensors, check_quantized, deepseek_v3, llama, load, qwen3_moe, same_bits, write
+from sample_models import (
+    Tensors,
+    block_fp8,
+    check_quantized,
+    deepseek_v3,
+    fused_block_fp8,
+    fused_mixture,
+    llama,
+    load,
+    qwen3_moe,
+    same_bits,
+    write,
+)
 from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.calibration.source import Source
+from lowbit.checkpoint import decode, execute, verify
 from lowbit.cli import main
 from lowbit.errors import InputError
 from lowbit.nn import float_activations
+from lowbit.nn.quantizer import runs
 from lowbit.scheme import get_scheme
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -269,6 +283,10 @@ def test_keeping_it_is_refused(tmp_path):
         lowbit.plan(tmp_path / "src", "int8", keep=["*.experts.*"])
 
 
+def test_transformers_own_loading_is_left_alone():
+    assert not runs(config_of_library("NVFP4")) and not runs(config_of_library("MXFP4"))
+
+
 # --- killed, damaged, wrong -------------------------------------------------------------------
 
 
@@ -282,6 +300,30 @@ def test_a_killed_run_goes_on(tmp_path):
     assert done.resumed_jobs >= 20
     lowbit.convert(tmp_path / "src", tmp_path / "fresh", "int8", max_shard_size="200KB")
     assert everything(tmp_path / "out") == everything(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4 modelopt", "mxfp4 library", "blocks", "fused blocks"])
+def test_scales_read_a_few_rows_at_a_time_are_the_same(kind, tmp_path, monkeypatch):
+    """Of weights, and of experts in 3-D that lie transposed; ragged at the end."""
+    src = tmp_path / "src"
+    if kind == "blocks":
+        write(src, *block_fp8(*llama(kv_heads=2)))
+    elif kind == "fused blocks":
+        fused, _, config = fused_mixture("qwen3-vl")
+        write(src, *fused_block_fp8(fused, config))
+    else:
+        published(src, kind, llama(kv_heads=2))
+    for scheme in ("int8", "mxfp8"):
+        lowbit.convert(src, tmp_path / scheme, scheme)
+    errors = lowbit.verify(tmp_path / "int8", source=src).errors
+    monkeypatch.setattr(decode, "_SPAN_SCALES", 1)
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(verify, "BLOCK_BYTES", 1000)
+    for scheme in ("int8", "mxfp8"):
+        lowbit.convert(src, tmp_path / "few" / scheme, scheme)
+        assert everything(tmp_path / "few" / scheme) == everything(tmp_path / scheme)
+    again = lowbit.verify(tmp_path / "few" / "int8", source=src).errors
+    assert [e.largest for e in again] == [e.largest for e in errors] and len(errors) > 10
 
 
 def test_a_flipped_bit_of_the_source_is_in_the_errors(tmp_path):
@@ -383,6 +425,31 @@ def test_what_does_not_fit_is_refused(what, tmp_path, monkeypatch, capsys):
         main()
     assert stop.value.code == 2 and "error" in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "bf16", "int8-block"])
+@pytest.mark.parametrize("kind", ["nvfp4 modelopt", "mxfp4 quark"])
+def test_what_is_no_number_is_named_with_its_place(kind, scheme, tmp_path, monkeypatch):
+    published(tmp_path / "src", kind, llama())
+    tensors, config = load(tmp_path / "src"), config_of(tmp_path / "src")
+    scale = tensors[f"{NAME}.weight_scale"].view(torch.uint8)
+    scale[:131] = 0
+    scale[130, 3], column = (0x7E, 48) if kind.startswith("nvfp4") else (254, 96)  # 448, and 2¹²⁷
+    tensors[f"{NAME}.weight"][130, column // 2] = 0x70  # 0 and 6
+    if kind.startswith("nvfp4"):
+        tensors[f"{NAME}.weight_scale_2"] = torch.tensor(2.0**120)
+    write(tmp_path / "src", tensors, config)
+    monkeypatch.setattr(decode, "_SPAN_SCALES", 1)
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 1000)
+    with pytest.raises(InputError, match=rf"up_proj.weight: expected .*, found inf at \[130, {column + 1}\]"):
+        lowbit.convert(tmp_path / "src", tmp_path / "out", scheme)
+    scale[130, 3] = 0x7F if kind.startswith("nvfp4") else 0xFF
+    write(tmp_path / "src", tensors, config)
+    at = 130 * (8 if kind.startswith("nvfp4") else 4) + 3
+    with pytest.raises(
+        InputError, match=f"weight_scale: expected finite scales, found nan at flat index {at}$"
+    ):
+        lowbit.convert(tmp_path / "src", tmp_path / "out", scheme)
 
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
