@@ -126,6 +126,7 @@ class CompressedTensors(ConfigOnly):
                     f"quantization_config: expected weights with all of their columns, found {found_format}; "
                     "decompress the checkpoint with compressed-tensors first, or start from the model in float"
                 )
+        _require_plain_inputs(config)
         groups = [
             (g.get("targets") or [], _scheme_of(g)) for g in (config.get("config_groups") or {}).values()
         ]
@@ -190,6 +191,18 @@ class CompressedTensors(ConfigOnly):
         _require_symmetric(module, tensors)
         whole: dict[Content, str] = {"global_divisor": f"{module}.weight_global_scale"}
         return read_fp4(name, scheme, tensors, format=self.name, whole=whole)
+
+
+def _require_plain_inputs(config: Mapping[str, Any]) -> None:
+    """InputError where engines transform activations while running (QuIP, SpinQuant), for which the weights are."""
+    for scheme in ((config.get("transform_config") or {}).get("config_groups") or {}).values():
+        for apply in scheme.get("apply") or []:
+            if apply.get("location") not in ("weight_input", "weight_output"):  # those are in the weights
+                raise InputError(
+                    "quantization_config: expected weights for inputs as they are, found a transform_config that "
+                    f"transforms activations while running ({scheme.get('type')}, location={apply.get('location')}), "
+                    "which nothing written here would; start from the model in float"
+                )
 
 
 def _require_symmetric(module: str, tensors: Mapping[str, Info]) -> None:

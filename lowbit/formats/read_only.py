@@ -8,7 +8,8 @@ and dynamic activations, and a config that says less; FBGEMM's bound of activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lowbit.errors import InputError
@@ -51,11 +52,7 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
                 f"quantization_config: of ModelOpt expected {algorithm} in groups of {group}, found "
                 f"{each['group_size']}, which cannot be read; start from the model in float"
             )
-    if smoothed := next((name for name in tensors if name.endswith(".pre_quant_scale")), None):
-        raise InputError(
-            f"{smoothed}: expected weights for inputs as they are, found such as are for inputs times this tensor "
-            "(AWQ), which are not read; start from the model in float"
-        )
+    _require_plain_inputs(tensors)
     fp8, fp4 = read_fp8(per_tensor(), tensors, static=True), _fp4(tensors)
     for found, dtype, expected in ((fp8, "FP8", ["FP8"]), (fp4, "FP4", _MODELOPT_FP4)):
         if found and algorithms.keys().isdisjoint(expected):
@@ -77,7 +74,28 @@ def _read_quark(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[
                 f"32 with e8m0 scales or of 16 with fp8_e4m3 ones, found {weight}, which cannot be read; start from "
                 "the model in float"
             )
+    _require_plain_inputs(tensors)
+    algorithms = config.get("algo_config") or []
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        if algorithm.get("online_r1_rotation") or algorithm.get("r4"):
+            raise InputError(
+                "quantization_config: of Quark expected weights for inputs as they are, found an algo_config with "
+                "rotations while running (online_r1_rotation or r4), which are not read; start from the model in float"
+            )
     return {**read_fp8(per_tensor(), tensors, static=True), **_fp4(tensors)}
+
+
+# Tensors by which engines change the inputs of a weight: AWQ's of ModelOpt, online rotations of Quark.
+_OF_INPUTS = re.compile(r"(.*\.)?(pre_quant_scale|input_rotation|shared_input_rotation_\d+)")
+
+
+def _require_plain_inputs(tensors: Iterable[str]) -> None:
+    """InputError where weights are for other inputs than the model's own: the result would be read without them."""
+    if found := next((name for name in tensors if _OF_INPUTS.fullmatch(name)), None):
+        raise InputError(
+            f"{found}: expected weights for inputs as they are, found such as are for inputs that this tensor changes "
+            "while the model runs, which are not read; start from the model in float"
+        )
 
 
 def _quark_is_read(weight: Any) -> bool:

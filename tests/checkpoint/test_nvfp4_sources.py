@@ -212,6 +212,15 @@ def test_other_formats_take_it_too(format, tmp_path):
     assert len(quantized) > 20 and all(same_bits(ours[n], theirs[n]) for n in names)
 
 
+def test_rotations_within_the_weights_are_no_matter(tmp_path):
+    said = config_of_library("NVFP4", transform_config=rotating("weight_input", "weight_output"))
+    published(tmp_path / "src", "nvfp4 library", llama(), said=said)
+    assert "transform_config" not in str(lowbit.plan(tmp_path / "src", "int8").config)
+    quark = {**KINDS["mxfp4 quark"][1], "algo_config": [{"name": "rotation", "r1": True, "r4": False}]}
+    published(tmp_path / "quark", "mxfp4 quark", llama(), said=quark)
+    lowbit.plan(tmp_path / "quark", "int8")
+
+
 def test_an_embedding_and_a_head_in_fp4_are_dequantized(tmp_path):
     """ModelOpt's `nvfp4_embed`, and heads that it quantizes."""
     tensors, config = llama()
@@ -397,7 +406,9 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "zero points": (
         "nvfp4 library", {"weight_zero_point": torch.zeros(256, 8)}, "expected symmetric weights in the order",
     ),
-    "smoothed inputs": ("nvfp4 modelopt", {"pre_quant_scale": torch.ones(128)}, r"inputs times this tensor \(AWQ\)"),
+    "smoothed inputs": ("nvfp4 modelopt", {"pre_quant_scale": torch.ones(128)}, "inputs that this tensor changes"),
+    "rotated inputs": ("mxfp4 quark", {"input_rotation": torch.eye(128)}, "inputs that this tensor changes"),
+    "rotated alike": ("mxfp4 quark", {"shared_input_rotation_128": torch.eye(128)}, "inputs that this tensor changes"),
     "FP8 in its place": (
         "nvfp4 modelopt", {"weight": torch.zeros(256, 128).to(torch.float8_e4m3fn), "weight_scale": torch.ones(())},
         r"expected what quant_algo of ModelOpt says \(NVFP4\), found FP8 codes",
@@ -452,6 +463,11 @@ def test_what_is_no_number_is_named_with_its_place(kind, scheme, tmp_path, monke
         lowbit.convert(tmp_path / "src", tmp_path / "out", scheme)
 
 
+def rotating(*locations: str) -> dict[str, Any]:
+    apply = [{"targets": ["Linear"], "location": location} for location in locations]
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": apply}}}
+
+
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("nvfp4 modelopt", {"quant_algo": "NVFP4", "group_size": 32}, "expected NVFP4 in groups of 16, found 32"),
     ("nvfp4 modelopt", {"quant_algo": "FP8"}, r"says \(FP8\), found FP4 codes"),
@@ -462,6 +478,10 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
         "found 'W4A16_AWQ'",
     ),
     ("mxfp4 quark", {"global_quant_config": {"weight": {"dtype": "mx"}}}, "of Quark expected all weights in"),
+    ("mxfp4 quark", {"algo_config": [{"name": "rotation", "r4": True}]}, "rotations while running"),
+    ("mxfp4 quark", {"algo_config": {"name": "rotation", "online_r1_rotation": True}}, "rotations while running"),
+    ("nvfp4 library", {"transform_config": rotating("weight_input", "input")}, "hadamard, location=input"),
+    ("nvfp4 library", {"transform_config": rotating("k_cache")}, "transforms activations while running"),
     (
         "mxfp4 quark",
         {"global_quant_config": {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32}}},
