@@ -73,6 +73,8 @@ class HfFp8(ConfigOnly):
 def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = False) -> dict[str, StoredModule]:
     """Matrices of E4M3 codes under `scheme`, and DeepSeek-V4's FP4 beside them.
 
+    Where that is a scale per tensor, one with a scale per row, [N] or [N, 1], is `fp8`.
+
     `static`: those with a scale of their input are `fp8-static`, with compressed-tensors' tensors but for their names.
     """
     found: dict[str, StoredModule] = {}
@@ -84,13 +86,15 @@ def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = Fals
         if scale is None:
             raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
         packed = info.dtype == "I8"
-        here = FP4 if packed else scheme
+        rows, found_shape = info.shape[0], tuple(tensors[scale].shape)
+        by_row = scheme == per_tensor() and rows > 1 and found_shape in ((rows,), (rows, 1))
+        here = FP4 if packed else get_scheme("fp8") if by_row else scheme
         names: dict[Content, str] = {"codes": name, "scale": scale}
         shape = (info.shape[0], info.shape[1] * (2 if packed else 1))
         assert here.weights is not None
-        check_scale(module, scale, tuple(tensors[scale].shape), shape, here.weights)
+        check_scale(module, scale, (rows, 1) if by_row else found_shape, shape, here.weights)
         of_input = next((s for suffix in _INPUT_SCALES if (s := module + suffix) in tensors), None)
-        if static and not packed and of_input is not None:
+        if static and not packed and not by_row and of_input is not None:
             here, names["input_scale"] = get_scheme("fp8-static"), of_input
         found[module] = StoredModule(
             shape=shape,

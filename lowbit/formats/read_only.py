@@ -27,6 +27,7 @@ Reader = Callable[[Mapping[str, Any], Mapping[str, Info]], dict[str, StoredModul
 _MODELOPT_FP4 = {
     "NVFP4": 16, "W4A16_NVFP4": 16, "W4A8_NVFP4_FP8": 16, "NVFP4_AWQ": 16, "MXFP4": 32, "W4A8_MXFP4_FP8": 32,
 }  # fmt: skip
+_MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
 def modelopt_config(file: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
         said = list(layers.values())
     algorithms = {str(each.get("quant_algo")).upper(): each for each in said}
     for algorithm, each in algorithms.items():
-        if algorithm not in ("FP8", *_MODELOPT_FP4):
+        if algorithm not in (*_MODELOPT_FP8, *_MODELOPT_FP4):
             raise InputError(
                 "quantization_config: of ModelOpt expected quant_algo FP8, NVFP4, MXFP4, or MIXED_PRECISION of these, "
                 f"found {each.get('quant_algo')!r}, which cannot be read; start from the model in float"
@@ -54,7 +55,7 @@ def _read_modelopt(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> di
             )
     _require_plain_inputs(tensors)
     fp8, fp4 = read_fp8(per_tensor(), tensors, static=True), _fp4(tensors)
-    for found, dtype, expected in ((fp8, "FP8", ["FP8"]), (fp4, "FP4", _MODELOPT_FP4)):
+    for found, dtype, expected in ((fp8, "FP8", _MODELOPT_FP8), (fp4, "FP4", _MODELOPT_FP4)):
         if found and algorithms.keys().isdisjoint(expected):
             raise InputError(
                 f"{next(iter(found.values())).weight}: expected what quant_algo of ModelOpt says "
@@ -70,9 +71,9 @@ def _read_quark(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[
     for weight in [(group or {}).get("weight") for group in groups]:
         if not _quark_is_read(weight):
             raise InputError(
-                f"quantization_config: of Quark expected all weights in fp8_e4m3, per_tensor, or in fp4, per_group of "
-                f"32 with e8m0 scales or of 16 with fp8_e4m3 ones, found {weight}, which cannot be read; start from "
-                "the model in float"
+                "quantization_config: of Quark expected all weights in fp8_e4m3, per_tensor or per_channel, or in fp4, "
+                f"per_group of 32 with e8m0 scales or of 16 with fp8_e4m3 ones, found {weight}, which cannot be read; "
+                "start from the model in float"
             )
     _require_plain_inputs(tensors)
     algorithms = config.get("algo_config") or []
@@ -107,7 +108,8 @@ def _quark_is_read(weight: Any) -> bool:
         nvfp4 = _of_quark(said) == ("fp4", "per_group") and said.get("group_size") == 16
         return nvfp4 and _of_quark(scales) == ("fp8_e4m3", "per_tensor")
     mxfp4 = _of_quark(said) == ("fp4", "per_group") and said.get("scale_format") == "e8m0"
-    return (mxfp4 and said.get("group_size") == 32) or _of_quark(said) == ("fp8_e4m3", "per_tensor")
+    by_row = _of_quark(said) == ("fp8_e4m3", "per_channel") and said.get("ch_axis") == 0
+    return (mxfp4 and said.get("group_size") == 32) or by_row or _of_quark(said) == ("fp8_e4m3", "per_tensor")
 
 
 def _of_quark(said: Any) -> tuple[Any, Any]:

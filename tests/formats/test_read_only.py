@@ -11,6 +11,7 @@ import torch
 from sample_models import Tensors, llama, load, same_bits, write
 
 import lowbit
+from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -154,6 +155,28 @@ def test_a_scale_per_row_under_other_names_is_carried_bit_for_bit(method, scheme
     assert written.keys() == stored.keys() and all(same_bits(written[n], stored[n]) for n in stored)
     assert quantization(tmp_path / "out") == quantization(tmp_path / "first")
     assert lowbit.inspect(src).parameters == lowbit.inspect(tmp_path / "float").parameters
+
+
+QUARK_BY_ROW = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0}}
+
+
+@pytest.mark.parametrize("said", [
+    {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    {"quant_method": "quark", "layer_quant_config": {}, "global_quant_config": QUARK_BY_ROW},
+])  # fmt: skip
+def test_a_scale_per_row_in_one_dimension(said, tmp_path):
+    lowbit.convert(write(tmp_path / "float", *llama()), tmp_path / "first", "fp8")
+    config, stored = json.loads((tmp_path / "first" / "config.json").read_text()), load(tmp_path / "first")
+    config["quantization_config"] = said
+    flat = {n: t.reshape(-1) if n.endswith("_scale") else t for n, t in stored.items()}
+    src = write(tmp_path / "src", flat, config)
+    lowbit.convert(src, tmp_path / "out", "fp8")
+    written = load(tmp_path / "out")
+    assert written.keys() == stored.keys() and all(same_bits(written[n], stored[n]) for n in stored)
+    lowbit.convert(src, tmp_path / "bf16", "bf16")
+    meant = stored[NAME + ".weight"].float() * stored[NAME + ".weight_scale"]
+    assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant.bfloat16())
+    assert same_bits(Source(src).weight(NAME), meant) and lowbit.verify(tmp_path / "bf16", src).ok
 
 
 OTHERS = {
