@@ -37,7 +37,7 @@ def to_float(raw: np.ndarray, dtype: str) -> np.ndarray:
         bits[raw == 255] = 0x7FC00000
         return bits.view(np.float32)
     if dtype == "F8_E4M3":
-        return _E4M3_VALUES[raw]
+        return _E4M3_VALUES.take(raw)
     if dtype == "I8":
         return raw.view(np.int8).astype(np.float32)
     if dtype == "I64":
