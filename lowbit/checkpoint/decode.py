@@ -14,8 +14,8 @@ from lowbit.dtypes import E2M1, E2M1_VALUES, INT4
 from lowbit.errors import InputError
 
 NO_SCALE = np.empty((0, 0), np.float32)
-# So many scales of one weight are in memory at a time: of most weights all.
-_SPAN_SCALES = 1 << 20
+# So many scales of one weight are in memory at a time.
+_SPAN_SCALES = 1 << 18
 ONE = np.float32(1.0)
 # The smallest magnitudes that round to infinity.
 LIMITS = {"F16": 65520.0, "BF16": float(np.uint32(0x7F7F8000).view(np.float32))}
