@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from lowbit.calibration.gptq import RoundingOptions
@@ -159,8 +160,8 @@ class Method:
     def from_dict(cls, data: dict[str, Any] | str, *, best: Method | None = None) -> Method:
         """A preset's name, or a mapping whose `name` is a preset to start from and whose other keys override it.
 
-        `best`: what that name means. Without a name, or with all keys, a mapping is a method of its own. Raises
-        InputError naming unknown keys and names.
+        `best`: what that name means. Without a name, with one that is nothing like a preset's, or with all keys, a
+        mapping is a method of its own. Raises InputError naming unknown keys and misspelt names.
         """
         if isinstance(data, str):
             return best if best is not None and data == "best" else get_method(data)
@@ -171,7 +172,8 @@ class Method:
         name = changes.pop("name", "custom")
         if not isinstance(name, str):
             raise InputError(f"method: expected a name, found {name!r}")
-        own = name == "custom" or changes.keys() | {"name"} == known
+        close = get_close_matches(_key(name), [*METHODS, "best"], cutoff=0.75)
+        own = not close or changes.keys() | {"name"} == known
         base = cls(name=name) if own else cls.from_dict(name, best=best)
         if "rounding" in changes:
             rounding = changes["rounding"]
@@ -230,9 +232,13 @@ _PRESETS = (
 METHODS: dict[str, Method] = {m.name: m for m in _PRESETS}
 
 
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
 def get_method(name: str) -> Method:
     """The preset of that name. Raises InputError naming the nearest."""
-    key = name.strip().lower().replace("_", "-")
+    key = _key(name)
     if key not in METHODS:
         raise InputError(
             f"unknown method {name!r}: expected best or one of {', '.join(METHODS)}; "
