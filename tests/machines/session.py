@@ -27,7 +27,10 @@ def begin(name: str) -> Driver:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="lowbit-machine-"))
     from lowbit.kernels import targets
 
-    from machines.device import device
+    if name == "ascend910b":
+        from machines.ascend.device import device
+    else:
+        from machines.device import device
 
     target, pretending = targets.get_target(name), targets.pretending
     driver = device(target)
@@ -51,7 +54,7 @@ def refusals_skip() -> Iterator[None]:
         yield
     except ValueError as error:
         if re.search(
-            r"multiplies (no fp8|e4m3fnuz and not)|expected codes that (sm|gfx)\w+ converts to", str(error)
+            r"multiplies (no fp8|e4m3fnuz and not)|expected codes that (sm|gfx|ascend)\w+ converts to", str(error)
         ):
             pytest.skip(str(error))
         raise
