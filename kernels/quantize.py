@@ -85,7 +85,11 @@ def divide(value, scale, FORMAT: tl.constexpr, FUSED: tl.constexpr):
     that what is missing does not underflow.
     """
     if FORMAT > 0:
-        return value * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
+        # By its bits: Ascend's compiler dies on the division of a number that all groups share.
+        bits = scale.to(tl.int32, bitcast=True)
+        inverse = tl.where(bits == 0x7F000000, 0x00400000, 0x7F000000 - bits)  # of 2¹²⁷ it is a subnormal
+        inverse = tl.where(bits > 0x7F000000, bits, inverse)  # NaN
+        return value * inverse.to(tl.float32, bitcast=True)[:, None]
     elif FUSED:
         lift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)  # 2⁻⁶⁰, 2⁶⁴
         infinite = scale == float("inf")
