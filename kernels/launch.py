@@ -117,13 +117,8 @@ def _heuristic(
     eight_bit = _eight_bit(a_dtype)
     fp8 = eight_bit and a_dtype != "int8"
     if target.backend == "npu":
-        # 192 KiB of unified buffer; scales inside the sum need room beside the accumulator.
-        chosen = LaunchParameters(
-            block_m=min(m, 128 if eight_bit else 64),
-            block_n=64 if group_k else 128,
-            block_k=128 if eight_bit else 64,
-            persistent=True,
-        )
+        block_m, block_n, block_k = _on_ascend(m, eight_bit, group_k)
+        chosen = LaunchParameters(block_m=block_m, block_n=block_n, block_k=block_k, persistent=True)
     elif target.backend == "hip":
         chosen = LaunchParameters(
             block_m=min(m, 128),
@@ -157,6 +152,20 @@ def _heuristic(
     if kernel == "matmul_mxfp8" and target.name == "sm100":
         chosen = replace(chosen, block_m=128, block_n=128, num_warps=8)
     return replace(chosen, split_k=_split_k(kernel, m, n, k, chosen, target))
+
+
+def _on_ascend(m: int, eight_bit: bool, group_k: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and BLOCK_K on Ascend 910B; that they fit was found by compiling.
+
+    128 × 256 sums fill the cube core's 128 KiB; with steps of 512 they are what Huawei's CATLASS takes for W8A8. Few
+    rows leave too few such tiles for the cores. What is scaled inside the sum, or converted, goes by the vector cores,
+    which have 192 KiB.
+    """
+    if not eight_bit:
+        return min(m, 128), 128, 128
+    if group_k:
+        return min(m, 128), 64, 128
+    return min(m, 128), 256 if m >= 256 else 128, 512
 
 
 def _spare(

@@ -32,8 +32,12 @@ class Device:
         self._programs: dict[str, Program] = {}
         self.launches: list[str] = []
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         launch = record.describe(kernel, args, kwargs, self._target)
+        if any("tensordesc" in kind or "fp8" in kind for kind in launch.signature.values()):
+            raise ValueError(f"{self._target.name} multiplies no fp8 and has no tensor descriptors")
         text = json.dumps(asdict(launch))
         if text not in self._programs:
             self._programs[text] = parse(self._lower(text))

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..memory import Fault
 from ..numbers import Unknown
 from . import operations
-from .memory import MemRef, Pointer, Watched
+from .memory import MemRef, Pointer, Watched, within_bounds
 from .program import Block, Operation, Program, type_of
 
 _NAME = re.compile(r"%[\w-]+(?:#\d+)?")
@@ -38,7 +38,7 @@ class Machine:
         taken = len(self._program.parameters) - 8
         if taken != len(self._arguments):
             raise Fault(f"{self._program.name}: takes {taken} arguments, found {len(self._arguments)}")
-        for number, place in enumerate(product(*(range(n) for n in reversed(sizes)))):
+        for number, place in enumerate(product(*(range(n) for n in reversed(sizes))), 1):
             self._memory.program = number
             given = [None, None, *self._arguments, *sizes, *reversed(place)]
             values = {
@@ -69,7 +69,7 @@ class _Run:
             try:
                 results = self._run(operation)
             except Fault as fault:
-                raise fault if " in " in str(fault) else Fault(f"{fault}, in {operation}") from None
+                raise fault if operation.blocks else Fault(f"{fault}, in {operation}") from None
             for name, value in zip(operation.results, results, strict=True):
                 self._values[name] = value
         return []
@@ -110,9 +110,10 @@ class _Run:
 
     def _scf_for(self, operation: Operation) -> list[Any]:
         head, _, _ = operation.text.partition(" -> ")
-        (counter, low, high, step), kept = _NAME.findall(head)[:4], _NAME.findall(head.partition("iter_args")[2])
-        state = self._named(", ".join(kept[1::2]))
-        low, high, step = (self._values[name] for name in (low, high, step))
+        counter, *bounds = _NAME.findall(head)[:4]
+        kept = _NAME.findall(head.partition("iter_args")[2])
+        low, high, step = (self._values[name] for name in bounds)
+        state = [self._values[name] for name in kept[1::2]]
         if step <= 0:
             raise Fault("a loop whose step is not positive")
         for count in range(int(low), int(high), int(step)):
@@ -123,7 +124,7 @@ class _Run:
 
     def _scf_if(self, operation: Operation) -> list[Any]:
         (condition,) = self._named(operation.text.partition("->")[0])
-        taken = operation.blocks[: 1] if condition else operation.blocks[1:]
+        taken = operation.blocks[:1] if condition else operation.blocks[1:]
         return self.block(taken[0]) if taken else []
 
     # tensor
@@ -153,9 +154,10 @@ class _Run:
 
     def _tensor_extract_slice(self, operation: Operation) -> list[Any]:
         source, offsets, sizes, strides = self._slice(operation)
-        window = MemRef.new(source.shape, source.dtype.type).window(offsets, sizes, strides)  # checks the bounds
-        assert window.sizes == tuple(sizes)
-        return [source[tuple(slice(o, o + n * s, s) for o, n, s in zip(offsets, sizes, strides, strict=True))]]
+        within_bounds(source.shape, offsets, sizes, strides)
+        return [
+            source[tuple(slice(o, o + n * s, s) for o, n, s in zip(offsets, sizes, strides, strict=True))]
+        ]
 
     def _slice(self, operation: Operation) -> tuple[Any, list[int], list[int], list[int]]:
         source, lists = operation.text.partition(" : ")[0].split("[", 1)
@@ -182,22 +184,22 @@ class _Run:
     def _memref_load(self, operation: Operation) -> list[Any]:
         source, *index = self._named(operation.text.partition(" : ")[0])
         one = source.window([int(i) for i in index], [1] * len(index), [1] * len(index))
-        return [one.load(str(operation)).reshape(())]
+        return [one.load(operation.name).reshape(())]
 
     def _memref_copy(self, operation: Operation) -> None:
         source, into = self._named(operation.text.partition(" : ")[0])
         if source.sizes != into.sizes:
             raise Fault(f"a copy of {source.sizes} to {into.sizes}")
-        into.store(source.load(str(operation)), str(operation))
+        into.store(source.load(operation.name), operation.name)
 
     def _bufferization_to_tensor(self, operation: Operation) -> list[Any]:
-        return [self._named(operation.text.partition(" : ")[0])[0].load(str(operation))]
+        return [self._named(operation.text.partition(" : ")[0])[0].load(operation.name)]
 
     def _bufferization_materialize_in_destination(self, operation: Operation) -> None:
         value, into = self._named(operation.text.partition(" : ")[0])
         if value.shape != into.sizes:
             raise Fault(f"a tensor of {value.shape} for {into.sizes}")
-        into.store(value, str(operation))
+        into.store(value, operation.name)
 
     # linalg
 
@@ -209,7 +211,7 @@ class _Run:
     def _linalg_fill(self, operation: Operation) -> list[Any]:
         value, into = self._operands(operation)
         if isinstance(into, MemRef):
-            into.store(value, str(operation))
+            into.store(value, operation.name)
             return []
         return [np.full(into.shape, value, into.dtype)]
 

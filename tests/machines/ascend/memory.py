@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from ..memory import NOBODY, SEVERAL, Fault, Global
+from ..memory import Fault, Global
+
+NOBODY, SEVERAL = 0, 65_535
 
 
 class Watched(Global):
@@ -16,9 +18,11 @@ class Watched(Global):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__(tensors)
-        self.program = 0
-        self._writer = [np.full(size, NOBODY, np.int32) for size in self._sizes]
-        self._reader = [np.full(size, NOBODY, np.int32) for size in self._sizes]
+        self.program = NOBODY
+        """From 1 on. Ascend takes no more than 65,535."""
+        # Zeros take no memory until they are touched.
+        self._writer = [np.zeros(size, np.uint16) for size in self._sizes]
+        self._reader = [np.zeros(size, np.uint16) for size in self._sizes]
 
     def load(self, addresses: np.ndarray, width: int, what: str, alignment: int | None = None) -> np.ndarray:
         index, at = self.locate(addresses, width, what, alignment)
@@ -30,9 +34,7 @@ class Watched(Global):
             self._reader[one][here] = np.where(mine, self.program, SEVERAL)
         return super().load(addresses, width, what, alignment)
 
-    def store(
-        self, addresses: np.ndarray, data: np.ndarray, what: str, alignment: int | None = None
-    ) -> None:
+    def store(self, addresses: np.ndarray, data: np.ndarray, what: str, alignment: int | None = None) -> None:
         index, at = self.locate(addresses, data.shape[1], what, alignment)
         for one in np.unique(index):
             here = at[index == one]
@@ -45,6 +47,12 @@ class Watched(Global):
         other = (touched != NOBODY) & (touched != self.program)
         if other.any():
             raise Fault(f"{what} what another program {verb} (this is {self.program})")
+
+
+def within_bounds(whole: tuple[int, ...], offsets: list[int], sizes: list[int], strides: list[int]) -> None:
+    for offset, size, step, there in zip(offsets, sizes, strides, whole, strict=True):
+        if offset < 0 or size < 0 or (size and offset + (size - 1) * step >= there):
+            raise Fault(f"a window of {size} elements from {offset} on, in one of {there}")
 
 
 @dataclass(frozen=True)
@@ -99,9 +107,7 @@ class MemRef:
         return MemRef(Buffer(data.view(dtype)), 0, shape, strides)
 
     def window(self, offsets: list[int], sizes: list[int], strides: list[int]) -> MemRef:
-        for offset, size, step, whole in zip(offsets, sizes, strides, self.sizes, strict=True):
-            if offset < 0 or size < 0 or (size and offset + (size - 1) * step >= whole):
-                raise Fault(f"a window of {size} elements from {offset} on, in one of {whole}")
+        within_bounds(self.sizes, offsets, sizes, strides)
         return replace(
             self,
             offset=self.offset + sum(o * s for o, s in zip(offsets, self.strides, strict=True)),
