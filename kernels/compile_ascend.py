@@ -67,7 +67,12 @@ def compile_on_ascend(row: Row, launch: Launch) -> Row:
     return replace(row, instruction=answer["instruction"])
 
 
-def lower(launch: dict[str, Any], tries: int = 4) -> str:
+def compile_launch(launch: dict[str, Any]) -> str:
+    """A recorded launch → HIVM, the last form before CANN's part. RuntimeError: the compiler refused it."""
+    return _finish(_lower(launch))
+
+
+def _lower(launch: dict[str, Any], tries: int = 4) -> str:
     """A recorded launch → linalg. triton-adapter-opt dies at random now and then: try again."""
     from triton._C.libtriton import ir
     from triton.backends import backends
@@ -145,7 +150,7 @@ def _kernel(module: str, name: str) -> Any:
 def main() -> int:
     launch = json.load(sys.stdin)
     try:
-        hivm = _finish(lower(launch))
+        hivm = compile_launch(launch)
         found = sorted(set(re.findall(r"@(mma_tile_\w+)\(", hivm)))
         answer = {"instruction": ", ".join(found) or None}
     except Exception as error:

@@ -56,10 +56,14 @@ def block_refusal(rows: int, cols: int) -> str | None:
     return None
 
 
-def group_refusal(size: int) -> str | None:
-    """Why no kernel quantizes activations in groups of `size` along K; None where they do."""
-    if not 16 <= size <= 2048 or size & (size - 1):
-        return f"expected a group size that is a power of two from 16 to 2048, found {size}"
+def group_refusal(size: int, target: Target | None = None) -> str | None:
+    """Why no kernel (of `target`) quantizes activations in groups of `size` along K; None where they do."""
+    # Rows of more than 256 elements in a block overflow Ascend's unified buffer: its compiler says so.
+    ascend = target is not None and target.backend == "npu"
+    most = 256 if ascend else 2048
+    if not 16 <= size <= most or size & (size - 1):
+        where = f" on {target.name}" if target is not None and ascend else ""
+        return f"expected a group size that is a power of two from 16 to {most}{where}, found {size}"
     return None
 
 

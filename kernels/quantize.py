@@ -225,7 +225,7 @@ def quantize_rows_kernel(
 def refusal(dtype: torch.dtype, target: Target, group_size: int = 0) -> str | None:
     """Why `target` cannot convert to codes of `dtype`, a scale per `group_size` (0: per row); None where it can."""
     if dtype == torch.int8 or dtype_name(dtype) == target.fp8:
-        return group_refusal(group_size) if group_size else None
+        return group_refusal(group_size, target) if group_size else None
     own = f" or {target.fp8}" if target.fp8 else ""
     return f"expected codes that {target.name} converts to (int8{own}), found {dtype_name(dtype)}"
 
@@ -256,7 +256,7 @@ def quantize_rows(
     check_device(x, other=other, weight=weight, scale=scale, zero_point=zero_point)
     m, k = x.shape
     target = device_target(x.device)
-    check_refusal(refusal(dtype, target))
+    check_refusal(refusal(dtype, target, group_size))
     x = contiguous_rows(x)
     other = None if other is None else contiguous_rows(other)
     codes = torch.empty((m, k), dtype=dtype, device=x.device)
@@ -290,7 +290,7 @@ def _windows(k: int, block: int, group_size: int) -> tuple[int, int]:
     group = group_size or min(k & -k, 128)
     if k % group == 0 and group >= 16:
         return block, group
-    return (group_size,) * 2 if group_size else (min(block, 512),) * 2
+    return (group_size,) * 2 if group_size else (min(block, 256),) * 2
 
 
 def row_block(k: int, target: Target) -> tuple[int, dict[str, int]]:

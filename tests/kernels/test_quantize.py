@@ -167,3 +167,11 @@ def test_strided_rows():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 32))
+
+
+def test_groups_that_overflow_ascends_buffer():
+    with (
+        pretending(get_target("ascend910b")),
+        pytest.raises(ValueError, match="to 256 on ascend910b, found 512"),
+    ):
+        quantize_per_group(torch.randn(4, 1024), group_size=512)

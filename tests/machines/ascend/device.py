@@ -1,4 +1,4 @@
-"""In place of Triton's launches: a kernel is lowered in the Ascend venv, and runs on the memory of CPU tensors."""
+"""In place of Triton's launches: a kernel is compiled in the Ascend venv, and runs on the memory of CPU tensors."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class Device:
             raise ValueError(f"{self._target.name} multiplies no fp8 and has no tensor descriptors")
         text = json.dumps(asdict(launch))
         if text not in self._programs:
-            self._programs[text] = parse(self._lower(text))
+            self._programs[text] = parse(self._compile(text))
         values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         given = [values[name] for name, kind in launch.signature.items() if kind != "constexpr"]
         Machine(self._programs[text], given).launch(grid)
         self.launches.append(launch.kernel)
 
-    def _lower(self, launch: str) -> str:
+    def _compile(self, launch: str) -> str:
         assert self._worker.stdin is not None and self._worker.stdout is not None
         self._worker.stdin.write(launch + "\n")
         self._worker.stdin.flush()
         answer = json.loads(self._worker.stdout.readline())
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return answer["linalg"]
+        return answer["hivm"]
 
 
 def device(target: Target) -> Device:

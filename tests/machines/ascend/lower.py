@@ -1,4 +1,4 @@
-"""Runs in the venv that has triton-ascend: a launch as JSON on each line of input, its linalg on a line of output."""
+"""Runs in the venv that has triton-ascend: a launch as JSON on each line of input, its HIVM on a line of output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
     for line in sys.stdin:
         launch = json.loads(line)
         try:
-            answer = {"linalg": compiler.lower(launch)}
+            answer = {"hivm": compiler.compile_launch(launch)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""What each operation computes, on numpy arrays; a scalar is an array of no dimensions."""
+"""What the scalar unit and the matrix unit compute, on numpy arrays; a scalar is an array of no dimensions."""
 
 from __future__ import annotations
 
@@ -37,20 +37,6 @@ def _shift(a: Value, b: Value, way: Callable[[Value, Value], Value]) -> Value:
     return way(a, b)
 
 
-def _fma(a: Value, b: Value, c: Value) -> Value:
-    """float32, rounded once: the product is exact in float64, and the sum is rounded to odd there before it is cut."""
-    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + addend
-    back = total - product
-    lost = (product - (total - back)) + (addend - back)
-    # Towards what was lost, if the last bit is even and the sum is inexact.
-    bits = np.ascontiguousarray(total).view(np.int64)
-    even, finite = (bits & 1) == 0, np.isfinite(total) & (total != 0)
-    step = np.where((lost > 0) == (total > 0), 1, -1)
-    odd = np.where((lost != 0) & even & finite, bits + step, bits)
-    return odd.view(np.float64).astype(np.float32)
-
-
 BINARY: dict[str, Callable[[Value, Value], Value]] = {
     "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply,
     "arith.divsi": _divide, "arith.remsi": _remainder,
@@ -64,10 +50,8 @@ BINARY: dict[str, Callable[[Value, Value], Value]] = {
 }  # fmt: skip
 
 UNARY: dict[str, Callable[[Value], Value]] = {
-    "arith.negf": np.negative, "math.absf": np.abs, "math.exp": np.exp, "math.sqrt": np.sqrt,
+    "arith.negf": np.negative, "math.sqrt": np.sqrt,
 }  # fmt: skip
-
-TERNARY: dict[str, Callable[[Value, Value, Value], Value]] = {"math.fma": _fma, "arith.select": np.where}
 
 COMPARE: dict[str, Callable[[Value, Value], Value]] = {
     "eq": np.equal, "ne": np.not_equal, "slt": np.less, "sle": np.less_equal,
@@ -105,16 +89,3 @@ def product(a: Value, b: Value, before: Value) -> Value:
     if before.dtype == np.int32:
         return before + total.astype(np.int64).astype(np.int32)
     return (before.astype(np.float64) + total).astype(before.dtype)
-
-
-def reduced(name: str, x: Value, start: Value, axes: tuple[int, ...]) -> Value:
-    """Over axes, from `start` on."""
-    if name == "arith.addf":
-        return (start + x.astype(np.float64).sum(axes)).astype(x.dtype)
-    if name == "arith.addi":
-        return start + x.sum(axes, dtype=x.dtype)
-    if name in ("arith.maxnumf", "arith.minnumf", "arith.maxsi", "arith.minsi"):
-        whole = BINARY[name]
-        assert isinstance(whole, np.ufunc)
-        return whole(start, whole.reduce(x, axes))
-    raise Unknown(f"a reduction by {name}")
