@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..memory import Fault, Global
-from .order import Order, Touched
+from .order import At, Order, Touched
 
 # Unified buffer, L1 and L0C of a 910B.
 SIZES = {"ub": 192 << 10, "cbuf": 512 << 10, "cc": 128 << 10}
@@ -71,16 +71,17 @@ class Local:
         self._touched = Touched(SIZES[space])
 
     def read(self, addresses: np.ndarray, width: int, step: Step) -> np.ndarray:
+        """uint8 [addresses, width]"""
         at = self._at(addresses, width)
         if not self._known[at].all():
             raise Fault(f"a read of what nothing wrote in {self._space}")
         self._touched.read(at, step.agent, step.number, step.order)
-        return self._data[at]
+        return self._data[at].reshape(-1, width)
 
     def write(self, addresses: np.ndarray, data: np.ndarray, step: Step) -> None:
         at = self._at(addresses, data.shape[1])
         self._touched.write(at, step.agent, step.number, step.order)
-        self._data[at], self._known[at] = data, True
+        self._data[at], self._known[at] = data.reshape(self._data[at].shape), True
 
     def spoil(self, addresses: np.ndarray, width: int, step: Step) -> None:
         """Room for an instruction's own use: what it leaves there is not known."""
@@ -88,11 +89,14 @@ class Local:
         self._touched.write(at, step.agent, step.number, step.order, room=True)
         self._known[at] = False
 
-    def _at(self, addresses: np.ndarray, width: int) -> np.ndarray:
-        at = addresses.astype(np.int64)[:, None] + np.arange(width)
-        if at.size and (at.min() < 0 or at.max() >= len(self._data)):
+    def _at(self, addresses: np.ndarray, width: int) -> At:
+        """Bytes one after the other as a slice, which is much faster."""
+        first, last = (int(addresses.min()), int(addresses.max()) + width) if len(addresses) else (0, 0)
+        if first < 0 or last > len(self._data):
             raise Fault(f"outside of {self._space} ({len(self._data)} bytes)")
-        return at
+        if last - first == len(addresses) * width and (np.diff(addresses.astype(np.int64)) == width).all():
+            return slice(first, last)
+        return addresses.astype(np.int64)[:, None] + np.arange(width)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import numpy as np
 from ..memory import Fault
 
 PIPES = ("S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX")
+At = np.ndarray | slice
+"""Offsets of bytes."""
+
 # The matrix unit adds to what it wrote without a barrier.
 _IN_ORDER = ("S", "M")
 
@@ -119,11 +122,13 @@ class Touched:
         self._room = np.zeros(size, bool)
         self._read: dict[int, np.ndarray] = {}
 
-    def read(self, at: np.ndarray, agent: int, number: int, order: Order) -> None:
+    def read(self, at: At, agent: int, number: int, order: Order) -> None:
         self._wait_for_writer(at, agent, order, "reads")
-        self._read.setdefault(agent, np.zeros(len(self._writer), np.int32))[at] = number
+        if agent not in self._read:
+            self._read[agent] = np.zeros(len(self._writer), np.int32)
+        self._read[agent][at] = number
 
-    def write(self, at: np.ndarray, agent: int, number: int, order: Order, room: bool = False) -> None:
+    def write(self, at: At, agent: int, number: int, order: Order, room: bool = False) -> None:
         """room: for the instruction's own use, which its pipe has ended with when the next one begins."""
         self._wait_for_writer(at, agent, order, "writes")
         for reader, numbers in self._read.items():
@@ -131,7 +136,7 @@ class Touched:
                 self._require(numbers[at], order.known(agent)[reader], agent, "writes", "is reading")
         self._writer[at], self._written[at], self._room[at] = agent, number, room
 
-    def _wait_for_writer(self, at: np.ndarray, agent: int, order: Order, does: str) -> None:
+    def _wait_for_writer(self, at: At, agent: int, order: Order, does: str) -> None:
         own_room = self._room[at] & (self._writer[at] == agent)
         numbers = np.where(own_room, 0, self._written[at])
         self._require(numbers, order.known(agent)[self._writer[at]], agent, does, "is writing")
