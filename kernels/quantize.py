@@ -86,9 +86,9 @@ def divide(value, scale, FORMAT: tl.constexpr, FUSED: tl.constexpr):
     """
     if FORMAT > 0:
         # By its bits: Ascend's compiler dies on the division of a number that all groups share.
+        # No scale is 2¹²⁷, whose inverse would be subnormal: the largest float32 over 127 is below 2¹²².
         bits = scale.to(tl.int32, bitcast=True)
-        inverse = tl.where(bits == 0x7F000000, 0x00400000, 0x7F000000 - bits)  # of 2¹²⁷ it is a subnormal
-        inverse = tl.where(bits > 0x7F000000, bits, inverse)  # NaN
+        inverse = tl.where(scale != scale, bits, 0x7F000000 - bits)
         return value * inverse.to(tl.float32, bitcast=True)[:, None]
     elif FUSED:
         lift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)  # 2⁻⁶⁰, 2⁶⁴

@@ -95,6 +95,8 @@ def test_scales_that_are_powers_of_2(dtype: DType, scale_format):
         x[5] = (
             2.0 ** torch.randint(-9, 9, (100,)).float() * dtype.max
         )  # exact powers of two must not round up
+        x[6, 40], x[7, 41] = float("nan"), float("inf")
+        x[8], x[9] = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
         if group is None:
             found = quantize_per_token(x, dtype.torch_dtype, scale_format=scale_format)
         else:
