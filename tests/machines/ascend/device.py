@@ -25,7 +25,7 @@ class Device:
             raise RuntimeError("expected the venv of triton-ascend: run `make ascend-env`")
         kernels = Path(compile_ascend.__file__).resolve().parent
         self._worker = subprocess.Popen(
-            [python, Path(__file__).with_name("lower.py"), kernels],
+            [python, Path(__file__).with_name("worker.py"), kernels],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=compile_ascend.environment(),
         )  # fmt: skip
         self._target = target
