@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ from lowbit.calibration.stored import stored_quantizers
 from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
-from lowbit.formats import get_format
+from lowbit.formats import FORMATS, StoredModule, get_format
 from lowbit.formats.format import Joined
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -141,6 +141,7 @@ def calibrate(
     schemes, keep = quantized_by(decisions), Patterns(selection.keep)
     kept = frozenset(model.disk_name(n) for n, d in decisions.items() if d.as_found)
     kept |= {module for module in reader.modules if keep.matching(module)}
+    _require_held(kept, reader.stored)
     method = settled(method, model, kept)
     if not schemes:
         raise InputError(
@@ -214,6 +215,17 @@ def calibrate(
             )
         wait_for_all()
     return store.read(out)
+
+
+def _require_held(kept: Collection[str], stored: Mapping[str, StoredModule]) -> None:
+    """InputError for modules to be kept that no conversion could write."""
+    for module in sorted(stored.keys() & set(kept)):
+        scheme = stored[module].scheme
+        if not any(known.holds(scheme) for known in FORMATS.values()):
+            raise InputError(
+                f"keep {module}: expected weights that some format can hold, found {scheme.name} in the source; ignore "
+                "it in place of keeping it, to have it in float"
+            )
 
 
 def _require_keys(model: LayerwiseModel) -> None:
