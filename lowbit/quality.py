@@ -77,19 +77,18 @@ def calibrate(
     from lowbit.calibration.devices import join
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.calibration.methods import Method as MethodClass
-    from lowbit.calibration.methods import best_method, get_method
+    from lowbit.calibration.methods import best_method
     from lowbit.calibration.run import RunOptions as Options
     from lowbit.checkpoint.rules import Selection
     from lowbit.scheme import get_scheme
 
     target = get_scheme(scheme) if isinstance(scheme, str) else scheme
     options = options or Options(device=join(device))
-    if isinstance(method, str):
-        chosen = best_method(target) if method == "best" else get_method(method)
-    elif isinstance(method, MethodClass):
+    if isinstance(method, MethodClass):
         chosen = method
-    elif isinstance(method, Mapping):
-        chosen = MethodClass.from_dict(dict(method))
+    elif isinstance(method, str | Mapping):
+        given = method if isinstance(method, str) else dict(method)
+        chosen = MethodClass.from_dict(given, best=best_method(target))
     else:
         raise InputError(f"expected a method's name, a mapping of its settings or a Method, found {method!r}")
     if alpha is not None and not chosen.smooths:
@@ -112,11 +111,7 @@ def calibrate(
 def _require_effect(method: Method, scheme: Scheme, selection: Selection) -> None:
     """Raise InputError for a method that leaves all schemes asked for as a conversion by itself has them."""
     if scheme.weights is not None and not any(method.has_effect(s) for s in selection.schemes(scheme)):
-        raise InputError(
-            f"expected something to calibrate, found none: {method.name} chooses ranges of static activations, which "
-            f"{scheme.name} has not, and rounds weights as a conversion does by itself; convert to {scheme.name} "
-            f"without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another method: best"
-        )
+        raise method.without_effect(scheme)
 
 
 def measure(
@@ -194,7 +189,7 @@ def search(
     it is called again with the same arguments, and another budget is chosen for without measuring again; a search of
     something else is refused there, or replaces it with `overwrite`. The rest as for `calibrate`.
     """
-    from lowbit.calibration.choice import check_wish, curve, pick, recipe_of
+    from lowbit.calibration.choice import FLOAT, check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import sensitivities
     from lowbit.checkpoint.rules import Selection
@@ -203,6 +198,7 @@ def search(
         budget = 8.5
     if isinstance(candidates, str):
         raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
+    candidates = [name for name in candidates if name != FLOAT]
     check_wish(candidates, budget=budget, max_kl=max_kl)
     where = join(device)
     windows, described = _windows(src, data, samples, length, seed)

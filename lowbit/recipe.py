@@ -133,7 +133,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
         if key in ("samples", "length") and isinstance(value, int) and value < 1:
             raise InputError(f"{where}: data: expected at least 1 as {key}, found {value}")
     method = data.get("method")
-    if method is not None and not isinstance(method, str | Mapping):
+    if method is not None and not (method and isinstance(method, str | Mapping)):
         raise InputError(f"{where}: expected a method's name or a mapping, found {method!r}")
     try:
         return Recipe(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +27,11 @@ from lowbit.calibration.sequential import fits
 from lowbit.calibration.settings import settings_of
 from lowbit.calibration.source import Source
 from lowbit.calibration.step import calibrate_layer
+from lowbit.calibration.stored import stored_quantizers
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Decision, Fits, Selection, decide, left_by_source
 from lowbit.errors import InputError
-from lowbit.formats import get_format
+from lowbit.formats import FORMATS, StoredModule, get_format
 from lowbit.formats.format import Joined
 from lowbit.granularity import PerChannel
 from lowbit.host_memory import keep_freed_memory
@@ -113,8 +115,8 @@ def calibrate(
     what they did in passing (x · (norm / s), it was x · norm / s): the layers after them may choose other
     scales and codes than in an undisturbed run. `started` is called with the method, which may not rotate where
     the model does not allow it (see `Method.else_smooth`), `resumed` with what a killed run had done, `warn` of
-    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, and
-    architectures that cannot be run layer by layer or rotated.
+    patterns that mean nothing. Raises InputError for a scheme that quantizes no weights, data that is missing, biases
+    to correct that are missing, and architectures that cannot be run layer by layer or rotated.
     """
     selection, options = selection or Selection(), options or RunOptions()
     if scheme.weights is None:
@@ -133,36 +135,41 @@ def calibrate(
     model = LayerwiseModel(reader, device=options.device, dtype=options.dtype)
     for warning in selection.warnings(reader.modules):
         warn(warning)
-    linears = (n for i in range(len(model)) for n in model.linear_shapes(i))
-    if kv_cache is not None and not any(n.rpartition(".")[2] in KEYS for n in linears):
-        raise InputError(
-            f"expected attention with {' or '.join(KEYS)}, whose keys and values a cache holds, found none "
-            "(multi-head latent attention caches something else); calibrate without a KV cache"
-        )
-    method = settled(method, model)
-    schemes = module_schemes(model, scheme, selection)
+    if kv_cache is not None:
+        _require_keys(model)
+    decisions = module_decisions(model, scheme, selection)
+    schemes, keep = quantized_by(decisions), Patterns(selection.keep)
+    kept = frozenset(model.disk_name(n) for n, d in decisions.items() if d.as_found)
+    kept |= {module for module in reader.modules if keep.matching(module)}
+    _require_held(kept, reader.stored)
+    method = settled(method, model, kept)
     if not schemes:
         raise InputError(
             f"expected at least one weight to calibrate in the layers of {source}, found none that the rules allow; "
             "`lowbit plan` says which rule kept each"
         )
-    if started is not None:
-        started(method, windows)
+    if kv_cache is None and method.bias_correction:
+        biased = {n for i in range(len(model)) for n in model.biased(i)}
+        if not any(method.has_effect(s, biased=n in biased) for n, s in schemes.items()):
+            raise method.without_effect(scheme)
     settings: dict[str, Any] = {
         "scheme": scheme.name,
-        "module_schemes": _exceptions(model, schemes, scheme),
+        "module_schemes": _exceptions(model, decisions, scheme),
         "method": method.to_dict(),
         "experts": {"all_tokens": options.all_experts, "min_tokens": options.min_tokens},
         **settings_of(source, selection, windows, data),
     }
     if kv_cache is not None:
         settings["kv_cache"] = asdict(kv_cache)
+    decided(lambda: store.Writer.require_usable(out, settings, overwrite=overwrite), model.device)
+    if started is not None:
+        started(method, windows)
     rotation, outside = None, {}
     hidden_size = model.model.get_input_embeddings().weight.shape[1]
     if method.rotate != "none":
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
-    run = _start(model, method, schemes, options, rotation, windows, share)
+    run = _start(model, method, schemes, kept, options, rotation, windows, share)
     writer: store.Writer | None = None
     with ExitStack() as held:
 
@@ -210,10 +217,34 @@ def calibrate(
     return store.read(out)
 
 
+def _require_held(kept: Collection[str], stored: Mapping[str, StoredModule]) -> None:
+    """InputError for modules to be kept that no conversion could write."""
+    for module in sorted(stored.keys() & set(kept)):
+        scheme = stored[module].scheme
+        if not any(known.holds(scheme) for known in FORMATS.values()):
+            raise InputError(
+                f"keep {module}: expected weights that some format can hold, found {scheme.name} in the source; ignore "
+                "it in place of keeping it, to have it in float"
+            )
+
+
+def _require_keys(model: LayerwiseModel) -> None:
+    """InputError where no layer has an attention of which the cache holds what `KEYS` make."""
+    linears = dict.fromkeys(n.rpartition(".")[2] for i in range(len(model)) for n in model.linear_shapes(i))
+    if linears.keys().isdisjoint(KEYS):
+        latent = any(n.startswith("kv_a_proj") for n in linears)
+        raise InputError(
+            f"expected attention with {' or '.join(KEYS)}, which make the keys and values of a cache, found layers of "
+            f"{', '.join(linears) or 'no Linears'}{' (latent attention caches something else)' if latent else ''}; "
+            "calibrate without a KV cache"
+        )
+
+
 def _start(
     model: LayerwiseModel,
     method: Method,
     schemes: dict[str, Scheme],
+    kept: frozenset[str],
     options: RunOptions,
     rotation: Rotation | None,
     windows: Sequence[Tensor],
@@ -238,7 +269,7 @@ def _start(
     return Run(
         model=model, method=method, schemes=schemes, options=options, rotation=rotation, cache=cache,
         calls=calls, small=call.kwargs, small_shape=(1, int(ids.shape[1])), has_data=bool(windows),
-        batches=sum(gathered(len(cache))), one_batch=one_batch,
+        batches=sum(gathered(len(cache))), one_batch=one_batch, kept=kept,
     )  # fmt: skip
 
 
@@ -288,25 +319,21 @@ def _replay(run: Run, index: int, calibration: store.Calibration) -> None:
     run.schemes.update({n: get_scheme(left[d]) for n in run.schemes if (d := run.model.disk_name(n)) in left})
     overlay = Overlay(calibration, run.model, run.schemes)
     layer, quantizers = overlay.load(index)
+    quantizers |= stored_quantizers(run.model, layer, index, run.kept.__contains__)
     if shares_states(run.small[index]):  # what later layers' samples will look up
         run.model.run(layer, index, run.cache[0][:1, : run.small_shape[1]], run.small[index])
-    with watched(layer, overlay.kv_hooks(layer, index)):
+    with watched(layer, overlay.kv_hooks(layer, index) or run.carried_kv(layer, index)):
         run.hand_on(layer, index, quantizers)
 
 
 def _exceptions(
-    model: LayerwiseModel, schemes: Mapping[str, Scheme], scheme: Scheme
+    model: LayerwiseModel, decisions: Mapping[str, Decision], scheme: Scheme
 ) -> dict[str, str | None]:
-    """Modules with another scheme than the main one; None for those left in float."""
-    out: dict[str, str | None] = {}
-    for index in range(len(model)):
-        for ours in model.linear_shapes(index):
-            found = schemes.get(ours)
-            if found is None:
-                out[model.disk_name(ours)] = None
-            elif found.name != scheme.name:
-                out[model.disk_name(ours)] = found.name
-    return out
+    """Modules with another scheme than the main one; None for those in float. Not those that are kept as found, of
+    which the patterns tell."""
+    schemes = quantized_by(decisions)
+    found = {n: schemes[n].name if n in schemes else None for n, d in decisions.items() if not d.as_found}
+    return {model.disk_name(n): name for n, name in found.items() if name != scheme.name}
 
 
 def _tied(model: LayerwiseModel) -> bool:

@@ -20,7 +20,11 @@ from lowbit.errors import InputError
 
 Hold = Callable[[Tensor], Tensor]
 """A tensor → the same, put where there is room for it (see `ActivationCache.hold`)."""
-INSTEAD = "convert it without --method and --calibration"
+INSTEAD = (
+    "use what does not run the model: `lowbit convert` without --method and --calibration, and to compare weights "
+    "`lowbit verify OUT --source SRC`"
+)
+"""Of `calibrate`, `search` and `eval`: what to do where a model cannot run layer by layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

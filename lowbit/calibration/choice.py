@@ -104,14 +104,14 @@ def check_wish(
     if not candidates:
         raise InputError("expected schemes to choose from, found none; int8,fp8 are the usual ones")
     least = min(bits_of(name) for name in candidates)
-    if budget is not None and not budget >= least - 1e-9:
-        raise InputError(
-            f"expected a budget of at least {least:.2f} bits, which {', '.join(candidates)} take, found {budget}"
-        )
     if max(least, budget or 0) >= FLOAT_BITS or (max_kl is not None and not max_kl > 0):
         raise InputError(
             f"expected schemes and a budget of less than {FLOAT_BITS:.0f} bits, or a KL of more than 0, which float "
             f"alone reaches, found {', '.join(candidates)} and {budget if max_kl is None else max_kl}"
+        )
+    if budget is not None and not budget >= least - 1e-9:
+        raise InputError(
+            f"expected a budget of at least {least:.2f} bits, which {', '.join(candidates)} take, found {budget}"
         )
 
 

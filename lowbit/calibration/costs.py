@@ -25,8 +25,9 @@ from lowbit.calibration.store import read_header
 Costs = Mapping[str, Mapping[str, float]]
 """Module → scheme → cost."""
 KIND = Kind(
-    what="search", command="search", manifest="search.json", version=1, parts="gradient-*.safetensors"
-)
+    what="search", command="search", manifest="search.json", version=1, parts="gradient-*.safetensors",
+    entry=("costs", dict),
+)  # fmt: skip
 
 
 class _Writer(Resumable):

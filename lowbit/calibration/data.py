@@ -154,16 +154,23 @@ def _stored_windows(file: Path, length: int) -> list[Tensor]:
     import numpy
 
     try:
-        found = torch.load(file, weights_only=True) if file.suffix.lower() == ".pt" else numpy.load(file)
-        ids = torch.as_tensor(found)
+        if file.suffix.lower() == ".pt":
+            found = torch.load(file, weights_only=True, map_location="cpu")
+        else:
+            found = torch.as_tensor(numpy.load(file))
     except Exception as error:  # what torch and numpy raise for other files is not theirs alone
         raise InputError(f"expected one tensor of token ids in {file}, found none: {error}") from error
-    if not holds_ids(ids):
-        raise InputError(f"expected token ids in {file}, found numbers of {ids.dtype}; tokenize them first")
-    ids = ids.to(torch.long)
+    if not isinstance(found, Tensor) or found.dim() not in (1, 2):
+        shape = f" {list(found.shape)}" if isinstance(found, Tensor) else ""
+        raise InputError(
+            f"expected one tensor of token ids in {file}, [T] or [N, T] of N texts, found {type(found).__name__}{shape}"
+        )
+    if not holds_ids(found):
+        raise InputError(f"expected token ids in {file}, found numbers of {found.dtype}; tokenize them first")
+    ids = found.to(torch.long)
     if ids.dim() == 2:
         return [window for text in ids for window in (_split(text, length) or [text])]
-    return _split(ids.reshape(-1), length)
+    return _split(ids, length)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str | dict[str, Any]]]:

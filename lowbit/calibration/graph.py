@@ -9,8 +9,8 @@ ruined checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,19 @@ class LayerGraph:
     """Linear layers that write into the residual stream."""
     rotation_refusal: str = ""
     """Why the residual stream of this layer cannot be rotated; empty when it can."""
+
+    def without(self, fixed: Collection[str], outputs: Collection[str] = ()) -> LayerGraph:
+        """Only with joints that leave the modules `fixed` as they are, and what `outputs` put out."""
+        fixed = set(fixed)
+        return replace(
+            self,
+            norms=tuple(
+                n if fixed.isdisjoint((n.name, *n.readers)) else replace(n, movable=False) for n in self.norms
+            ),
+            pairs=tuple(
+                p for p in self.pairs if fixed.isdisjoint((p.first, p.second)) and p.first not in outputs
+            ),
+        )
 
 
 def trace(

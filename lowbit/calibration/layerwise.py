@@ -9,7 +9,7 @@ model's own forward prepares for its layers is recorded by running it with stubs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from lowbit.calibration.names import CheckpointNames, part_name
 from lowbit.calibration.positions import longest_text
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
-from lowbit.nn.integration import require_transformers
+from lowbit.nn.integration import open_config, require_transformers
 from lowbit.nn.joined import SplitLinear
 
 Override = Callable[[str], Tensor | None]
@@ -47,20 +47,10 @@ class LayerwiseModel:
         config_overrides: dict[str, Any] | None = None,
     ) -> None:
         require_transformers()
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
         self.source, self.device, self.dtype = source, choose_device(device), dtype
         self._override = override
-        try:
-            # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            found = source.config.get("model_type")
-            raise InputError(
-                f"{source.path}: expected a config.json of an architecture that transformers has, found {found!r}, "
-                f"which it does not take ({str(error).partition('. ')[0]}); update transformers, or {INSTEAD}"
-            ) from error
+        # No code of the checkpoint's is run: models that transformers does not have are refused anyway.
+        config = open_config(source.path, source.config.get("model_type"), instead=INSTEAD)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         for key, value in (config_overrides or {}).items():
@@ -155,13 +145,17 @@ class LayerwiseModel:
 
     def linear_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
-        layer = self._empty(index)
+        return {n: tuple(m.weight.shape) for n, m in self._linears(index)}
+
+    def biased(self, index: int) -> list[str]:
+        """Those that have a bias."""
+        return [n for n, m in self._linears(index) if m.bias is not None]
+
+    def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         prefix = self.layer_name(index)
-        return {
-            f"{prefix}.{n}": tuple(m.weight.shape)
-            for n, m in layer.named_modules()
-            if isinstance(m, nn.Linear)
-        }
+        for name, module in self._empty(index).named_modules():
+            if isinstance(module, nn.Linear):
+                yield f"{prefix}.{name}", module
 
     def load(self, index: int, override: Override | None = None) -> nn.Module:
         """Decoder layer `index`, filled from the checkpoint, fused experts taken apart. A fresh module."""
@@ -382,19 +376,3 @@ def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleLis
         )
     own = getattr(decoder, "layers", None)  # towers inside the decoder may have more
     return max(found, key=lambda item: (item[1] is own, len(item[1])))
-
-
-def final_norm(base: nn.Module) -> nn.Module:
-    """The norm after the last decoder layer."""
-    for name in (
-        "norm",
-        "final_layernorm",
-        "final_layer_norm",
-        "ln_f",
-        "final_norm",
-        "norm_f",
-        "embedding_norm",
-    ):
-        if isinstance(norm := getattr(base, name, None), nn.Module):
-            return norm
-    raise InputError(f"expected a final norm in {type(base).__name__}, found none")

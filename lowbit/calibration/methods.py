@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from lowbit.calibration.gptq import RoundingOptions
@@ -95,10 +96,25 @@ class Method:
         rounds = self.rounding.rounding != "nearest"
         return self.smooths or rounds or self.compensate or self.bias_correction or scheme.needs_calibration
 
-    def has_effect(self, scheme: Scheme) -> bool:
-        """False where a calibration would hold nothing: a conversion by itself rounds the same."""
+    def has_effect(self, scheme: Scheme, *, biased: bool = True) -> bool:
+        """False where a calibration would hold nothing: a conversion by itself rounds the same.
+
+        `biased`: there is a bias to correct.
+        """
+        of_bias = self.bias_correction and biased
         transforms = self.rotate != "none" or self.rotate_heads or self.online_hadamard
-        return transforms or self.needs_data(scheme) or self.rounding.scale != "absmax"
+        others = transforms or self.rounding.scale != "absmax"
+        return others or of_bias or replace(self, bias_correction=False).needs_data(scheme)
+
+    def without_effect(self, scheme: Scheme) -> InputError:
+        """What is wrong where it has none."""
+        corrects = " and corrects biases" if self.bias_correction else ""
+        return InputError(
+            f"expected something to calibrate, found none: {self.name} chooses ranges of static activations{corrects}, "
+            "of which there are none, and rounds weights as a conversion does by itself; convert to "
+            f"{scheme.name} without a calibration (`lowbit convert SRC OUT --scheme {scheme.name}`), or give another "
+            "method: best"
+        )
 
     def describe(self) -> str:
         """One line that says what it does."""
@@ -141,13 +157,14 @@ class Method:
         return out
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any] | str) -> Method:
+    def from_dict(cls, data: dict[str, Any] | str, *, best: Method | None = None) -> Method:
         """A preset's name, or a mapping whose `name` is a preset to start from and whose other keys override it.
 
-        Raises InputError naming unknown keys.
+        `best`: what that name means. Without a name, with one that is nothing like a preset's, or with all keys, a
+        mapping is a method of its own. Raises InputError naming unknown keys and misspelt names.
         """
         if isinstance(data, str):
-            return get_method(data)
+            return best if best is not None and data == "best" else get_method(data)
         known = {f.name for f in fields(cls)} - {"summary"}
         if unknown := sorted(set(data) - known):
             raise InputError(f"method: unknown keys {unknown}; expected some of {sorted(known)}")
@@ -155,7 +172,9 @@ class Method:
         name = changes.pop("name", "custom")
         if not isinstance(name, str):
             raise InputError(f"method: expected a name, found {name!r}")
-        base = METHODS.get(name, cls(name=name))
+        close = get_close_matches(_key(name), [*METHODS, "best"], cutoff=0.75)
+        own = not close or changes.keys() | {"name"} == known
+        base = cls(name=name) if own else cls.from_dict(name, best=best)
         if "rounding" in changes:
             rounding = changes["rounding"]
             if not isinstance(rounding, str | Mapping):
@@ -213,9 +232,13 @@ _PRESETS = (
 METHODS: dict[str, Method] = {m.name: m for m in _PRESETS}
 
 
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
 def get_method(name: str) -> Method:
     """The preset of that name. Raises InputError naming the nearest."""
-    key = name.strip().lower().replace("_", "-")
+    key = _key(name)
     if key not in METHODS:
         raise InputError(
             f"unknown method {name!r}: expected best or one of {', '.join(METHODS)}; "

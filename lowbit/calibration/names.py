@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lowbit.nn.joined import converted_by, joined_along
+from lowbit.nn.joined import absent_part, converted_by, joined_along
 from lowbit.nn.names import ROLES
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)(?P<rest>\..+)?$")
@@ -32,6 +32,7 @@ class CheckpointNames:
         """What holds a module of ours → a tensor of the checkpoint that transformers splits, say, into such."""
         places: dict[str, dict[int, str]] = {}
         dims: dict[str, int] = {}
+        wanted: dict[str, list[str]] = {}
         for disk in tensors:
             name = _plain_expert(apply_renamings(disk, renamings))
             name = _as_in(name, parts, prefix)
@@ -44,7 +45,7 @@ class CheckpointNames:
                     self.otherwise[_beside(target)] = disk
                 else:
                     places.setdefault(target, {})[found.place] = disk.removesuffix("_packed")
-                    dims[target] = dim
+                    dims[target], wanted[target] = dim, found.joined(disk.removesuffix("_packed"))
             (ours, _, leaf), (theirs, _, same) = name.rpartition("."), disk.rpartition(".")
             if leaf == same:
                 self._modules[ours] = theirs
@@ -60,6 +61,8 @@ class CheckpointNames:
             if isinstance(module, nn.Conv1d):
                 self.joined[target] = in_order, dims[target]
             elif isinstance(module, nn.Linear) and target.endswith(".weight"):
+                if absent := [t for t in wanted[target] if t not in in_order]:
+                    raise absent_part(in_order[0], absent)
                 self.apart[target] = in_order
                 for disk in in_order:
                     part = f"{target.rpartition('.')[0]}.{part_name(disk)}"

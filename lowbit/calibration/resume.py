@@ -41,6 +41,10 @@ class Kind:
     version: int
     keys: tuple[tuple[str, type], ...] = (("layers", dict),)
     """That a manifest must have; `layers` maps parts to entries."""
+    entry: tuple[str, type]
+    """That an entry must have."""
+    mappings: tuple[str, ...] = ()
+    """Keys that it may have."""
     parts: str
     """Glob of their files."""
 
@@ -51,10 +55,14 @@ def made(path: str | Path, kind: Kind) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CalibrationError(
-            f"expected a directory for the {kind.what} at {path}, found that none can be made: {error}"
-        ) from error
+        raise _no_directory(path, kind, error) from error
     return path
+
+
+def _no_directory(path: Path, kind: Kind, error: OSError) -> CalibrationError:
+    return CalibrationError(
+        f"expected a directory for the {kind.what} at {path}, found that none can be made: {error}"
+    )
 
 
 @contextmanager
@@ -79,6 +87,8 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}")
     if (version := manifest.get("version")) != kind.version:
         raise CalibrationError(
             f"expected version {kind.version} in {file}, found {version!r}; {kind.command} again with this lowbit"
@@ -86,6 +96,13 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
     for key, of in kind.keys:
         if not isinstance(manifest.get(key), of):
             raise CalibrationError(f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}")
+    key, of = kind.entry
+    for part, entry in manifest["layers"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), of):
+            raise CalibrationError(f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}")
+    for key in kind.mappings:
+        if not isinstance(manifest.get(key, {}), dict):
+            raise CalibrationError(f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}")
     return manifest
 
 
@@ -100,44 +117,59 @@ class Resumable:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = made(path, self.KIND)
-        wanted = json.loads(json.dumps({"version": self.KIND.version, **settings}))
-        identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
-        self.manifest: dict[str, Any] = {**wanted, "identity": identity, "layers": {}, "complete": False}
-        if (self.path / self.KIND.manifest).is_file():
-            self._take_over(overwrite)
-        elif found := sorted(f.name for f in self.path.iterdir() if not f.name.startswith(".")):
-            raise CalibrationError(
-                f"expected an empty directory or a {self.KIND.what} in {self.path}, found {', '.join(found[:3])} and "
-                f"no {self.KIND.manifest}; choose another directory"
-            )
-        self._save()
-
-    def _take_over(self, overwrite: bool) -> None:
-        """Go on with what lies here, or remove it."""
-        try:
-            old = load_manifest(self.path, self.KIND)
-        except CalibrationError:
-            if not overwrite:
-                raise
-            old = {}
+        old = self.require_usable(path, settings, overwrite=overwrite)
+        self.manifest = self._new_manifest(settings)
         if old.get("identity") == self.manifest["identity"]:
             intact = {part: e for part, e in old["layers"].items() if self._intact(e)}
             whole = bool(old.get("complete")) and intact.keys() == old["layers"].keys()
             self.manifest = old | {"layers": intact, "complete": whole}
-            return
-        if old.get("layers") and not overwrite:
+        else:
+            for file in self.path.glob(self.KIND.parts):
+                file.unlink()
+        self._save()
+
+    @classmethod
+    def _new_manifest(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = json.loads(json.dumps({"version": cls.KIND.version, **settings}))
+        identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:32]
+        return {**wanted, "identity": identity, "layers": {}, "complete": False}
+
+    @classmethod
+    def require_usable(
+        cls, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> dict[str, Any]:
+        """The manifest in `path`, if any; CalibrationError where this run cannot go there. Nothing is touched."""
+        path, kind = Path(path), cls.KIND
+        if not (path / kind.manifest).is_file():
+            try:
+                found = sorted(f.name for f in path.iterdir() if not f.name.startswith("."))
+            except FileNotFoundError:
+                return {}
+            except OSError as error:
+                raise _no_directory(path, kind, error) from error
+            if found:
+                raise CalibrationError(
+                    f"expected an empty directory or a {kind.what} in {path}, found {', '.join(found[:3])} and "
+                    f"no {kind.manifest}; choose another directory"
+                )
+            return {}
+        try:
+            old = load_manifest(path, kind)
+        except CalibrationError:
+            if not overwrite:
+                raise
+            return {}
+        new = cls._new_manifest(settings)
+        if old.get("layers") and old.get("identity") != new["identity"] and not overwrite:
             changed = sorted(
-                k
-                for k in self.manifest.keys() - {"identity", "layers", "complete"}
-                if old.get(k) != self.manifest[k]
+                k for k in new.keys() - {"identity", "layers", "complete"} if old.get(k) != new[k]
             )
             raise CalibrationError(
-                f"expected an empty directory or the same {self.KIND.what} in {self.path}, found one with "
+                f"expected an empty directory or the same {kind.what} in {path}, found one with "
                 f"other {', '.join(changed) or 'settings'}; run it as it was to go on there, choose another place, or "
                 "give overwrite to replace it"
             )
-        for file in self.path.glob(self.KIND.parts):
-            file.unlink()
+        return old
 
     def _intact(self, entry: Mapping[str, Any]) -> bool:
         """Whether a part is still what its entry says."""

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration import fold
 from lowbit.calibration.graph import norm_gain, trace
-from lowbit.calibration.layerwise import LayerwiseModel, final_norm
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation, make_rotation
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 
 
-def settled(method: Method, model: LayerwiseModel) -> Method:
-    """`method`, or what it allows in place of a rotation that the model does not (see `Method.else_smooth`)."""
-    if method.rotate == "none" or not method.else_smooth:
+def settled(method: Method, model: LayerwiseModel, kept: Collection[str] = ()) -> Method:
+    """`method`, or what it allows in place of a rotation that the model does not (see `Method.else_smooth`).
+
+    `kept`: modules, by the checkpoint's names, that are to be as the source has them. InputError for those where it
+    rotates, and allows nothing.
+    """
+    if method.rotate == "none":
         return method
     try:
-        refuse_outside(model)
-        _try_layers(model, method)
+        if kept:
+            more = f" and {len(kept) - 1} more" if len(kept) > 1 else ""
+            raise InputError(
+                f"expected weights that a rotation may change, found {min(kept)}{more} to be kept as the source has "
+                "it; use a method without rotation (gptq, smoothquant-gptq), or ignore in place of keep"
+            )
+        if method.else_smooth:
+            refuse_outside(model)
+            _try_layers(model, method)
     except InputError as error:
+        if not method.else_smooth:
+            raise
         reason = str(error).partition(", found ")[2].rpartition("; ")[0] or str(error)
         return method.without_rotation(reason)
     return method
@@ -36,7 +51,7 @@ def refuse_outside(model: LayerwiseModel) -> None:
                 f"expected a model of text alone to rotate, found {name} in {model.source.path}, whose outputs enter "
                 "the residual stream as they are; use a method without rotation (gptq, smoothquant-gptq)"
             )
-    embedding, norm = model.model.get_input_embeddings(), final_norm(model.base)
+    embedding, norm = model.model.get_input_embeddings(), _final_norm(model.base)
     if model.model.get_output_embeddings() is None or not isinstance(embedding, nn.Embedding):
         raise InputError(
             "expected token embeddings and lm_head to rotate, found none; use a method without rotation"
@@ -91,7 +106,7 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
     """
     refuse_outside(model)
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
-    norm = final_norm(model.base)
+    norm = _final_norm(model.base)
     offset, _ = norm_gain(norm, rotation.size)
     gain = norm.weight.detach() + offset  # type: ignore[operator]
 
@@ -108,3 +123,19 @@ def rotate_outside(model: LayerwiseModel, rotation: Rotation, stored: torch.dtyp
         f"{names[id(m)]}.weight": m.weight.detach().to(stored)  # type: ignore[operator]
         for m in (embedding, head, norm)
     }
+
+
+def _final_norm(base: nn.Module) -> nn.Module:
+    """The norm after the last decoder layer."""
+    for name in (
+        "norm",
+        "final_layernorm",
+        "final_layer_norm",
+        "ln_f",
+        "final_norm",
+        "norm_f",
+        "embedding_norm",
+    ):
+        if isinstance(norm := getattr(base, name, None), nn.Module):
+            return norm
+    raise InputError(f"expected a final norm in {type(base).__name__}, found none")

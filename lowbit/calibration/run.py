@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.kv_cache import KVCache
+from lowbit.calibration.kv_cache import KVCache, KVHook
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
 from lowbit.calibration.rotation import Rotation
 from lowbit.calibration.simulate import ActivationQuantizer, attach
+from lowbit.calibration.stored import stored_kv_hooks
 from lowbit.scheme import Scheme
 
 
@@ -57,6 +58,8 @@ class Run:
     has_data: bool
     batches: int = 1
     """Of all workers together."""
+    kept: frozenset[str] = frozenset()
+    """Modules, by the checkpoint's names, that are carried as they are in the source, quantized or not."""
     kv_cache: KVCache | None = None
     one_batch: bool = False
     """All data is one batch, so that layers can be smoothed and rounded while it passes (see `sequential`)."""
@@ -73,6 +76,10 @@ class Run:
         start = time.perf_counter()
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def carried_kv(self, layer: nn.Module, index: int) -> dict[str, KVHook]:
+        """What rounds keys and values by scales of the source, which stay where none are calibrated."""
+        return {} if self.kv_cache is not None else stored_kv_hooks(self.model, layer, index)
 
     def all_data(self, layer: nn.Module, index: int, *, hand_on: bool) -> None:
         """The layer over all batches; with `hand_on`, its outputs take the place of the hidden states."""

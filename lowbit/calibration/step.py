@@ -36,6 +36,7 @@ from lowbit.calibration.sequential import round_in_passing
 from lowbit.calibration.shared_scale import MatrixOf, in_checkpoint
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.statistics import InputStatistics, Wanted, collect
+from lowbit.calibration.stored import stored_quantizers
 from lowbit.errors import InputError
 from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
@@ -156,12 +157,19 @@ class LayerStep:
         def run_whole() -> list[Tensor]:
             return [run_plain(layer), *shared_states(run.small[index])]
 
-        graph = trace(layer, run_plain, sample.shape[-1], model.text_config)
+        kept = (
+            {n for n, _ in layer.named_modules() if model.disk_name(inside + n) in run.kept}
+            if run.kept
+            else set()
+        )
+        # Scales of values that the source has are for values as they are there.
+        values = {f"{n}.v_proj" for n in run.carried_kv(layer, index)}
+        graph = trace(layer, run_plain, sample.shape[-1], model.text_config).without(kept, values)
         if run.method.smooths or run.method.rotate_heads:
             graph = decided(partial(proven, layer, graph, run_whole), model.device)
         return cls(
             run=run, index=index, prefix=prefix, layer=layer, graph=graph, schemes=schemes, experts=experts,
-            online=frozenset(online_modules(layer, graph) if run.method.online_hadamard else ()),
+            online=frozenset({*online_modules(layer, graph)} - kept if run.method.online_hadamard else ()),
             wanted=wanted_statistics(run.method, schemes.values()), sample=sample, plain_sample=plain,
         )  # fmt: skip
 
@@ -236,7 +244,7 @@ class LayerStep:
         run = self.run
         with self._same_output(f"smoothing of {self.prefix}"):
             passed = round_in_passing(
-                self.layer, self.graph, run.method, self.schemes, self.wanted, self._all_data(hand_on),
+                self.layer, self.graph, run.method, self.schemes, self.wanted, self._kept_rounding(hand_on),
                 min_tokens=run.options.min_tokens, prepare=self._prepare(), stored=run.norms_stored,
                 matrix_of=self._matrix_of,
             )  # fmt: skip
@@ -254,7 +262,8 @@ class LayerStep:
             run.hand_on(self.layer, self.index, install(self.layer, {}, {}, {}, self.online))
             return
         quantizers = install(self.layer, self.schemes, self.quantized, self.input_scales, self.online)
-        hooks = {}
+        quantizers |= self._kept_inputs()
+        hooks = run.carried_kv(self.layer, self.index)
         if run.kv_cache is not None:
             hooks = {n: KVQuantizer(run.kv_cache, *pair) for n, pair in self.kv_scales.items()}
         with watched(self.layer, dict(hooks)):
@@ -305,6 +314,23 @@ class LayerStep:
 
     def _all_data(self, hand_on: bool) -> Callable[[], None]:
         return lambda: self.run.all_data(self.layer, self.index, hand_on=hand_on)
+
+    def _kept_inputs(self) -> dict[str, ActivationQuantizer]:
+        """What rounds the inputs of quantized modules that are kept."""
+        return stored_quantizers(self.run.model, self.layer, self.index, self.run.kept.__contains__)
+
+    def _kept_rounding(self, hand_on: bool) -> Callable[[], None]:
+        """`_all_data`, with those, and with keys and values rounded by scales that the source has."""
+
+        def run_data() -> None:
+            detach = attach(self.layer, self._kept_inputs())
+            try:
+                with watched(self.layer, self.run.carried_kv(self.layer, self.index)):
+                    self.run.all_data(self.layer, self.index, hand_on=hand_on)
+            finally:
+                detach()
+
+        return run_data
 
     def _prepare(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return dict.fromkeys(self.online, apply_online_hadamard)

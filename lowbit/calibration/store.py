@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 MANIFEST = "calibration.json"
 KIND = resume.Kind(
     what="calibration", command="calibrate", manifest=MANIFEST, version=1, keys=(("scheme", str), ("layers", dict)),
-    parts="layer-*.safetensors",
+    parts="layer-*.safetensors", entry=("file", str),
+    mappings=("module_schemes", "selection", "method", "data", "source", "kv_cache", "config_overrides", "seconds"),
 )  # fmt: skip
 MODEL_PART = "model"
 """Name of the part that holds what belongs to no decoder layer."""

@@ -353,7 +353,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
 
 
 def _make_agree(members: list[str], decisions: dict[str, Decision]) -> None:
-    """One scheme for a fused group: if one member stays in float, all do."""
+    """One scheme for a fused group: if one member stays in float, all do, and if one is kept as found, all are."""
     schemes = {(decisions[m].scheme, decisions[m].as_found) for m in members}
     if len(schemes) == 1:
         return
@@ -364,8 +364,9 @@ def _make_agree(members: list[str], decisions: dict[str, Decision]) -> None:
             f"{', '.join(members[:4])}: engines fuse these into one matmul, so they need one scheme, found {names}; "
             "give one override for all of them"
         )
-    model = decisions[kept[0]]
+    first = next((m for m in kept if decisions[m].as_found), kept[0])
+    model = decisions[first]
     for m in members:
         if (decisions[m].scheme, decisions[m].as_found) != (None, model.as_found):
-            reason = f"engines fuse it with {kept[0].rpartition('.')[2]}, which stays ({model.reason})"
+            reason = f"engines fuse it with {first.rpartition('.')[2]}, which stays ({model.reason})"
             decisions[m] = replace(decisions[m], scheme=None, reason=reason, as_found=model.as_found)

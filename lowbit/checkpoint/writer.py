@@ -26,62 +26,24 @@ from lowbit.checkpoint.files import (
     sync,
     write_json,
 )
-from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL, Checkpoint
+from lowbit.checkpoint.headers import INDEX, MANIFEST, PARTIAL
 from lowbit.checkpoint.journal import Journal, Record, read_journals
 from lowbit.checkpoint.layout import index_of
 from lowbit.checkpoint.manifest import listed_files, make_manifest
 from lowbit.checkpoint.parts import Part
+from lowbit.checkpoint.place import CONFIG, FINISHING, another_unfinished, check_place
 from lowbit.checkpoint.plan import Plan
 from lowbit.checkpoint.reading import file_checksum
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, MODELOPT
 
-# Stands in PARTIAL while finished files are moved out of it; of several parts, from when one has set about it.
-FINISHING = "finishing"
 # Stands in PARTIAL from the beginning where --overwrite was given: whoever goes on need not be told again. It may name
 # files that an earlier conversion, killed while it showed them, left in OUT.
 REPLACING = "replacing"
-CONFIG = "config.json"
 # So long a part waits for another to remove what an earlier conversion left.
 TIDY_SECONDS = 30
 # Below PARTIAL, the source's other files, whose names are not ours to choose.
 OTHERS = Path("others")
-
-
-def check_place(out: Path, source: Checkpoint, *, overwrite: bool, stale: bool = False) -> None:
-    """Raise InputError where no conversion of `source` can go to `out`. Nothing is touched.
-
-    `stale`: what lies unfinished there is not what would go on.
-    """
-    here, there = out.resolve(), source.root.resolve()
-    if here == there or there in here.parents:
-        raise InputError(
-            f"{out}: expected an output directory outside the source {source.root}; choose another place"
-        )
-    if here in there.parents and overwrite:
-        raise InputError(f"{out}: holds the source; choose another place")
-    # They are copied at the end, which may be hours away.
-    for file in source.others:
-        if not os.access(source.root / file, os.R_OK):
-            raise InputError(
-                f"{source.root / file}: cannot be read, and is to be carried along; check its permissions"
-            )
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise InputError(f"{out}: expected a directory or nothing, found a file; choose another place")
-    found = {p.name for p in out.iterdir()}
-    finishing = not stale and (out / PARTIAL / FINISHING).exists()
-    if found - {PARTIAL} and not overwrite and not finishing:
-        raise InputError(
-            f"{out}: expected an empty directory, found {len(found)} entries (such as {min(found)}); "
-            "choose another, or give --overwrite"
-        )
-    if overwrite and not found & {PARTIAL, CONFIG, MANIFEST} and found:
-        raise InputError(
-            f"{out}: --overwrite replaces a checkpoint, found a directory that holds none "
-            f"(but {min(found)}); choose another place"
-        )
 
 
 class OutputDirectory:
@@ -116,10 +78,7 @@ class OutputDirectory:
         if self.partial.exists():
             self._read_journals()
             if self._stale and not self._overwrite:
-                raise InputError(
-                    f"{self.out}: holds an unfinished conversion of another source or with other settings; "
-                    "run it again as it was to finish it, or give --overwrite to begin anew"
-                )
+                raise another_unfinished(self.out)
         check_place(self.out, self.plan.source, overwrite=self._overwrite, stale=self._stale)
 
     def _read_journals(self) -> None:

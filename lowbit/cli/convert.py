@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.api import Conversion
     from lowbit.calibration.store import Calibration
     from lowbit.checkpoint.parts import Part
+    from lowbit.checkpoint.plan import Plan
     from lowbit.cli.output import Warnings
     from lowbit.recipe import Recipe
     from lowbit.targets import Accelerator
@@ -196,17 +197,29 @@ def _check_before_calibrating(
 ) -> None:
     """Raise now what would otherwise be raised when the calibration, hours maybe, has been made."""
     from lowbit import api
-    from lowbit.checkpoint.headers import open_checkpoint
-    from lowbit.checkpoint.writer import check_place
+    from lowbit.calibration.resume import CalibrationError
+    from lowbit.checkpoint.headers import PARTIAL, open_checkpoint
+    from lowbit.checkpoint.journal import read_journals
+    from lowbit.checkpoint.place import another_unfinished, check_place
     from lowbit.errors import InputError, NotCalibratedError
     from lowbit.formats import get_format
     from lowbit.scheme import get_scheme
 
-    with suppress(NotCalibratedError):
-        api.plan(
+    def plan(calibration: Path | None = None) -> Plan:
+        return api.plan(
             src, wanted.scheme, format=format, ignore=wanted.ignore, keep=wanted.keep, overrides=wanted.overrides,
-            max_shard_size=max_shard_size,
+            max_shard_size=max_shard_size, calibration=calibration,
         )  # fmt: skip
+
+    with suppress(NotCalibratedError):
+        plan()
+    if not overwrite and (begun := read_journals(out / PARTIAL)).begun:
+        # A calibration that is yet to be made is not the one that it was begun with.
+        digest = None
+        with suppress(CalibrationError):
+            digest = plan(_calibration_of(out)).digest()
+        if digest != begun.digest:
+            raise another_unfinished(out)
     check_place(out, open_checkpoint(src), overwrite=overwrite)
     scheme, target = get_scheme(wanted.scheme), get_format(format)
     if scheme.weights is not None and (why := target.refuse(scheme, (1024, 1024), "")):
@@ -237,8 +250,12 @@ def _calibrate(
     from lowbit.calibration.run import RunOptions
     from lowbit.cli.calibrate import run_recipe, with_data
 
-    named = out.resolve() if out.name in ("", "..") else out
-    directory = named.with_name(named.name + ".calibration")
     wanted = with_data(replace(wanted, method=method or wanted.method), data, samples=samples, length=length)
     options = RunOptions(device=join(device))
-    return run_recipe(src, directory, wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
+    return run_recipe(src, _calibration_of(out), wanted, options, overwrite=overwrite, quiet=quiet, warn=warn)
+
+
+def _calibration_of(out: Path) -> Path:
+    """Where --method calibrates for OUT."""
+    named = out.resolve() if out.name in ("", "..") else out
+    return named.with_name(named.name + ".calibration")

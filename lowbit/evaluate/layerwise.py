@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calibrate import make_batches, module_decisions, module_schemes, quantized_by
 from lowbit.calibration.distributed import gathered, my_share
-from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers, watched
+from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.overlay import Overlay, tensor_of
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
+from lowbit.calibration.stored import install_stored, stored_input, stored_kv_hooks
 from lowbit.checkpoint.rules import Selection, decide, dynamic_instead, left_by_source
 from lowbit.errors import InputError
 from lowbit.evaluate.metrics import Agreement
-from lowbit.evaluate.stored import install_stored, stored_input
 from lowbit.formats import get_format
 from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import quantize
@@ -70,8 +70,6 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     keys and values where it has scales for them."""
     model = LayerwiseModel(Source(path), **model_options)
     stored = model.source.stored
-    kv_cache = KVCache.of_config(model.source.config)
-
     _round_inputs(
         model, {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
     )
@@ -80,21 +78,7 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
         layer = model.load(index)
         return layer, install_stored(model, layer, index)
 
-    def scale_of(name: str) -> Tensor | None:
-        """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
-        attention, _, leaf = name.rpartition(".")
-        below = f"{attention}.{leaf[0]}_proj"
-        known = (name, f"{below}.{leaf}", f"{below}.output_scale")
-        found = next((n for n in known if model.source.has(n)), None)
-        return None if found is None else model.source.raw(found).to(model.device)
-
-    def kv_hooks(layer: nn.Module, index: int) -> dict[str, KVHook]:
-        if kv_cache is None:
-            return {}
-        prefix = model.layer_name(index)
-        return quantizers(layer, kv_cache, lambda name: model.disk_attention(f"{prefix}.{name}"), scale_of)
-
-    return Candidate(model=model, load=load, kv_hooks=kv_hooks)
+    return Candidate(model=model, load=load, kv_hooks=partial(stored_kv_hooks, model))
 
 
 def rounded(
@@ -115,7 +99,7 @@ def rounded(
                 quantized[name] = quantize(weight, s.weights, name=prefix + name)
         return layer, install(layer, mine, quantized, {})
 
-    return Candidate(model=model, load=load)
+    return Candidate(model=model, load=load, kv_hooks=partial(stored_kv_hooks, model))
 
 
 def calibrated(source: str | Path, calibration: Calibration, **model_options: Any) -> Candidate:
@@ -129,13 +113,20 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
     decisions = module_decisions(model, scheme, selection, fits=get_format().refuse)
     _round_outside(model, scheme, selection, calibration.tensors)
     overlay = Overlay(calibration, model, quantized_by(decisions))
-    kept = {n for n, d in decisions.items() if d.as_found}
+    kept = {model.disk_name(n) for n, d in decisions.items() if d.as_found}
+    dequantized = (model.source.stored.keys() - kept) - {model.disk_name(n) for n in overlay.schemes}
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, quantizers = overlay.load(index)
+        for name, module in layer.named_modules():  # in the dtype that they are written in
+            if model.disk_name(f"{model.layer_name(index)}.{name}") in dequantized:
+                weight = module.get_parameter("weight")
+                weight.copy_(weight.to(model.source.float_dtype))
         return layer, {**quantizers, **install_stored(model, layer, index, kept.__contains__)}
 
-    return Candidate(model=model, load=load, kv_hooks=overlay.kv_hooks)
+    # Scales that the source has are carried where the calibration has none.
+    kv_hooks = overlay.kv_hooks if calibration.kv_cache else partial(stored_kv_hooks, model)
+    return Candidate(model=model, load=load, kv_hooks=kv_hooks)
 
 
 @torch.no_grad()

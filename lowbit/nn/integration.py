@@ -62,6 +62,27 @@ def open_tokenizer(path: str | Path, instead: str = "") -> Any:
         ) from error
 
 
+def open_config(path: Path, model_type: object, *, trust_remote_code: bool = False, instead: str = "") -> Any:
+    """transformers' config of the checkpoint in a directory, whose config.json has this `model_type`.
+
+    InputError where it does not take it; `instead`: what else helps.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            str(path), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise InputError(
+            f"{path}: expected a config.json that transformers takes, found {model_type!r}; transformers "
+            f"{transformers.__version__} cannot use this config.json ({reason}): correct it, or update transformers"
+            f"{', or ' if instead else ''}{instead}"
+        ) from error
+
+
 def register_names() -> None:
     """Put the config and quantizer named `lowbit` into transformers' registry, and nothing else."""
     require_transformers()

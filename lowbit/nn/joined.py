@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.errors import InputError
 from lowbit.granularity import Granularity, PerBlock
 from lowbit.nn.stored import float_linear
 
@@ -75,6 +76,21 @@ class Converted:
     def place(self) -> int:
         """Which of the tensors that are joined it is."""
         return self.converter.source_patterns.index(self.pattern)
+
+    def joined(self, tensor: str) -> list[str]:
+        """The checkpoint's names of all tensors that are joined, of which `tensor` is one; [] where they are not
+        certain."""
+        ends = [pattern.replace("\\", "") for pattern in self.converter.source_patterns]
+        before = tensor.removesuffix(ends[self.place])
+        return [] if before == tensor else [before + end for end in ends]
+
+
+def absent_part(tensor: str, absent: Sequence[str]) -> InputError:
+    """What is wrong where `tensor` is joined with others, of which some are absent."""
+    return InputError(
+        f"{tensor}: expected {', '.join(absent)} beside it, which transformers joins with it into one matrix, found "
+        "no such weight; the checkpoint is incomplete: fetch or convert it again"
+    )
 
 
 def converted_by(name: str, converters: Sequence[Any]) -> Converted | None:

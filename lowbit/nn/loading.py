@@ -138,23 +138,17 @@ def _check_devices(max_memory: Mapping[int | str, int | str]) -> None:
 
 def _architecture(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """(model class, config) that config.json names."""
-    from lowbit.nn.integration import register_names
+    from lowbit.nn.integration import open_config, register_names
 
     register_names()
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
 
     if not checkpoint.config:
         raise InputError(f"{checkpoint.root}: expected a config.json that names an architecture, found none")
     names = checkpoint.config.get("architectures") or []
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(checkpoint.root), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (ValueError, OSError, StrictDataclassError) as error:
-        raise InputError(
-            f"{checkpoint.root}: transformers {transformers.__version__} cannot use this config.json ({error})"
-        ) from error
+    config = open_config(
+        checkpoint.root, checkpoint.config.get("model_type"), trust_remote_code=trust_remote_code
+    )
     if trust_remote_code and "auto_map" in checkpoint.config:
         return transformers.AutoModelForCausalLM, config
     for name in names:

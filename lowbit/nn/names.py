@@ -8,7 +8,7 @@ checkpoint's names. The library's own tables are asked, one tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,31 +62,6 @@ def stored_modules_on_disk(model: nn.Module, names: Iterable[str]) -> list[str]:
 
     tensors = {f"{name}.weight": torch.empty(0, device="meta") for name in names}
     return [module_of(tensor) for tensor in revert_weight_conversion(model, tensors)]  # type: ignore[arg-type]
-
-
-def save_joined(model: Any, joined: Mapping[str, Sequence[str]], apart: Mapping[str, str]) -> None:
-    """Let transformers save QuantLinears as the modules that they are on disk.
-
-    joined: name there → names in memory of those that are its rows; apart: → of one that transformers would join.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    from lowbit.nn.row_conversions import Renamed, rows_converters
-
-    find = Finder(model)
-    own: list[Any] = [
-        c for name, paths in joined.items() for c in rows_converters(find.renamed(name), model, paths)
-    ]
-    if apart:
-        own.append(
-            Renamed({find.renamed(name): path for name, path in apart.items()}, model.base_model_prefix)
-        )
-    before = getattr(model, "_weight_conversions", None)
-    if before is None:  # as transformers does for a model that it has not loaded
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        before = [c for c in mapping if not isinstance(c, PrefixChange)]
-    model._weight_conversions = before + own  # saving asks the last one first
 
 
 def _get(model: nn.Module, name: str) -> torch.Tensor:
@@ -184,6 +159,12 @@ class Finder:
             return None
         path, count = self._placed(found.target.rpartition(".")[0]), len(found.converter.source_patterns)
         return None if path is None or count == 1 else (path, found.place, count)
+
+    def joined_with(self, module: str) -> list[str]:
+        """The checkpoint's `module` and those whose rows `joined_into` puts beside its; [] where their names are not
+        certain."""
+        found = self._converted(module)
+        return [] if found is None else [module_of(t) for t in found.joined(f"{module}.weight")]
 
     def becomes_float(self, module: str) -> bool:
         """Whether transformers makes weights of this model from codes whose module is not in it under their name."""

@@ -13,7 +13,7 @@ from lowbit.errors import InputError
 from lowbit.formats import StoredModule
 from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import FUSED_PARAMETERS, has_weights, refusal
-from lowbit.nn.joined import SplitLinear, within_blocks
+from lowbit.nn.joined import SplitLinear, absent_part, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
 from lowbit.nn.names import ROLES, Finder
 from lowbit.nn.swap import replace_module
@@ -126,8 +126,15 @@ def place_rows(
         _put(model, path, part, find, (rows, whole[1]))
 
 
-def why_not_parts(path: str, names: Sequence[str], find: Finder) -> str:
-    """Why the Linear at `path` cannot be made of these modules on disk, all of it that is quantized, or ""."""
+def why_not_parts(
+    path: str, names: Sequence[str], tensors: Mapping[str, TensorRef], find: Finder
+) -> str:  # fmt: skip
+    """Why the Linear at `path` cannot be made of these modules on disk, all of it that is quantized, or "".
+
+    InputError where another part of it is not among the `tensors`.
+    """
+    if absent := [n for n in find.joined_with(names[0]) if n not in names and f"{n}.weight" not in tensors]:
+        raise absent_part(names[0], absent)
     joined, into = find.modules[path], find.joined_into(names[0])
     if not isinstance(joined, nn.Linear) or joined.bias is not None:
         return "transformers joins it with others into something else than a Linear without bias"

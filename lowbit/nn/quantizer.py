@@ -173,7 +173,7 @@ class LowbitQuantizer(HfQuantizer):
                 in_float[name] = _RESHAPED
         for path, names in parts.items():
             in_order = [names[place] for place in sorted(names)]
-            if reason := why_not_parts(path, in_order, find):
+            if reason := why_not_parts(path, in_order, tensors, find):
                 in_float |= dict.fromkeys(in_order, reason)
                 continue
             place_parts(model, path, [(n, stored[n]) for n in in_order], tensors, find)

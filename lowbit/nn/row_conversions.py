@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
 )
 
 from lowbit.granularity import PerTensor
 from lowbit.nn.linear import QuantLinear
+from lowbit.nn.names import Finder
 
 What = Literal["rows", "value", "shape"]
 """What a tensor is: something of each row (or block of rows), one value for all rows, or the shape [2] of a weight."""
@@ -141,6 +144,26 @@ class Renamed(WeightRenaming):
 
     def reverse_transform(self) -> Renamed:
         return Renamed({b: a for a, b in self.names.items()}, self.prefix)
+
+
+def save_joined(model: Any, joined: Mapping[str, Sequence[str]], apart: Mapping[str, str]) -> None:
+    """Let transformers save QuantLinears as the modules that they are on disk.
+
+    joined: name there → names in memory of those that are its rows; apart: → of one that transformers would join.
+    """
+    find = Finder(model)
+    own: list[Any] = [
+        c for name, paths in joined.items() for c in rows_converters(find.renamed(name), model, paths)
+    ]
+    if apart:
+        own.append(
+            Renamed({find.renamed(name): path for name, path in apart.items()}, model.base_model_prefix)
+        )
+    before = getattr(model, "_weight_conversions", None)
+    if before is None:  # as transformers does for a model that it has not loaded
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        before = [c for c in mapping if not isinstance(c, PrefixChange)]
+    model._weight_conversions = before + own  # saving asks the last one first
 
 
 def _exact(name: str, prefix: str) -> str:

@@ -20,7 +20,7 @@ from lowbit.nn.experts import QuantExperts
 from lowbit.nn.fused_experts import parameter, sizes
 from lowbit.nn.joined import SplitLinear, within_blocks
 from lowbit.nn.linear import QuantLinear, is_conv1d
-from lowbit.nn.names import is_transformers_model, save_joined, stored_modules_on_disk
+from lowbit.nn.names import is_transformers_model, stored_modules_on_disk
 from lowbit.nn.stored import QuantModule, as_format, as_scheme, float_linear
 from lowbit.scheme import Scheme
 
@@ -121,6 +121,8 @@ def quantize_model(
         finally:
             # What came before an error stays quantized, and may be saved.
             if joined or apart:
+                from lowbit.nn.row_conversions import save_joined
+
                 save_joined(part.model, joined, apart)
         if is_transformers_model(part.model) and part.layout:
             _describe(part.model, target, part.layout, ignored)

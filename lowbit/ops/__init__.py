@@ -53,7 +53,7 @@ from lowbit.ops import (  # importing them registers the operations
     register_bfloat16,
     register_quantize,
 )
-from lowbit.ops.checks import check_no_tangent
+from lowbit.ops.checks import check_no_tangent, check_no_transform
 from lowbit.ops.settings import (
     NoKernelError,
     allow_fallback,
@@ -225,6 +225,7 @@ def quantize(
     """
     if not torch.compiler.is_compiling() and eager.applies(x):
         return register_quantize.quantize(x, dtype, group, power_of_2)
+    check_no_transform(x)
     return _ops.quantize.default(x, dtype, group, power_of_2)
 
 
@@ -234,6 +235,7 @@ def quantize_static(
     """Codes of x [..., K] under one scale [1] (and zero point int8 [1]): saturating, half to even."""
     if not torch.compiler.is_compiling() and eager.applies(x, scale, zero_point):
         return register_quantize.quantize_static(x, scale, zero_point, dtype)
+    check_no_transform(x, scale)
     return _ops.quantize_static.default(x, scale, zero_point, dtype)
 
 
@@ -255,7 +257,7 @@ def rms_norm_quantize(
     arguments = (x, weight, eps, residual, dtype, group)
     if not torch.compiler.is_compiling() and eager.applies(x, weight, residual):
         return register_quantize.rms_norm_quantize(*arguments)
-    check_no_tangent(x, residual)
+    check_no_tangent(x, weight, residual)
     return _ops.rms_norm_quantize.default(*arguments)
 
 
@@ -266,6 +268,7 @@ def silu_mul_quantize(x: Tensor, *, dtype: torch.dtype, group: int = 0) -> tuple
     """
     if not torch.compiler.is_compiling() and eager.applies(x):
         return register_quantize.silu_mul_quantize(x, dtype, group)
+    check_no_transform(x)
     return _ops.silu_mul_quantize.default(x, dtype, group)
 
 

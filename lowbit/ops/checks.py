@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -183,8 +184,25 @@ def check_quantize(x: Tensor, dtype: torch.dtype, group: int) -> None:
     require(group >= 0, lambda: f"expected a group of at least 0 elements (0: the whole row), found {group}")
 
 
+def check_no_transform(*tensors: Tensor | None) -> None:
+    """NotImplementedError where torch.func differentiates: torch would ask for a method of its own class for this."""
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return
+    for t in tensors:
+        while t is not None and functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_gradtrackingtensor(t) and t.requires_grad:
+                raise NotImplementedError(
+                    "expected no torch.func.grad, vjp or jacrev around lowbit's operators, found one, and torch takes "
+                    "none of operators with a gradient of their own; use backward() or torch.autograd.grad, or a "
+                    "Linear that to_linear() makes"
+                )
+            t = functorch.get_unwrapped(t)
+
+
 def check_no_tangent(*tensors: Tensor | None) -> None:
-    """NotImplementedError in forward-mode differentiation, where torch would take the derivative for zero."""
+    """NotImplementedError in forward-mode differentiation, where torch would take the derivative for zero, and under
+    transforms (see `check_no_transform`)."""
+    check_no_transform(*tensors)
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):

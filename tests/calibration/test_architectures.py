@@ -434,6 +434,19 @@ def test_linear_layers_that_transformers_joins_are_read_quantized(sources, tmp_p
     assert 0 < found.agreement.to_dict(compared=True)["kl"] < 0.05
 
 
+def test_a_part_that_is_missing_of_what_transformers_joins_is_named(sources, tmp_path):
+    """It was a RuntimeError of shapes, since the part that is there was all of the layer."""
+    shutil.copytree(sources("minimax_m3_vl"), tmp_path / "src")
+    tensors = load_file(tmp_path / "src" / "model.safetensors")
+    left = {n: t for n, t in tensors.items() if "layers.0.mlp.up_proj." not in n}
+    assert len(left) < len(tensors)
+    save_file(left, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"gate_proj\.weight: expected \S*mlp\.up_proj\.weight beside .* incomplete"
+    ):
+        LayerwiseModel(Source(tmp_path / "src"))
+
+
 def test_what_transformers_splits_while_loading_is_named(tmp_path):
     """HRM's q, k, v and gate are one tensor: they were called missing, and config.json another checkpoint's."""
     config = HrmTextConfig(**{k: v for k, v in TEXT.items() if k != "num_key_value_heads"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,13 @@ from lowbit.calibration import fold, step, store
 from lowbit.calibration.calibrate import RunOptions, calibrate
 from lowbit.calibration.gptq import RoundingOptions
 from lowbit.calibration.kv_cache import KVCache
+from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import METHODS, Method
+from lowbit.calibration.source import Source
+from lowbit.checkpoint.patterns import Patterns
 from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
-from lowbit.evaluate.layerwise import calibrated, evaluate, plain
+from lowbit.evaluate.layerwise import Candidate, _Stream, calibrated, evaluate, plain
 from lowbit.quantize import quantize
 from lowbit.scheme import get_scheme
 
@@ -340,6 +345,110 @@ def test_bias_correction_moves_existing_biases(checkpoints, windows, tmp_path, s
     assert biases == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}
 
 
+@pytest.mark.parametrize("keep", ["*.input_layernorm", "*.mlp.gate", "lm_head", "model.layers.0.mlp"])
+def test_what_is_kept_in_float_stays_byte_for_byte(checkpoints, windows, tmp_path, keep):
+    """Norms gave their gain away, and routers got it."""
+    source = checkpoints["qwen3_moe"]
+    for method in ("smoothquant", "best"):
+        found = lowbit.calibrate(
+            source, tmp_path / "c", "int8", method=method, data=windows, keep=[keep], overwrite=True
+        )
+        assert found.method["rotate"] == "none"
+        lowbit.convert(source, tmp_path / "out", "int8", calibration=found, overwrite=True)
+        before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "out"))
+        kept = [n for n in before if Patterns([keep]).matching(n.removesuffix(".weight"))]
+        assert kept and all(torch.equal(before[n], after[n]) for n in kept), method
+
+
+def test_biases_alone_of_a_model_without_any_are_refused(checkpoints, windows, tmp_path):
+    """0 modules were written, after all the data had passed."""
+    method = Method.from_dict({"bias_correction": True})
+    with pytest.raises(InputError, match="and corrects biases, of which there are none"):
+        calibrate(checkpoints["llama"], tmp_path / "c", get_scheme("int8"), method, windows)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture(scope="module")
+def half_quantized(checkpoints, tmp_path_factory):
+    """Scheme → a checkpoint whose first two layers, and down_proj of the last, have codes; the rest is in float."""
+    root = tmp_path_factory.mktemp("half")
+
+    @cache
+    def made(scheme: str) -> Path:
+        overrides = {"re:.*layers.2.(self_attn|mlp.(gate|up)_proj).*": "float"}
+        lowbit.convert(checkpoints["llama"], root / scheme, scheme, overrides=overrides)
+        return root / scheme
+
+    return made
+
+
+KEPT = Selection(
+    keep=("model.layers.0", "model.layers.1", "*.down_proj"), overrides={"model.layers.2": "int8"}
+)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+@pytest.mark.parametrize("method", ["gptq", "smoothquant-gptq", "mse"])
+def test_what_is_kept_rounds_its_input_before_the_next_layer_sees_it(
+    half_quantized, windows, tmp_path, monkeypatch, method, scheme
+):
+    """As engines and `eval` do. The last layer was calibrated on states that no engine will give it."""
+    source, seen = half_quantized(scheme), []
+    by_itself = module.calibrate_layer
+
+    def look(run, index, **more):
+        if index == 2:
+            seen.append([h.clone() for h in run.cache])
+        return by_itself(run, index, **more)
+
+    def states(side):
+        stream = _Stream.start(side, module.make_batches(windows, len(windows)), 1 << 30)
+        for index in (0, 1):
+            stream.advance(index)
+        return list(stream.cache)
+
+    monkeypatch.setattr(module, "calibrate_layer", look)
+    options = RunOptions(batch_size=len(windows))
+    arguments = (get_scheme("int8"), METHODS[method], windows)
+    for name, write in (("whole", None), ("resumed", store.Writer.write)):
+        if write is not None:  # layers 0 and 1 are done; 2 is not
+            lines = json.loads((tmp_path / "whole" / "calibration.json").read_text())
+            del lines["layers"]["model.layers.2"]
+            shutil.copytree(tmp_path / "whole", tmp_path / name)
+            (tmp_path / name / "calibration.json").write_text(json.dumps(lines | {"complete": False}))
+        calibrate(source, tmp_path / name, *arguments, selection=KEPT, options=options)
+    want = states(plain(source))
+    for found in seen:
+        assert len(seen) == 2
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    unrounded = LayerwiseModel(Source(source))
+    far = states(Candidate(model=unrounded, load=lambda i: (unrounded.load(i), {})))
+    assert all((a - b).norm() > 1e-3 * b.norm() for a, b in zip(far, want, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["*.o_proj", "*.v_proj", "*.down_proj", "*.up_proj"])
+def test_what_is_kept_stays_byte_for_byte(checkpoints, windows, tmp_path, keep):
+    """Scales that moved through it, and rotations, were rounded into codes of its scheme again."""
+    lowbit.convert(checkpoints["llama"], tmp_path / "src", "fp8")
+    common = {"keep": [keep]}
+    calibration = tmp_path / "c"
+    for method in ("smoothquant", "best"):
+        found = lowbit.calibrate(
+            tmp_path / "src", calibration, "int8", method=method, data=windows, overwrite=True, **common
+        )
+        assert found.method["rotate"] == "none"
+        lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=calibration, overwrite=True)
+        before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("src", "out"))
+        kept = [n for n in before if keep[1:] in n]
+        assert len(kept) == 6
+        for name in kept:
+            assert before[name].dtype == after[name].dtype, (method, name)
+            assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), (method, name)
+    with pytest.raises(InputError, match=r"found model\.layers\.0\.\S+ and \d more to be kept"):
+        lowbit.calibrate(tmp_path / "src", tmp_path / "d", "int8", method="rotate", **common)
+
+
 def test_what_cannot_be_done_is_said(checkpoints, windows, tmp_path):
     with pytest.raises(InputError, match="--data"):
         calibrate(checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["gptq"], [])
@@ -351,6 +460,20 @@ def test_what_cannot_be_done_is_said(checkpoints, windows, tmp_path):
         Method.from_dict({"name": "gptq", "alpha": 0.5})
     with pytest.raises(InputError, match="α"):
         Method.from_dict({"name": "smoothquant", "smooth": 1.5})
+
+
+def test_the_method_that_a_mapping_starts_from_is_one_that_there_is(checkpoints, windows, tmp_path):
+    """A misspelt one was a method of its own, without all that the preset does; so was best."""
+    with pytest.raises(InputError, match="did you mean 'gptq'"):
+        Method.from_dict({"name": "gtpq", "rounding": {"act_order": False}})
+    common = {"data": windows, "options": RunOptions(min_tokens=8)}
+    for scheme, name in (("int8", "rotate-gptq"), ("fp8", "gptq")):
+        method = {"name": "best", "rounding": {"act_order": False}}
+        found = lowbit.calibrate(checkpoints["llama"], tmp_path / scheme, scheme, method=method, **common)
+        assert found.method["name"] == name and found.method["rounding"]["rounding"] == "gptq"
+        assert not found.method["rounding"]["act_order"]
+        again = Method.from_dict({**found.method, "name": "as-it-was"})
+        assert replace(again, name=name).to_dict() == found.method
 
 
 def test_methods_survive_json():

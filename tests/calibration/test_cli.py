@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import everything
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM as Auto
@@ -19,10 +20,12 @@ from typer.testing import CliRunner
 
 import lowbit as package
 from lowbit import quality
+from lowbit.calibration import calibrate as calibrating
 from lowbit.calibration import data, store
 from lowbit.calibration.data import load_tokenizer, load_windows
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.cli import app
+from lowbit.engines import local
 from lowbit.errors import InputError
 from lowbit.recipe import load_recipe
 
@@ -137,6 +140,36 @@ def test_a_place_that_is_taken_is_said_before_it_is_calibrated(
     command = ("convert", source, tmp_path / "out", "--method", "gptq", "--data", source, *overwrite)
     assert message in str(lowbit(*command, code=2).exception)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_lies_unfinished_in_the_output_is_said_before_it_is_calibrated(source, tmp_path, monkeypatch):
+    """It was said after the calibration, and of one that was to replace another after the data had been embedded."""
+    command = ("convert", source, tmp_path / "out", "--method", "gptq")
+    command += ("--data", source.parent / "text.txt", "--samples", 2, "--length", 16)
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(local, "run_jobs", stopped)
+        lowbit(*command, code=130)
+    before = everything(tmp_path)
+    assert ".calibration/calibration.json" in " ".join(before) and "journal.jsonl" in " ".join(before)
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "calibrate", lambda *_, **__: pytest.fail("calibrated in vain"))
+        for other in (("--max-shard-size", "50KB"), ("--scheme", "fp8")):
+            assert "an unfinished conversion" in str(lowbit(*command, *other, code=2).exception)
+        kept = (tmp_path / "out.calibration").rename(tmp_path / "elsewhere")
+        assert "an unfinished conversion" in str(lowbit(*command, code=2).exception)
+        kept.rename(tmp_path / "out.calibration")
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrating, "_start", lambda *_, **__: pytest.fail("embedded in vain"))
+        assert "found one with other data" in str(lowbit(*command, "--samples", 3, code=2).exception)
+        calibrate = ("calibrate", source, *command[3:], "-o", source / "config.json")
+        assert "found that none can be made" in str(lowbit(*calibrate, code=2).exception)
+    assert everything(tmp_path) == before
+    assert "layers were done already" in lowbit(*command).output
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
@@ -278,6 +311,9 @@ def test_what_cannot_be_converted_is_said_before_it_is_calibrated(
         ("search", ("-o", "{at}/new/r.yaml", "--budget", 16), "less than 16 bits.* found int8, fp8 and 16"),
         ("search", ("-o", "{at}/new/r.yaml", "--max-kl", 0), "more than 0"),
         ("search", ("-o", "{at}/new/r.yaml", "--candidates", "bf16", "--budget", 16), "less than 16 bits"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", "bf16"), "less than 16 bits.* found bf16 and 8.5"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", "float"), "schemes to choose from"),
+        ("search", ("-o", "{at}/new/r.yaml", "--candidates", "fp8,float", "--budget", 3), "which fp8 take"),
         ("search", ("-o", "{at}/new/r.yaml", "--candidates", ","), "schemes to choose from"),
         ("search", ("-o", "{at}/new/r.yaml", "--ignore", "model.*"), "at least one weight"),
         ("eval", ("--reference", "{at}/deeper"), "made from .* of 4 layers .* found 3 layers"),
@@ -430,6 +466,30 @@ def test_texts_of_token_ids_are_windows_of_their_own(tmp_path):
     assert [int(w[0]) for w in found] == [0, 8, 20, 28, 40, 48]
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (torch.ones(2, 40, 4, dtype=torch.int64), r"found Tensor \[2, 40, 4\]"),  # as one text of 320 tokens
+        (torch.tensor(3), r"found Tensor \[\]"),
+        ([torch.arange(20), torch.arange(9)], "found list"),
+        ({"input_ids": torch.arange(20)}, "found dict"),
+    ],
+)
+def test_token_ids_of_another_form_are_named(tmp_path, found, message):
+    torch.save(found, tmp_path / "ids.pt")
+    with pytest.raises(InputError, match=r"\[T\] or \[N, T\] of N texts, " + message):
+        load_windows(tmp_path / "ids.pt", None, length=8)
+
+
+def test_token_ids_that_were_on_an_accelerator(tmp_path, monkeypatch):
+    """Of which there may be none here."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(torch.arange(20), tmp_path / "ids.pt")
+    (window,) = load_windows(tmp_path / "ids.pt", None, length=16)
+    assert window.tolist() == list(range(16))
+
+
 def test_messages_come_with_their_tools(source, tmp_path):
     tokenizer = load_tokenizer(source)
     tokenizer.chat_template = (
@@ -527,6 +587,8 @@ def test_a_model_that_transformers_has_not_is_named(source, tmp_path, change):
     done = lowbit("eval", tmp_path / "src", "--data", source.parent / "text.txt", "--length", 32, code=2)
     assert isinstance(done.exception, InputError), done.exception
     assert f"found {change['model_type']!r}" in str(done.exception) and "[y/N]" not in done.output
+    # It said to convert what may be converted already.
+    assert "to compare weights `lowbit verify OUT --source SRC`" in str(done.exception)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.norm", "model.embed_tokens"])

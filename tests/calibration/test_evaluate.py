@@ -196,6 +196,21 @@ def test_what_a_calibration_kept_rounds_its_inputs_as_it_did(checkpoints, window
     assert overlaid.to_dict() == pytest.approx(written.to_dict(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_what_becomes_float_has_the_dtype_that_it_is_written_in(checkpoints, windows, tmp_path, name):
+    """An overlay had it dequantized in float32."""
+    lowbit.convert(checkpoints[name], tmp_path / "bf16", "bf16")
+    lowbit.convert(tmp_path / "bf16", tmp_path / "src", "fp8")
+    found = lowbit.calibrate(
+        tmp_path / "src", tmp_path / "c", "int8", method="gptq", data=windows, ignore=["*.layers.1.*"]
+    )
+    lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", calibration=found)
+    reference = plain(tmp_path / "src")
+    written = evaluate(plain(tmp_path / "out"), windows[:4], reference).agreement
+    overlaid = evaluate(evaluation.calibrated(tmp_path / "src", found), windows[:4], reference).agreement
+    assert overlaid.to_dict(compared=True) == pytest.approx(written.to_dict(compared=True), rel=1e-6)
+
+
 def test_what_a_source_left_in_float_beside_the_layers_stays(tmp_path):
     """As in a conversion: Gemma 4's projection to per-layer inputs."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationArgs
 from safetensors.torch import load_file
 from test_fused_experts import TEXT, model_of
@@ -25,8 +26,13 @@ from transformers import (
 )
 
 import lowbit
+from lowbit.calibration import calibrate as calibrating
 from lowbit.calibration.kv_cache import KVCache, KVQuantizer, attentions, watched
+from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.run import RunOptions
+from lowbit.calibration.source import Source
 from lowbit.errors import InputError
+from lowbit.evaluate.layerwise import _Stream, calibrated
 
 DENSE = {k: v for k, v in TEXT.items() if "expert" not in k and "moe" not in k}
 WINDOWS = [torch.randint(3, 120, (24,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -128,6 +134,53 @@ def test_latent_attention_has_no_keys_to_calibrate(tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="k_proj or qkv_proj"):
         converted(DeepseekV3ForCausalLM(config), tmp_path, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("gpt_neox", "query_key_value"), ("mamba2", "in_proj"), ("deepseek_v3", "kv_b_proj")]
+)
+def test_only_models_with_latent_attention_are_said_to_have_it(name, found, tmp_path):
+    with pytest.raises(InputError, match="k_proj or qkv_proj") as error:
+        converted(ARCHITECTURES[name](), tmp_path, "fp8")
+    assert found in str(error.value) and ("latent" in str(error.value)) == (name == "deepseek_v3")
+
+
+@pytest.mark.parametrize("method", ["gptq", "mse", "smoothquant", "best"])
+def test_scales_that_the_source_has_round_while_it_is_calibrated(tmp_path, monkeypatch, method):
+    """A conversion carries them. `eval --calibration` went without, layers saw states that no engine gives them, and
+    what moved through values left them with scales of others."""
+    torch.manual_seed(0)
+    converted(LlamaForCausalLM(LlamaConfig(**DENSE, initializer_range=0.2)), tmp_path, "fp8")
+    source, seen = tmp_path / "out", []
+    by_itself = calibrating.calibrate_layer
+
+    def look(run, index, **more):
+        seen.append([h.clone() for h in run.cache])
+        return by_itself(run, index, **more)
+
+    monkeypatch.setattr(calibrating, "calibrate_layer", look)
+    found = lowbit.calibrate(
+        source, tmp_path / "again", "int8", method=method, data=WINDOWS, device="cpu",
+        options=RunOptions(batch_size=2, min_tokens=8),
+    )  # fmt: skip
+    lowbit.convert(source, tmp_path / "more", "int8", calibration=found)
+    written, overlaid = (
+        lowbit.measure(out, WINDOWS, reference=source, calibration=c, device="cpu").to_dict()
+        for out, c in ((tmp_path / "more", None), (source, found))
+    )
+    assert overlaid["kl"] == pytest.approx(written["kl"], rel=1e-4)
+    stream = _Stream.start(calibrated(source, found), calibrating.make_batches(WINDOWS, 2), 1 << 30)
+    stream.advance(0)
+    for a, b in zip(seen[1], stream.cache, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    moved = [n for report in found.layers.values() for n in report.get("smoothing", {})]
+    assert not any("o_proj" in n for n in moved) and bool(moved) == (method in ("smoothquant", "best"))
+    if method == "best":  # the residual stream is rotated, the heads' values are not
+        before, after = (
+            LayerwiseModel(Source(d)).load(0).self_attn.v_proj.weight for d in (source, tmp_path / "more")
+        )
+        gram = before @ before.T
+        assert (after @ after.T - gram).norm() < 0.02 * gram.norm()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

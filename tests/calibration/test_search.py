@@ -133,6 +133,8 @@ def test_recipes_round_trip_and_name_what_is_wrong(tmp_path):
         ({"scheme": "int8", "data": {"seed": None}}, "expected int as seed, found None"),
         ({"scheme": "int8", "data": {"seed": 2**63}}, "a seed of 64 bits"),
         ({"scheme": "int8", "version": 2}, "version 1"),
+        ({"scheme": "int8", "method": ""}, "a method's name or a mapping, found ''"),
+        ({"scheme": "int8", "method": {}}, "a method's name or a mapping, found {}"),
         ([1], "mapping"),
     ]
     for data, message in wrong:

@@ -140,6 +140,27 @@ def test_patterns_that_it_does_not_know_are_named(tmp_path):
         store.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": {"model.layers.0": {}}}, r"'file' \(str\) for model\.layers\.0 in .*, found {}"),
+        ({"layers": {"model.layers.0": None}}, "found None"),
+        ({"module_schemes": []}, r"a mapping as 'module_schemes' in .*, found \[\]"),
+        ({"config_overrides": None}, "a mapping as 'config_overrides'"),
+        (None, "a mapping in .*, found NoneType"),
+    ],
+)
+def test_what_a_manifest_should_not_hold_is_named(tmp_path, change, message):
+    """To whoever reads it and whoever goes on with it; it was a TypeError, or a KeyError."""
+    store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    manifest = json.loads((tmp_path / store.MANIFEST).read_text())
+    changed = None if change is None else manifest | change
+    (tmp_path / store.MANIFEST).write_text(json.dumps(changed))
+    for use in (store.read, lambda path: store.Writer(path, SETTINGS)):
+        with pytest.raises(store.CalibrationError, match=message):
+            use(tmp_path)
+
+
 def test_fingerprint_tells_values_apart(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
     first = store.fingerprint(tmp_path)

@@ -260,6 +260,20 @@ def test_lowbit_does_not_run_fp4(kind, tmp_path):
         lowbit.load(tmp_path / "src")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_kept_is_said_before_it_is_calibrated(kind, tmp_path):
+    """The conversion said it, hours later."""
+    published(tmp_path / "src", kind, qwen3_moe())
+    with pytest.raises(
+        InputError, match=r"keep model\.layers\.0\.\S+: .* found (nv|mx)fp4 in the source; ignore"
+    ):
+        lowbit.calibrate(
+            tmp_path / "src", tmp_path / "calib", "int8", method="gptq", keep=["*.experts.*"], device="cpu",
+            data=[torch.arange(3, 40)],
+        )  # fmt: skip
+    assert not (tmp_path / "calib").exists()
+
+
 @pytest.mark.parametrize("kind", ["nvfp4 modelopt", "nvfp4 library", "mxfp4 quark"])
 def test_calibrating_and_evaluating_read_it(kind, tmp_path):
     """As if it were in float32: bit for bit."""

@@ -317,6 +317,19 @@ def test_what_some_models_join_to_q_k_and_v(model_type, name):
         assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
 
 
+@pytest.mark.parametrize("float_by", ["ignore", "source"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_of_fused_members_one_that_is_kept_as_found_decides(float_by, reverse):
+    """The first one that stays decided, which is another in a model than on disk."""
+    names = ["a.mlp.gate_proj", "a.mlp.up_proj"]
+    selection = Selection(keep=("*.up_proj",), ignore=("*.gate_proj",) if float_by == "ignore" else ())
+    left = {"a.mlp.gate_proj": "left"} if float_by == "source" else {}
+    found = decide(
+        dict.fromkeys(reversed(names) if reverse else names, BIG), INT8, selection, left_in_float=left
+    )
+    assert [(found[n].scheme, found[n].as_found) for n in names] == [(None, True)] * 2
+
+
 def test_modules_of_different_parents_are_not_fused():
     assert fused_key("a.q_proj") != fused_key("b.k_proj")
     assert fused_key("a.o_proj") is None and fused_key("a.down_proj") is None

@@ -282,6 +282,22 @@ def test_a_layer_of_which_one_part_is_in_float_is_refused(tmp_path):
         load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-weight-only"])
+def test_a_part_that_is_missing_is_named(tmp_path, scheme):
+    """It was said to be in float, and to convert again so."""
+    made("minimax-m3").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    part = "layers.0.mlp.up_proj"
+    left = {n: t for n, t in tensors.items() if f"{part}." not in n}
+    assert len(left) < len(tensors)
+    save_file(left, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=rf"layers\.0\.mlp\.gate_proj: expected \S*{part} beside it, .* is incomplete"
+    ):
+        load(tmp_path / "out")
+
+
 def test_a_block_over_two_matrices_is_refused(tmp_path):
     """Codes of DeepSeek's kind whose blocks end within k, say."""
     config = t.NomicBertConfig(**BERT | {"hidden_size": 192})

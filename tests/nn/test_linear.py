@@ -385,6 +385,37 @@ def test_row_blocks_change_nothing(monkeypatch):
         assert torch.equal(got, want.dequantize().bfloat16())
 
 
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "vmap within grad"])
+def test_transforms_that_differentiate_are_refused(transform):
+    """torch asked for a setup_context method of a class of its own."""
+    quant = QuantLinear.from_linear(nn.Linear(64, 64), "int8")
+    x, one, scale = torch.randn(3, 64), torch.ones(64), torch.ones(1)
+    of = {
+        "linear": quant,
+        "table": BFloat16Linear(64, 64),
+        "quantize": lambda x: ops.quantize(x, torch.int8)[1] * x,
+        "quantize_static": lambda x: ops.quantize_static(x, scale, dtype=torch.int8) * x,
+        "silu_mul_quantize": lambda x: ops.silu_mul_quantize(x, dtype=torch.int8)[1] * x,
+        "rms_norm_quantize": lambda x: ops.rms_norm_quantize(x, one, 1e-6, dtype=torch.int8)[2],
+        "hadamard": lambda x: ops.hadamard(x, 64),
+    }
+    by = {
+        "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(x),
+        "vjp": lambda f: torch.func.vjp(f, x)[1](f(x)),
+        "jacrev": lambda f: torch.func.jacrev(f)(x),
+        "vmap within grad": lambda f: torch.func.grad(lambda x: torch.func.vmap(f)(x).sum())(x),
+    }[transform]
+    for f in of.values():
+        with pytest.raises(NotImplementedError, match=r"expected no torch\.func\.grad.* use backward\(\)"):
+            by(f)
+    # What is not differentiated, and what is by other means.
+    torch.func.grad(lambda z: (quant(x) * z).sum())(torch.ones(64))
+    y = x.clone().requires_grad_()
+    torch.func.vmap(of["hadamard"])(y).sum().backward()
+    torch.testing.assert_close(y.grad, ops.hadamard(torch.ones_like(x), 64))
+    by(quant.to_linear())
+
+
 @pytest.mark.parametrize("scheme", ["int8", "fp8-block", "int8-weight-only"])
 def test_forward_mode_is_refused(scheme):
     """torch takes the derivative of an operator that has none for zero, and says nothing."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers
 from lowbit.calibration.layer import install
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.products import multiplies_integers
@@ -16,24 +17,47 @@ from lowbit.granularity import scale_shape
 from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
+Wanted = Callable[[str], bool]
+"""Which modules, by the checkpoint's names."""
+
 
 def install_stored(
-    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Callable[[str], bool] = lambda name: True
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted = lambda name: True
 ) -> dict[str, ActivationQuantizer]:
     """Prepare the stored Linears of decoder layer `index`, as it was loaded; → the quantizers of their inputs.
 
-    `wanted`: which of them, by our full names. Those that multiply integers get their codes.
+    Those that multiply integers get their codes.
     """
+    schemes, scales, online = _inputs(model, layer, index, wanted)
+    quantized: dict[str, Quantized] = {}
+    for name, scheme in schemes.items():
+        weight = layer.get_submodule(name).get_parameter("weight")
+        disk = model.disk_name(f"{model.layer_name(index)}.{name}")
+        if multiplies_integers(scheme, weight) and (q := _codes(model, disk)) is not None:
+            quantized[name] = q
+    return install(layer, schemes, quantized, scales, online)
+
+
+def stored_quantizers(
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted
+) -> dict[str, ActivationQuantizer]:
+    """The quantizers of those inputs alone: the layer stays as it is."""
+    schemes, scales, online = _inputs(model, layer, index, wanted)
+    return install(layer, schemes, {}, scales, online)
+
+
+def _inputs(
+    model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted
+) -> tuple[dict[str, Scheme], dict[str, tuple[Tensor | None, Tensor | None]], frozenset[str]]:
+    """(scheme, scales of its input) of the stored Linears of the layer that round it, and those that rotate it."""
     prefix, stored = model.layer_name(index), model.source.stored
     schemes: dict[str, Scheme] = {}
     scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     online: set[str] = set()
-    quantized: dict[str, Quantized] = {}
     for name, module in layer.named_modules():
-        ours = f"{prefix}.{name}"
-        if not isinstance(module, nn.Linear) or not wanted(ours):
+        disk = model.disk_name(f"{prefix}.{name}")
+        if not isinstance(module, nn.Linear) or not wanted(disk):
             continue
-        disk = model.disk_name(ours)
         if disk in model.source.rotated:
             online.add(name)
         if disk not in stored:
@@ -41,9 +65,25 @@ def install_stored(
         scheme = stored[disk].scheme
         if scheme.activations is not None:
             schemes[name], scales[name] = scheme, stored_input(model, disk)
-            if multiplies_integers(scheme, module.weight) and (q := _codes(model, disk)) is not None:
-                quantized[name] = q
-    return install(layer, schemes, quantized, scales, frozenset(online))
+    return schemes, scales, frozenset(online)
+
+
+def stored_kv_hooks(model: LayerwiseModel, layer: nn.Module, index: int) -> dict[str, KVHook]:
+    """What rounds the layer's keys and values (see `kv_cache.watched`) by scales that the checkpoint has, where its
+    config asks for such a cache."""
+
+    def scale_of(name: str) -> Tensor | None:
+        """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
+        attention, _, leaf = name.rpartition(".")
+        below = f"{attention}.{leaf[0]}_proj"
+        known = (name, f"{below}.{leaf}", f"{below}.output_scale")
+        found = next((n for n in known if model.source.has(n)), None)
+        return None if found is None else model.source.raw(found).to(model.device)
+
+    if (kv_cache := KVCache.of_config(model.source.config)) is None:
+        return {}
+    prefix = model.layer_name(index)
+    return quantizers(layer, kv_cache, lambda name: model.disk_attention(f"{prefix}.{name}"), scale_of)
 
 
 def stored_input(model: LayerwiseModel, disk: str) -> tuple[Tensor | None, Tensor | None]:
