@@ -36,6 +36,11 @@ def ascend_python() -> Path | None:
     return python if python.exists() else None
 
 
+def environment() -> dict[str, str]:
+    """For a process in the Ascend venv."""
+    return {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+
+
 def compile_on_ascend(row: Row, launch: Launch) -> Row:
     """The row with its instruction, or its failure; a refusal where the venv is not installed."""
     python = ascend_python()
@@ -43,10 +48,9 @@ def compile_on_ascend(row: Row, launch: Launch) -> Row:
         return replace(
             row, refusal="triton-ascend is not installed: run `make ascend-env` (721 MB) and try again"
         )
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
     process = subprocess.Popen(
         [python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=environment, start_new_session=True,
+        text=True, env=environment(), start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(json.dumps(asdict(launch)), timeout=TIMEOUT)
@@ -63,8 +67,13 @@ def compile_on_ascend(row: Row, launch: Launch) -> Row:
     return replace(row, instruction=answer["instruction"])
 
 
-def _lower(kernel: Any, launch: dict[str, Any], tries: int = 4) -> str:
-    """Triton → linalg. triton-adapter-opt dies at random now and then: try again."""
+def compile_launch(launch: dict[str, Any]) -> str:
+    """A recorded launch → HIVM, the last form before CANN's part. RuntimeError: the compiler refused it."""
+    return _finish(_lower(launch))
+
+
+def _lower(launch: dict[str, Any], tries: int = 4) -> str:
+    """A recorded launch → linalg. triton-adapter-opt dies at random now and then: try again."""
     from triton._C.libtriton import ir
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
@@ -78,7 +87,7 @@ def _lower(kernel: Any, launch: dict[str, Any], tries: int = 4) -> str:
     context = ir.context()
     ir.load_dialects(context)
     signature = {name: kind for name, kind in launch["signature"].items() if kind != "constexpr"}
-    source = ASTSource(kernel, signature, launch["constants"])
+    source = ASTSource(_kernel(launch["module"], launch["kernel"]), signature, launch["constants"])
     module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
     module = stages["ttir"](module, metadata)
     for attempt in range(tries):
@@ -115,7 +124,7 @@ def _finish(linalg: str) -> str:
     raise RuntimeError(re.sub(r'loc\("[^"]*":[\d:]*\): ', "", " ".join(errors))[-600:])
 
 
-def _load_kernel(module: str, kernel: str) -> Any:
+def _kernel(module: str, name: str) -> Any:
     """The jitted function, from the files beside this one; torch, which is not here, is not needed."""
     import types
 
@@ -125,22 +134,23 @@ def _load_kernel(module: str, kernel: str) -> Any:
                 raise AttributeError(name)
             return f"torch.{name}"
 
-    sys.modules["torch"] = Absent("torch")
-    folder = Path(__file__).parent
-    spec = importlib.util.spec_from_file_location(
-        "kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = package
-    spec.loader.exec_module(package)
-    return getattr(importlib.import_module(f"kernels.{module}"), kernel)
+    if "kernels" not in sys.modules:
+        sys.modules["torch"] = Absent("torch")
+        folder = Path(__file__).parent
+        spec = importlib.util.spec_from_file_location(
+            "kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules["kernels"] = package
+        spec.loader.exec_module(package)
+    return getattr(importlib.import_module(f"kernels.{module}"), name)
 
 
 def main() -> int:
     launch = json.load(sys.stdin)
     try:
-        hivm = _finish(_lower(_load_kernel(launch["module"], launch["kernel"]), launch))
+        hivm = compile_launch(launch)
         found = sorted(set(re.findall(r"@(mma_tile_\w+)\(", hivm)))
         answer = {"instruction": ", ".join(found) or None}
     except Exception as error:

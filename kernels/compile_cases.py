@@ -203,7 +203,9 @@ CASES: tuple[Case, ...] = (
         for name, call in (
             ("quantize_per_token int8", lambda t: quantize_per_token(_x())),
             ("quantize_per_token fp8", lambda t: quantize_per_token(_x(), fp8(t))),
+            ("quantize_per_token int8, K=1001", lambda t: quantize_per_token(_x(1001))),
             ("quantize_per_group int8", lambda t: quantize_per_group(_x(), column_major=True)),
+            ("quantize_per_group int8, K=1001", lambda t: quantize_per_group(_x(1001), column_major=True)),
             ("quantize_per_group fp8", lambda t: quantize_per_group(_x(), fp8(t), column_major=True)),
             (
                 "quantize_per_group mxfp8",
@@ -220,6 +222,10 @@ CASES: tuple[Case, ...] = (
             (
                 "rms_norm_quantize fp8 group",
                 lambda t: rms_norm_quantize(_x(7168), empty(7168, dtype=_BF16), 1e-6, fp8(t), group_size=128),
+            ),
+            (
+                "rms_norm_quantize int8, K=1001",
+                lambda t: rms_norm_quantize(_x(1001), empty(1001, dtype=_BF16), 1e-6, residual=_x(1001)),
             ),
             ("silu_mul_quantize int8", lambda t: silu_mul_quantize(*_x(4096).chunk(2, dim=-1))),
             ("silu_mul_quantize fp8 group", lambda t: silu_mul_quantize(_x(), _x(), fp8(t), group_size=128)),

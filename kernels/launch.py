@@ -56,10 +56,14 @@ def block_refusal(rows: int, cols: int) -> str | None:
     return None
 
 
-def group_refusal(size: int) -> str | None:
-    """Why no kernel quantizes activations in groups of `size` along K; None where they do."""
-    if not 16 <= size <= 2048 or size & (size - 1):
-        return f"expected a group size that is a power of two from 16 to 2048, found {size}"
+def group_refusal(size: int, target: Target | None = None) -> str | None:
+    """Why no kernel (of `target`) quantizes activations in groups of `size` along K; None where they do."""
+    # Rows of more than 256 elements in a block overflow Ascend's unified buffer: its compiler says so.
+    ascend = target is not None and target.backend == "npu"
+    most = 256 if ascend else 2048
+    if not 16 <= size <= most or size & (size - 1):
+        where = f" on {target.name}" if target is not None and ascend else ""
+        return f"expected a group size that is a power of two from 16 to {most}{where}, found {size}"
     return None
 
 
@@ -117,13 +121,8 @@ def _heuristic(
     eight_bit = _eight_bit(a_dtype)
     fp8 = eight_bit and a_dtype != "int8"
     if target.backend == "npu":
-        # 192 KiB of unified buffer; scales inside the sum need room beside the accumulator.
-        chosen = LaunchParameters(
-            block_m=min(m, 128 if eight_bit else 64),
-            block_n=64 if group_k else 128,
-            block_k=128 if eight_bit else 64,
-            persistent=True,
-        )
+        block_m, block_n, block_k = _on_ascend(m, eight_bit, group_k)
+        chosen = LaunchParameters(block_m=block_m, block_n=block_n, block_k=block_k, persistent=True)
     elif target.backend == "hip":
         chosen = LaunchParameters(
             block_m=min(m, 128),
@@ -157,6 +156,20 @@ def _heuristic(
     if kernel == "matmul_mxfp8" and target.name == "sm100":
         chosen = replace(chosen, block_m=128, block_n=128, num_warps=8)
     return replace(chosen, split_k=_split_k(kernel, m, n, k, chosen, target))
+
+
+def _on_ascend(m: int, eight_bit: bool, group_k: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and BLOCK_K on Ascend 910B; that they fit was found by compiling.
+
+    128 × 256 sums fill the cube core's 128 KiB; with steps of 512 they are what Huawei's CATLASS takes for W8A8. Few
+    rows leave too few such tiles for the cores. What is scaled inside the sum, or converted, goes by the vector cores,
+    which have 192 KiB.
+    """
+    if not eight_bit:
+        return min(m, 128), 128, 128
+    if group_k:
+        return min(m, 128), 64, 128
+    return min(m, 128), 256 if m >= 256 else 128, 512
 
 
 def _spare(

@@ -85,7 +85,11 @@ def divide(value, scale, FORMAT: tl.constexpr, FUSED: tl.constexpr):
     that what is missing does not underflow.
     """
     if FORMAT > 0:
-        return value * tl.div_rn(tl.zeros_like(scale) + 1.0, scale)[:, None]
+        # By its bits: Ascend's compiler dies on the division of a number that all groups share.
+        # No scale is 2¹²⁷, whose inverse would be subnormal: the largest float32 over 127 is below 2¹²².
+        bits = scale.to(tl.int32, bitcast=True)
+        inverse = tl.where(scale != scale, bits, 0x7F000000 - bits)
+        return value * inverse.to(tl.float32, bitcast=True)[:, None]
     elif FUSED:
         lift = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)  # 2⁻⁶⁰, 2⁶⁴
         infinite = scale == float("inf")
@@ -122,13 +126,28 @@ def load_values(
     return value
 
 
+@triton.jit
+def inside_row(k, K, BLOCK: tl.constexpr, GROUP: tl.constexpr, WINDOWS: tl.constexpr):
+    """[BLOCK // GROUP, GROUP]: which elements of a block that begins at k lie in a row of K.
+
+    WINDOWS: GROUP divides K, or BLOCK is one group. Ascend's compiler makes a window of a mask that
+    compares each index with a number. Of any other it makes none: it loads the whole block, and stores
+    it whole, with what it loaded where the mask says no, which by then may be another program's.
+    """
+    gs, within = tl.arange(0, BLOCK // GROUP), tl.arange(0, GROUP)
+    if WINDOWS:
+        return (gs < tl.cdiv(K - k, GROUP))[:, None] & (within < K - k)[None, :]
+    else:
+        return k + gs[:, None] * GROUP + within[None, :] < K
+
+
 @triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
     x_ptr, other_ptr, weight_ptr, sum_ptr, codes_ptr, scale_ptr, zero_ptr, M, K, eps,
     stride_xm, stride_om, stride_sm, stride_sg,
     SOURCE: tl.constexpr, MODE: tl.constexpr, FORMAT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_ZERO: tl.constexpr, INTEGER: tl.constexpr, MAX: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, WINDOWS: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Each program takes rows pid, pid + programs, …, BLOCK elements at a time.
 
@@ -153,13 +172,13 @@ def quantize_rows_kernel(
         if SOURCE == 2:
             squares = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.float32)
             for k in range(0, K, BLOCK):
-                ks = k + inside
-                x = tl.load(x_row + ks, mask=ks < K, other=0.0)
+                ks, mask = k + inside, inside_row(k, K, BLOCK, GROUP, WINDOWS)
+                x = tl.load(x_row + ks, mask=mask, other=0.0)
                 value = x.to(tl.float32)
                 if HAS_RESIDUAL:
-                    other = tl.load(other_row + ks, mask=ks < K, other=0.0)
+                    other = tl.load(other_row + ks, mask=mask, other=0.0)
                     total = (value + other.to(tl.float32)).to(x.dtype)
-                    tl.store(sum_ptr + tl.cast(row, tl.int64) * K + ks, total, mask=ks < K)
+                    tl.store(sum_ptr + tl.cast(row, tl.int64) * K + ks, total, mask=mask)
                     value = total.to(tl.float32)
                 squares += value * value
             inverse_rms += 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
@@ -167,9 +186,9 @@ def quantize_rows_kernel(
             largest = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.float32)
             nans = tl.zeros((BLOCK // GROUP, GROUP), dtype=tl.int32)
             for k in range(0, K, BLOCK):
-                ks = k + inside
+                mask = inside_row(k, K, BLOCK, GROUP, WINDOWS)
                 value = load_values(
-                    x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL
+                    x_row, other_row, weight_ptr, k + inside, mask, inverse_rms, SOURCE, HAS_RESIDUAL
                 )
                 # A maximum may drop NaN: it is looked for apart.
                 nans = tl.maximum(nans, (value != value).to(tl.int32))
@@ -184,15 +203,15 @@ def quantize_rows_kernel(
         elif MODE == 0:
             scale = tl.zeros((BLOCK // GROUP,), dtype=tl.float32) + tl.load(scale_ptr)
         for k in range(0, K, BLOCK):
-            ks = k + inside
-            value = load_values(x_row, other_row, weight_ptr, ks, ks < K, inverse_rms, SOURCE, HAS_RESIDUAL)
+            ks, mask = k + inside, inside_row(k, K, BLOCK, GROUP, WINDOWS)
+            value = load_values(x_row, other_row, weight_ptr, ks, mask, inverse_rms, SOURCE, HAS_RESIDUAL)
             if MODE == 2:
                 nans = tl.max((value != value).to(tl.int32), axis=1)
                 largest = tl.max(tl.where(value != value, 0.0, tl.abs(value)), axis=1)
                 quotient = tl.div_rn(largest, tl.zeros_like(largest) + MAX)
                 scale, stored = scale_of(quotient, nans, FORMAT)
-                group = k // GROUP + gs
-                tl.store(scale_row + group * stride_sg, stored, mask=group * GROUP < K)
+                first = k // GROUP
+                tl.store(scale_row + (first + gs) * stride_sg, stored, mask=gs < tl.cdiv(K, GROUP) - first)
             # A given scale may be so small that the quotient is infinite.
             scaled = divide(value, scale, FORMAT, FUSED and MODE > 0)
             if HAS_ZERO:
@@ -200,13 +219,13 @@ def quantize_rows_kernel(
                 codes = encode_codes(scaled, -128.0, 127.0, DTYPE, INTEGER)
             else:
                 codes = encode_codes(scaled, -MAX, MAX, DTYPE, INTEGER)
-            tl.store(codes_row + ks, codes, mask=ks < K)
+            tl.store(codes_row + ks, codes, mask=mask)
 
 
 def refusal(dtype: torch.dtype, target: Target, group_size: int = 0) -> str | None:
     """Why `target` cannot convert to codes of `dtype`, a scale per `group_size` (0: per row); None where it can."""
     if dtype == torch.int8 or dtype_name(dtype) == target.fp8:
-        return group_refusal(group_size) if group_size else None
+        return group_refusal(group_size, target) if group_size else None
     own = f" or {target.fp8}" if target.fp8 else ""
     return f"expected codes that {target.name} converts to (int8{own}), found {dtype_name(dtype)}"
 
@@ -237,7 +256,7 @@ def quantize_rows(
     check_device(x, other=other, weight=weight, scale=scale, zero_point=zero_point)
     m, k = x.shape
     target = device_target(x.device)
-    check_refusal(refusal(dtype, target))
+    check_refusal(refusal(dtype, target, group_size))
     x = contiguous_rows(x)
     other = None if other is None else contiguous_rows(other)
     codes = torch.empty((m, k), dtype=dtype, device=x.device)
@@ -252,7 +271,8 @@ def quantize_rows(
     if k == 0:
         return codes, scale.fill_(127 if scale_format == "e8m0" else 1) if mode != STATIC else scale
     block, options = row_block(k, target)
-    group = group_size if mode == GROUPS else min(block, 128)
+    windows = target.backend == "npu"
+    block, group = _windows(k, block, group_size) if windows else (block, group_size or min(block, 128))
     strides = scale.stride() if mode != STATIC else (0, 0)
     start.launch(
         quantize_rows_kernel, (min(m, 65_535 if target.backend != "npu" else core_count(x.device)),), x.device,
@@ -260,9 +280,17 @@ def quantize_rows(
         x.stride(0), 0 if other is None else other.stride(0), *strides,
         SOURCE=source, MODE=mode, FORMAT=_FORMATS[scale_format], HAS_RESIDUAL=total is not None,
         HAS_ZERO=zero_point is not None, INTEGER=dtype == torch.int8, MAX=_MAX[dtype],
-        BLOCK=max(block, group), GROUP=group, FUSED=target.backend != "npu", **options,
+        BLOCK=max(block, group), GROUP=group, WINDOWS=windows, FUSED=target.backend != "npu", **options,
     )  # fmt: skip
     return codes, scale
+
+
+def _windows(k: int, block: int, group_size: int) -> tuple[int, int]:
+    """(BLOCK, GROUP) for `inside_row` with WINDOWS: several groups in a block where they divide K."""
+    group = group_size or min(k & -k, 128)
+    if k % group == 0 and group >= 16:
+        return block, group
+    return (group_size,) * 2 if group_size else (min(block, 256),) * 2
 
 
 def row_block(k: int, target: Target) -> tuple[int, dict[str, int]]:

@@ -56,7 +56,7 @@ def record(call: Callable[[], object], target: Target) -> list[Launch]:
     run = triton.JITFunction.run
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_launch(self, args, kwargs, target))
+        launches.append(describe(self, args, kwargs, target))
 
     triton.JITFunction.run = note
     try:
@@ -67,7 +67,8 @@ def record(call: Callable[[], object], target: Target) -> list[Launch]:
     return launches
 
 
-def _launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> Launch:
+def describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> Launch:
+    """The launch of a jitted kernel with these arguments, as Triton would specialize it on `target`."""
     parameters = inspect.signature(kernel.fn).parameters
     values = dict(zip(parameters, args, strict=False))
     values.update({name: value for name, value in kwargs.items() if name in parameters})

@@ -86,7 +86,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             name="ascend910b", backend="npu", arch="Ascend910B3", warp_size=1, shared_memory=192 * _KIB,
-            cores=20, fp8=None, loads_turned=True,
+            cores=20, fp8=None,
         ),
     )
 }  # fmt: skip

@@ -167,12 +167,12 @@ def multiply_tile(
             a = tl.load(a_ptr + k + a_offsets, mask=a_mask, other=0.0)
             w = tl.load(w_ptr + k + w_offsets, mask=w_mask, other=0.0)
         a, w = decode(a, A_DECODE), decode(w, W_DECODE)
-        if LOAD != TURNED:
-            w = w.T
         if CONVERT == CUT:
             w = cut_to_bf16(w.to(tl.float32))
         elif CONVERT == CAST:
             w = w.to(tl.bfloat16 if SPLIT_FP32 else a.dtype)
+        if LOAD != TURNED:
+            w = w.T
         if SPLIT_FP32:
             high = a.to(tl.bfloat16)
             rest = a - high.to(tl.float32)

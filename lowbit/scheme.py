@@ -23,8 +23,9 @@ class TensorSpec:
     """False: there is a zero point (int8 only)."""
     dynamic: bool = False
     """True: scales are computed while running (activations only); False: stored."""
-    scale: Literal["float32", "e8m0", "float32-power-of-2"] = "float32"
-    """Number format of the scales. `float32-power-of-2` is HF's `scale_fmt: ue8m0`."""
+    scale: Literal["float32", "e8m0", "float32-power-of-2", "e4m3"] = "float32"
+    """Number format of the scales. `float32-power-of-2` is HF's `scale_fmt: ue8m0`; `e4m3`, of sources only, NVFP4's
+    beside one float32 for the whole tensor."""
 
     def __post_init__(self) -> None:
         if not self.symmetric and self.dtype.kind != "int":

@@ -114,7 +114,13 @@ class Source:
             scale = scale / self.raw(stored.names["input_scale"]).to(torch.float32)
         shape, granularity = tuple(values.shape), stored.spec.granularity
         scale = scale.reshape(scale_shape(shape, granularity))
-        return (values * expand_scale(scale, shape, granularity)).to(dtype)
+        values = values * expand_scale(scale, shape, granularity)
+        # NVFP4's number for the whole tensor: after the scales, as the loops of a conversion have it.
+        if (name := stored.names.get("global_scale")) is not None:
+            values *= self.raw(name).to(torch.float32)
+        if (name := stored.names.get("global_divisor")) is not None:
+            values /= self.raw(name).to(torch.float32)
+        return values.to(dtype)
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Any tensor by its name; a `.weight` is decoded as `weight` does."""

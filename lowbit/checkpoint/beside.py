@@ -12,13 +12,18 @@ BESIDE_CODES = (
     "weight_shape",
     "weight_zero_point",
     "weight_scale",
+    "weight_scale_2",
+    "weight_global_scale",
+    "input_scale_2",
+    "input_global_scale",
     "weight_offset",
     "input_offset",
     "deq_scale",
     "quant_bias",
 )
 """Tensors of a module that belong to its codes, also where they are not read: `activation_scale` is Mistral's,
-`input_scale_ub` FBGEMM's, and msModelSlim may have scales for static and for dynamic activations."""
+`input_scale_ub` FBGEMM's, what ends in `_2` or has `global` in it NVFP4's, and msModelSlim may have scales for static
+and for dynamic activations."""
 
 OF_ATTENTION = r"\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)$"
 """Ends of names: see `is_of_attention`."""

@@ -16,6 +16,8 @@ import xxhash
 from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.decode import (
     NO_SCALE,
+    ONE,
+    Scales,
     check_shape,
     overflowed,
     read_number,
@@ -136,7 +138,7 @@ class Worker:
                     f"{source.ref.name}: expected scales that are powers of two, as config.json says, found others; "
                     "the two do not belong together: fetch the checkpoint again"
                 )
-            done = self._write_scales(out, scales)
+            done = self._write_whole(out, _as_stored(out, scales))
         else:
             done = self._write_whole(out, read_scale(replace(source, scale=source.ref)).reshape(-1))
         self._progress(sum(r.nbytes for r in source.refs))
@@ -157,6 +159,7 @@ class Worker:
             bad = loops.convert_rows(
                 part, kind, 1, count, NO_SCALE, 1, 1, 0, codes, out_kind, count,
                 self._floats("scales", 1).reshape(1, 1), 1, count, False, False, self._floats("values", count),
+                ONE, ONE,
             )  # fmt: skip
             if bad >= 0 or overflowed(codes, out.dtype):
                 raise unfit_value(
@@ -177,7 +180,7 @@ class Worker:
         out_kind = _out_kind(job, out)
         out_cols = -(-cols // 4) * 4 if out_kind == loops.TO_INT8_PACKED else cols
         check_shape(source, job.shape)
-        source_scale = read_scale(source)
+        source_scales = Scales(source)
         one_scale = job.spec is None or isinstance(job.spec.granularity, PerTensor)
         # One scale for all is a scale per row that is known by now.
         tile_rows, tile_cols = (1, max(cols, 1))
@@ -187,6 +190,8 @@ class Worker:
         power_of_2 = job.spec is not None and job.spec.scale != "float32"
 
         digest, sums = xxhash.xxh3_128(), RowSums(job.shape, wanted=job.static is not None)
+        scale_out, scale_digest, scale_at = job.outputs.get("scale"), xxhash.xxh3_128(), 0
+        kept: list[np.ndarray] = []
         theirs = RowSums(job.shape, wanted=source.hidden_bias is not None)
         row_bytes, out_row = loops.source_bytes(kind, cols), out_cols * loops.OUTPUT_BYTES[out_kind]
         step = self._rows_per_block(row_bytes, tile_rows)
@@ -197,27 +202,43 @@ class Worker:
             codes = self._buffer("codes", count * out_row)
             if out_cols != cols:
                 codes[:] = 0
-            part_scales = np.repeat(scales, count, axis=0) if one_scale else scales[row // tile_rows :]
+            if one_scale:
+                part_scales = np.repeat(scales, count, axis=0)
+            elif given:
+                part_scales = scales[row // tile_rows :]
+            else:
+                part_scales = np.ones((-(-count // tile_rows), scales.shape[1]), np.float32)
+            source_scale, row0 = source_scales.at(row, count)
             bad = loops.convert_rows(
-                part, kind, count, cols, source_scale, *source.block, row, codes, out_kind, out_cols,
-                part_scales, tile_rows, tile_cols, given, power_of_2, values,
+                part, kind, count, cols, source_scale, *source.block, row0, codes, out_kind, out_cols,
+                part_scales, tile_rows, tile_cols, given, power_of_2, values, *source_scales.of_all,
             )  # fmt: skip
             if bad >= 0 or overflowed(codes, out.dtype):
                 raise unfit_value(
-                    source, job.shape, part, kind, first=row * cols, count=count * cols, scale=source_scale,
+                    source, job.shape, part, kind, first=row * cols, count=count * cols, scales=source_scales,
                     out_dtype=out.dtype,
                 )  # fmt: skip
             digest.update(codes.data)
             sums.add(codes)
             theirs.add(part)
             self._write(out, row * out_row, codes)
+            if scale_out is not None and not given:
+                stored = _as_stored(scale_out, part_scales)
+                scale_digest.update(stored.data)
+                self._write(scale_out, scale_at, stored)
+                scale_at += stored.size
+            if job.static is not None and not given:  # a scale per channel
+                kept.append(part_scales)
             self._progress(part.size)
         _require_no_hidden_bias(source, theirs)
         done = {out.name: digest.hexdigest()}
-        if "scale" in job.outputs:
-            done |= self._write_scales(job.outputs["scale"], scales)
+        if scale_out is not None and given:
+            done |= self._write_whole(scale_out, _as_stored(scale_out, scales))
+        elif scale_out is not None:
+            assert scale_at == scale_out.nbytes, scale_out
+            done[scale_out.name] = scale_digest.hexdigest()
         if job.static is not None:
-            done |= self._write_static(job, sums, scales)
+            done |= self._write_static(job, sums, np.concatenate(kept) if kept else scales)
         self._progress(sum(r.nbytes for r in source.refs[1:]))
         return done
 
@@ -235,7 +256,7 @@ class Worker:
         return self._write_whole(deq, as_stored) | self._write_whole(out, quant_bias)
 
     def _scales_for(self, job: Job) -> tuple[np.ndarray, bool]:
-        """(float32 [row tiles, column tiles], whether they are decided already)."""
+        """(float32 [row tiles, column tiles], whether they are decided already: if not, one row for their number)."""
         if job.spec is None:
             return np.ones((1, 1), np.float32), True
         stored = scale_shape(job.shape, job.spec.granularity)
@@ -249,7 +270,7 @@ class Worker:
             return given.reshape(shape).copy(), True
         if isinstance(job.spec.granularity, PerTensor):
             return self._per_tensor_scale(job), True
-        return np.ones(shape, np.float32), False
+        return np.ones((1, shape[1]), np.float32), False
 
     def _per_tensor_scale(self, job: Job) -> np.ndarray:
         """A first pass over the weight, and those that share its scale, for the largest magnitude."""
@@ -261,7 +282,7 @@ class Worker:
 
     def _absmax(self, job: Job) -> np.float32:
         assert job.source is not None
-        kind, source_scale = source_kind(job.source), read_scale(job.source)
+        kind, scales = source_kind(job.source), Scales(job.source)
         check_shape(job.source, job.shape)
         rows, cols = job.shape
         row_bytes = loops.source_bytes(kind, cols)
@@ -270,19 +291,15 @@ class Worker:
         for row in range(0, rows, step):
             count = min(step, rows - row)
             part = self._read(job.source.ref, row * row_bytes, count * row_bytes)
+            source_scale, row0 = scales.at(row, count)
             largest, bad = loops.absmax_rows(
-                part, kind, count, cols, source_scale, *job.source.block, row, self._floats("values", cols)
-            )
+                part, kind, count, cols, source_scale, *job.source.block, row0, self._floats("values", cols),
+                *scales.of_all,
+            )  # fmt: skip
             # Scales of the source can push a value out of float32.
             if bad >= 0 or not np.isfinite(largest):
                 raise unfit_value(
-                    job.source,
-                    job.shape,
-                    part,
-                    kind,
-                    first=row * cols,
-                    count=count * cols,
-                    scale=source_scale,
+                    job.source, job.shape, part, kind, first=row * cols, count=count * cols, scales=scales
                 )
             peak = max(peak, np.float32(largest))
         return peak
@@ -290,14 +307,6 @@ class Worker:
     def _rows_per_block(self, row_bytes: int, tile_rows: int) -> int:
         rows = max(1, BLOCK_BYTES // max(row_bytes, 1))
         return max(tile_rows, rows // tile_rows * tile_rows)
-
-    def _write_scales(self, out: OutTensor, scales: np.ndarray) -> dict[str, str]:
-        raw = scales.reshape(-1)
-        if out.dtype == "U8":
-            exponents = np.empty(raw.size, np.uint8)
-            np.right_shift(raw.view(np.uint32), 23, out=exponents, casting="unsafe")
-            raw = exponents
-        return self._write_whole(out, raw)
 
     def _write_whole(self, out: OutTensor, values: np.ndarray) -> dict[str, str]:
         data = np.ascontiguousarray(values).view(np.uint8)
@@ -336,6 +345,16 @@ class Worker:
 
     def _floats(self, name: str, count: int) -> np.ndarray:
         return self._buffer(name, count * 4).view(np.float32)
+
+
+def _as_stored(out: OutTensor, scales: np.ndarray) -> np.ndarray:
+    """float32 scales → uint8 bytes of what `out` holds them in: themselves, or their exponents."""
+    raw = np.ascontiguousarray(scales).reshape(-1)
+    if out.dtype != "U8":
+        return raw.view(np.uint8)
+    exponents = np.empty(raw.size, np.uint8)
+    np.right_shift(raw.view(np.uint32), 23, out=exponents, casting="unsafe")
+    return exponents
 
 
 def _require_no_hidden_bias(source: Source, sums: RowSums) -> None:

@@ -32,6 +32,10 @@ class Source:
     """Rows and columns of the weight per source scale."""
     divisor: TensorRef | None = None
     """One number that `scale` is divided by: where activation and weight scale are stored multiplied."""
+    global_scale: TensorRef | None = None
+    """One number that every value is multiplied by once its scale is: ModelOpt's of NVFP4."""
+    global_divisor: TensorRef | None = None
+    """One that it is divided by: compressed-tensors'."""
     offset: TensorRef | None = None
     """Zero points of the weight, which must all be 0."""
     hidden_bias: tuple[TensorRef, TensorRef] | None = None
@@ -52,6 +56,8 @@ class Source:
             scale=tensors[module.scale],
             block=block_shape(module.shape, module.spec.granularity),
             divisor=tensors[names["input_scale"]] if "scale" not in names else None,
+            global_scale=tensors[names["global_scale"]] if "global_scale" in names else None,
+            global_divisor=tensors[names["global_divisor"]] if "global_divisor" in names else None,
             offset=tensors[names["offset"]] if "offset" in names else None,
             hidden_bias=hidden,
         )
@@ -66,7 +72,8 @@ class Source:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        known = (self.ref, self.scale, self.shape, self.divisor, self.offset, *(self.hidden_bias or ()))
+        numbers = (self.divisor, self.global_scale, self.global_divisor)
+        known = (self.ref, self.scale, self.shape, *numbers, self.offset, *(self.hidden_bias or ()))
         return tuple(r for r in known if r is not None)
 
 

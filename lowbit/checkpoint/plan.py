@@ -32,6 +32,7 @@ from lowbit.formats import (
     StoredModule,
     configs_in,
     get_format,
+    other_kv_cache,
     read,
     rotated_inputs,
 )
@@ -159,9 +160,13 @@ def make_plan(
         )
     planner.require_input_scales()
     if planner.left_out:
+        fp4 = other_kv_cache(source.config)
+        why = (
+            "they are for a cache of less than 8 bits" if fp4 else "engines take none for a model so written"
+        )
         warnings.append(
             f"{len(planner.left_out)} scales of a quantized KV cache or attention are left out (first: "
-            f"{planner.left_out[0]}): engines take none for a model so written"
+            f"{planner.left_out[0]}): {why}"
         )
     if planner.dequantized:
         warnings.append(
@@ -384,7 +389,8 @@ def _config(
                 holder[key] = scheme.float_dtype
     if replacements:
         config.update(replacements.config_overrides)
-    if "expert_dtype" in config or any(m.spec.dtype is E2M1 for m in stored.values()):
+    fp4 = any(m.spec.dtype is E2M1 for m in stored.values())
+    if "expert_dtype" in config or (fp4 and config.get("model_type") == "deepseek_v4"):
         config["expert_dtype"] = _expert_dtype(layout)
     if target is not None and (quantization := target.config(layout)) is not None:
         config["quantization_config"] = quantization

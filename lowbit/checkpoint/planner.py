@@ -14,7 +14,7 @@ from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision, Selection
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError, NotCalibratedError
-from lowbit.formats import Format, StoredModule, quantization_of
+from lowbit.formats import Format, StoredModule, other_kv_cache, quantization_of
 from lowbit.formats.format import Content
 from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
@@ -78,7 +78,7 @@ class Planner:
         self._taken: set[str] = set()
         self._uncalibrated: list[str] = []
         self.left_out: list[str] = []
-        """Scales of attention, which what is written in plain float has no use for."""
+        """Scales of attention, which what is written has no use for: plain float, or the source's cache is in FP4."""
         self.dequantized: list[str] = []
         """Modules in float whose weights are a calibration's codes."""
 
@@ -168,8 +168,9 @@ class Planner:
             # Already what is asked for: code for code, only names and packing change.
             return [*jobs_as_they_are(source, outputs, static), *jobs]
         spec = scheme.weights
-        if source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
-            # Scales of FP4 are powers of two: between such scales FP8 holds its codes exactly.
+        mxfp4 = stored is not None and stored.spec.dtype is E2M1 and stored.spec.scale == "e8m0"
+        if mxfp4 and source.codes is E2M1 and spec.dtype is E4M3FN and spec.scale == "float32":
+            # Its scales are powers of two: between such scales FP8 holds its codes exactly. NVFP4's are not.
             spec = replace(spec, scale="float32-power-of-2")
         others: tuple[tuple[Source, tuple[int, ...]], ...] = ()
         if scale is None and isinstance(spec.granularity, PerTensor):
@@ -352,6 +353,7 @@ class Planner:
     def add_rest(self) -> None:
         """Everything that is no module's weight, and what only the calibration has."""
         quantized = bool(self.stored or quantization_of(self.source.config))
+        useless = self.target is None or other_kv_cache(self.source.config)
         for ref in self.source.tensors.values():
             if ref.name in self._taken:
                 continue
@@ -359,7 +361,7 @@ class Planner:
             if replacement is not None:
                 job = self._copy(replacement, ref.name)
             elif quantized and is_of_attention(ref.name):
-                if self.target is None or ref.name.endswith(".prob_output_scale"):
+                if useless or ref.name.endswith(".prob_output_scale"):
                     self.left_out.append(ref.name)
                     continue
                 name = name_of_attention(ref.name)

@@ -49,12 +49,18 @@ def read_exactly(fd: int, buffer: np.ndarray, offset: int, file: Path) -> None:
 
 def read_bytes(ref: TensorRef) -> np.ndarray:
     """A whole (small) tensor as uint8, row major, such as a scale."""
-    buffer = np.empty(ref.nbytes, np.uint8)
+    return read_rows(ref, 0, ref.shape[0] if len(ref.shape) == 2 else ref.elements)
+
+
+def read_rows(ref: TensorRef, first: int, count: int) -> np.ndarray:
+    """`count` rows of a matrix from row `first` on as uint8, row major; of a tensor that is none, so many elements."""
+    row_bytes = (ref.shape[1] if len(ref.shape) == 2 else 1) * ITEM_BYTES[ref.dtype]
+    buffer = np.empty(count * row_bytes, np.uint8)
     with ref.file.open("rb") as stream:
         if ref.pitch:
-            _read_turned(stream.fileno(), ref, 0, ref.shape[0], buffer)
+            _read_turned(stream.fileno(), ref, first, count, buffer)
         else:
-            read_exactly(stream.fileno(), buffer, ref.offset, ref.file)
+            read_exactly(stream.fileno(), buffer, ref.offset + first * row_bytes, ref.file)
     return buffer
 
 

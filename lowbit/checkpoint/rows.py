@@ -54,11 +54,11 @@ def _halves(source, start, count, out):
 
 
 @_loop()
-def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col, values):
+def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col, multiplier, divisor, values):
     """`count` elements from element `start` on → float32 in `values`; True when all are finite.
 
     `scale` [*, *] multiplies, its row `scale_row`, one column per `block_cols` columns of the
-    weight, the first element lying in column `first_col`.
+    weight, the first element lying in column `first_col`; then `multiplier`, and `divisor` divides.
     """
     bits = values.view(np.uint32)
     worst = np.uint32(0)
@@ -141,6 +141,13 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
                 values[j] *= factor
             col += stop - i
             i = stop
+    # After the scales, whose products with codes of 4 bits are exact: so there is one rounding.
+    if multiplier != np.float32(1.0):
+        for i in range(count):
+            values[i] *= multiplier
+    if divisor != np.float32(1.0):
+        for i in range(count):
+            values[i] /= divisor
     return True
 
 
@@ -230,6 +237,7 @@ def _scale_of(absmax, largest, power_of_2, one):
 def convert_rows(
     source, kind, rows, cols, source_scale, block_rows, block_cols, row0,
     out, out_kind, out_cols, scales, tile_rows, tile_cols, given, power_of_2, values,
+    multiplier, divisor,
 ):  # fmt: skip
     """Convert `rows` rows that begin at row `row0` of the weight.
 
@@ -238,6 +246,7 @@ def convert_rows(
     out           uint8 [≥ rows · out_cols · item]; rows are `out_cols` ≥ cols elements apart
     scales        float32 [⌈rows / tile_rows⌉, ⌈cols / tile_cols⌉]: written, or read if `given`
     values        float32 [≥ cols, or tile_rows · tile_cols if tile_rows > 1], scratch
+    multiplier, divisor  float32, of every value after its scale: NVFP4's second one; 1 where there is none
 
     Returns −1, or the first row (relative) that holds NaN or Inf; what follows is not converted.
     """
@@ -254,8 +263,9 @@ def convert_rows(
                 part = values[(r - top) * width : (r - top + 1) * width]
                 scale_row = (row0 + r) // block_rows
                 if not _decode(
-                    source, kind, r * cols + left, width, source_scale, scale_row, block_cols, left, part
-                ):
+                    source, kind, r * cols + left, width, source_scale, scale_row, block_cols, left,
+                    multiplier, divisor, part,
+                ):  # fmt: skip
                     return r
             if plain:
                 for r in range(top, bottom):
@@ -281,13 +291,17 @@ def convert_rows(
 
 
 @_loop()
-def absmax_rows(source, kind, rows, cols, source_scale, block_rows, block_cols, row0, values):
+def absmax_rows(
+    source, kind, rows, cols, source_scale, block_rows, block_cols, row0, values, multiplier, divisor
+):
     """(largest magnitude, −1), or (0, first row with NaN or Inf). Arguments as `convert_rows`;
     `values` holds one row. The first pass of a scale per tensor."""
     peak = np.float32(0.0)
     for r in range(rows):
         scale_row = (row0 + r) // block_rows
-        if not _decode(source, kind, r * cols, cols, source_scale, scale_row, block_cols, 0, values):
+        if not _decode(
+            source, kind, r * cols, cols, source_scale, scale_row, block_cols, 0, multiplier, divisor, values
+        ):
             return np.float32(0.0), r
         peak = max(peak, _absmax(values, cols))
     return peak, -1

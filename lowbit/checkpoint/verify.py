@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint import rows as loops
-from lowbit.checkpoint.decode import decode_slowly, read_scale, source_kind, to_float
+from lowbit.checkpoint.decode import Scales, decode_slowly, source_kind, to_float
 from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef, open_checkpoint
@@ -23,6 +23,7 @@ from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read
 from lowbit.formats.ascend import undescribed
 
+_LOOK_BYTES = 256 << 10
 _SCALES = ("scale", "deq_scale", "input_scale")
 
 
@@ -160,10 +161,15 @@ def _check_tensor(ref: TensorRef, checksum: str | None, is_scale: bool, progress
 
 
 def _finite(part: np.ndarray, dtype: str, is_scale: bool) -> bool:
-    if is_scale:
-        values = to_float(part, dtype)
-        return bool(np.isfinite(values).all() and (values > 0).all())
-    return finite(part, dtype)
+    if not is_scale:
+        return finite(part, dtype)
+    for at in range(0, part.size, _LOOK_BYTES):  # exponents become four times as large
+        values = to_float(part[at : at + _LOOK_BYTES], dtype)
+        # E4M3 has no small numbers: NVFP4 says 0 where a group is one of zeros, or as good as that.
+        positive = values >= 0 if dtype == "F8_E4M3" else values > 0
+        if not (np.isfinite(values).all() and positive.all()):
+            return False
+    return True
 
 
 def _errors(
@@ -261,7 +267,7 @@ class _RowReader:
     def __init__(self, source: Source, shape: tuple[int, int], step: int) -> None:
         self._source, self._cols = source, shape[1]
         self._kind = source_kind(source)
-        self._scale = read_scale(source)
+        self._scales = Scales(source)
         self._row_bytes = source.ref.nbytes // max(shape[0], 1)
         self._raw = np.empty(step * self._row_bytes, np.uint8)
         self._transposed = TransposedRows()
@@ -280,9 +286,11 @@ class _RowReader:
             part = self._raw[: count * self._row_bytes]
             read_exactly(fd, part, ref.offset + row * self._row_bytes, ref.file)
         out = self._out[: count * self._cols * 4]
+        scale, row0 = self._scales.at(row, count)
         bad = loops.convert_rows(
-            part, self._kind, count, self._cols, self._scale, *self._source.block, row, out, loops.TO_F32,
+            part, self._kind, count, self._cols, scale, *self._source.block, row0, out, loops.TO_F32,
             self._cols, self._values[:1].reshape(1, 1), 1, max(self._cols, 1), True, False, self._values,
+            *self._scales.of_all,
         )  # fmt: skip
         if bad >= 0:  # NaN or Inf: reported elsewhere; the error becomes NaN rather than hidden
             return decode_slowly(part, self._kind)

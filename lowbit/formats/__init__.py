@@ -9,7 +9,7 @@ from typing import Any
 from lowbit.errors import InputError
 from lowbit.formats.ascend import DESCRIPTION, Ascend
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
-from lowbit.formats.compressed_tensors import CompressedTensors, kv_cache_scheme
+from lowbit.formats.compressed_tensors import CompressedTensors, kv_cache_scheme, other_kv_cache
 from lowbit.formats.format import (
     QUANTIZATION_KEYS,
     Format,
@@ -53,6 +53,7 @@ __all__ = [
     "get_format",
     "kv_cache_scheme",
     "modelopt_config",
+    "other_kv_cache",
     "quantization_of",
     "read",
     "rotated_inputs",
@@ -97,16 +98,21 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, St
 
 
 def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> bool:
-    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, MLX, bitsandbytes or ModelOpt (FP4) quantized.
+    """Whether a tensor is part of a weight that GPTQ, AWQ, HQQ, MLX or bitsandbytes quantized, or of one in FP4.
 
     Their config may be a file of its own, so that config.json says nothing.
     """
     if name.endswith(_OF_OTHERS):
         return True
-    codes = name.endswith(".weight") and info.dtype in ("U8", "I8", "U32", "I32")
+    if info.dtype not in ("U8", "I8", "U32", "I32"):
+        return False
     module = name.removesuffix("weight")
-    scales = (name + "_scale", name + "_scale_inv", module + "scale", module + "scales")
-    return codes and not tensors.keys().isdisjoint(scales)
+    scales = [name + "_weight_scale"]  # of experts in 3-D, which are no `.weight`
+    if name.endswith("_blocks"):  # gpt-oss
+        scales.append(name.removesuffix("blocks") + "scales")
+    if name.endswith(".weight"):
+        scales += [name + "_scale", name + "_scale_inv", module + "scale", module + "scales"]
+    return not tensors.keys().isdisjoint(scales)
 
 
 def _read_declared(quantization: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lowbit.dtypes import E4M3FN, INT4, INT8
+from lowbit.dtypes import E2M1, E4M3FN, INT4, INT8
 from lowbit.errors import InputError
 from lowbit.formats.asked import unnamed
 from lowbit.formats.format import (
@@ -27,6 +27,7 @@ from lowbit.formats.format import (
     missing_scale,
     quantization_of,
 )
+from lowbit.formats.fp4 import MXFP4, NVFP4, read_fp4
 from lowbit.formats.hf_fp8 import block_problem
 from lowbit.formats.joined import first_experts, with_joined
 from lowbit.formats.name_patterns import alike, name_patterns, wherever
@@ -125,6 +126,7 @@ class CompressedTensors(ConfigOnly):
                     f"quantization_config: expected weights with all of their columns, found {found_format}; "
                     "decompress the checkpoint with compressed-tensors first, or start from the model in float"
                 )
+        _require_plain_inputs(config)
         groups = [
             (g.get("targets") or [], _scheme_of(g)) for g in (config.get("config_groups") or {}).values()
         ]
@@ -135,6 +137,9 @@ class CompressedTensors(ConfigOnly):
         found: dict[str, StoredModule] = {}
         for name, info in tensors.items():
             module, _, kind = name.rpartition(".")
+            if kind == "weight_packed" and info.dtype == "U8":
+                found[module] = self._fp4(name, module, groups, tensors)
+                continue
             if kind == "weight_packed":
                 if info.dtype != "I32" or len(info.shape) != 2:
                     raise InputError(
@@ -149,12 +154,7 @@ class CompressedTensors(ConfigOnly):
             scale = module + ".weight_scale"
             if scale not in tensors:
                 raise missing_scale(name, scale, info.dtype)
-            for extra in ("weight_zero_point", "weight_g_idx"):
-                if f"{module}.{extra}" in tensors:
-                    raise InputError(
-                        f"{module}.{extra}: expected symmetric weights in the order of their columns, found a zero "
-                        "point or a column order, which are not read; dequantize with compressed-tensors first"
-                    )
+            _require_symmetric(module, tensors)
             contents["scale"] = scale
             for extra in ("input_scale", "input_zero_point"):
                 if f"{module}.{extra}" in tensors:
@@ -163,6 +163,11 @@ class CompressedTensors(ConfigOnly):
             assert scheme.weights is not None
             if scheme.weights.dtype is INT4 and kind == "weight":
                 raise InputError(f"{name}: expected INT4 codes as {module}.weight_packed, found {info.dtype}")
+            if scheme.weights.dtype is E2M1:
+                raise InputError(
+                    f"{name}: expected FP4 codes as {module}.weight_packed in U8, as config.json says, found "
+                    f"{info.dtype}; config.json and weights do not belong together"
+                )
             if kind == "weight" and info.dtype != scheme.weights.dtype.safetensors:
                 raise InputError(
                     f"{name}: expected {scheme.weights.dtype.safetensors} codes, as config.json says, found "
@@ -172,6 +177,42 @@ class CompressedTensors(ConfigOnly):
             check_scale(module, scale, tuple(tensors[scale].shape), shape, scheme.weights)
             found[module] = StoredModule(shape=shape, scheme=scheme, names=contents, format=self.name)
         return found
+
+    def _fp4(
+        self, name: str, module: str, groups: list[tuple[list[str], Scheme]], tensors: Mapping[str, Info]
+    ) -> StoredModule:
+        scheme = _group_for(module, groups)
+        assert scheme.weights is not None
+        if scheme.weights.dtype is not E2M1:
+            raise InputError(
+                f"{name}: expected packed codes as I32 for {scheme.name}, as config.json says, found U8, which is FP4; "
+                "config.json and weights do not belong together"
+            )
+        _require_symmetric(module, tensors)
+        whole: dict[Content, str] = {"global_divisor": f"{module}.weight_global_scale"}
+        return read_fp4(name, scheme, tensors, format=self.name, whole=whole)
+
+
+def _require_plain_inputs(config: Mapping[str, Any]) -> None:
+    """InputError where engines transform activations while running (QuIP, SpinQuant), for which the weights are."""
+    for scheme in ((config.get("transform_config") or {}).get("config_groups") or {}).values():
+        for apply in scheme.get("apply") or []:
+            if apply.get("location") not in ("weight_input", "weight_output"):  # those are in the weights
+                raise InputError(
+                    "quantization_config: expected weights for inputs as they are, found a transform_config that "
+                    f"transforms activations while running ({scheme.get('type')}, location={apply.get('location')}), "
+                    "which nothing written here would; start from the model in float"
+                )
+
+
+def _require_symmetric(module: str, tensors: Mapping[str, Info]) -> None:
+    """InputError where a weight has zero points, or its columns are not in their order."""
+    for extra in ("weight_zero_point", "weight_g_idx"):
+        if f"{module}.{extra}" in tensors:
+            raise InputError(
+                f"{module}.{extra}: expected symmetric weights in the order of their columns, found a zero "
+                "point or a column order, which are not read; dequantize with compressed-tensors first"
+            )
 
 
 def _kv_cache(layout: Layout) -> dict[str, Any] | None:
@@ -190,12 +231,26 @@ _STATIC_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "t
 
 
 def kv_cache_scheme(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All of the `kv_cache_scheme` of a model's config.json; None where it has none.
+    """All of the `kv_cache_scheme` of a model's config.json; None where it has none, or one of less than 8 bits.
 
-    AutoFP8 says `static` and ModelOpt part of it, and mean FP8 per tensor; vLLM refuses one that does not say all.
+    AutoFP8 says `static` and ModelOpt `FP8` or part of it, and mean FP8 per tensor; vLLM refuses one that does not say
+    all.
     """
-    found = quantization_of(config).get("kv_cache_scheme")
-    return _STATIC_FP8 | (found if isinstance(found, dict) else {}) if found else None
+    found = _kv_cache_said(config)
+    if isinstance(found, str) and found.lower() not in ("static", "fp8"):
+        return None
+    args = _STATIC_FP8 | (found if isinstance(found, dict) else {})
+    return args if found and args["num_bits"] == 8 else None
+
+
+def other_kv_cache(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json asks for a KV cache of less than 8 bits, whose scales mean nothing in one of 8."""
+    return bool(_kv_cache_said(config)) and kv_cache_scheme(config) is None
+
+
+def _kv_cache_said(config: Mapping[str, Any]) -> Any:
+    said = quantization_of(config)
+    return said.get("kv_cache_scheme") or said.get("kv_cache_quant_algo")
 
 
 def format_of(scheme: Scheme) -> str:
@@ -258,7 +313,7 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
     dtype = {(8, "int"): INT8, (4, "int"): INT4, (8, "float"): E4M3FN}.get((bits, kind))
     if dtype is None:
         raise InputError(
-            f"quantization_config: expected INT8, FP8 or INT4 codes, found type={kind}, num_bits={bits}; other "
+            f"quantization_config: expected FP4, INT8, FP8 or INT4 codes, found type={kind}, num_bits={bits}; other "
             "compressed-tensors checkpoints cannot be read"
         )
     granularity: Granularity
@@ -291,6 +346,16 @@ def _spec_of(args: Mapping[str, Any] | None) -> TensorSpec | None:
 
 
 def _scheme_of(group: Mapping[str, Any]) -> Scheme:
+    args = group.get("weights") or {}
+    if (args.get("num_bits"), args.get("type")) == (4, "float"):
+        # The library takes them apart by this, too.
+        by_group = {16: NVFP4, 32: MXFP4}
+        if args.get("group_size") not in by_group:
+            raise InputError(
+                "quantization_config: expected FP4 in groups of 16 (NVFP4) or 32 (MXFP4), found type=float, "
+                f"num_bits=4, group_size={args.get('group_size')}; such a checkpoint cannot be read"
+            )
+        return by_group[args["group_size"]]
     weights, activations = _spec_of(group.get("weights")), _spec_of(group.get("input_activations"))
     if weights is None:
         raise InputError("quantization_config: expected weights in every config group, found a group without")

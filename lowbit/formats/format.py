@@ -19,6 +19,8 @@ Content = Literal[
     "codes",
     "packed",
     "scale",
+    "global_scale",
+    "global_divisor",
     "shape",
     "input_scale",
     "input_zero_point",
@@ -27,7 +29,8 @@ Content = Literal[
     "quant_bias",
 ]
 """What a tensor holds: `codes` as they are; `packed`: four int8 codes + 128 to an int32,
-little end first; `scale` of the weight; `shape` [2] of a packed weight; `offset`: zero points of
+little end first; `scale` of the weight; `global_scale` and `global_divisor`: one number that all values are multiplied
+or divided by after their `scale`, as NVFP4 has it; `shape` [2] of a packed weight; `offset`: zero points of
 the weight in float, which are 0 here. `deq_scale` = `input_scale` · `scale`, and `quant_bias` in
 int32: a static product is (Σ x codes · weight codes + quant_bias) · deq_scale."""
 

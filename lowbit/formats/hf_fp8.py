@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lowbit.dtypes import E2M1
 from lowbit.errors import InputError
 from lowbit.formats.format import (
     ConfigOnly,
@@ -24,17 +23,15 @@ from lowbit.formats.format import (
     check_scale,
     missing_scale,
 )
+from lowbit.formats.fp4 import FP4
 from lowbit.formats.joined import with_joined, with_members
 from lowbit.formats.name_patterns import towers
-from lowbit.granularity import PerBlock, PerGroup, PerTensor, scale_shape
-from lowbit.scheme import Scheme, TensorSpec, get_scheme
+from lowbit.granularity import PerBlock, PerTensor, scale_shape
+from lowbit.scheme import Scheme, get_scheme
 
 # What a scale is called; newer models shorten it.
 SCALE_SUFFIXES = (".weight_scale_inv", ".scale", ".weight_scale")
 _INPUT_SCALES = (".input_scale", ".activation_scale")  # the latter is Mistral's
-
-FP4 = Scheme(name="fp4", weights=TensorSpec(dtype=E2M1, granularity=PerGroup(32), scale="e8m0"))
-"""DeepSeek-V4's routed experts: two codes to a byte, MXFP4's scales."""
 
 
 class HfFp8(ConfigOnly):
@@ -76,6 +73,8 @@ class HfFp8(ConfigOnly):
 def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = False) -> dict[str, StoredModule]:
     """Matrices of E4M3 codes under `scheme`, and DeepSeek-V4's FP4 beside them.
 
+    Where that is a scale per tensor, one with a scale per row, [N] or [N, 1], is `fp8`.
+
     `static`: those with a scale of their input are `fp8-static`, with compressed-tensors' tensors but for their names.
     """
     found: dict[str, StoredModule] = {}
@@ -87,13 +86,15 @@ def read_fp8(scheme: Scheme, tensors: Mapping[str, Info], *, static: bool = Fals
         if scale is None:
             raise missing_scale(name, module + SCALE_SUFFIXES[0], info.dtype)
         packed = info.dtype == "I8"
-        here = FP4 if packed else scheme
+        rows, found_shape = info.shape[0], tuple(tensors[scale].shape)
+        by_row = scheme == per_tensor() and rows > 1 and found_shape in ((rows,), (rows, 1))
+        here = FP4 if packed else get_scheme("fp8") if by_row else scheme
         names: dict[Content, str] = {"codes": name, "scale": scale}
         shape = (info.shape[0], info.shape[1] * (2 if packed else 1))
         assert here.weights is not None
-        check_scale(module, scale, tuple(tensors[scale].shape), shape, here.weights)
+        check_scale(module, scale, (rows, 1) if by_row else found_shape, shape, here.weights)
         of_input = next((s for suffix in _INPUT_SCALES if (s := module + suffix) in tensors), None)
-        if static and not packed and of_input is not None:
+        if static and not packed and not by_row and of_input is not None:
             here, names["input_scale"] = get_scheme("fp8-static"), of_input
         found[module] = StoredModule(
             shape=shape,

@@ -214,7 +214,7 @@ def _choose_triton(problem: Problem, name: str, fast_accumulation: bool) -> Deci
     if group and not why_not:
         why_not = block_refusal(inner_rows, group)
         if quantizes and a_dtype == weight and problem.weight_group:
-            why_not = why_not or group_refusal(group)
+            why_not = why_not or group_refusal(group, target)
     if why_not:
         return Refusal(reason=why_not)
     rows = -(-problem.m // problem.experts) if problem.experts else problem.m

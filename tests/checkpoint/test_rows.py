@@ -72,6 +72,7 @@ def run(
     kind: str, stored: torch.Tensor, out_kind: int, *, spec: TensorSpec | None = None,
     source_scale: torch.Tensor | None = None, source_block: tuple[int, int] = (1, 1),
     scale: torch.Tensor | None = None, out_cols: int | None = None, row0: int = 0,
+    multiplier: float = 1.0, divisor: float = 1.0,
 ) -> tuple[int, np.ndarray, np.ndarray]:  # fmt: skip
     """(result, codes as bytes [rows, out_cols · item], scales) of one call of `convert_rows`."""
     rows, cols = stored.shape
@@ -86,6 +87,7 @@ def run(
         raw(stored, kind), SOURCES[kind][0], rows, cols, given_source, *source_block, row0, out, out_kind, out_cols,
         scales, tile_rows, tile_cols, spec is None or scale is not None,
         spec is not None and spec.scale != "float32", np.empty(max(cols, tile_rows * tile_cols), np.float32),
+        np.float32(multiplier), np.float32(divisor),
     )  # fmt: skip
     return bad, out.reshape(rows, -1), scales
 
@@ -123,6 +125,31 @@ def test_scaled_sources_are_decoded_to_float32_first(kind, block, spec):
     scale = torch.rand(tiles, generator=torch.Generator().manual_seed(4)) * 0.1 + 1e-3
     values = decoded(kind, stored) * expand_scale(scale, shape, PerBlock(*block))
     check(kind, stored, spec, values, source_scale=scale, source_block=block)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("way", ["multiplier", "divisor"])
+def test_nvfp4_is_rounded_once(way, spec):
+    """In float64 the product of all three is exact, and a quotient rounds to the same float32 as the true one."""
+    shape, number = (37, 208), np.float32(0.0007123)
+    stored = source("e2m1", shape)
+    scale = torch.rand((37, 13), generator=torch.Generator().manual_seed(5)) * 448
+    scale = scale.to(torch.float8_e4m3fn).float()
+    exact = decoded("e2m1", stored).double() * expand_scale(scale, shape, PerGroup(16)).double()
+    values = (exact * float(number) if way == "multiplier" else exact / float(number)).float()
+    check("e2m1", stored, spec, values, source_scale=scale, source_block=(1, 16), **{way: number})
+    args = (
+        raw(stored, "e2m1"),
+        loops.E2M1_PACKED,
+        *shape,
+        scale.numpy(),
+        1,
+        16,
+        0,
+        np.empty(208, np.float32),
+    )
+    numbers = (number, np.float32(1)) if way == "multiplier" else (np.float32(1), number)
+    assert loops.absmax_rows(*args, *numbers) == (values.abs().max().item(), -1)
 
 
 def test_a_row_block_in_the_middle_uses_its_own_source_scales():
@@ -273,6 +300,7 @@ def test_absmax_of_all_rows(kind):
     scale = torch.rand(2, 2) + 0.5
     values = decoded(kind, stored) * expand_scale(scale, (17, 129), PerBlock(10, 100))
     args = (raw(stored), SOURCES[kind][0], 17, 129, scale.numpy(), 10, 100, 0, np.empty(129, np.float32))
+    args += (np.float32(1), np.float32(1))
     assert loops.absmax_rows(*args) == (values.abs().max().item(), -1)
 
 
@@ -292,6 +320,7 @@ def test_slow_decoding_for_messages_says_the_same():
     np.testing.assert_array_equal(decode_slowly(codes, loops.E4M3), theirs)
     e8m0 = torch.from_numpy(codes).view(torch.float8_e8m0fnu).float().numpy()
     np.testing.assert_array_equal(to_float(codes, "F8_E8M0"), e8m0)
+    np.testing.assert_array_equal(to_float(codes, "F8_E4M3"), theirs)
 
 
 def test_scales_of_a_large_weight_are_decoded_in_place():

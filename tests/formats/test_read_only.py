@@ -11,6 +11,7 @@ import torch
 from sample_models import Tensors, llama, load, same_bits, write
 
 import lowbit
+from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -113,11 +114,13 @@ def test_modelopts_config_in_a_file_of_its_own(tmp_path):
     assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant[NAME + ".weight"].bfloat16())
 
 
-@pytest.mark.parametrize("said", [{}, {"quantization": None}, {"quantization": {"quant_algo": "NVFP4"}}])
+@pytest.mark.parametrize("said", [{}, {"quantization": None}, {"quantization": {"quant_algo": "W4A8_AWQ"}}])
 def test_modelopt_that_is_not_read(said, tmp_path):
     stored, config, _ = per_tensor()
     src = write(tmp_path / "src", stored, config, files={"hf_quant_config.json": json.dumps(said)})
-    with pytest.raises(InputError, match=r"of ModelOpt expected quant_algo FP8, found (None|'NVFP4')"):
+    with pytest.raises(
+        InputError, match=r"of ModelOpt expected quant_algo FP8, NVFP4, .*found (None|'W4A8_AWQ')"
+    ):
         lowbit.plan(src, "int8")
 
 
@@ -154,6 +157,28 @@ def test_a_scale_per_row_under_other_names_is_carried_bit_for_bit(method, scheme
     assert lowbit.inspect(src).parameters == lowbit.inspect(tmp_path / "float").parameters
 
 
+QUARK_BY_ROW = {"weight": {"dtype": "fp8_e4m3", "qscheme": "per_channel", "ch_axis": 0}}
+
+
+@pytest.mark.parametrize("said", [
+    {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    {"quant_method": "quark", "layer_quant_config": {}, "global_quant_config": QUARK_BY_ROW},
+])  # fmt: skip
+def test_a_scale_per_row_in_one_dimension(said, tmp_path):
+    lowbit.convert(write(tmp_path / "float", *llama()), tmp_path / "first", "fp8")
+    config, stored = json.loads((tmp_path / "first" / "config.json").read_text()), load(tmp_path / "first")
+    config["quantization_config"] = said
+    flat = {n: t.reshape(-1) if n.endswith("_scale") else t for n, t in stored.items()}
+    src = write(tmp_path / "src", flat, config)
+    lowbit.convert(src, tmp_path / "out", "fp8")
+    written = load(tmp_path / "out")
+    assert written.keys() == stored.keys() and all(same_bits(written[n], stored[n]) for n in stored)
+    lowbit.convert(src, tmp_path / "bf16", "bf16")
+    meant = stored[NAME + ".weight"].float() * stored[NAME + ".weight_scale"]
+    assert same_bits(load(tmp_path / "bf16")[NAME + ".weight"], meant.bfloat16())
+    assert same_bits(Source(src).weight(NAME), meant) and lowbit.verify(tmp_path / "bf16", src).ok
+
+
 OTHERS = {
     "GPTQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
     "bitsandbytes": {
@@ -165,6 +190,8 @@ OTHERS = {
     "MLX": {"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.bfloat16},
     "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
     "MXFP4": {"weight": torch.uint8, "scale": torch.uint8},
+    "gpt-oss": {"gate_up_proj_blocks": torch.uint8, "gate_up_proj_scales": torch.uint8},
+    "experts in 3-D": {"gate_up_proj": torch.uint8, "gate_up_proj_weight_scale": torch.uint8},
     "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
 }
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from machines.session import run_tests
+from machines.session import ASCEND, run_tests
 
 SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     "target",
-    ["sm80", "sm90", "sm100", "gfx950"]
+    ["sm80", "sm90", "sm100", "gfx950", ASCEND]
     + [pytest.param(name, marks=SLOW) for name in ("sm89", "sm120", "gfx942")],
 )
 def test_the_compiled_kernels_compute_what_the_reference_does(target, tmp_path):

@@ -95,6 +95,8 @@ def test_scales_that_are_powers_of_2(dtype: DType, scale_format):
         x[5] = (
             2.0 ** torch.randint(-9, 9, (100,)).float() * dtype.max
         )  # exact powers of two must not round up
+        x[6, 40], x[7, 41] = float("nan"), float("inf")
+        x[8], x[9] = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
         if group is None:
             found = quantize_per_token(x, dtype.torch_dtype, scale_format=scale_format)
         else:
@@ -167,3 +169,11 @@ def test_strided_rows():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(4, 32))
+
+
+def test_groups_that_overflow_ascends_buffer():
+    with (
+        pretending(get_target("ascend910b")),
+        pytest.raises(ValueError, match="to 256 on ascend910b, found 512"),
+    ):
+        quantize_per_group(torch.randn(4, 1024), group_size=512)

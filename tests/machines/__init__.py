@@ -2,6 +2,7 @@
 
     ptx/          for NVIDIA: PTX of sm80 to sm120
     amdgcn/       for AMD: assembly of gfx942 and gfx950
+    ascend/       for Ascend 910B: HIVM, which CANN's last step would take; needs the venv of `make ascend-env`
     numbers.py    bits and the numbers that they are
     memory.py     global and on-chip memory, with the checks that a device makes, and some that it does not
     device.py     Triton's driver: launches kernels on CPU tensors

@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from lowbit.kernels.compile_ascend import ascend_python
 
 if TYPE_CHECKING:
     from machines.device import Driver
+
+
+_REFUSALS = re.compile(
+    r"multiplies (no fp8|e4m3fnuz and not)|expected codes that (sm|gfx|ascend)\w+ converts to"
+    r"|expected an NVIDIA or AMD device"
+)
 
 
 def begin(name: str) -> Driver:
@@ -27,7 +34,10 @@ def begin(name: str) -> Driver:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="lowbit-machine-"))
     from lowbit.kernels import targets
 
-    from machines.device import device
+    if name == "ascend910b":
+        from machines.ascend.device import device
+    else:
+        from machines.device import device
 
     target, pretending = targets.get_target(name), targets.pretending
     driver = device(target)
@@ -50,11 +60,14 @@ def refusals_skip() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if re.search(
-            r"multiplies (no fp8|e4m3fnuz and not)|expected codes that (sm|gfx)\w+ converts to", str(error)
-        ):
+        if _REFUSALS.search(str(error)):
             pytest.skip(str(error))
         raise
+
+
+ASCEND = pytest.param(
+    "ascend910b", marks=pytest.mark.skipif(ascend_python() is None, reason="run `make ascend-env` first")
+)
 
 
 def run_tests(file: Path, target: str, cache: Path) -> int:

@@ -100,6 +100,13 @@ def test_refusals_say_why(changes, reason):
     assert isinstance(chosen, Refusal) and reason in chosen.reason
 
 
+def test_ascend_quantizes_no_long_groups():
+    of_group = {"activations": "group", "block": (1, 512), "k": 2048}
+    assert not isinstance(choose(problem("int8", **of_group), "sm90"), Refusal)
+    chosen = choose(problem("int8", **of_group), "ascend910b")
+    assert isinstance(chosen, Refusal) and "from 16 to 256 on ascend910b, found 512" in chosen.reason
+
+
 def test_cpu_names_its_tile(path):
     chosen = choose(problem("int8"), "cpu")
     assert isinstance(chosen, Decision) and chosen.implementation == "cpu"
