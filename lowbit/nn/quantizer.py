@@ -98,6 +98,8 @@ class LowbitQuantizer(HfQuantizer):
         """The conversions of those."""
         self._parts: dict[str, str] = {}
         """Modules on disk that transformers would join → what they are in memory."""
+        self._shapes: dict[str, torch.Size] = {}
+        """Parameters in float → their shapes for this config."""
 
     def is_serializable(self) -> bool:
         return True
@@ -139,6 +141,7 @@ class LowbitQuantizer(HfQuantizer):
             pass_over(model, rf"\.({'|'.join(unread)})$")
         if original.get("kv_cache_scheme"):
             original["kv_cache_scheme"] = None
+        self._shapes = _shapes(model)
 
     def _swap(
         self,
@@ -229,6 +232,7 @@ class LowbitQuantizer(HfQuantizer):
         return [WeightRenaming(re.escape(f"{parent}."), f"{path}.") for parent, path in moved.items()]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _check_shapes(model, self._shapes)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.restore_shapes()
@@ -267,6 +271,25 @@ def _unread(stored: Mapping[str, StoredModule], tensors: Mapping[str, TensorRef]
     read_here = {name for module in stored.values() for name in module.names.values()}
     rest = (name.rpartition(".") for name in tensors.keys() - read_here)
     return sorted({leaf for module, _, leaf in rest if leaf in BESIDE_CODES and module in stored})
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def _check_shapes(model: nn.Module, expected: Mapping[str, torch.Size]) -> None:
+    """InputError for parameters that were filled with tensors of another shape.
+
+    Before 5.23 transformers checks none where a quantizer takes part.
+    """
+    found = _shapes(model)
+    if apart := sorted(n for n, shape in expected.items() if found.get(n, shape) != shape):
+        name = apart[0]
+        raise InputError(
+            f"expected every tensor in the shape that config.json says, found {len(apart)} of another shape "
+            f"(first: {name}, {list(found[name])} for {list(expected[name])}); config.json and weights do not "
+            "belong together"
+        )
 
 
 def _on_cpu(device_map: Any) -> bool:

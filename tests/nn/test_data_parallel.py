@@ -57,7 +57,8 @@ def main() -> None:
             for a, b in zip(found, alone, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
             assert all(torch.equal(a, b) for a, b in zip(codes_of(model), before, strict=True))
-            print(scheme, kind, flush=True)
+            # One write: with PYTHONUNBUFFERED the other worker's came between the words of a line.
+            print(f"{scheme} {kind}\n", end="", flush=True)
     dist.destroy_process_group()
 
 

@@ -317,6 +317,20 @@ def test_bad_input(tmp_path):
         load(tmp_path / "out")
 
 
+def test_shapes_are_checked_where_transformers_leaves_it_to_a_quantizer(tmp_path, monkeypatch):
+    """As it does before 5.23: the embeddings were those on disk, whatever config.json said."""
+    from lowbit.nn.quantizer import LowbitQuantizer
+
+    monkeypatch.setattr(LowbitQuantizer, "param_needs_quantization", lambda *a, **k: True)
+    build("llama").save_pretrained(tmp_path / "src")
+    lowbit.convert(tmp_path / "src", tmp_path / "out", scheme="int8")
+    load(tmp_path / "out")
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 80}))
+    with pytest.raises(InputError, match=r"another shape \(first: model\.embed_tokens\.weight, \[96, 64\]"):
+        load(tmp_path / "out")
+
+
 @pytest.mark.parametrize("found", ["none", "5.20.2"])
 def test_transformers_missing_or_too_old(found, tmp_path, monkeypatch):
     model = build("llama")
