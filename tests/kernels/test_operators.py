@@ -158,7 +158,9 @@ def test_groups_that_no_kernel_quantizes_are_computed_by_torch(target):
         "silu": lambda: ops.silu_mul_quantize(x, dtype=torch.int8, group=96)[0],
     }
     for call in calls.values():
-        with pytest.raises(ops.NoKernelError, match=r"power of two from 16 to (2048|256 on ascend910b), found 96"):
+        with pytest.raises(
+            ops.NoKernelError, match=r"power of two from 16 to (2048|256 on ascend910b), found 96"
+        ):
             call()
         ops.allow_fallback(True)
         found = call()
