@@ -1,4 +1,4 @@
-"""Conversions in processes of their own, slow enough to be killed, and what they leave."""
+"""Conversions in processes of their own, slow enough to be killed; what they leave, what they take, what they mean."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+import lowbit
 from lowbit.checkpoint.headers import PARTIAL
 from lowbit.checkpoint.journal import read_journal
 
@@ -46,3 +49,45 @@ def wait_for_jobs(out: Path, count: int) -> None:
     while len(read_journal(out / PARTIAL / "journal.jsonl").done) < count:
         assert time.monotonic() < deadline, "the conversion did not get going"
         time.sleep(0.005)
+
+
+MEMORY = """
+import re, sys
+import lowbit
+small, large, a, b, scheme, workers = sys.argv[1:]
+def peak():  # not ru_maxrss, which begins with what the parent process had
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+lowbit.convert(small, a, scheme, workers=int(workers))
+before = peak()
+lowbit.convert(large, b, scheme, workers=int(workers))
+lowbit.verify(b, large, workers=int(workers))
+print((peak() - before) * 1024)
+"""
+
+
+def memory_grown(root: Path, scheme: str, workers: int) -> int:
+    """Bytes that converting `large`, to `b`, and verifying it take beyond what `small`, to `a`, took."""
+    paths = [str(root / name) for name in ("small", "large", "a", "b")]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *paths, scheme, str(workers)],
+        capture_output=True, text=True, check=False, env=dict(os.environ),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def int8_error(root: Path) -> float:
+    """Of the logits of `src` in int8 as lowbit runs it, activations in float, against transformers' of it in bf16."""
+    from transformers import AutoModelForCausalLM
+
+    from lowbit.nn import float_activations
+
+    ids = torch.arange(3, 35)[None]
+    for scheme in ("bf16", "int8"):
+        lowbit.convert(root / "src", root / scheme, scheme)
+    with torch.no_grad():
+        exact = AutoModelForCausalLM.from_pretrained(root / "bf16", dtype=torch.float32)(ids).logits
+        model = lowbit.load(root / "int8", dtype=torch.float32)
+        with float_activations(model):
+            ours = model(input_ids=ids).logits
+    return float((ours - exact).norm() / exact.norm())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import memory_grown
 from sample_models import (
     BLOCK,
     Tensors,
@@ -136,19 +134,6 @@ def test_scales_of_other_groups_are_refused(tmp_path):
         lowbit.plan(tmp_path / "other", "int8")
 
 
-MEMORY = """
-import re, sys
-import lowbit
-def peak():  # not ru_maxrss, which begins with what the parent process had
-    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-lowbit.convert(sys.argv[1], sys.argv[3], sys.argv[5], workers=1)
-before = peak()
-lowbit.convert(sys.argv[2], sys.argv[4], sys.argv[5], workers=1)
-lowbit.verify(sys.argv[4], sys.argv[2], workers=1)
-print((peak() - before) * 1024)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("scheme", ["int8", "mxfp8"])
 def test_scales_of_a_large_weight_are_never_in_memory_at_once(tmp_path, scheme):
@@ -158,13 +143,7 @@ def test_scales_of_a_large_weight_are_never_in_memory_at_once(tmp_path, scheme):
         codes = torch.randint(-128, 128, (rows, 4096), dtype=torch.int8)
         scale = torch.randint(118, 122, (rows, 256), dtype=torch.uint8).view(torch.float8_e8m0fnu)
         write(tmp_path / name, {f"{module}.weight": codes, f"{module}.scale": scale}, CONFIG)
-    arguments = [*(str(tmp_path / n) for n in ("small", "large", "a", "b")), scheme]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=False,
-        env=dict(os.environ),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 12 << 20, int(done.stdout)
+    assert memory_grown(tmp_path, scheme, workers=1) < 12 << 20
 
 
 def test_the_result_runs_and_means_what_transformers_reads(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversions import memory_grown
 from sample_models import (
     MIXTURES,
     Tensors,
@@ -468,19 +468,6 @@ def turned(job):
     return replace(job, source=replace(job.source, ref=replace(job.source.ref, pitch=0)))
 
 
-MEMORY = """
-import re, sys
-import lowbit
-def peak():  # not ru_maxrss, which begins with what the parent process had
-    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-lowbit.convert(sys.argv[1], sys.argv[3], "int8", workers=2)
-before = peak()
-lowbit.convert(sys.argv[2], sys.argv[4], "int8", workers=2)
-lowbit.verify(sys.argv[4], sys.argv[2], workers=2)
-print((peak() - before) * 1024)
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
 def test_memory_does_not_depend_on_the_size_of_the_tensor(tmp_path, model):
@@ -489,17 +476,8 @@ def test_memory_does_not_depend_on_the_size_of_the_tensor(tmp_path, model):
         fused, _, config = fused_mixture(model, hidden=1024, inner=512, experts=experts, layers=1)
         write(tmp_path / name, fused, config)
         del fused
-    paths = [str(tmp_path / n) for n in ("small", "large", "a", "b")]
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *paths],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=dict(os.environ),
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 24 << 20
-    lowest = min(e.sqnr_db for e in lowbit.verify(paths[3], paths[1]).errors)
+    assert memory_grown(tmp_path, "int8", workers=2) < 24 << 20
+    lowest = min(e.sqnr_db for e in lowbit.verify(tmp_path / "b", tmp_path / "large").errors)
     assert lowest > 30
 
 
