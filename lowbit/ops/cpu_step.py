@@ -86,7 +86,7 @@ class Step:
 
         NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
         decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
-        and `finish` looks at that.
+        in `nan_codes`, and looked at after the loop.
         """
         if self.name == "dpbf16":
             found = _lookup(self.storage).emit(builder, shuffle(builder, raw, raw, IN_ORDER))
@@ -97,16 +97,28 @@ class Step:
                 raw = builder.xor(raw, splat(ir.Constant(I8, -128), self.elements))
             parts = (shuffle(builder, raw, raw, half) for half in halves)
             return [builder.sitofp(builder.sext(part, vec(I32, self.lanes)), self.real) for part in parts]
+        bits = self._half_bits(builder, raw)
+        self._keep_largest(builder, bits)
+        parts = (shuffle(builder, bits, bits, half) for half in halves)
+        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
+
+    def _half_bits(self, builder: Any, raw: Any) -> Any:
+        """e4m3 codes → the bits of float16, times 2⁻⁸."""
         wide = builder.sext(raw, vec(I16, self.elements))
-        bits = builder.and_(
+        return builder.and_(
             builder.shl(wide, splat(ir.Constant(I16, 7), self.elements)),
             splat(ir.Constant(I16, -0x4080), self.elements),  # 0xBF80: sign, exponent, mantissa
         )
+
+    def _keep_largest(self, builder: Any, bits: Any) -> None:
         magnitude = builder.and_(bits, splat(ir.Constant(I16, 0x7FFF), self.elements))
         greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
         self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
-        parts = (shuffle(builder, bits, bits, half) for half in halves)
-        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
+
+    def look_for_nan(self, builder: Any, address: Any) -> None:
+        """What `load_b` does for `nan_codes`, alone."""
+        raw = load(builder, address, vec(I8, self.elements))
+        self._keep_largest(builder, self._half_bits(builder, raw))
 
     def _declared(self, builder: Any, vectors: list, *, since: int) -> list:
         """Vectors as LLVM declares the operands of an instruction: before version `since`, as 32-bit integers."""
@@ -143,7 +155,7 @@ class Step:
         return builder.select(any_nan, splat(ir.Constant(one, float("nan")), count), scaled)
 
     def met_nan(self, builder: Any, nan_codes: Any) -> Any:
-        """Whether the largest magnitudes of a column's codes are those of NaN in any lane: a bit."""
+        """Whether the largest magnitudes of some codes are those of NaN in any lane: a bit."""
         found = builder.icmp_unsigned("==", nan_codes, splat(ir.Constant(I16, 0x3F80), self.elements))
         bits = ir.IntType(self.elements)
         return builder.icmp_unsigned("!=", builder.bitcast(found, bits), ir.Constant(bits, 0))

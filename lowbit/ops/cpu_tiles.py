@@ -168,34 +168,58 @@ def _dot_sums(
     zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
 
     def body(position: Any, values: list) -> list:
-        sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
+        sums = list(values[: rows * cols])
+        step.nan_codes = values[-1] if step.shrunk else None
         position = builder.add(start, position)
         offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
         b_vectors = []
         for j, row in enumerate(b_rows):
-            step.nan_codes = nans[j] if step.shrunk else None
             b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
             if j < lines:
                 line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
                 prefetch(builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache)
-            if step.shrunk:
-                nans[j] = step.nan_codes
         for i, row in enumerate(a_rows):
             a_vector = step.load_a(builder, builder.add(row, offset_a))
             for j, b_vector in enumerate(b_vectors):
                 sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
-        return sums + nans
+        return sums + ([step.nan_codes] if step.shrunk else [])
 
-    starts = [zero] * (rows * cols) + [no_nan] * (cols if step.shrunk else 0)
+    starts = [zero] * (rows * cols) + ([no_nan] if step.shrunk else [])
     ended = loop(builder, count, step.elements, starts, body)
-    any_nan: Any = ir.Constant(vec(I1, 4), None)
-    for j, codes in enumerate(ended[rows * cols :]):
-        any_nan = builder.insert_element(any_nan, step.met_nan(builder, codes), ir.Constant(I32, j))
+    any_nan = None
+    if step.shrunk:
+        any_nan = _columns_with_nan(builder, step, b_rows, ended[-1], start, count)
     found = []
     for first in range(0, rows * cols, cols):
         sums = _reduce4(builder, ended[first : first + cols] + [zero] * (4 - cols), step.add(builder))
         found.append(step.finish(builder, sums, any_nan))
     return found
+
+
+def _columns_with_nan(builder: Any, step: Step, b_rows: list, largest: Any, start: Any, count: Any) -> Any:
+    """Which of up to four columns have a NaN code among `count` from `start` on, four bits.
+
+    `largest` is what all of them left in `nan_codes`: one register in the loop, and columns are looked
+    through one by one only where it says that there is one.
+    """
+    nowhere = ir.Constant(vec(I1, 4), None)
+    met, before = step.met_nan(builder, largest), builder.block
+    with builder.if_then(met, likely=False):
+        found: Any = nowhere
+        for j, row in enumerate(b_rows):
+
+            def body(position: Any, values: list, row: Any = row) -> list:
+                step.nan_codes = values[0]
+                step.look_for_nan(builder, builder.add(row, builder.add(start, position)))
+                return [step.nan_codes]
+
+            codes = loop(builder, count, step.elements, [ir.Constant(largest.type, None)], body)[0]
+            found = builder.insert_element(found, step.met_nan(builder, codes), ir.Constant(I32, j))
+        looked = builder.block
+    either = builder.phi(nowhere.type)
+    either.add_incoming(nowhere, before)
+    either.add_incoming(found, looked)
+    return either
 
 
 @intrinsic(prefer_literal=True)
