@@ -137,3 +137,48 @@ def published(
         files=files,
     )
     return meant
+
+
+GPT_OSS = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 16,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+
+
+def gpt_oss(root: Path, exponents: tuple[int, int] = (-10, -4), **sizes: Any) -> Tensors:
+    """gpt-oss as published, written below `root`: every code, and scales of 2 to the power of `exponents`."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(**{**GPT_OSS, **sizes})
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in GptOssForCausalLM(config).state_dict().items()}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, cols, rows = shape
+            groups = (experts, rows, cols // 32)
+            tensors[f"{name}_blocks"] = torch.randint(
+                256, (*groups, 16), generator=generator, dtype=torch.uint8
+            )
+            low, high = (127 + e for e in exponents)
+            tensors[f"{name}_scales"] = torch.randint(
+                low, high + 1, groups, generator=generator, dtype=torch.uint8
+            )
+        else:
+            one = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.1
+            tensors[name] = one.bfloat16()
+    said = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }
+    body = {**config.to_dict(), "architectures": ["GptOssForCausalLM"], "quantization_config": said}
+    body.pop("dtype", None)  # as it is published
+    write(root, tensors, body)
+    return tensors

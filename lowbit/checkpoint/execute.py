@@ -32,6 +32,7 @@ from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, require_no_bias, static_tensors
+from lowbit.checkpoint.turned import turned
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
@@ -88,6 +89,8 @@ class Worker:
             return self._copy(job)
         if job.kind == "scale":
             return self._scale(job)
+        if job.kind == "turn":
+            return self._turn(job)
         if job.kind == "cast" and job.source is not None and job.source.scale is None:
             return self._cast(job)
         return self._convert(job)
@@ -168,6 +171,20 @@ class Worker:
             digest.update(codes.data)
             self._write(out, start * out_item, codes)
             self._progress(part.size)
+        return {out.name: digest.hexdigest()}
+
+    def _turn(self, job: Job) -> dict[str, str]:
+        """All experts of a layer, one after the other."""
+        (out,), source = job.outputs.values(), job.source
+        assert source is not None and len(job.shape) == 3
+        digest, at = xxhash.xxh3_128(), 0
+        for part, count in turned(source, job.shape, out.dtype, _PLAIN_OUT[out.dtype], self._read):
+            digest.update(part.data)
+            self._write(out, at, part)
+            at += part.size
+            self._progress(count)
+        assert at == out.nbytes, out
+        self._progress(sum(r.nbytes for r in source.refs[1:]))
         return {out.name: digest.hexdigest()}
 
     def _convert(self, job: Job) -> dict[str, str]:

@@ -5,8 +5,8 @@
     [E, 2I, H] and [E, H, I]   as transformers 5 writes every mixture (Qwen3.5-MoE, Gemma 4)
     [E, H, 2I] and [E, I, H]   transposed: Llama 4 and Qwen3-VL-MoE as published
 
-with the gate before the up projection; Granite calls them otherwise, and Step 3.5 has gate and up in
-tensors of their own (`NAMES`). Engines load
+with the gate before the up projection (in gpt-oss they alternate); Granite calls
+them otherwise, and Step 3.5 has gate and up in tensors of their own (`NAMES`). Engines load
 quantized experts as matrices named `….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`),
 which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each
 is a range of bytes in the same file (or a transposed one), so the rest of a conversion needs no word
@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
 from lowbit.formats import configs_in, quantization_of
+from lowbit.formats.fp4 import BLOCKS, SCALES
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: (GATE, UP), GATE: (GATE,), UP: (UP,), DOWN: (DOWN,)}
@@ -32,6 +33,7 @@ SCALE = "_scale_inv"
 
 # gate and up alternate in these, whatever their shape is.
 _INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
+_ALTERNATE = "experts fused into one 3-D tensor, in which gate and up projections alternate"
 # Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
 _TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
 
@@ -103,15 +105,18 @@ class SplitExperts:
 
 def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     """The view of `source` with its fused experts split, but for the modules (`….experts`) in `leave`."""
+    whole = {
+        module: _ALTERNATE for name, ref in source.tensors.items() if name.endswith(BLOCKS) and ref.dtype == "U8"
+        if (module := name.removesuffix(BLOCKS)) + SCALES in source.tensors
+    }  # fmt: skip
     found: dict[str, dict[str, TensorRef]] = {}
     for name, ref in source.tensors.items():
         if len(ref.shape) == 3 and (place := _place(name)) is not None:
             found.setdefault(place[0], {})[place[1]] = ref
     if not found:
-        return SplitExperts(checkpoint=source, whole={})
+        return SplitExperts(checkpoint=source, whole=whole)
     beside = _beside(source, found)
     parts: dict[str, list[TensorRef]] = {}
-    whole: dict[str, str] = {}
     for parent, members in found.items():
         reason = _problem(members, source.config) or beside.get(parent, "")
         if reason or parent in leave:
@@ -252,7 +257,7 @@ def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str
         return f"{fused}, without {' and '.join(missing)} beside it"
     types = {str(c.get("model_type")) for c in configs_in(config)}
     if types & _INTERLEAVED:
-        return f"{fused}, in which gate and up projections alternate"
+        return _ALTERNATE
     down, orientation = members[DOWN], _orientation(members)
     if orientation is None:
         shapes = " and ".join(str(list(members[k].shape)) for k in wanted)

@@ -16,6 +16,7 @@ from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError, NotCalibratedError
 from lowbit.formats import Format, StoredModule, other_kv_cache, quantization_of
 from lowbit.formats.format import Content
+from lowbit.formats.fp4 import BLOCKS, SCALES
 from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
@@ -44,6 +45,9 @@ class Replacements:
 
 def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
     """The module whose weight this tensor is; None for biases, scales and parameters of other names."""
+    for suffix in (BLOCKS, SCALES):
+        if ref.name.endswith(suffix) and (module := ref.name.removesuffix(suffix)) in stored:
+            return module if suffix == BLOCKS else None
     for suffix in (".weight_packed", ".weight"):
         if ref.name.endswith(suffix):
             module = ref.name.removesuffix(suffix)
@@ -296,6 +300,10 @@ class Planner:
             return self._carry(ref)
         dtype = self._float_dtype()
         source = self._source(stored, anchor)
+        if stored.stacked:
+            experts, rows, cols = stored.shape
+            turned = OutTensor(module, dtype, (experts, cols, rows))
+            return Job(kind="turn", shape=stored.shape, source=source, outputs={"codes": turned})
         out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
 
