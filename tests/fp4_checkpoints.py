@@ -14,7 +14,7 @@ from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from sample_models import Tensors, write
+from sample_models import Tensors, fused_mixture, write
 from torch import Tensor
 
 Stored = dict[str, Tensor]
@@ -182,3 +182,52 @@ def gpt_oss(root: Path, exponents: tuple[int, int] = (-10, -4), **sizes: Any) ->
     body.pop("dtype", None)  # as it is published
     write(root, tensors, body)
     return tensors
+
+
+def fused_of_modelopt(kind: str, fused: Tensors) -> tuple[Tensors, Tensors]:
+    """Experts in 3-D, transposed, as ModelOpt has them in `nvfp4` or `fp8`: (tensors, what they mean in float32)."""
+    tensors: Tensors = {}
+    meant: Tensors = {}
+    for name, stack in fused.items():
+        if stack.dim() != 3:
+            tensors[name] = stack
+            continue
+        experts, cols, rows = stack.shape
+        tensors[f"{name}_input_scale"] = torch.tensor(0.25)
+        if kind == "fp8":
+            scale = stack.float().abs().max() / 448
+            tensors[name] = (stack.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_weight_scale"] = scale
+            meant[name] = tensors[name].float() * scale
+            continue
+        stored, means = by_hand("nvfp4", stack.transpose(1, 2).reshape(-1, cols).float())
+        tensors[f"{name}_weight_scale_2"] = stored["weight_scale_2"]
+        for suffix in ("weight", "weight_scale"):
+            own = stored[suffix].reshape(experts, rows, -1).view(torch.uint8).transpose(1, 2).contiguous()
+            tensors[name + f"_{suffix}".removesuffix("_weight")] = own.view(stored[suffix].dtype)
+        meant[name] = means.float().reshape(experts, rows, cols).transpose(1, 2).contiguous()
+    return tensors, meant
+
+
+def llama4_of_modelopt(root: Path, kind: str) -> tuple[Tensors, Tensors]:
+    """Llama 4 as ModelOpt exports it, written below `root`.
+
+    → (what its experts mean in float32 [E, K, N], the same as a matrix for each expert and projection).
+    """
+    fused, apart, config = fused_mixture("llama4")
+    tensors, meant = fused_of_modelopt(kind, fused)
+    said = {"quant_method": "modelopt", "quant_algo": kind.upper(), "ignore": ["*router*"]}
+    write(root, tensors, {**config, "quantization_config": said}, place=lambda n: len(n) % 2)
+    single: Tensors = {}
+    for name in apart:
+        at, _, rest = name.partition(".experts.")
+        if rest:
+            expert, leaf, _ = rest.split(".")
+            both = meant[f"{at}.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"][
+                int(expert)
+            ].T
+            half = both.shape[0] // 2
+            single[name] = {"gate_proj": both[:half], "up_proj": both[half:], "down_proj": both}[
+                leaf
+            ].contiguous()
+    return meant, single

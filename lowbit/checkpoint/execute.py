@@ -211,11 +211,15 @@ class Worker:
         kept: list[np.ndarray] = []
         theirs = RowSums(job.shape, wanted=source.hidden_bias is not None)
         row_bytes, out_row = loops.source_bytes(kind, cols), out_cols * loops.OUTPUT_BYTES[out_kind]
-        step = self._rows_per_block(row_bytes, tile_rows)
+        step = self._rows_per_block(row_bytes, 2 if source.paired else tile_rows)
         values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            part = self._read(source.ref, row * row_bytes, count * row_bytes)
+            if source.paired:
+                part = self._buffer("unpaired", count * cols)
+                loops.unpair(self._read(source.ref, row // 2 * cols, count // 2 * cols), cols, part)
+            else:
+                part = self._read(source.ref, row * row_bytes, count * row_bytes)
             codes = self._buffer("codes", count * out_row)
             if out_cols != cols:
                 codes[:] = 0
@@ -246,7 +250,7 @@ class Worker:
                 scale_at += stored.size
             if job.static is not None and not given:  # a scale per channel
                 kept.append(part_scales)
-            self._progress(part.size)
+            self._progress(part.size // 2 if source.paired else part.size)
         _require_no_hidden_bias(source, theirs)
         done = {out.name: digest.hexdigest()}
         if scale_out is not None and given:

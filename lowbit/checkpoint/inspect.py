@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.beside import BESIDE_CODES
-from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
+from lowbit.checkpoint.fused_experts import SplitExperts, is_beside_fused, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.roles import role_of
@@ -128,7 +128,9 @@ def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredM
         found.append(f"{len(apart)} weights have their scale in another shard (first: {apart[0]})")
     scales = {n for s in stored.values() for n in s.names.values()}
     shapes = {m: s.shape for m, s in stored.items() if s.stacked}
-    shapes |= {n: t.shape for n, t in tensors.items() if is_fused(t) and n not in scales}
+    shapes |= {
+        n: t.shape for n, t in tensors.items() if is_fused(t) and not (n in scales or is_beside_fused(n))
+    }
     if fused := list(shapes):
         found.append(f"{len(fused)} tensors hold all experts of a layer, fused (first: {fused[0]})")
     if unknown := [n for n in fused if n in split_up or n in stored]:

@@ -25,6 +25,8 @@ class Source:
     """int8 codes + 128, four to an int32, or int4 codes + 8, eight to one."""
     codes: DType | None = None
     """None: float numbers."""
+    paired: bool = False
+    """Codes of 4 bits of which two rows lie in one, in place of two columns; the first in the lower halves."""
     shape: TensorRef | None = None
     """[N, K] of a packed weight."""
     scale: TensorRef | None = None
@@ -72,6 +74,8 @@ class Source:
         """The weight's shape, as far as `ref` says: what is packed has room for so much."""
         if self.codes is None or not self.ref.shape:
             return self.ref.shape
+        if self.paired:
+            return 2 * self.ref.shape[0], self.ref.shape[1]
         *rows, items = self.ref.shape
         return *rows, items * (8 * ITEM_BYTES[self.ref.dtype] // self.codes.bits)
 
