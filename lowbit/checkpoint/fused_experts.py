@@ -117,10 +117,10 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
         if (module := name.removesuffix(BLOCKS)) + SCALES in source.tensors
     }  # fmt: skip
     found: dict[str, dict[str, TensorRef]] = {}
+    ends = tuple(_OF_MODELOPT)
     for name, ref in source.tensors.items():
-        if (place := _place(name)) is not None and (
-            len(ref.shape) == 3 or place[1].endswith(tuple(_OF_MODELOPT))
-        ):
+        # The names of a trillion parameters are many: most are told from these at once.
+        if (len(ref.shape) == 3 or name.endswith(ends)) and (place := _place(name)) is not None:
             found.setdefault(place[0], {})[place[1]] = ref
     if not found:
         return SplitExperts(checkpoint=source, whole=whole)
