@@ -5,6 +5,7 @@ Every instruction used is exact on integer codes:
     pmaddwd  int16 × int16, pairs added in int32: no saturation for |a|, |b| < 2¹⁵
     dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form);
              the weight is made unsigned, w + 128, and 128 · Σa is taken off at the end
+    winograd half as many of pmaddwd, and more additions (see `cpu_winograd`)
 
 and of decoded codes, `fma` and `dpbf16` add in float32, `fmad` in float64: exact for e4m3, whose
 products are multiples of 2⁻¹⁸ below 2¹⁸, so that 2¹⁷ of them fit float64's 53 bits.
@@ -25,12 +26,15 @@ from lowbit.ops.cpu_emit import BF16, F16, F32, F64, I8, I16, I32, I64, call, lo
 from lowbit.ops.cpu_lookup import IN_ORDER, Lookup
 from lowbit.ops.cpu_params import W_E4M3, W_I8, W_U8
 
+# Multiply integer codes, weights as stored.
+INTEGER = ("pmaddwd", "winograd", "dpbusd")
+
 
 class Step:
     """One step along K: how both sides load, and what adds their product to an accumulator.
 
     `kind` is the instruction with its vector width in bits, then the weight's storage where
-    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
+    it is decoded while loading: `pmaddwd256`, `winograd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -46,9 +50,11 @@ class Step:
         # e4m3 by arithmetic; looked up, NaN codes are NaN and values are whole.
         self.shrunk = self.storage == "e4m3" and self.name != "dpbf16"
         self.nan_codes: Any = None
-        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "fmad": 4, "dpbf16": 2}[self.name]
+        self.a_bytes = _BITS[self.name] // 8
         stored = {"": self.a_bytes, "bf16": 2}.get(self.storage, 1)
-        self.b_bytes = 1 if self.name in ("pmaddwd", "dpbusd") else stored
+        self.b_bytes = 1 if self.name in INTEGER else stored
+        # Two units of K at a time (see `cpu_winograd`).
+        self.paired = self.name == "winograd"
 
     def load_a(self, builder: Any, address: Any) -> Any:
         """One vector; where codes are decoded while loading, two, each for half of them."""
@@ -58,7 +64,7 @@ class Step:
         return load(builder, address, vec(self.element, self.elements))
 
     def load_b(self, builder: Any, address: Any) -> Any:
-        if self.name == "pmaddwd":
+        if self.name in ("pmaddwd", "winograd"):
             return builder.sext(load(builder, address, vec(I8, self.elements)), vec(I16, self.elements))
         if self.name == "dpbusd":
             codes = load(builder, address, vec(I8, self.elements))
@@ -109,7 +115,7 @@ class Step:
         return [builder.bitcast(vector, vec(I32, self.lanes)) for vector in vectors]
 
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
-        if self.name == "pmaddwd":
+        if self.name in ("pmaddwd", "winograd"):
             name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
             return builder.add(acc, call(builder, name, self.acc, [a, b]))
         if self.name == "dpbusd":
@@ -162,7 +168,9 @@ class Step:
     @property
     def element(self) -> ir.Type:
         """What the operand holds."""
-        return {"pmaddwd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[self.name]
+        return {"pmaddwd": I16, "winograd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[
+            self.name
+        ]
 
     @property
     def unit(self) -> ir.VectorType:
@@ -172,7 +180,7 @@ class Step:
     def load_units(self, builder: Any, address: Any) -> Any:
         """One row's next `lanes` units, as `packed_tile` wants them, in a vector of int32."""
         units = vec(I32, self.lanes)
-        if self.name in ("pmaddwd", "dpbusd"):
+        if self.name in INTEGER:
             return builder.bitcast(self.load_b(builder, address), units)
         return load(builder, address, units)
 
@@ -187,7 +195,16 @@ def _as_f32(kind: ir.Type) -> ir.Type:
 
 
 # Bits of an operand's element; AMX's (`cpu_amx`) take a row of 64 bytes at a step as well.
-_BITS = {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "fmad": 32, "dpbf16": 16, "tdpbssd": 8, "tdpbf16": 16}
+_BITS = {
+    "pmaddwd": 16,
+    "winograd": 16,
+    "dpbusd": 8,
+    "fma": 32,
+    "fmad": 32,
+    "dpbf16": 16,
+    "tdpbssd": 8,
+    "tdpbf16": 16,
+}
 
 
 def step_elements(kind: str) -> int:

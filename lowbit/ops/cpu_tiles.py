@@ -34,6 +34,7 @@ from lowbit.ops.cpu_emit import (
     vec,
 )
 from lowbit.ops.cpu_step import Step, requests
+from lowbit.ops.cpu_winograd import paired_sums
 
 UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
 
@@ -198,21 +199,22 @@ def _dot_sums(
 
 
 @intrinsic(prefer_literal=True)
-def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units):  # type: ignore[no-untyped-def]
+def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, w_sum):  # type: ignore[no-untyped-def]
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr and the columns j of nv vectors, b packed by `pack`.
 
     `kind`, `mr`, `nv`, `ldb` are compile-time constants. `b` + `ldb` · u holds unit u of every
     column; `units` is a multiple of UNROLL. With unit u goes a request for `ahead` + u · `along` / 256.
-    The rest is as in `dot_tile`.
+    The kinds of `cpu_winograd` take a panel of its rows as `a`, and at `w_sum` what its `paired_columns` found;
+    the sums of rows have still to come off. The rest is as in `dot_tile`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 8)
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 9)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ahead, along, c, ldc, units = args[4:]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        c, ldc = args[9:11]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:])
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
             step.add_to(builder, sums[i * vectors + v], address)
         return context.get_dummy_value()
@@ -222,31 +224,33 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
 
 @intrinsic(prefer_literal=True)
 def scaled_tile(
-    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, left, a_scale, a_scale_row, a_sum,
+    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, w_sum, left, a_scale, a_scale_row, a_sum,
     a_sum_row, w_scale,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """c[i, j] += float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order: one group of K.
 
     c, a_scale and w_scale are float32; row i of a_scale stands at `a_scale` + `a_scale_row` · i. For dpbusd
-    128 · a_sum[i], int32 and likewise placed, come off the sums first. Rows from `left` on take the scale of
-    the last: what they give is nobody's. The rest is as in `packed_tile`.
+    128 · a_sum[i], int32 and likewise placed, come off the sums first, for winograd a_sum[i]. Rows from `left` on
+    take the scale of the last: what they give is nobody's. The rest is as in `packed_tile`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 14)
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 15)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ahead, along, c, ldc, units = args[4:12]
-        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[12:]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        c, ldc = args[9:11]
+        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[13:]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:13])
 
         def of_rows(address: Any, row: Any, kind: Any) -> list:
             places = row_addresses(builder, address, row, left, rows)
             return [spread(builder, load(builder, at, kind), step.lanes) for at in places]
 
         scales, offsets = of_rows(a_scale, a_scale_row, F32), [None] * rows
-        if step.name == "dpbusd":
+        if step.paired:
+            offsets = of_rows(a_sum, a_sum_row, I32)
+        elif step.name == "dpbusd":
             seven = splat(ir.Constant(I32, 7), step.lanes)
             offsets = [builder.shl(codes, seven) for codes in of_rows(a_sum, a_sum_row, I32)]
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
@@ -261,10 +265,12 @@ def scaled_tile(
 
 def _packed_sums(
     builder: Any, step: Step, shape: tuple[int, int], unit_stride: int, a: Any, lda: Any, b: Any, ahead: Any,
-    along: Any, units: Any,
+    along: Any, units: Any, w_sum: Any,
 ) -> list:  # fmt: skip
     """The loop over K of a packed tile: its accumulators, row by row."""
     rows, vectors = shape
+    if step.paired:
+        return paired_sums(builder, step, shape, unit_stride, a, b, ahead, along, units, w_sum)
     a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
 
     def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:
