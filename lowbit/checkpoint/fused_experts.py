@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
-from lowbit.formats import configs_in, quantization_of
+from lowbit.formats import METHOD_OF_DESCRIPTION, configs_in, quantization_of
 from lowbit.formats.fp4 import BLOCKS, SCALES
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
@@ -140,7 +140,17 @@ def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         tensors |= {part.name: part for part in parts.get(name, (ref,))}
-    return SplitExperts(checkpoint=replace(source, tensors=tensors), whole=whole)
+    view = replace(source, tensors=tensors, config=_described(source.config, parts))
+    return SplitExperts(checkpoint=view, whole=whole)
+
+
+def _described(config: dict[str, Any], parts: Mapping[str, Iterable[TensorRef]]) -> dict[str, Any]:
+    """A config of which msModelSlim's description, which names all tensors, has `parts` as what they are parts of."""
+    said = quantization_of(config)
+    if said.get("quant_method") != METHOD_OF_DESCRIPTION:
+        return config
+    theirs = {part.name: said[name] for name, each in parts.items() if name in said for part in each}
+    return {**config, "quantization_config": {**said, **theirs}}
 
 
 def _place(tensor: str) -> tuple[str, str] | None:

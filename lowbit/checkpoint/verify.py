@@ -87,7 +87,8 @@ def verify_checkpoint(
         open_checkpoint(path)  # says what is there instead
     try:
         checkpoint = open_checkpoint(path)
-        stored = read(checkpoint.config, checkpoint.tensors)
+        view = split(checkpoint).checkpoint
+        stored = read(view.config, view.tensors)
         manifest = read_manifest(checkpoint)
     except InputError as error:
         return Verification(
@@ -125,7 +126,7 @@ def verify_checkpoint(
 
     errors: tuple[TensorError, ...] = ()
     if origin is not None:
-        errors, missing = _errors(checkpoint, stored, origin, workers, progress)
+        errors, missing = _errors(view, stored, origin, workers, progress)
         problems += missing
         said = f"error of {len(errors)} weights against {origin.root}"
         if manifest and manifest.get("calibration"):
@@ -241,7 +242,7 @@ def _in_float(
     """Matrices that are not quantized here: module → shape, where it lies, its dtype."""
     return {
         name.removesuffix(".weight"): ((ref.shape[0], ref.shape[1]), Source(ref=ref), ref.dtype)
-        for name, ref in split(checkpoint).checkpoint.tensors.items()
+        for name, ref in checkpoint.tensors.items()
         if name.endswith(".weight") and len(ref.shape) == 2 and ref.dtype in FLOATS
         and name.removesuffix(".weight") not in stored
     }  # fmt: skip
