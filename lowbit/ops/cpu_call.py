@@ -163,7 +163,7 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
     quantizes, grouped = activations.kind != "none", bool(activations.group or weights.group)
     if quantizes and weights.tensor.dtype == torch.int8:
         tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
-        return tile, A_I16 if tile.kind.startswith(("pmaddwd", "winograd")) else A_I8, MODE_INT8
+        return tile, A_I16 if tile.wide_codes else A_I8, MODE_INT8
     # All weights and e4m3 codes are exact in bfloat16.
     tile = float_tile(
         have, rows, weight=weights.tensor.dtype, parts=1 if quantizes else PARTS[x.dtype], grouped=grouped,

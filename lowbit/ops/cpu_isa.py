@@ -16,7 +16,7 @@ from lowbit.errors import InputError
 from lowbit.ops.cpu_params import PAIRED_ROWS
 
 # From best to most portable. `portable` is plain torch: exact float32 blocks.
-ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
+ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "neon_dotprod", "neon", "portable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class Tile:
         return self.kind.startswith("winograd")
 
     @property
+    def wide_codes(self) -> bool:
+        """Its integers have 16 bits."""
+        return self.kind.startswith(("pmaddwd", "winograd", "smull"))
+
+    @property
     def cols(self) -> int:
         """Columns of the output that it covers: one per 32 bits of a vector."""
         return self.vectors * int(self.kind[-3:]) // 32
@@ -59,17 +64,25 @@ class Instructions:
     """It looks 64 bytes up at once (AVX-512 VBMI): codes become bfloat16 so."""
 
     @property
-    def wide(self) -> bool:
-        """Vectors have 512 bits."""
-        return self.name in ("amx", "avx512_vnni", "avx512bw")
+    def bits(self) -> int:
+        """Of a vector."""
+        return (
+            128
+            if self.name.startswith("neon")
+            else 512
+            if self.name in ("amx", "avx512_vnni", "avx512bw")
+            else 256
+        )
 
 
-# As many accumulators as leave registers for the vectors of B, one of A and one product: 32 of 512 bits, 16 of 256.
+# As many accumulators as leave registers for the vectors of B, one of A and one product: there are 16 of 256 bits,
+# 32 of 512, and 32 of Arm's 128.
 # Rows as stored read weights from memory as fast as it can; their lanes are added up once per scale, and codes that
 # become floats are decoded again for every four (or two) rows. Measured on a Zen 4, with weights that no cache holds.
 _MULTIPLY_ADD = {
     512: Tile(kind="pmaddwd512", rows=6, vectors=4, dot_rows=48),
     256: Tile(kind="pmaddwd256", rows=6, vectors=2, dot_rows=24),
+    128: Tile(kind="smull128", rows=4, vectors=4, dot_rows=16),
 }
 # Sums of two codes and their products: 8 accumulators, and twice the vectors of A and B.
 _PAIRED = Tile(kind="winograd256", rows=PAIRED_ROWS, vectors=2, dot_rows=16)
@@ -79,14 +92,22 @@ _INTEGER = {
     "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2, dot_rows=24),
     "avx512bw": _MULTIPLY_ADD[512],
     "avx2": _PAIRED,
+    "neon_dotprod": Tile(kind="sdot128", rows=6, vectors=4, dot_rows=16),
+    "neon": _MULTIPLY_ADD[128],
 }
 _DOT_ROWS_GROUPED = 12
-_WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=16)
-_FLOAT = Tile(kind="fma256", rows=6, vectors=2, dot_rows=10)
-_WIDE_PLAIN = replace(_WIDE_FLOAT, dot_rows=128)  # bfloat16 values: one shift each while they are loaded
+_FLOAT = {
+    512: Tile(kind="fma512", rows=6, vectors=4, dot_rows=16),
+    256: Tile(kind="fma256", rows=6, vectors=2, dot_rows=10),
+    128: Tile(kind="fma128", rows=5, vectors=4, dot_rows=8),
+}
+_WIDE_PLAIN = replace(_FLOAT[512], dot_rows=128)  # bfloat16 values: one shift each while they are loaded
 # In float64 each vector takes two registers.
-_WIDE_DOUBLE = Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8)
-_DOUBLE = Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4)
+_DOUBLE = {
+    512: Tile(kind="fmad512", rows=4, vectors=2, dot_rows=8),
+    256: Tile(kind="fmad256", rows=4, vectors=1, dot_rows=4),
+    128: Tile(kind="fmad128", rows=4, vectors=2, dot_rows=1),
+}
 # Twice float32's rate. e4m3 codes may be looked up while they are loaded; others of a few rows become float32 there.
 _BFLOAT = Tile(kind="dpbf16512", rows=6, vectors=4)
 _BFLOAT_ROWS = 5
@@ -107,7 +128,7 @@ def integer_tile(
     """
     tile = _INTEGER[instructions.name]
     if zero_point:
-        tile = _MULTIPLY_ADD[512] if instructions.wide else _PAIRED
+        tile = _PAIRED if instructions.bits == 256 else _MULTIPLY_ADD[instructions.bits]
     elif instructions.name == "amx" and rows >= (_MATRIX_ROWS_OTHERWISE if grouped else _MATRIX_ROWS):
         return _MATRIX_INTEGER
     if tile.paired and rows <= (_DOT_ROWS_GROUPED if grouped else tile.dot_rows):
@@ -130,7 +151,7 @@ def float_tile(
     is the sum of, exactly. A few rows are decoded while they are loaded, which the float32 tiles do.
     """
     if float64:
-        return _WIDE_DOUBLE if instructions.wide else _DOUBLE
+        return _DOUBLE[instructions.bits]
     if instructions.name == "amx" and rows >= (
         _MATRIX_ROWS_OTHERWISE if parts == 1 else _MATRIX_ROWS_IN_PARTS
     ):
@@ -140,9 +161,9 @@ def float_tile(
             return replace(_BFLOAT, dot_rows=8 if grouped else 16)
         if rows >= _BFLOAT_ROWS:
             return _BFLOAT
-    if instructions.wide:
-        return _WIDE_PLAIN if weight == torch.bfloat16 else _WIDE_FLOAT
-    return _FLOAT
+    if instructions.bits == 512 and weight == torch.bfloat16:
+        return _WIDE_PLAIN
+    return _FLOAT[instructions.bits]
 
 
 @cache
@@ -170,9 +191,27 @@ def _features() -> frozenset[str]:
     return frozenset(renamed.get(flag, flag) for flag in flags)
 
 
+def _has_dotprod() -> bool:
+    """Whether numba compiles for an Arm CPU with the int8 dot product (from ARMv8.2 on)."""
+    try:
+        from llvmlite import binding
+
+        if os.environ.get("NUMBA_CPU_NAME"):
+            return "+dotprod" in os.environ.get("NUMBA_CPU_FEATURES", "").split(",")
+        # On macOS LLVM knows the processor's name alone.
+        return bool(binding.get_host_cpu_features().get("dotprod")) or (
+            binding.get_host_cpu_name().startswith("apple-m")
+        )
+    except (ImportError, RuntimeError):
+        return False
+
+
 def available() -> tuple[str, ...]:
     """The names in `ISAS` that this CPU can run, best first."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return (*(("neon_dotprod",) if _has_dotprod() else ()), "neon", "portable")
+    if machine not in ("x86_64", "amd64"):
         return ("portable",)
     features = _features()
     found = []
@@ -204,7 +243,7 @@ def detect() -> Instructions:
         name = usable[0]
         # Code is compiled for the CPU that NUMBA_CPU_NAME names: do not emit beyond it.
         if os.environ.get("NUMBA_CPU_NAME"):
-            name = "avx2" if "avx2" in usable else "portable"
+            name = next(isa for isa in ("neon_dotprod", "neon", "avx2", "portable") if isa in usable)
     elif pinned not in ISAS:
         raise InputError(f"expected LOWBIT_CPU_ISA to be one of {', '.join(ISAS)}, found {pinned!r}")
     elif pinned not in usable:

@@ -100,7 +100,8 @@ def matmul(
     tile_cols = tile_vectors * lanes
     panel_row = 4 * tile_cols
     dot_lines = cpu_step.requests(dot_kind, DOT_COLS)
-    dot_tall = 4 if lanes == 16 else 2  # 16 registers do not hold 4 × 4 accumulators and their operands
+    # The 16 registers of 256 bits do not hold 4 × 4 accumulators and their operands.
+    dot_tall = 2 if lanes == 8 else 4
 
     @cfunc(SIGNATURE, cache=CACHE)
     def matmul_tiles(parameters):  # type: ignore[no-untyped-def]

@@ -6,6 +6,8 @@ Every instruction used is exact on integer codes:
     dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form);
              the weight is made unsigned, w + 128, and 128 · Σa is taken off at the end
     winograd half as many of pmaddwd, and more additions (see `cpu_winograd`)
+    smull    as pmaddwd, on Arm, which adds pairs with an instruction of its own
+    sdot     int8 × int8, four products added into int32 (Arm's dot product)
 
 and of decoded codes, `fma` and `dpbf16` add in float32, `fmad` in float64: exact for e4m3, whose
 products are multiples of 2⁻¹⁸ below 2¹⁸, so that 2¹⁷ of them fit float64's 53 bits.
@@ -27,14 +29,14 @@ from lowbit.ops.cpu_lookup import IN_ORDER, Lookup
 from lowbit.ops.cpu_params import W_E4M3, W_I8, W_U8
 
 # Multiply integer codes, weights as stored.
-INTEGER = ("pmaddwd", "winograd", "dpbusd")
+INTEGER = ("pmaddwd", "winograd", "smull", "dpbusd", "sdot")
 
 
 class Step:
     """One step along K: how both sides load, and what adds their product to an accumulator.
 
     `kind` is the instruction with its vector width in bits, then the weight's storage where
-    it is decoded while loading: `pmaddwd256`, `winograd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
+    it is decoded while loading: `pmaddwd256`, `sdot128`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -64,7 +66,7 @@ class Step:
         return load(builder, address, vec(self.element, self.elements))
 
     def load_b(self, builder: Any, address: Any) -> Any:
-        if self.name in ("pmaddwd", "winograd"):
+        if self.element is I16:
             return builder.sext(load(builder, address, vec(I8, self.elements)), vec(I16, self.elements))
         if self.name == "dpbusd":
             codes = load(builder, address, vec(I8, self.elements))
@@ -127,6 +129,15 @@ class Step:
         return [builder.bitcast(vector, vec(I32, self.lanes)) for vector in vectors]
 
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
+        if self.name == "smull":
+            products = []
+            for first in (0, self.lanes):
+                half = list(range(first, first + self.lanes))
+                both = [shuffle(builder, x, x, half) for x in (a, b)]
+                products.append(call(builder, "llvm.aarch64.neon.smull.v4i32", self.acc, both))
+            return builder.add(acc, call(builder, "llvm.aarch64.neon.addp.v4i32", self.acc, products))
+        if self.name == "sdot":
+            return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", self.acc, [acc, b, a])
         if self.name in ("pmaddwd", "winograd"):
             name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
             return builder.add(acc, call(builder, name, self.acc, [a, b]))
@@ -180,9 +191,8 @@ class Step:
     @property
     def element(self) -> ir.Type:
         """What the operand holds."""
-        return {"pmaddwd": I16, "winograd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[
-            self.name
-        ]
+        floats = {"fma": F32, "fmad": F32, "dpbf16": BF16}
+        return floats.get(self.name) or {8: I8, 16: I16}[_BITS[self.name]]
 
     @property
     def unit(self) -> ir.VectorType:
@@ -208,15 +218,9 @@ def _as_f32(kind: ir.Type) -> ir.Type:
 
 # Bits of an operand's element; AMX's (`cpu_amx`) take a row of 64 bytes at a step as well.
 _BITS = {
-    "pmaddwd": 16,
-    "winograd": 16,
-    "dpbusd": 8,
-    "fma": 32,
-    "fmad": 32,
-    "dpbf16": 16,
-    "tdpbssd": 8,
-    "tdpbf16": 16,
-}
+    "pmaddwd": 16, "winograd": 16, "smull": 16, "dpbusd": 8, "sdot": 8, "fma": 32, "fmad": 32, "dpbf16": 16,
+    "tdpbssd": 8, "tdpbf16": 16,
+}  # fmt: skip
 
 
 def step_elements(kind: str) -> int:

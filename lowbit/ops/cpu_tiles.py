@@ -402,6 +402,8 @@ def transpose(builder: Any, rows: list) -> list:
         high = [mix(r[0], r[1], (2, 6, 3, 7)), mix(r[2], r[3], (2, 6, 3, 7))]
         for j, (x, y) in enumerate((low, low, high, high)):
             columns[j].append(mix(x, y, (0, 1, 4, 5) if j % 2 == 0 else (2, 3, 6, 7)))
+    if n == 4:
+        return [found[0] for found in columns]
     out: list = [None] * n
     for j, found in enumerate(columns):
         if n == 8:
