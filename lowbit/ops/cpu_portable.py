@@ -1,4 +1,4 @@
-"""The CPU path in plain torch: exact, for processors without AVX2 and installations without numba."""
+"""The CPU path in plain torch: exact, for processors without AVX2 or NEON and installations without numba."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision | Refusal:
         both = "int8 × int8" if quantizes and problem.weight_dtype == "int8" else floats
         return Decision(
             implementation="cpu", kernel="portable", multiplies=both,
-            note="plain torch: this CPU has no AVX2, or numba is missing; exact, but slower",
+            note="plain torch: this CPU has neither AVX2 nor NEON, or numba is missing; exact, but slower",
         )  # fmt: skip
     grouped = problem.activations.startswith("group") or bool(problem.weight_group)
     if quantizes and problem.weight_dtype == "int8":
