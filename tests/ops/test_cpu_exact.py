@@ -235,7 +235,7 @@ def test_code_compiled_for_an_avx2_processor_is_exact():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(ISAS[0] == "portable", reason="no x86-64 with AVX2")
+@pytest.mark.skipif("avx2" not in ISAS, reason="no x86-64 with AVX2")
 @pytest.mark.parametrize(
     ("kind", "storage"), [("tdpbssd512", "i8"), ("tdpbf16512", "e4m3"), ("tdpbf16512", "u8")]
 )
@@ -263,9 +263,8 @@ def test_amx_compiles_where_it_cannot_run(kind, storage, tmp_path):
 
 def test_pinning_an_instruction_set(monkeypatch):
     monkeypatch.setenv("LOWBIT_CPU_ISA", "sse9")
-    with pytest.raises(
-        InputError, match="amx, avx512_vnni, avx_vnni, avx512bw, avx2, portable, found 'sse9'"
-    ):
+    names = "amx, avx512_vnni, avx_vnni, avx512bw, avx2, neon_dotprod, neon, portable"
+    with pytest.raises(InputError, match=f"{names}, found 'sse9'"):
         cpu_isa.detect()
     monkeypatch.setattr(cpu_isa, "available", lambda: ("avx2", "portable"))
     monkeypatch.setenv("LOWBIT_CPU_ISA", "avx512_vnni")
@@ -273,6 +272,27 @@ def test_pinning_an_instruction_set(monkeypatch):
         cpu_isa.detect()
     monkeypatch.delenv("LOWBIT_CPU_ISA")
     assert cpu_isa.detect() == Instructions(name="avx2")
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_an_arm_processor_has_what_numba_compiles_for(monkeypatch, machine):
+    from llvmlite import binding
+
+    monkeypatch.setattr(cpu_isa.platform, "machine", lambda: machine)
+    for name in ("LOWBIT_CPU_ISA", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        monkeypatch.delenv(name, raising=False)
+    for features, name, wanted in (
+        ({"dotprod": True}, "neoverse-n1", "neon_dotprod"),
+        ({"dotprod": False, "neon": True}, "cortex-a72", "neon"),
+        ({}, "apple-m1", "neon_dotprod"),
+    ):
+        monkeypatch.setattr(binding, "get_host_cpu_features", lambda found=features: found)
+        monkeypatch.setattr(binding, "get_host_cpu_name", lambda found=name: found)
+        assert cpu_isa.detect() == Instructions(name=wanted)
+    monkeypatch.setenv("NUMBA_CPU_NAME", "cortex-a72")
+    assert cpu_isa.detect() == Instructions(name="neon")
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+neon,+dotprod")
+    assert cpu_isa.detect() == Instructions(name="neon_dotprod")
 
 
 def test_without_numba_the_portable_path_runs(monkeypatch):
