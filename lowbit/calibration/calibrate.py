@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,15 +67,24 @@ def quantized_by(decisions: Mapping[str, Decision]) -> dict[str, Scheme]:
 
 
 def module_decisions(
-    model: LayerwiseModel, scheme: Scheme, selection: Selection, *, fits: Fits | None = None
+    model: LayerwiseModel,
+    scheme: Scheme,
+    selection: Selection,
+    *,
+    fits: Fits | None = None,
+    others: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, Decision]:
-    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`."""
+    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`.
+
+    `others`: our name → shape of what is decided on with them, since what a pattern means depends on all that it takes
+    in.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
-    for index in range(len(model)):
-        for ours, shape in model.linear_shapes(index).items():
-            names[model.disk_name(ours)] = ours
-            shapes[model.disk_name(ours)] = shape
+    linears = (item for index in range(len(model)) for item in model.linear_shapes(index).items())
+    for ours, shape in (*linears, *others.items()):
+        names[model.disk_name(ours)] = ours
+        shapes[model.disk_name(ours)] = shape
     source = model.source
     left = left_by_source(shapes, source.stored)
     decisions = decide(
