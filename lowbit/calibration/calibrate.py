@@ -187,6 +187,7 @@ def calibrate(
             nonlocal writer
             held.enter_context(resume.alone(out, store.KIND))
             writer = store.Writer(out, settings, overwrite=overwrite)
+            held.callback(_remove_unless_begun, writer)
             return writer.finished
 
         done = decided(start, model.device)
@@ -225,6 +226,12 @@ def calibrate(
             )
         wait_for_all()
     return store.read(out)
+
+
+def _remove_unless_begun(writer: store.Writer) -> None:
+    """What was refused, or stopped, in the first layer leaves nothing behind."""
+    if not writer.finished - {store.MODEL_PART}:
+        writer.remove()
 
 
 def _require_held(kept: Collection[str], stored: Mapping[str, StoredModule]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -333,6 +334,60 @@ def test_what_cannot_be_done_is_said_before_the_work(
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     done = lowbit(command, source, *arguments, *common, code=2)
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["deeper", "file"], "what is refused leaves nothing"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "{src}", "-o", "{at}/a/b/r.yaml", "--data", "{at}/none.txt"),
+        ("search", "{at}/none", "-o", "{at}/a/b/r.yaml", "--data", "{text}"),
+        ("calibrate", "{src}", "-o", "{at}/a/b", "--data", "{at}/none.txt"),
+        ("convert", "{src}", "{at}/a/b", "--method", "best", "--data", "{at}/none.txt"),
+        ("convert", "{src}", "{at}/a/b", "--method", "bets", "--data", "{text}"),
+        ("convert", "{src}", "{at}/a/b", "--calibration", "{at}/none"),
+        ("convert", "{src}", "{at}/a/b", "--scheme", "int8-static"),
+        ("convert", "{src}", "{at}/a/b", "--dry-run"),
+        ("bench", "{at}/a/b"),
+        ("generate", "{at}/a/b", "--prompt", "x"),
+        ("verify", "{at}/a/b"),
+        ("kernels", "compile", "--target", "sm99"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(source, tmp_path, monkeypatch, arguments):
+    """`search` made the directories of --out before it looked at anything else."""
+    monkeypatch.chdir(tmp_path)
+    given = [a.format(at=tmp_path, src=source, text=source.parent / "text.txt") for a in arguments]
+    assert (lowbit(*given, code=2).exit_code != 0) == ("--dry-run" not in given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "out"), [("calibrate", "a/b"), ("search", "a/b/r.yaml"), ("convert", "a/b")]
+)
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_what_ends_before_anything_is_kept_leaves_nothing(source, tmp_path, monkeypatch, command, out, error):
+    """A calibration that was refused in its first layer left its directory, and a search the directories above."""
+    monkeypatch.setattr(LayerwiseModel, "load", lambda *a: (_ for _ in ()).throw(error))
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    place = (tmp_path / out, "--method", "gptq") if command == "convert" else ("-o", tmp_path / out)
+    done = lowbit(command, source, *place, *common, code=2)
+    assert isinstance(done.exception, InputError) or done.exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "search"])
+def test_a_place_that_may_not_be_written_is_said_before_the_work(source, tmp_path, monkeypatch, command):
+    readable = os.access
+    # Nothing keeps root from writing.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK and readable(path, mode))
+    monkeypatch.setattr(LayerwiseModel, "embed", lambda *a: pytest.fail("the data was embedded"))
+    out = tmp_path / "a" / "b"
+    data = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    method = ("-m", "gptq") if command == "calibrate" else ()  # `best` tries layers on a few tokens
+    done = lowbit(command, source, "-o", out, *data, *method, code=2)
+    assert isinstance(done.exception, InputError)
+    assert f"{tmp_path} cannot be written to; choose another place" in str(done.exception)
 
 
 @pytest.mark.parametrize("method", ["absmax", "entropy"])
