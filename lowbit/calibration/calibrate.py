@@ -17,6 +17,7 @@ from lowbit.calibration import resume, store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
+from lowbit.calibration.effect import require_joints
 from lowbit.calibration.kv_cache import KEYS, KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
@@ -180,6 +181,8 @@ def calibrate(
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
     run = _start(model, method, schemes, kept, options, rotation, windows, share)
+    run.kv_cache = kv_cache
+    require_joints(run)
     writer: store.Writer | None = None
     with ExitStack() as held:
 
@@ -195,7 +198,6 @@ def calibrate(
             resumed(already, len(model))
         if writer is not None and outside and store.MODEL_PART not in done:
             writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
-        run.kv_cache = kv_cache
         # What follows the last unfinished layer, nobody needs to see.
         stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)
         for index in range(stop):
@@ -225,7 +227,13 @@ def calibrate(
                 seconds={k: round(v, 3) for k, v in run.seconds.items()},
             )
         wait_for_all()
-    return store.read(out)
+    found = store.read(out)
+    if method.smooths and not found.tensors:
+        warn(
+            f"{method.name} found nothing that lowers the error, and the calibration holds nothing: a conversion makes "
+            "the same without it; give another method: best"
+        )
+    return found
 
 
 def _remove_unless_begun(writer: store.Writer) -> None:
