@@ -17,7 +17,7 @@ from lowbit.calibration import resume, store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
-from lowbit.calibration.effect import require_joints
+from lowbit.calibration.effect import require_joints, too_few_tokens
 from lowbit.calibration.kv_cache import KEYS, KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
@@ -140,6 +140,8 @@ def calibrate(
             f"expected data for method {method.name} with scheme {', '.join(wanting) or scheme.name}, found none; "
             "pass --data"
         )
+    if few := too_few_tokens(method, windows, options):
+        warn(few)
     share = my_share(windows)
     reader = Source(source)
     reader.require_unrotated()

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.joints import joints
-from lowbit.calibration.run import Run
+from lowbit.calibration.methods import Method
+from lowbit.calibration.run import Run, RunOptions
 from lowbit.calibration.step import LayerStep
 from lowbit.errors import InputError
+
+
+def too_few_tokens(method: Method, windows: Sequence[Tensor], options: RunOptions) -> str:
+    """What to say of windows of token ids that are less than any weight is rounded by; "" where they are enough."""
+    tokens, least = sum(int(w.numel()) for w in windows), options.min_tokens
+    if method.rounding.rounding == "nearest" or not windows or tokens >= least:
+        return ""
+    return (
+        f"expected at least {least} tokens for {method.name} to round weights by, found {tokens} in all data: all "
+        "weights are rounded without data, to the nearest; give more or longer windows (samples, length)"
+    )
 
 
 def require_joints(run: Run) -> None:

@@ -233,15 +233,36 @@ def _say(out: Path, report: dict[str, Any]) -> None:
             f"{len(dynamic)} modules have dynamic activations, since with static ones their outputs would keep less "
             f"than {report['method']['dynamic_below']:g} dB (first: {dynamic[0]})"
         )
-    fallbacks = report["fallbacks"]
-    for said in fallbacks[:10]:
-        print(said)
-    if len(fallbacks) > 10:
-        print(f"and {len(fallbacks) - 10} more (--json lists all)")
+    lines = _of_fallbacks(report["fallbacks"], report["modules"])
+    for line in lines[:10]:
+        print(line)
+    if len(lines) > 10:
+        print(f"and {len(lines) - 10} more (--json lists all)")
     if report["online_hadamard"]:
         print(
             "down_proj needs its input rotated while running: lowbit's own modules do it, other engines do not"
         )
+
+
+def _of_fallbacks(fallbacks: Sequence[str], modules: int) -> list[str]:
+    """Lines of what was rounded without data, of `modules` in all: a mixture's experts in one."""
+    from lowbit.formats.joined import EXPERT
+
+    found: dict[tuple[str, str], list[str]] = {}
+    for said in fallbacks:
+        module, _, why = said.partition(": ")
+        if expert := EXPERT.match(module):
+            numbers = found.setdefault((expert.group(1), why), [])
+            if (number := module[expert.end(1) + 1 : expert.end() - 1]) not in numbers:
+                numbers.append(number)
+        else:
+            found[module, why] = []
+    reasons = {why for _, why in found}
+    if len(fallbacks) == modules and len(reasons) == 1:
+        return [f"all {modules} modules: {reasons.pop()}"]
+    return [
+        f"{' '.join((name, ', '.join(numbers))).strip()}: {why}" for (name, why), numbers in found.items()
+    ]
 
 
 @contextmanager

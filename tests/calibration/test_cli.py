@@ -68,7 +68,7 @@ def test_calibrate_says_what_it_wrote(source, tmp_path):
     done = lowbit(*static, "-o", tmp_path / "b")
     assert "21 modules and 3 KV caches in 3 layers" in done.output
     assert "resumed: 3 of 3 layers were done already" in lowbit(*static, "-o", tmp_path / "b").output
-    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").output)
+    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").stdout)
     assert f"{len(found['left_dynamic'])} modules have dynamic activations" in done.output
     assert "would keep less than 200 dB" in done.output and found["left_dynamic"][0] in done.output
     counted = lowbit("plan", source, "--calibration", tmp_path / "b").output.partition("counted in tensors")[
@@ -183,6 +183,41 @@ def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     assert "run it as it was to go on there" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
+
+
+def test_too_few_tokens_to_round_by_are_said_before_the_run(source, tmp_path, monkeypatch):
+    """It said so of ten modules, afterwards."""
+    of = ("calibrate", source, "--data", source.parent / "text.txt", "-m", "gptq", "--length", 32)
+    done = lowbit(*of, "-o", tmp_path / "a", "--samples", 3)
+    said = "warning: expected at least 128 tokens for gptq to round weights by, found 96 in all data"
+    assert said in done.stderr
+    assert "all 21 modules: rounded without data: fewer than 128 tokens\n" in done.stdout
+    enough = lowbit(*of, "-o", tmp_path / "b", "--samples", 4)
+    assert not enough.stderr and "without data" not in enough.stdout
+    done = lowbit(
+        *of[:-4], "-m", "absmax", "-s", "int8-static", *of[-2:], "--samples", 3, "-o", tmp_path / "c"
+    )
+    assert not done.stderr, "nothing is rounded by data"
+    monkeypatch.setattr(calibrating, "calibrate_layer", lambda *a, **k: pytest.fail("a layer was calibrated"))
+    told = []
+    with pytest.raises(pytest.fail.Exception):
+        package.calibrate(source, tmp_path / "d", method="gptq", data=[torch.arange(40)], warn=told.append)
+    assert len(told) == 1 and "found 40 in all data" in told[0]
+
+
+def test_experts_that_few_tokens_reached_are_named(checkpoints, tmp_path):
+    """A line for each of their matrices, of which ten were shown, hid which experts these were."""
+    generator = torch.Generator().manual_seed(0)
+    torch.save(torch.randint(0, 128, (8, 40), generator=generator), tmp_path / "ids.pt")
+    where = ("--data", tmp_path / "ids.pt", "--samples", 8, "--length", 40, "--routed-only", "-m", "gptq")
+    done = lowbit("calibrate", checkpoints["qwen3_moe"], "-o", tmp_path / "c", *where)
+    layers = store.read(tmp_path / "c").layers
+    for layer, report in layers.items():
+        few = [str(e) for e, n in enumerate(report["experts"]["mlp.experts"]["tokens"]) if n < 128]
+        line = f"{layer}.mlp.experts {', '.join(few)}: rounded without data: fewer than 128 tokens\n"
+        assert (line in done.stdout) == bool(few)
+    assert any(n < 128 for r in layers.values() for n in r["experts"]["mlp.experts"]["tokens"])
+    assert "_proj: rounded without data" not in done.stdout
 
 
 def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
