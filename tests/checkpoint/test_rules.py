@@ -219,7 +219,6 @@ def test_what_a_models_own_code_reads_stays():
         ("wavlm", "encoder.layers.0.attention.out_proj"),
         ("mobilebert", "cls.predictions.dense"),
         ("mamba", "backbone.layers.0.mixer.dt_proj"),
-        ("hrm_text", "model.layers.0.attn.gqkv_proj"),
     ):
         assert role_of(name, BIG, {"model_type": model_type})[0] == "projection"
         assert role_of(name, BIG, {"model_type": "whisper"}) == ("linear", "")
