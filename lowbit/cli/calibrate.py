@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.output import torch_seed
+from lowbit.cli.output import steps_bar, torch_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,23 +261,6 @@ def _of_fallbacks(fallbacks: Sequence[str], modules: int) -> list[str]:
     return [
         f"{' '.join((name, ', '.join(numbers))).strip()}: {why}" for (name, why), numbers in found.items()
     ]
-
-
-@contextmanager
-def steps_bar(label: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over layers with the time left on a terminal; nothing in pipes or when `quiet`."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def summary(calibration: Any) -> dict[str, Any]:

@@ -43,8 +43,7 @@ def evaluate(
     from lowbit import quality
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import steps_bar
-    from lowbit.cli.output import print_json
+    from lowbit.cli.output import print_json, steps_bar
     from lowbit.errors import InputError
 
     if (max_kl is not None or max_change is not None) and reference is None and calibration is None:

@@ -56,8 +56,8 @@ def search(
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
     from lowbit.checkpoint.files import cannot_make
-    from lowbit.cli.calibrate import say_resumed, steps_bar
-    from lowbit.cli.output import Warnings, print_json, table
+    from lowbit.cli.calibrate import say_resumed
+    from lowbit.cli.output import Warnings, print_json, steps_bar, table
     from lowbit.errors import InputError
 
     where, warn = join(device), Warnings()
