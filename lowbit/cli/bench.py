@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
+from lowbit.cli.output import some_path
 
 
 def bench(
@@ -17,6 +18,8 @@ def bench(
         Path | None,
         typer.Option(
             "--against",
+            parser=some_path,
+            metavar="PATH",
             help="The unquantized checkpoint; default: OUT dequantized, which runs as fast.",
             show_default=False,
         ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.output import steps_bar, torch_seed
+from lowbit.cli.output import some_path, steps_bar, torch_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +44,14 @@ Length = Annotated[
 
 def calibrate(
     src: Annotated[
-        Path | None, typer.Argument(metavar="SRC", help="Checkpoint directory.", show_default=False)
+        Path | None,
+        typer.Argument(parser=some_path, metavar="SRC", help="Checkpoint directory.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="CALIB", help="New directory for the calibration.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", parser=some_path, metavar="CALIB", help="New directory for the calibration."
+        ),
     ] = None,
     scheme: Annotated[
         str | None,
@@ -64,7 +68,11 @@ def calibrate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
+        typer.Option(
+            parser=some_path,
+            metavar="PATH",
+            help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them.",
+        ),
     ] = None,
     samples: Samples = None,
     length: Length = None,
@@ -88,7 +96,9 @@ def calibrate(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML or JSON recipe: scheme and exceptions, and method and data where the options give none."
+            parser=some_path,
+            metavar="PATH",
+            help="YAML or JSON recipe: scheme and exceptions, and method and data where the options give none.",
         ),
     ] = None,
     device: Device = "auto",
@@ -102,7 +112,10 @@ def calibrate(
         ),
     ] = 4.0,
     spill: Annotated[
-        Path | None, typer.Option(help="Where hidden states go; default: the temporary directory.")
+        Path | None,
+        typer.Option(
+            parser=some_path, metavar="PATH", help="Where hidden states go; default: the temporary directory."
+        ),
     ] = None,
     routed_only: Annotated[
         bool, typer.Option("--routed-only", help="Experts see only tokens that the router sends them.")

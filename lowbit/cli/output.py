@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -23,6 +24,15 @@ def torch_seed(value: int | None) -> int | None:
     if value is not None and abs(value) > SEEDS:
         raise typer.BadParameter(f"expected a seed of 64 bits, found {value}")
     return value
+
+
+def some_path(text: str) -> Path:
+    """A path that was given: Python takes an empty one, of a variable that is not set, for the current directory."""
+    import typer
+
+    if not text:
+        raise typer.BadParameter("expected a path, found nothing; '.' is the current directory")
+    return Path(text)
 
 
 def say_bytes(count: float) -> str:

@@ -8,14 +8,22 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.cli.output import torch_seed
+from lowbit.cli.output import some_path, torch_seed
 
 
 def search(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint directory.")],
-    data: Annotated[Path, typer.Option(help="Text file, .jsonl of prompts, or a directory of them.")],
+    src: Annotated[Path, typer.Argument(parser=some_path, metavar="SRC", help="Checkpoint directory.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=some_path, metavar="PATH", help="Text file, .jsonl of prompts, or a directory of them."
+        ),
+    ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RECIPE", help="Recipe to write, .yaml or .json.")
+        Path,
+        typer.Option(
+            "--out", "-o", parser=some_path, metavar="RECIPE", help="Recipe to write, .yaml or .json."
+        ),
     ] = Path("recipe.yaml"),
     budget: Annotated[
         float | None,
