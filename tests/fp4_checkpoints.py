@@ -14,7 +14,7 @@ from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
 from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from sample_models import Tensors, write
+from sample_models import Tensors, fused_mixture, write
 from torch import Tensor
 
 Stored = dict[str, Tensor]
@@ -137,3 +137,97 @@ def published(
         files=files,
     )
     return meant
+
+
+GPT_OSS = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 16,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
+
+
+def gpt_oss(root: Path, exponents: tuple[int, int] = (-10, -4), **sizes: Any) -> Tensors:
+    """gpt-oss as published, written below `root`: every code, and scales of 2 to the power of `exponents`."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(**{**GPT_OSS, **sizes})
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in GptOssForCausalLM(config).state_dict().items()}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, cols, rows = shape
+            groups = (experts, rows, cols // 32)
+            tensors[f"{name}_blocks"] = torch.randint(
+                256, (*groups, 16), generator=generator, dtype=torch.uint8
+            )
+            low, high = (127 + e for e in exponents)
+            tensors[f"{name}_scales"] = torch.randint(
+                low, high + 1, groups, generator=generator, dtype=torch.uint8
+            )
+        else:
+            one = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator) * 0.1
+            tensors[name] = one.bfloat16()
+    said = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+    }
+    body = {**config.to_dict(), "architectures": ["GptOssForCausalLM"], "quantization_config": said}
+    body.pop("dtype", None)  # as it is published
+    write(root, tensors, body)
+    return tensors
+
+
+def fused_of_modelopt(kind: str, fused: Tensors) -> tuple[Tensors, Tensors]:
+    """Experts in 3-D, transposed, as ModelOpt has them in `nvfp4` or `fp8`: (tensors, what they mean in float32)."""
+    tensors: Tensors = {}
+    meant: Tensors = {}
+    for name, stack in fused.items():
+        if stack.dim() != 3:
+            tensors[name] = stack
+            continue
+        experts, cols, rows = stack.shape
+        tensors[f"{name}_input_scale"] = torch.tensor(0.25)
+        if kind == "fp8":
+            scale = stack.float().abs().max() / 448
+            tensors[name] = (stack.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_weight_scale"] = scale
+            meant[name] = tensors[name].float() * scale
+            continue
+        stored, means = by_hand("nvfp4", stack.transpose(1, 2).reshape(-1, cols).float())
+        tensors[f"{name}_weight_scale_2"] = stored["weight_scale_2"]
+        for suffix in ("weight", "weight_scale"):
+            own = stored[suffix].reshape(experts, rows, -1).view(torch.uint8).transpose(1, 2).contiguous()
+            tensors[name + f"_{suffix}".removesuffix("_weight")] = own.view(stored[suffix].dtype)
+        meant[name] = means.float().reshape(experts, rows, cols).transpose(1, 2).contiguous()
+    return tensors, meant
+
+
+def llama4_of_modelopt(root: Path, kind: str) -> tuple[Tensors, Tensors]:
+    """Llama 4 as ModelOpt exports it, written below `root`.
+
+    → (what its experts mean in float32 [E, K, N], the same as a matrix for each expert and projection).
+    """
+    fused, apart, config = fused_mixture("llama4")
+    tensors, meant = fused_of_modelopt(kind, fused)
+    said = {"quant_method": "modelopt", "quant_algo": kind.upper(), "ignore": ["*router*"]}
+    write(root, tensors, {**config, "quantization_config": said}, place=lambda n: len(n) % 2)
+    single: Tensors = {}
+    for name in apart:
+        at, _, rest = name.partition(".experts.")
+        if rest:
+            expert, leaf, _ = rest.split(".")
+            both = meant[f"{at}.experts.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"][
+                int(expert)
+            ].T
+            half = both.shape[0] // 2
+            single[name] = {"gate_proj": both[:half], "up_proj": both[half:], "down_proj": both}[
+                leaf
+            ].contiguous()
+    return meant, single

@@ -78,7 +78,7 @@ class Source:
             )
 
     def has(self, name: str) -> bool:
-        return name in self._refs
+        return name in self._refs or ((stored := self.stored.get(name)) is not None and stored.stacked)
 
     def raw(self, name: str) -> Tensor:
         """The tensor as stored: read, not mapped, since mapped pages of a large file count as this process's."""
@@ -123,10 +123,23 @@ class Source:
         return values.to(dtype)
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Any tensor by its name; a `.weight` is decoded as `weight` does."""
+        """Any tensor by its name; a `.weight` is decoded as `weight` does, and all experts of a layer in one quantized
+        tensor into the parameter [E, K, N] that they are in float."""
+        if name not in self._refs and self.has(name):
+            return self._experts(self.stored[name], dtype)
         if name.endswith(".weight"):
             return self.weight(name.removesuffix(".weight"), dtype)
         return self.raw(name).to(dtype)
+
+    def _experts(self, stored: StoredModule, dtype: torch.dtype) -> Tensor:
+        """[E, N, K] in MXFP4 → [E, K, N] in float, an expert at a time."""
+        (experts, rows, cols), granularity = stored.shape, stored.spec.granularity
+        codes, scale = self.raw(stored.weight), scale_as_float(self.raw(stored.scale))
+        out = torch.empty(experts, cols, rows, dtype=dtype)
+        for e in range(experts):
+            values = _from_e2m1(codes[e].reshape(rows, -1))
+            out[e] = (values * expand_scale(scale[e], (rows, cols), granularity)).T
+        return out
 
     @cached_property
     def float_dtype(self) -> torch.dtype:
@@ -137,7 +150,7 @@ class Source:
         """Codes of a weight as numbers, float32 [N, K]."""
         raw = self.raw(stored.weight)
         if stored.spec.dtype is E2M1:
-            return torch.tensor(E2M1_VALUES)[_halves(raw.view(torch.uint8)).to(torch.int64)]
+            return _from_e2m1(raw)
         if "packed" not in stored.names:
             return raw.to(torch.float32)
         # compressed-tensors' int8 and int4: q + 128 or q + 8, little end first, in int32.
@@ -146,6 +159,11 @@ class Source:
         if stored.spec.dtype is INT4:
             unsigned, middle = _halves(unsigned), 8.0
         return unsigned[:, :cols].to(torch.float32) - middle
+
+
+def _from_e2m1(raw: Tensor) -> Tensor:
+    """Packed codes [N, K / 2] → numbers, float32 [N, K]."""
+    return torch.tensor(E2M1_VALUES)[_halves(raw.view(torch.uint8)).to(torch.int64)]
 
 
 def _halves(raw: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def source_kind(source: Source) -> int:
     if source.packed:
         return loops.INT4_PACKED if source.codes is INT4 else loops.INT8_PACKED
     if source.codes is E2M1:
-        return loops.E2M1_PACKED
+        return loops.E2M1 if source.paired else loops.E2M1_PACKED
     if source.ref.dtype not in loops.SOURCE_KINDS:
         raise InputError(
             f"{source.ref.name}: expected {', '.join(loops.SOURCE_KINDS)}, found {source.ref.dtype}; "
@@ -206,6 +206,8 @@ def decode_slowly(part: np.ndarray, kind: int) -> np.ndarray:
         if kind == loops.INT4_PACKED:
             return halves.astype(np.float32) - 8
         return np.array(E2M1_VALUES, np.float32)[halves]
+    if kind == loops.E2M1:
+        return np.array(E2M1_VALUES, np.float32)[part]
     names: Mapping[int, str] = {v: k for k, v in loops.SOURCE_KINDS.items()}
     return to_float(part, names[kind])
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from lowbit.checkpoint.jobs import Job
 from lowbit.checkpoint.roles import role_of
 from lowbit.scheme import Scheme
 
@@ -36,6 +37,18 @@ _GROUPS_OF = dict.fromkeys(
     "vLLM rearranges the rows of this model's attention while loading, and refuses weight-only codes; "
     "serve the result with transformers, or take int8",
 )
+
+
+def experts_in_float(jobs: Collection[Job]) -> list[str]:
+    """A warning of experts that the source has in FP4 and a checkpoint of 8 bits has in float; [] for none."""
+    turned = [out for job in jobs if job.kind == "turn" for out in job.outputs.values()]
+    if not turned:
+        return []
+    share = sum(t.nbytes for t in turned) / sum(t.nbytes for job in jobs for t in job.outputs.values())
+    return [
+        f"{len(turned)} tensors of experts (first: {turned[0].name}), {share:.0%} of what is written, become "
+        f"{turned[0].dtype}: no engine reads their layout in 8 bits; where yours runs their FP4, serve the source"
+    ]
 
 
 def engine_limits(

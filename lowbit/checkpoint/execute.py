@@ -32,6 +32,7 @@ from lowbit.checkpoint.jobs import Job, Source
 from lowbit.checkpoint.layout import OutTensor
 from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_bytes, read_exactly
 from lowbit.checkpoint.static import RowSums, require_no_bias, static_tensors
+from lowbit.checkpoint.turned import turned
 from lowbit.errors import InputError
 from lowbit.granularity import PerTensor, block_shape, scale_shape
 
@@ -88,6 +89,8 @@ class Worker:
             return self._copy(job)
         if job.kind == "scale":
             return self._scale(job)
+        if job.kind == "turn":
+            return self._turn(job)
         if job.kind == "cast" and job.source is not None and job.source.scale is None:
             return self._cast(job)
         return self._convert(job)
@@ -170,6 +173,20 @@ class Worker:
             self._progress(part.size)
         return {out.name: digest.hexdigest()}
 
+    def _turn(self, job: Job) -> dict[str, str]:
+        """All experts of a layer, one after the other."""
+        (out,), source = job.outputs.values(), job.source
+        assert source is not None and len(job.shape) == 3
+        digest, at = xxhash.xxh3_128(), 0
+        for part, count in turned(source, job.shape, out.dtype, _PLAIN_OUT[out.dtype], self._read):
+            digest.update(part.data)
+            self._write(out, at, part)
+            at += part.size
+            self._progress(count)
+        assert at == out.nbytes, out
+        self._progress(sum(r.nbytes for r in source.refs[1:]))
+        return {out.name: digest.hexdigest()}
+
     def _convert(self, job: Job) -> dict[str, str]:
         """A matrix, row block after row block."""
         source = job.source
@@ -194,11 +211,15 @@ class Worker:
         kept: list[np.ndarray] = []
         theirs = RowSums(job.shape, wanted=source.hidden_bias is not None)
         row_bytes, out_row = loops.source_bytes(kind, cols), out_cols * loops.OUTPUT_BYTES[out_kind]
-        step = self._rows_per_block(row_bytes, tile_rows)
+        step = self._rows_per_block(row_bytes, 2 if source.paired else tile_rows)
         values = self._floats("values", max(cols, 1) if tile_rows == 1 else tile_rows * tile_cols)
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            part = self._read(source.ref, row * row_bytes, count * row_bytes)
+            if source.paired:
+                part = self._buffer("unpaired", count * cols)
+                loops.unpair(self._read(source.ref, row // 2 * cols, count // 2 * cols), cols, part)
+            else:
+                part = self._read(source.ref, row * row_bytes, count * row_bytes)
             codes = self._buffer("codes", count * out_row)
             if out_cols != cols:
                 codes[:] = 0
@@ -229,7 +250,7 @@ class Worker:
                 scale_at += stored.size
             if job.static is not None and not given:  # a scale per channel
                 kept.append(part_scales)
-            self._progress(part.size)
+            self._progress(part.size // 2 if source.paired else part.size)
         _require_no_hidden_bias(source, theirs)
         done = {out.name: digest.hexdigest()}
         if scale_out is not None and given:

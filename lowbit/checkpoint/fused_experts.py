@@ -4,9 +4,10 @@
 
     [E, 2I, H] and [E, H, I]   as transformers 5 writes every mixture (Qwen3.5-MoE, Gemma 4)
     [E, H, 2I] and [E, I, H]   transposed: Llama 4 and Qwen3-VL-MoE as published
+    [E, H/2, 2I], [E, I/2, H]  the same in U8: Llama 4 in ModelOpt's NVFP4, two rows in one
 
-with the gate before the up projection; Granite calls them otherwise, and Step 3.5 has gate and up in
-tensors of their own (`NAMES`). Engines load
+with the gate before the up projection (in gpt-oss they alternate); Granite calls
+them otherwise, and Step 3.5 has gate and up in tensors of their own (`NAMES`). Engines load
 quantized experts as matrices named `….experts.{e}.gate_proj.weight` (`up_proj`, `down_proj`),
 which llm-compressor and ModelOpt write too. `split` gives a view of a checkpoint with those: each
 is a range of bytes in the same file (or a transposed one), so the rest of a conversion needs no word
@@ -22,16 +23,24 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lowbit.checkpoint.headers import FLOATS, ITEM_BYTES, Checkpoint, TensorRef
-from lowbit.formats import configs_in, quantization_of
+from lowbit.formats import METHOD_OF_DESCRIPTION, configs_in, quantization_of
+from lowbit.formats.fp4 import BLOCKS, SCALES
 
 GATE_UP, GATE, UP, DOWN = "gate_up_proj", "gate_proj", "up_proj", "down_proj"
 PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: (GATE, UP), GATE: (GATE,), UP: (UP,), DOWN: (DOWN,)}
 """Fused parameter → its projections of one expert, in their order on disk."""
 SCALE = "_scale_inv"
 """Appended to a fused parameter's name: the scales of its block FP8 codes."""
+OF_CODES, OF_ALL = "_weight_scale", "_weight_scale_2"
+"""The same of ModelOpt's: one scale of FP8 codes; of FP4 codes E4M3 for each 16 [E, H/16, 2I], and a number for all."""
+_OF_MODELOPT = {OF_CODES: "weight_scale", OF_ALL: "weight_scale_2", "_input_scale": "input_scale"}
+_LEAVES = {"": "weight", SCALE: "weight" + SCALE, **_OF_MODELOPT}
+BESIDE_FUSED = (SCALE, *_OF_MODELOPT)
+"""All that belongs to a fused parameter's codes."""
 
 # gate and up alternate in these, whatever their shape is.
 _INTERLEAVED = {"gpt_oss", "openai_privacy_filter"}
+_ALTERNATE = "experts fused into one 3-D tensor, in which gate and up projections alternate"
 # Known to be stored transposed with gate before up; the shapes alone would not tell that from gpt-oss.
 _TRANSPOSED = {"llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
 
@@ -54,7 +63,7 @@ class Names:
 
 
 NAMES = (
-    Names(re.compile(r"(?:.*\.)?experts"), {n: n for n in (GATE_UP, DOWN, GATE_UP + SCALE, DOWN + SCALE)}),
+    Names(re.compile(r"(?:.*\.)?experts"), {p + s: p + s for p in (GATE_UP, DOWN) for s in _LEAVES}),
     Names(
         re.compile(r"(?:.*\.)?block_sparse_moe"),  # Granite; vLLM has its matrices below `experts`
         {"input_linear.weight": GATE_UP, "output_linear.weight": DOWN},
@@ -103,28 +112,45 @@ class SplitExperts:
 
 def split(source: Checkpoint, leave: Collection[str] = ()) -> SplitExperts:
     """The view of `source` with its fused experts split, but for the modules (`….experts`) in `leave`."""
+    whole = {
+        module: _ALTERNATE for name, ref in source.tensors.items() if name.endswith(BLOCKS) and ref.dtype == "U8"
+        if (module := name.removesuffix(BLOCKS)) + SCALES in source.tensors
+    }  # fmt: skip
     found: dict[str, dict[str, TensorRef]] = {}
+    ends = tuple(_OF_MODELOPT)
     for name, ref in source.tensors.items():
-        if len(ref.shape) == 3 and (place := _place(name)) is not None:
+        # The names of a trillion parameters are many: most are told from these at once.
+        if (len(ref.shape) == 3 or name.endswith(ends)) and (place := _place(name)) is not None:
             found.setdefault(place[0], {})[place[1]] = ref
     if not found:
-        return SplitExperts(checkpoint=source, whole={})
+        return SplitExperts(checkpoint=source, whole=whole)
     beside = _beside(source, found)
     parts: dict[str, list[TensorRef]] = {}
-    whole: dict[str, str] = {}
     for parent, members in found.items():
         reason = _problem(members, source.config) or beside.get(parent, "")
         if reason or parent in leave:
-            whole |= {ref.name.removesuffix(".weight"): reason for ref in members.values()}
+            whole |= {
+                ref.name.removesuffix(".weight"): reason for ref in members.values() if len(ref.shape) == 3
+            }  # fmt: skip
             continue
         orientation = _orientation(members)
         assert orientation is not None  # else `_problem` had found it
         for leaf, ref in members.items():
-            parts[ref.name] = list(_parts(parent, leaf, ref, orientation))
+            parts[ref.name] = list(_parts(parent, leaf, ref, orientation, members[DOWN].shape[0]))
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         tensors |= {part.name: part for part in parts.get(name, (ref,))}
-    return SplitExperts(checkpoint=replace(source, tensors=tensors), whole=whole)
+    view = replace(source, tensors=tensors, config=_described(source.config, parts))
+    return SplitExperts(checkpoint=view, whole=whole)
+
+
+def _described(config: dict[str, Any], parts: Mapping[str, Iterable[TensorRef]]) -> dict[str, Any]:
+    """A config of which msModelSlim's description, which names all tensors, has `parts` as what they are parts of."""
+    said = quantization_of(config)
+    if said.get("quant_method") != METHOD_OF_DESCRIPTION:
+        return config
+    theirs = {part.name: said[name] for name, each in parts.items() if name in said for part in each}
+    return {**config, "quantization_config": {**said, **theirs}}
 
 
 def _place(tensor: str) -> tuple[str, str] | None:
@@ -162,6 +188,12 @@ def only_stacked(config: Mapping[str, Any]) -> bool:
 def is_fused(ref: TensorRef) -> bool:
     """Whether a tensor holds all experts of a layer, under names that are known here or not."""
     return why_fused(ref.name.removesuffix(".weight"), ref.shape) != ""
+
+
+def is_beside_fused(tensor: str) -> bool:
+    """Whether a tensor of that name belongs to the codes of a fused one, such as their scales."""
+    place = _place(tensor)
+    return place is not None and place[1] not in PARTS
 
 
 def experts_of(module: str, shape: Shape = ()) -> str:
@@ -221,11 +253,18 @@ def orientation_of(gate_up: Shape, down: Shape) -> Orientation | None:
 
 def _orientation(members: Mapping[str, TensorRef]) -> Orientation | None:
     """`orientation_of` the fused tensors of one module."""
+    down = unpacked(members[DOWN])
     if GATE_UP in members:
-        return orientation_of(members[GATE_UP].shape, members[DOWN].shape)
+        return orientation_of(unpacked(members[GATE_UP]), down)
     gate = members[GATE].shape
     both = (gate[0], 2 * gate[1], gate[2]) if gate == members[UP].shape else ()
-    return orientation_of(both, members[DOWN].shape)
+    return orientation_of(both, down)
+
+
+def unpacked(ref: TensorRef) -> Shape:
+    """The shape of a fused tensor, of FP4 in U8 with two rows in each."""
+    experts, n, k = ref.shape
+    return (experts, 2 * n, k) if ref.dtype == "U8" else ref.shape
 
 
 def _beside(source: Checkpoint, parents: Collection[str]) -> dict[str, str]:
@@ -252,12 +291,12 @@ def _problem(members: Mapping[str, TensorRef], config: Mapping[str, Any]) -> str
         return f"{fused}, without {' and '.join(missing)} beside it"
     types = {str(c.get("model_type")) for c in configs_in(config)}
     if types & _INTERLEAVED:
-        return f"{fused}, in which gate and up projections alternate"
+        return _ALTERNATE
     down, orientation = members[DOWN], _orientation(members)
     if orientation is None:
         shapes = " and ".join(str(list(members[k].shape)) for k in wanted)
         return f"{fused}, of shapes that do not fit together: {shapes}"
-    hidden = down.shape[1] if orientation == "rows" else down.shape[2]
+    hidden = unpacked(down)[1] if orientation == "rows" else down.shape[2]
     declared = {c["hidden_size"] for c in configs_in(config) if isinstance(c.get("hidden_size"), int)}
     if declared and hidden not in declared:
         return f"{fused}, of hidden size {hidden}, which config.json does not have"
@@ -273,6 +312,14 @@ def _scale_problem(
     leaf: str, members: Mapping[str, TensorRef], orientation: Orientation, config: Mapping[str, Any]
 ) -> str:
     codes, scale = members[leaf], members.get(leaf + SCALE)
+    if (own := members.get(leaf + OF_CODES)) is not None:
+        experts, k, n = unpacked(codes)
+        packed, number = codes.dtype == "U8", members.get(leaf + OF_ALL) if codes.dtype == "U8" else own
+        if packed and (k % 16 or (own.dtype, own.shape) != ("F8_E4M3", (experts, k // 16, n))):
+            return f"whose scales, {own.dtype} {list(own.shape)}, are not one in E4M3 for each 16 rows"
+        if not packed and codes.dtype != "F8_E4M3":
+            return f"stored as {codes.dtype} with scales"
+        return "" if number is not None and number.elements == 1 else "without one scale for all of it"
     if scale is None:
         return "" if codes.dtype in FLOATS else f"stored as {codes.dtype} without scales"
     block = quantization_of(config).get("weight_block_size")
@@ -299,15 +346,20 @@ def scale_block(block: Any) -> tuple[int, int]:
     return 128, 128
 
 
-def _parts(parent: str, leaf: str, ref: TensorRef, orientation: Orientation) -> Iterator[TensorRef]:
-    """The matrices of a fused tensor, in the order of their bytes."""
-    experts, n, k = ref.shape
-    kind = "weight" + (SCALE if leaf.endswith(SCALE) else "")
-    names = PARTS[leaf.removesuffix(SCALE)]
+def _parts(
+    parent: str, leaf: str, ref: TensorRef, orientation: Orientation, experts: int
+) -> Iterator[TensorRef]:
+    """The matrices of a fused tensor, in the order of their bytes; of a number for all of them, that for each."""
+    fused = next(p for p in PARTS if leaf.startswith(p))
+    kind, names = _LEAVES[leaf.removeprefix(fused)], PARTS[fused]
     item = ITEM_BYTES[ref.dtype]
+    n, k = ref.shape[1:] if len(ref.shape) == 3 else (0, 0)
     for e in range(experts):
         for i, part in enumerate(names):
             name, at = f"{parent}.{e}.{part}.{kind}", ref.offset + e * n * k * item
+            if not n:  # one number for all
+                yield replace(ref, name=name)
+                continue
             if orientation == "rows":
                 shape = (n // len(names), k)
                 yield TensorRef(name, ref.dtype, shape, ref.file, at + i * shape[0] * k * item)

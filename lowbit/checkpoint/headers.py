@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,11 @@ class TensorRef:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+    def rows(self, first: int, count: int) -> TensorRef:
+        """`count` rows of a matrix that lies row major, from row `first` on."""
+        at = self.offset + first * self.shape[1] * ITEM_BYTES[self.dtype]
+        return replace(self, shape=(count, self.shape[1]), offset=at)
 
     @property
     def nbytes(self) -> int:

@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from lowbit.checkpoint.beside import BESIDE_CODES
-from lowbit.checkpoint.fused_experts import SplitExperts, is_fused, split, why_fused
+from lowbit.checkpoint.fused_experts import SplitExperts, is_beside_fused, is_fused, split, why_fused
 from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
 from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.roles import role_of
@@ -69,7 +70,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
             continue
         module = module_of(ref, stored)
         shape = tuple(stored[module].shape) if module in stored else ref.shape
-        count = shape[0] * shape[1] if module in stored else ref.elements
+        count = prod(shape) if module in stored else ref.elements
         parameters += count
         role = role_of(module, shape, source.config)[0] if module is not None else "other"
         if module is None and ref.name.endswith(".bias"):
@@ -125,12 +126,18 @@ def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredM
     apart = [m for m, s in stored.items() if split_up[s.weight].file != split_up[s.scale].file]
     if apart:
         found.append(f"{len(apart)} weights have their scale in another shard (first: {apart[0]})")
-    if fused := [n for n, t in tensors.items() if is_fused(t)]:
+    scales = {n for s in stored.values() for n in s.names.values()}
+    shapes = {m: s.shape for m, s in stored.items() if s.stacked}
+    shapes |= {
+        n: t.shape for n, t in tensors.items() if is_fused(t) and not (n in scales or is_beside_fused(n))
+    }
+    if fused := list(shapes):
         found.append(f"{len(fused)} tensors hold all experts of a layer, fused (first: {fused[0]})")
-    if unknown := [n for n in fused if n in split_up]:
+    if unknown := [n for n in fused if n in split_up or n in stored]:
         module = unknown[0].removesuffix(".weight")
-        why = experts.whole.get(module) or why_fused(module, tensors[unknown[0]].shape)
-        found.append(f"{len(unknown)} of them cannot be quantized (first: {unknown[0]}: {why})")
+        why = experts.whole.get(module) or why_fused(module, shapes[unknown[0]])
+        what = "can only be dequantized" if module in stored else "cannot be quantized"
+        found.append(f"{len(unknown)} of them {what} (first: {unknown[0]}: {why})")
     layers = source.config.get("num_hidden_layers")
     beyond = [
         n for n in tensors
@@ -141,7 +148,6 @@ def _odd(source: Checkpoint, experts: SplitExperts, stored: Mapping[str, StoredM
             f"{len(beyond)} tensors lie beyond layer {layers}: multi-token prediction (first: {beyond[0]})"
         )
     floats = Counter(t.dtype for t in tensors.values() if t.dtype in ("BF16", "F16", "F32", "F64"))
-    scales = {n for s in stored.values() for n in s.names.values()}
     wide = [n for n, t in split_up.items() if t.dtype in ("F32", "F64") and n not in scales]
     if wide and floats.most_common(1)[0][0] in ("BF16", "F16"):
         found.append(

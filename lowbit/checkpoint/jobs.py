@@ -25,6 +25,8 @@ class Source:
     """int8 codes + 128, four to an int32, or int4 codes + 8, eight to one."""
     codes: DType | None = None
     """None: float numbers."""
+    paired: bool = False
+    """Codes of 4 bits of which two rows lie in one, in place of two columns; the first in the lower halves."""
     shape: TensorRef | None = None
     """[N, K] of a packed weight."""
     scale: TensorRef | None = None
@@ -44,16 +46,21 @@ class Source:
     @classmethod
     def of(cls, module: StoredModule, tensors: Mapping[str, TensorRef]) -> Source:
         """The weight of a quantized module of a checkpoint."""
-        names = module.names
+        names, ref, scale = module.names, tensors[module.weight], tensors[module.scale]
+        if module.stacked:  # below each other, as they lie
+            experts, rows, _ = module.shape
+            ref, scale = (
+                replace(t, shape=(experts * rows, t.elements // (experts * rows))) for t in (ref, scale)
+            )
         hidden = None
         if "quant_bias" in names and module.weight.removesuffix(".weight") + ".bias" not in tensors:
             hidden = (tensors[names["quant_bias"]], tensors[names["input_zero_point"]])
         return cls(
-            ref=tensors[module.weight],
+            ref=ref,
             packed="packed" in names,
             codes=module.spec.dtype,
             shape=tensors.get(names["shape"]) if "shape" in names else None,
-            scale=tensors[module.scale],
+            scale=scale,
             block=block_shape(module.shape, module.spec.granularity),
             divisor=tensors[names["input_scale"]] if "scale" not in names else None,
             global_scale=tensors[names["global_scale"]] if "global_scale" in names else None,
@@ -67,6 +74,8 @@ class Source:
         """The weight's shape, as far as `ref` says: what is packed has room for so much."""
         if self.codes is None or not self.ref.shape:
             return self.ref.shape
+        if self.paired:
+            return 2 * self.ref.shape[0], self.ref.shape[1]
         *rows, items = self.ref.shape
         return *rows, items * (8 * ITEM_BYTES[self.ref.dtype] // self.codes.bits)
 
@@ -98,11 +107,12 @@ class Job:
     """An independent piece of work: one module's weight, or one tensor carried along.
 
     `copy`: bytes as they are. `cast`: to another float dtype, dequantizing where there is a
-    source scale. `quantize`: codes and scales. `repack`: int8 codes into int32, or out of it. `scale`: a source's
+    source scale. `turn`: that, of all experts of a layer [E, N, K], each of them transposed.
+    `quantize`: codes and scales. `repack`: int8 codes into int32, or out of it. `scale`: a source's
     scales in float32, or one number in float32 or int8. `constant`: bytes known now.
     """
 
-    kind: Literal["copy", "cast", "quantize", "repack", "scale", "constant"]
+    kind: Literal["copy", "cast", "turn", "quantize", "repack", "scale", "constant"]
     shape: tuple[int, ...]
     """Of the weight, unpacked."""
     source: Source | None

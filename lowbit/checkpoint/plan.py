@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint.engine_limits import engine_limits
+from lowbit.checkpoint.engine_limits import engine_limits, experts_in_float
 from lowbit.checkpoint.fused_experts import experts_of, fused_names, only_stacked, split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint
 from lowbit.checkpoint.jobs import Job, shard_of
@@ -185,6 +185,7 @@ def make_plan(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
         for job in planner.jobs_in_order()
     )
+    warnings += experts_in_float(jobs) if scheme.weights is not None else ()
     # Engines build experts that are fused on disk as one module, the parent of their tensors.
     ignored = tuple(dict.fromkeys(
         experts_of(m, planner.shape_of(m)) if d.role == "experts-3d" else m for m, d in decisions.items()

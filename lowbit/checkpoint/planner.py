@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowbit.checkpoint.beside import BESIDE_CODES, is_of_attention, name_of_attention
-from lowbit.checkpoint.fused_experts import SCALE, fused_tensors, is_fused, scale_block
+from lowbit.checkpoint.fused_experts import BESIDE_FUSED, fused_tensors, is_fused
+from lowbit.checkpoint.fused_floats import fused_in_float, stacked_in_float
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.jobs import Job, Source, StaticInput, constant_job, job_of, jobs_as_they_are, zeros
 from lowbit.checkpoint.layout import OutTensor, out_like
@@ -16,6 +17,7 @@ from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError, NotCalibratedError
 from lowbit.formats import Format, StoredModule, other_kv_cache, quantization_of
 from lowbit.formats.format import Content
+from lowbit.formats.fp4 import BLOCKS, SCALES
 from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
 from lowbit.scheme import Scheme, TensorSpec
 
@@ -44,6 +46,9 @@ class Replacements:
 
 def module_of(ref: TensorRef, stored: Mapping[str, StoredModule]) -> str | None:
     """The module whose weight this tensor is; None for biases, scales and parameters of other names."""
+    for suffix in (BLOCKS, SCALES):
+        if ref.name.endswith(suffix) and (module := ref.name.removesuffix(suffix)) in stored:
+            return module if suffix == BLOCKS else None
     for suffix in (".weight_packed", ".weight"):
         if ref.name.endswith(suffix):
             module = ref.name.removesuffix(suffix)
@@ -96,7 +101,8 @@ class Planner:
             anchor = stored.weight
         else:
             anchor = self._anchor(module)
-            self._taken |= {anchor, anchor + SCALE} if len(self.shape_of(module)) == 3 else {anchor}
+            fused = len(self.shape_of(module)) == 3
+            self._taken |= {anchor, *(anchor + s for s in BESIDE_FUSED)} if fused else {anchor}
         self._jobs.append((anchor, self._jobs_for(module, decision, stored, anchor)))
 
     def _jobs_for(
@@ -290,12 +296,13 @@ class Planner:
     def _float(self, module: str, stored: StoredModule | None, anchor: str) -> Job:
         """A weight in float: dequantized, cast to the float scheme's dtype, or copied."""
         if stored is None:
-            ref, scale = self.source.tensors[anchor], self.source.tensors.get(anchor + SCALE)
-            if len(ref.shape) == 3 and scale is not None:
-                return self._fused_float(ref, scale)
-            return self._carry(ref)
+            ref = self.source.tensors[anchor]
+            fused = fused_in_float(ref, self.source, self._float_dtype()) if len(ref.shape) == 3 else None
+            return fused or self._carry(ref)
         dtype = self._float_dtype()
         source = self._source(stored, anchor)
+        if stored.stacked:
+            return stacked_in_float(module, stored, source, dtype)
         out = OutTensor(module + ".weight", dtype, tuple(stored.shape))
         return Job(kind="cast", shape=tuple(stored.shape), source=source, outputs={"codes": out})
 
@@ -316,20 +323,6 @@ class Planner:
         source = Source(ref=codes, scale=scale, block=block_shape(shape, granularity))
         out = OutTensor(module + ".weight", self._float_dtype(), shape)
         return Job(kind="cast", shape=shape, source=source, outputs={"codes": out})
-
-    def _fused_float(self, ref: TensorRef, scale: TensorRef) -> Job:
-        """All experts of a 3-D tensor in block FP8, dequantized: one tall matrix, as it lies."""
-        rows, cols = scale_block(quantization_of(self.source.config).get("weight_block_size"))
-        if ref.shape[1] % rows:
-            raise InputError(
-                f"{ref.name}: expected experts of a multiple of {rows} rows to dequantize, found {list(ref.shape)}; "
-                "quantize its experts instead of leaving them in float"
-            )
-        flat = [replace(t, shape=(t.shape[0] * t.shape[1], t.shape[2])) for t in (ref, scale)]
-        return Job(
-            kind="cast", shape=flat[0].shape, source=Source(ref=flat[0], scale=flat[1], block=(rows, cols)),
-            outputs={"codes": out_like(ref, self._float_dtype())},
-        )  # fmt: skip
 
     def _float_dtype(self) -> str:
         return FLOAT_NAMES[self.scheme.float_dtype] if self.scheme.float_dtype else self.main_dtype

@@ -20,9 +20,11 @@ from numba import njit
 from lowbit.compiling import CACHE  # which says so when compiling takes long
 
 # How the source is stored.
-BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED, E2M1_PACKED = range(8)
+BF16, F16, F32, E4M3, INT8, INT8_PACKED, INT4_PACKED, E2M1_PACKED, E2M1 = range(9)
 SOURCE_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "F8_E4M3": E4M3, "I8": INT8}
-_SOURCE_BITS = {BF16: 16, F16: 16, F32: 32, E4M3: 8, INT8: 8, INT8_PACKED: 8, INT4_PACKED: 4, E2M1_PACKED: 4}
+_SOURCE_BITS = {
+    BF16: 16, F16: 16, F32: 32, E4M3: 8, INT8: 8, INT8_PACKED: 8, INT4_PACKED: 4, E2M1_PACKED: 4, E2M1: 8,
+}  # fmt: skip
 
 # What is written. TO_F32 is for verification.
 TO_INT8, TO_INT8_PACKED, TO_E4M3, TO_BF16, TO_F16, TO_F32 = range(6)
@@ -113,8 +115,13 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
         _halves(source, start, count, bits)
         for i in range(count):
             values[i] = np.float32(np.int32(bits[i]) - 8)
-    elif kind == E2M1_PACKED:
-        _halves(source, start, count, bits)
+    elif kind in (E2M1_PACKED, E2M1):
+        if kind == E2M1_PACKED:
+            _halves(source, start, count, bits)
+        else:
+            codes = source[start : start + count]
+            for i in range(count):
+                bits[i] = np.uint32(codes[i])
         for i in range(count):
             # As above: 0 and ½ get the exponent of 1, and lose its leading 1 again.
             magnitude = (bits[i] & np.uint32(7)) << np.uint32(22)
@@ -133,6 +140,11 @@ def _decode(source, kind, start, count, scale, scale_row, block_cols, first_col,
         row = scale[scale_row]
         col = first_col
         i = 0
+        if block_cols == 1:
+            factors = row[first_col : first_col + count]
+            for i in range(count):
+                values[i] *= factors[i]
+            i = count
         while i < count:
             block = col // block_cols
             stop = min(count, i + (block + 1) * block_cols - col)
@@ -305,6 +317,16 @@ def absmax_rows(
             return np.float32(0.0), r
         peak = max(peak, _absmax(values, cols))
     return peak, -1
+
+
+@_loop()
+def unpair(source, cols, out):
+    """Rows of `cols` bytes → twice as many of a 4-bit code to a byte: one of the lower halves, one of the upper."""
+    for r in range(source.size // cols):
+        row, low, high = source[r * cols :], out[2 * r * cols :], out[(2 * r + 1) * cols :]
+        for c in range(cols):
+            low[c] = row[c] & np.uint8(15)
+            high[c] = row[c] >> np.uint8(4)
 
 
 @_loop()

@@ -153,8 +153,14 @@ Fits = Callable[[Scheme, tuple[int, ...], Joined], str]
 """(scheme, weight shape, how engines join it) → why a format cannot hold it, or ""."""
 
 
-def left_by_source(weights: Mapping[str, tuple[int, ...]], quantized: Collection[str]) -> dict[str, str]:
-    """Matrices in float beside those that the source has `quantized` → why they stay; {} for one that has none."""
+def left_by_source(
+    weights: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredModule]
+) -> dict[str, str]:
+    """Matrices in float beside those that the source has quantized → why they stay; {} for one that has none.
+
+    Experts in one tensor are none: a format that quantizes nothing else (gpt-oss's) says nothing of the rest.
+    """
+    quantized = {m for m, s in stored.items() if not s.stacked}
     floats = (m for m, shape in weights.items() if len(shape) == 2 and m not in quantized)
     return dict.fromkeys(floats, "the source left it unquantized") if quantized else {}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from lowbit.formats.ascend import undescribed
 
 _LOOK_BYTES = 256 << 10
 _SCALES = ("scale", "deq_scale", "input_scale")
+Pair = tuple[str, tuple[int, int], Source, Source, str]
+"""Module, shape [N, K], where it is in the source and here, what it is here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def verify_checkpoint(
         open_checkpoint(path)  # says what is there instead
     try:
         checkpoint = open_checkpoint(path)
-        stored = read(checkpoint.config, checkpoint.tensors)
+        view = split(checkpoint).checkpoint
+        stored = read(view.config, view.tensors)
         manifest = read_manifest(checkpoint)
     except InputError as error:
         return Verification(
@@ -123,7 +126,7 @@ def verify_checkpoint(
 
     errors: tuple[TensorError, ...] = ()
     if origin is not None:
-        errors, missing = _errors(checkpoint, stored, origin, workers, progress)
+        errors, missing = _errors(view, stored, origin, workers, progress)
         problems += missing
         said = f"error of {len(errors)} weights against {origin.root}"
         if manifest and manifest.get("calibration"):
@@ -180,9 +183,11 @@ def _errors(
     progress: Progress,
 ) -> tuple[tuple[TensorError, ...], list[str]]:
     before = read(origin.config, origin.tensors)
-    pairs: list[tuple[str, tuple[int, int], Source, Source, str]] = []
+    pairs: list[Pair] = []
     missing: list[str] = []
-    here = {m: (s.shape, Source.of(s, checkpoint.tensors), s.scheme.name) for m, s in stored.items()}
+    here = {
+        m: (s.shape, Source.of(s, checkpoint.tensors), s.scheme.name) for m, s in stored.items() if not s.stacked
+    }  # fmt: skip
     for module, (shape, now, scheme) in (here | _in_float(checkpoint, stored)).items():
         then = _source_of(module, before, origin)
         if then is None:
@@ -192,9 +197,17 @@ def _errors(
             missing.append(f"{module}: {list(shape)} here, but {list(then[0])} in the source")
         elif module in stored or now.ref.dtype != then[1].ref.dtype:
             pairs.append((module, shape, then[1], now, scheme))
+    for module, each in before.items():
+        if each.stacked and (ref := checkpoint.tensors.get(module)) is not None:
+            experts, rows, cols = each.shape
+            if ref.shape == (experts, cols, rows) and ref.dtype in FLOATS:
+                pairs += _stacked(module, each, origin, ref)
+            else:
+                expected = f"{[experts, cols, rows]} in float of what the source has in {each.scheme.name}"
+                missing.append(f"{module}: expected {expected}, found {ref.dtype} {list(ref.shape)}")
     errors: list[TensorError] = []
 
-    def compare(pair: tuple[str, tuple[int, int], Source, Source, str]) -> TensorError | str:
+    def compare(pair: Pair) -> TensorError | str:
         try:
             return _error(*pair, progress=progress)
         except InputError as error:  # such as a scale that is not finite
@@ -211,13 +224,25 @@ def _errors(
     return tuple(sorted(errors, key=lambda e: e.sqnr_db)), missing
 
 
+def _stacked(module: str, stored: StoredModule, origin: Checkpoint, ref: TensorRef) -> Iterator[Pair]:
+    """Each expert [N, K] of those that the source has in one quantized tensor; here they are `ref` [E, K, N]."""
+    experts, rows, cols = stored.shape
+    there, (parent, _, leaf) = Source.of(stored, origin.tensors), module.rpartition(".")
+    assert there.scale is not None
+    below = replace(ref, shape=(experts * cols, rows))
+    for e in range(experts):
+        then = replace(there, ref=there.ref.rows(e * rows, rows), scale=there.scale.rows(e * rows, rows))
+        here = replace(below.rows(e * cols, cols), shape=(rows, cols), pitch=rows)
+        yield f"{parent}.{e}.{leaf}", (rows, cols), then, Source(ref=here), ref.dtype
+
+
 def _in_float(
     checkpoint: Checkpoint, stored: Mapping[str, StoredModule]
 ) -> dict[str, tuple[tuple[int, int], Source, str]]:
     """Matrices that are not quantized here: module → shape, where it lies, its dtype."""
     return {
         name.removesuffix(".weight"): ((ref.shape[0], ref.shape[1]), Source(ref=ref), ref.dtype)
-        for name, ref in split(checkpoint).checkpoint.tensors.items()
+        for name, ref in checkpoint.tensors.items()
         if name.endswith(".weight") and len(ref.shape) == 2 and ref.dtype in FLOATS
         and name.removesuffix(".weight") not in stored
     }  # fmt: skip
@@ -227,7 +252,8 @@ def _source_of(
     module: str, before: Mapping[str, StoredModule], origin: Checkpoint
 ) -> tuple[tuple[int, int], Source] | None:
     if module in before:
-        return before[module].shape, Source.of(before[module], origin.tensors)
+        rows, cols = before[module].shape
+        return (rows, cols), Source.of(before[module], origin.tensors)
     ref = origin.tensors.get(module + ".weight")
     if ref is None or len(ref.shape) != 2 or ref.dtype not in FLOATS:
         return None

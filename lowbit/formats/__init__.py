@@ -108,7 +108,7 @@ def _quantized_otherwise(name: str, info: Info, tensors: Mapping[str, Info]) -> 
         return False
     module = name.removesuffix("weight")
     scales = [name + "_weight_scale"]  # of experts in 3-D, which are no `.weight`
-    if name.endswith("_blocks"):  # gpt-oss
+    if name.endswith(("_blocks", ".blocks")):  # gpt-oss without its config, and as its makers store it
         scales.append(name.removesuffix("blocks") + "scales")
     if name.endswith(".weight"):
         scales += [name + "_scale", name + "_scale_inv", module + "scale", module + "scales"]

@@ -63,8 +63,8 @@ class Stored:
 class StoredModule:
     """A quantized module found in a checkpoint."""
 
-    shape: tuple[int, int]
-    """[N, K] of the weight, unpacked."""
+    shape: tuple[int, ...]
+    """[N, K] of the weight, unpacked; [E, N, K] of all experts of a layer in one tensor (`stacked`)."""
     scheme: Scheme
     names: Mapping[Content, str]
     """Content → full tensor name. `codes` or `packed`, and `scale` or `deq_scale`, are always there."""
@@ -75,6 +75,11 @@ class StoredModule:
     def spec(self) -> TensorSpec:
         assert self.scheme.weights is not None  # a stored module is quantized by definition
         return self.scheme.weights
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is all experts of a layer: in float it is one parameter [E, K, N] of the module's own name."""
+        return len(self.shape) == 3
 
     @property
     def weight(self) -> str:

@@ -1,15 +1,16 @@
 """FP4 weights of sources: E2M1 codes, two to a byte, the first in the lower half, with scales of small groups along K.
 
 Source: the OCP MX specification, compressed-tensors' `nvfp4` and `mxfp4` compressors, ModelOpt's `NVFP4QTensor`,
-Quark's `Pack_fp4`. MXFP4 has a power of two for each 32 codes. NVFP4 has E4M3 for each 16 and one float32 for the whole
-tensor: code · scale is exact in float32, and the product or quotient with that number is rounded once. What these
-formats hold of activations is left: no chip that this is for multiplies FP4.
+Quark's `Pack_fp4`, transformers' `Mxfp4Config` for gpt-oss. MXFP4 has a power of two for each 32 codes. NVFP4 has E4M3
+for each 16 and one float32 for the whole tensor: code · scale is exact in float32, and the product or quotient with
+that number is rounded once. What these formats hold of activations is left: no chip that this is for multiplies FP4.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lowbit.dtypes import E2M1
 from lowbit.errors import InputError
@@ -60,3 +61,40 @@ def read_fp4(
         )
     check_scale(module, scale, tuple(tensors[scale].shape), shape, spec)
     return StoredModule(shape=shape, scheme=scheme, names=names, format=format)
+
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Appended to a parameter of gpt-oss's experts: its codes, and the exponents that scale them."""
+
+
+def read_experts(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
+    """The experts of gpt-oss as published (`quant_method` mxfp4), each layer's in one tensor.
+
+    `….experts.gate_up_proj_blocks` U8 [E, N, K / 32, 16] and `…_scales` U8 [E, N, K / 32] of exponents are what in
+    float is `….experts.gate_up_proj` [E, K, N], transposed; so is `down_proj`. All else is in float. InputError where
+    one is missing or of another dtype or shape.
+    """
+    found = {}
+    for name, info in tensors.items():
+        if not name.endswith(BLOCKS):
+            continue
+        module = name.removesuffix(BLOCKS)
+        scale = tensors.get(module + SCALES)
+        if scale is None:
+            raise missing_scale(name, module + SCALES, "MXFP4")
+        if info.dtype != "U8" or len(info.shape) != 4 or info.shape[3] != 16 or 0 in info.shape:
+            raise InputError(
+                f"{name}: expected packed FP4 of experts as U8 [E, N, K / 32, 16], found {info.dtype} "
+                f"{list(info.shape)}, which cannot be read; start from the model in float"
+            )
+        if scale.dtype not in _SCALE_DTYPES["e8m0"] or tuple(scale.shape) != tuple(info.shape[:3]):
+            raise InputError(
+                f"{module}{SCALES}: expected an exponent in U8 for each of {list(info.shape[:3])} groups, found "
+                f"{scale.dtype} {list(scale.shape)}; the checkpoint is damaged: fetch it again"
+            )
+        experts, rows, groups, _ = info.shape
+        found[module] = StoredModule(
+            shape=(experts, rows, 32 * groups), scheme=MXFP4, names={"codes": name, "scale": module + SCALES},
+            format="mxfp4",
+        )  # fmt: skip
+    return found

@@ -1,4 +1,5 @@
-"""What is read and not written: FP8 and FP4 of ModelOpt and Quark, FP8 of FBGEMM, INT8 and FP8 of SGLang.
+"""What is read and not written: FP8 and FP4 of ModelOpt and Quark, FP4 of gpt-oss, FP8 of FBGEMM, INT8 and FP8 of
+SGLang.
 
 Source: vLLM's `quantization/{modelopt,quark/quark,fbgemm_fp8}.py`, SGLang's `w8a8_int8.py`, ModelOpt 0.47, Quark 0.13.
 ModelOpt and Quark have FP8 with a scale per weight and one per input, and FP4 beside it; ModelOpt's config may be a
@@ -15,7 +16,7 @@ from typing import Any
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.format import Info, Layout, StoredModule
-from lowbit.formats.fp4 import MXFP4, NVFP4, read_fp4
+from lowbit.formats.fp4 import MXFP4, NVFP4, read_experts, read_fp4
 from lowbit.formats.hf_fp8 import per_tensor, read_fp8
 from lowbit.scheme import get_scheme
 
@@ -143,6 +144,7 @@ READERS: Mapping[str, Reader] = {
     "modelopt": _read_modelopt,
     "modelopt_fp4": _read_modelopt,
     "quark": _read_quark,
+    "mxfp4": read_experts,
     "fbgemm_fp8": _as("fp8"),
     "w8a8_fp8": _as("fp8"),
     "w8a8_int8": _as("int8"),

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import INDEX, Checkpoint, open_checkpoint
 from lowbit.errors import InputError
-from lowbit.formats import quantization_of, read
+from lowbit.formats import StoredModule, quantization_of, read
 from lowbit.formats.joined import EXPERT
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def load(
     checkpoint = open_checkpoint(path)
     model_class, config = _architecture(checkpoint, trust_remote_code)
     # An error in the headers is best found before a model is built.
-    if read(checkpoint.config, checkpoint.tensors):
+    if _stored(checkpoint):
         config.quantization_config = {
             "quant_method": "lowbit",
             "original": quantization_of(checkpoint.config),
@@ -103,6 +104,21 @@ def load(
             f"another shape (first: {absent[0]}); the checkpoint is incomplete: fetch or convert it again"
         )
     return model
+
+
+def _stored(checkpoint: Checkpoint) -> dict[str, StoredModule]:
+    """What is quantized in it. InputError where it cannot be read, or only converted."""
+    try:
+        return read(checkpoint.config, checkpoint.tensors)
+    except InputError:
+        view = split(checkpoint).checkpoint
+        if view.tensors.keys() == checkpoint.tensors.keys():
+            raise
+        read(view.config, view.tensors)
+        raise InputError(
+            f"{checkpoint.root}: expected a matrix for each expert, found them quantized in one tensor of each layer; "
+            "convert the checkpoint with `lowbit convert` first"
+        ) from None
 
 
 def _check_device(device: str | int | torch.device) -> None:

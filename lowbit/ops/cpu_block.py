@@ -78,28 +78,29 @@ def dot_rows(
 
 @njit(inline="always")
 def _tile(
-    kind, grouped, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units, left, a_scale, a_scale_row, a_sum,
-    a_sum_row, w_scale,
+    kind, grouped, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units, w_sum, left, a_scale, a_scale_row,
+    a_sum, a_sum_row, w_scale,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     if grouped:
         scaled_tile(
-            kind, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units, left, a_scale, a_scale_row, a_sum,
-            a_sum_row, w_scale,
+            kind, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units, w_sum, left, a_scale, a_scale_row,
+            a_sum, a_sum_row, w_scale,
         )  # fmt: skip
     else:
-        packed_tile(kind, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units)
+        packed_tile(kind, mr, vectors, ldb, a, a_row, b, ahead, along, c, c_row, units, w_sum)
 
 
 @njit(inline="always")
 def packed_rows(
     kind, grouped, tall, vectors, ldb, a, a_row, a_group, b, ahead, share, c, c_row, rows, some, units, group_units,
-    a_scale, a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_scale_group,
+    a_scale, a_scale_row, a_scale_group, a_sum, a_sum_row, w_scale, w_sum, w_group,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """All rows of a block times one packed panel: tiles of `tall` rows, then 4, then 2.
 
     The panel has `units` of `some` groups of K, `group_units` each (the last may have fewer). If `grouped`
     (a compile-time constant) each is scaled and added to c, with scales and sums of codes as in `scaled_tile`;
-    else there is one group and no scale. What is called `…_group` leads from one group to the next.
+    else there is one group and no scale. What is called `…_group` leads from one group to the next. `w_sum` is that
+    of `packed_tile`.
     Meanwhile `share` bytes at `ahead` are asked for, of weights that are packed next.
     """
     i = 0
@@ -112,21 +113,21 @@ def packed_rows(
             count = min(group_units, units - g * group_units)
             soon = ahead + (along * g * group_units >> 8)
             of_rows = a_scale + i * a_scale_row + g * a_scale_group
-            sums, of_cols = a_sum + i * a_sum_row + 4 * g, w_scale + g * w_scale_group
+            sums, of_cols, own = a_sum + i * a_sum_row + 4 * g, w_scale + g * w_group, w_sum + g * w_group
             if tallest:
                 _tile(
-                    kind, grouped, tall, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, left,
-                    of_rows, a_scale_row, sums, a_sum_row, of_cols,
+                    kind, grouped, tall, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, own,
+                    left, of_rows, a_scale_row, sums, a_sum_row, of_cols,
                 )  # fmt: skip
             elif left > 2:
                 _tile(
-                    kind, grouped, 4, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, left,
-                    of_rows, a_scale_row, sums, a_sum_row, of_cols,
+                    kind, grouped, 4, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, own,
+                    left, of_rows, a_scale_row, sums, a_sum_row, of_cols,
                 )  # fmt: skip
             else:
                 _tile(
-                    kind, grouped, 2, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, left,
-                    of_rows, a_scale_row, sums, a_sum_row, of_cols,
+                    kind, grouped, 2, vectors, ldb, at, a_row, b_at, soon, along, c_at, c_row, count, own,
+                    left, of_rows, a_scale_row, sums, a_sum_row, of_cols,
                 )  # fmt: skip
         i += tall if tallest else 4 if left > 2 else 2
         ahead += along * units >> 8

@@ -10,7 +10,6 @@ import importlib.util
 import threading
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lowbit.ops import cpu_threads
 from lowbit.ops.cpu_isa import Instructions, Tile, detect, float_tile, integer_tile
+from lowbit.ops.cpu_panels import Pack, blocks_of, panel_rows, table
 from lowbit.ops.cpu_params import (
     A_BF16,
     A_E4M3_BYTES,
@@ -61,14 +61,13 @@ _BLOCK_ROWS, _BLOCK_COLS = 192, 64
 _WORKSPACE_KEPT = 64 << 20
 _MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
 _MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
-_PANEL_UNITS = 256  # 32-bit units of a row that one task rearranges
 
 PREPARE, MATMUL = ctypes.c_int64 * P.COUNT, ctypes.c_int64 * M.COUNT
 # What `Call.run` writes at every call: not looked up in the classes there.
 _P_NEXT, _P_SLOT, _P_X, _P_A = P.NEXT, P.SLOT, P.X, P.A
 _P_SCALE, _P_SCRATCH, _P_SUMS = P.SCALE, P.SCRATCH, P.SUMS
 _M_NEXT, _M_SLOT, _M_A, _M_OUT = M.NEXT, M.SLOT, M.A, M.OUT
-_M_A_SUM, _M_A_SCALE, _M_SCRATCH = M.A_SUM, M.A_SCALE, M.SCRATCH
+_M_A_PANELS, _M_A_SUM, _M_A_SCALE, _M_SCRATCH = M.A_PANELS, M.A_SUM, M.A_SCALE, M.SCRATCH
 
 _local = threading.local()
 
@@ -153,33 +152,6 @@ def _one() -> Tensor:
     return torch.ones(1, dtype=torch.float32)
 
 
-def _blocks(rows: int, height: int, offsets: list[int] | None) -> list[tuple[int, int, int, int]]:
-    """(expert, first row, rows, first panel of 16 rows) of every block of at most `height` rows."""
-    found, panel = [], 0
-    for expert, (start, end) in enumerate(pairwise([0, rows] if offsets is None else offsets)):
-        if start == end:  # of many experts most are empty where few tokens come
-            continue
-        for first in range(start, end, height):
-            count = min(height, end - first)
-            found.append((expert, first, count, panel))
-            panel += -(-count // PANEL_ROWS)
-    return found
-
-
-def _panels(blocks: list[tuple[int, int, int, int]]) -> list[tuple[int, int]]:
-    """(first row, rows) of every panel."""
-    return [
-        (row, min(PANEL_ROWS, first + count - row))
-        for _, first, count, _ in blocks
-        for row in range(first, first + count, PANEL_ROWS)
-    ]
-
-
-def _table(rows: list[Any]) -> ctypes.Array[ctypes.c_int64]:
-    flat = [value for row in rows for value in row]
-    return (ctypes.c_int64 * max(len(flat), 1))(*flat)
-
-
 def typical_rows(rows: int, experts: int) -> int:
     """Rows that one weight is multiplied with: of a mixture's, those of one expert."""
     return -(-rows // max(experts, 1))
@@ -191,7 +163,7 @@ def _tile_for(x: Tensor, weights: Weights, activations: Activations, rows: int) 
     quantizes, grouped = activations.kind != "none", bool(activations.group or weights.group)
     if quantizes and weights.tensor.dtype == torch.int8:
         tile = integer_tile(have, rows, zero_point=activations.zero is not None, grouped=grouped)
-        return tile, A_I16 if tile.kind.startswith("pmaddwd") else A_I8, MODE_INT8
+        return tile, A_I16 if tile.kind.startswith(("pmaddwd", "winograd")) else A_I8, MODE_INT8
     # All weights and e4m3 codes are exact in bfloat16.
     tile = float_tile(
         have, rows, weight=weights.tensor.dtype, parts=1 if quantizes else PARTS[x.dtype], grouped=grouped,
@@ -229,7 +201,7 @@ class Call:
     """
 
     prepare: ctypes.Array[ctypes.c_int64]
-    pack: ctypes.Array[ctypes.c_int64] | None
+    pack: Pack | None
     matmul: ctypes.Array[ctypes.c_int64]
     function: Any
     workspace: int
@@ -244,7 +216,8 @@ class Call:
     write_scales: bool
     prepare_threads: int
     threads: int
-    tables: list[ctypes.Array[ctypes.c_int64]]
+    table: ctypes.Array[ctypes.c_int64]
+    """Of its blocks."""
     height: int
     """Rows of the output per task, at most."""
     alive: tuple[Any, ...]
@@ -254,9 +227,9 @@ class Call:
 
     def route(self, offsets: list[int]) -> None:
         """Give each expert its rows anew; for calls without `pack`."""
-        blocks = _blocks(offsets[-1], self.height, offsets)
-        table = self.tables[0] = _table(blocks)
-        self.matmul[M.BLOCKS], self.matmul[M.BLOCK_COUNT] = ctypes.addressof(table), len(blocks)
+        blocks = blocks_of(offsets[-1], self.height, offsets, 1)
+        self.table = table(blocks)
+        self.matmul[M.BLOCKS], self.matmul[M.BLOCK_COUNT] = ctypes.addressof(self.table), len(blocks)
 
     def run(self, x: Tensor, out: Tensor) -> Tensor:
         """x [M, K] (rows of the stride that the call was made for) → out [M, N], contiguous."""
@@ -269,23 +242,25 @@ class Call:
         prepare[_P_X], block[_M_OUT] = x.data_ptr(), out.data_ptr()
         cpu_threads.run(_prepare_function(), prepare, self.prepare_threads)
         if self.pack is not None:
-            self.pack[_P_NEXT] = 0
-            cpu_threads.run(_pack_function(), self.pack, self.prepare_threads)
+            self.pack.run(self.prepare_threads)
         cpu_threads.run(self.function, block, self.threads)
         return out
 
     def _place(self, base: int) -> None:
         prepare, block = self.prepare, self.matmul
-        prepare[_P_A], block[_M_A] = base, base + self.panels
-        if self.pack is not None:
-            self.pack[_P_X], self.pack[_P_A] = base, base + self.panels
+        prepare[_P_A] = block[_M_A] = base
         prepare[_P_SCRATCH] = block[_M_SCRATCH] = base + self.scratch
         if self.write_scales:
             prepare[_P_SCALE] = base + self.scales
         if self.own_scales:
             block[_M_A_SCALE] = base + self.scales
-        if self.sums:
-            prepare[_P_SUMS] = block[_M_A_SUM] = base + self.sums
+        sums = base + self.sums if self.sums else 0
+        block[_M_A_SUM] = sums
+        if self.pack is not None:
+            block[_M_A_PANELS] = base + self.panels
+            self.pack.place(base, base + self.panels, sums)
+        else:
+            prepare[_P_SUMS] = sums
         self.base = base
 
 
@@ -294,13 +269,6 @@ def _prepare_function() -> Any:
     from lowbit.ops import cpu_prepare
 
     return cpu_prepare.prepare()
-
-
-@cache
-def _pack_function() -> Any:
-    from lowbit.ops import cpu_prepare
-
-    return cpu_prepare.panels()
 
 
 def product(
@@ -330,12 +298,12 @@ def product(
     extra_rows = 0 if tile.matrix else tile.rows
     a_bytes = up((rows + extra_rows) * row_bytes, 64)
     scale_bytes = up(4 * rows * layout.groups, 64)
-    sum_bytes = scale_bytes if unsigned else 0
+    sum_bytes = scale_bytes if unsigned or tile.paired else 0
     threads = torch.get_num_threads() if rows * n * k >= _PARALLEL_PRODUCT else 1
     prepare_threads = torch.get_num_threads() if x.numel() >= PARALLEL_FROM else 1
     height, width = _block(rows, n, tile, threads, row_bytes)
-    blocks = _blocks(rows, height, offsets)
-    pack, panel_bytes, tables = None, 0, [_table(blocks)]
+    blocks = blocks_of(rows, height, offsets, panel_rows(tile))
+    pack, rows_table = Pack.of(tile, blocks, row_bytes, layout.padded), table(blocks)
     per_group, storage = bool(activations.group or weights.group), _STORAGE[tensor.dtype]
     if tile.matrix:
         from lowbit.ops import cpu_matmul_amx
@@ -345,12 +313,6 @@ def product(
         most = _MATRIX_CHUNK[kind]
         chunk = max(layout.padded, min(most, layout.width)) if per_group else min(most, layout.padded)
         slot = up(cpu_matmul_amx.slot_bytes(height, width, chunk, layout.padded, layout.groups, element), 64)
-        panels = _panels(blocks)
-        tables.append(_table(panels))
-        panel_bytes = len(panels) * PANEL_ROWS * row_bytes
-        pack = PREPARE()
-        pack[P.ROWS], pack[P.STATIC] = len(panels), ctypes.addressof(tables[1])
-        pack[P.X_ROW], pack[P.K], pack[P.GROUP] = row_bytes, row_bytes // 4, _PANEL_UNITS
     else:
         from lowbit.ops import cpu_matmul
 
@@ -399,16 +361,16 @@ def product(
     block[M.SLOT_BYTES] = slot
     block[M.BLOCK_ROWS], block[M.BLOCK_COLS] = height, width
     block[M.DOT_ROWS] = tile.dot_rows
-    block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(tables[0]), len(blocks)
+    block[M.BLOCKS], block[M.BLOCK_COUNT] = ctypes.addressof(rows_table), len(blocks)
     if routed is not None:
         routed = routed.to(torch.float32).contiguous()
         block[M.ROUTED] = routed.data_ptr()
-    sums = a_bytes + panel_bytes
+    sums = a_bytes + (pack.size if pack is not None else 0)
     scales, scratch = sums + sum_bytes, sums + sum_bytes + scale_bytes
     return Call(
-        prepare=prepare, pack=pack, matmul=block, function=function, panels=a_bytes if tile.matrix else 0,
+        prepare=prepare, pack=pack, matmul=block, function=function, panels=a_bytes if pack is not None else 0,
         workspace=scratch + max(threads * slot, prepare_threads * prepare_slot),
-        sums=sums if unsigned else 0, scales=scales, scratch=scratch, tables=tables,
+        sums=sums if sum_bytes else 0, scales=scales, scratch=scratch, table=rows_table,
         own_scales=mode != MODE_NONE and a_scale is None, write_scales=mode != MODE_NONE and not codes,
         prepare_threads=prepare_threads, threads=threads, height=height,
         alive=(tensor, w_scale, bias, a_scale, static, routed),

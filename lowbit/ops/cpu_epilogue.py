@@ -71,10 +71,10 @@ def load_columns(p, expert, n0, scale_at, w_scale, bias_at):  # type: ignore[no-
 
 
 @njit(inline="always")
-def finish_block(integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c_row, w_scale, bias_at):  # type: ignore[no-untyped-def]
+def finish_block(integer, times, p, expert, row0, rows, n0, scale_at, sums, c_row, w_scale, bias_at):  # type: ignore[no-untyped-def]
     """Sums [rows, cols] of a block, rows `c_row` bytes apart → outputs; per group they are float32 and scaled.
 
-    `integer` and `unsigned` (128 · Σa is still to be taken off) are compile-time constants. `w_scale` and
+    `integer` is a compile-time constant; `times` A_SUM is still to be taken off, where that is not 0. `w_scale` and
     `bias_at` are memory for what `finish` wants; the sums are overwritten.
     """
     cols = len(scale_at)
@@ -92,8 +92,8 @@ def finish_block(integer, unsigned, p, expert, row0, rows, n0, scale_at, sums, c
         if p[M_A_SCALE] != 0:
             scales = carray(pointer(p[M_A_SCALE]), 1 << 62, np.float32)
             a_scale = scales[(row0 + i) * p[M_A_SCALE_ROW]]
-        if unsigned and p[M_K] > 0:
-            offset = np.int32(carray(pointer(p[M_A_SUM]), 1 << 62, np.int32)[row0 + i] * 128)
+        if times != 0 and p[M_K] > 0:
+            offset = np.int32(carray(pointer(p[M_A_SUM]), 1 << 62, np.int32)[row0 + i] * times)
         finish(integer, True, p[M_OUT_DTYPE], at, offset, a_scale, w_scale, bias_at, routed, out, at, cols)
 
 

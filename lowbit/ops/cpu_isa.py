@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import InputError
+from lowbit.ops.cpu_params import PAIRED_ROWS
 
 # From best to most portable. `portable` is plain torch: exact float32 blocks.
 ISAS = ("amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", "portable")
@@ -34,6 +35,11 @@ class Tile:
     def matrix(self) -> bool:
         """It is AMX's (see `cpu_amx`): weights as stored at any number of rows, activations in panels."""
         return self.kind.startswith("tdp")
+
+    @property
+    def paired(self) -> bool:
+        """It is that of `cpu_winograd`: for more than `dot_rows`, activations in panels."""
+        return self.kind.startswith("winograd")
 
     @property
     def cols(self) -> int:
@@ -65,12 +71,14 @@ _MULTIPLY_ADD = {
     512: Tile(kind="pmaddwd512", rows=6, vectors=4, dot_rows=48),
     256: Tile(kind="pmaddwd256", rows=6, vectors=2, dot_rows=24),
 }
+# Sums of two codes and their products: 8 accumulators, and twice the vectors of A and B.
+_PAIRED = Tile(kind="winograd256", rows=PAIRED_ROWS, vectors=2, dot_rows=16)
 _INTEGER = {
     "amx": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
     "avx512_vnni": Tile(kind="dpbusd512", rows=6, vectors=4, dot_rows=48),
     "avx_vnni": Tile(kind="dpbusd256", rows=6, vectors=2, dot_rows=24),
     "avx512bw": _MULTIPLY_ADD[512],
-    "avx2": _MULTIPLY_ADD[256],
+    "avx2": _PAIRED,
 }
 _DOT_ROWS_GROUPED = 12
 _WIDE_FLOAT = Tile(kind="fma512", rows=6, vectors=4, dot_rows=16)
@@ -99,9 +107,11 @@ def integer_tile(
     """
     tile = _INTEGER[instructions.name]
     if zero_point:
-        tile = _MULTIPLY_ADD[512 if instructions.wide else 256]
+        tile = _MULTIPLY_ADD[512] if instructions.wide else _PAIRED
     elif instructions.name == "amx" and rows >= (_MATRIX_ROWS_OTHERWISE if grouped else _MATRIX_ROWS):
         return _MATRIX_INTEGER
+    if tile.paired and rows <= (_DOT_ROWS_GROUPED if grouped else tile.dot_rows):
+        tile = _MULTIPLY_ADD[256]
     return replace(tile, dot_rows=_DOT_ROWS_GROUPED) if grouped else tile
 
 

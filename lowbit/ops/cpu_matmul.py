@@ -21,8 +21,19 @@ from lowbit.ops.cpu_decode import fill_panel, packs_at_once
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
-from lowbit.ops.cpu_params import A_BF16, A_F32, A_I8_BYTES, W_BF16, W_E4M3, W_I8, W_U8, M
+from lowbit.ops.cpu_params import (
+    A_BF16,
+    A_F32,
+    A_I8_BYTES,
+    PAIRED_ROWS,
+    W_BF16,
+    W_E4M3,
+    W_I8,
+    W_U8,
+    M,
+)
 from lowbit.ops.cpu_rows import SIGNATURE, stamp
+from lowbit.ops.cpu_winograd import paired_columns
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
 M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
@@ -32,8 +43,8 @@ M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
     M.A_SCALE_GROUP,
     M.A_SCALE_ROW,
 )
-M_A_SUM, M_BLOCKS, M_BLOCK_COLS, M_BLOCK_COUNT, M_BLOCK_ROWS = (
-    M.A_SUM, M.BLOCKS, M.BLOCK_COLS, M.BLOCK_COUNT, M.BLOCK_ROWS,
+M_A_PANELS, M_A_SUM, M_BLOCKS, M_BLOCK_COLS, M_BLOCK_COUNT, M_BLOCK_ROWS = (
+    M.A_PANELS, M.A_SUM, M.BLOCKS, M.BLOCK_COLS, M.BLOCK_COUNT, M.BLOCK_ROWS,
 )  # fmt: skip
 M_CHUNK, M_GROUP, M_GROUP_PADDED, M_K, M_N, M_NEXT = M.CHUNK, M.GROUP, M.GROUP_PADDED, M.K, M.N, M.NEXT
 M_DOT_ROWS, M_SCRATCH, M_SLOT, M_SLOT_BYTES = M.DOT_ROWS, M.SCRATCH, M.SLOT, M.SLOT_BYTES
@@ -51,7 +62,7 @@ def slot_bytes(tile: Tile, height: int, width: int, chunk: int, group_padded: in
     sums, scales = 4 * height * width, 4 * max(1, chunk // group_padded) * width
     panel = -(-width // tile.cols) * tile.cols * chunk * step.a_bytes
     decoded = step.lanes * chunk * step.b_bytes
-    return sums + scales + 12 * width + LINE + panel + decoded
+    return sums + (2 if step.paired else 1) * scales + 12 * width + LINE + panel + decoded
 
 
 @cache
@@ -71,8 +82,8 @@ def matmul(
     group along K. `byte_lookup`: the CPU has AVX-512 VBMI.
     """
     source = stamp()
-    unsigned = kind.startswith("dpbusd")
-    integer = unsigned or kind.startswith("pmaddwd")
+    unsigned, paired = kind.startswith("dpbusd"), cpu_step.Step(kind).paired
+    integer = kind.startswith(cpu_step.INTEGER)
     step, lanes = cpu_step.operand_step(kind), cpu_step.lanes(kind)
     # Weights as the tiles read them before packing: integers as stored, floats decoded.
     row_kind = A_I8_BYTES if integer else A_F32 if kind.startswith("fma") else A_BF16
@@ -83,6 +94,7 @@ def matmul(
     w_size = 2 if plain else 1
     # A few rows are bound by memory: decode while loading instead of into memory.
     dot_kind = f"{kind}:{storage}" if kind.startswith("fma") or (lookup and storage == "e4m3") else kind
+    dot_kind = dot_kind.replace("winograd", "pmaddwd")  # rows and weights apart, as they stand
     dot_step = cpu_step.step_elements(dot_kind)
     at_once = packs_at_once(kind, stored, lookup)
     tile_cols = tile_vectors * lanes
@@ -111,7 +123,9 @@ def matmul(
         sums = carray(pointer(memory), size, np.int32)
         w_scales_at = memory + 4 * size
         weights_scale = carray(pointer(w_scales_at), (per_pass, block_cols), np.float32)
-        bias_at = w_scales_at + 4 * per_pass * block_cols
+        # Of Winograd's products the columns' own sums stand behind the scales.
+        w_sums_at = w_scales_at + 4 * per_pass * block_cols
+        bias_at = w_sums_at + (4 * per_pass * block_cols if paired else 0)
         scale_at = carray(pointer(bias_at + 4 * block_cols), block_cols, np.int64)
         one_at = bias_at + 12 * block_cols
         carray(pointer(one_at), 1, np.float32)[0] = 1.0
@@ -129,6 +143,7 @@ def matmul(
             expert, row0, rows = blocks[which, 0], blocks[which, 1], blocks[which, 2]
             cols = min(block_cols, n_all - n0)
             locate_scales(p, expert, n0, cols, scale_at)
+            together = 1  # rows of a panel of activations
             w0, a0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row, p[M_A] + row0 * a_row
             a_scale_at, a_scale_row, a_scale_group = one_at, 0, 0
             if p[M_A_SCALE] != 0:
@@ -155,6 +170,9 @@ def matmul(
                         p[M_W_SCALE], scale_at.ctypes.data, 4 * p[M_W_SCALE_GROUP],
                     )  # fmt: skip
             else:
+                if paired:
+                    together = PAIRED_ROWS
+                    a0 = p[M_A_PANELS] + blocks[which, 3] * PAIRED_ROWS * a_row
                 # The next task's weights: asked for while this one multiplies the last rows.
                 share, ahead = 0, w0
                 following = w0 + block_cols * w_row
@@ -165,7 +183,7 @@ def matmul(
                 for k0 in range(0, k_all, span):
                     depth = min(span, k_all - k0)
                     g, some = (k0 // group, (depth + group - 1) // group) if grouped else (0, 1)
-                    w, a = w0 + w_size * k0, a0 + (g * a_group if grouped else k0 * element)
+                    w, a = w0 + w_size * k0, a0 + together * (g * a_group if grouped else k0 * element)
                     # Groups that fill no whole steps are padded one by one.
                     piece = min(group, depth) if grouped and group != group_padded else depth
                     filled, rest = (piece + step - 1) // step * step, depth % piece
@@ -177,6 +195,14 @@ def matmul(
                         kind, stored, lookup, at_once, row_kind, w_size, row_element, step, lanes, w, w_row, cols,
                         depth, piece, padded, integer and inside and piece == depth, panel, panel_row, units, decoded,
                     )  # fmt: skip
+                    if paired:
+                        for j in range(0, cols, lanes):
+                            at = panel + j // tile_cols * panel_row * units + j % tile_cols * 4
+                            for each in range(some):
+                                paired_columns(
+                                    kind, at + panel_row * each * group_units, panel_row,
+                                    min(group_units, units - each * group_units), w_sums_at + each * c_row + 4 * j,
+                                )  # fmt: skip
                     if grouped:
                         for each in range(some):
                             for j in range(cols):
@@ -186,22 +212,24 @@ def matmul(
                     for j in range(0, cols, tile_cols):
                         if cols - j > tile_cols - lanes:
                             packed_rows(
-                                kind, grouped, tile_rows, tile_vectors, panel_row, a, a_row, a_group,
+                                kind, grouped, tile_rows, tile_vectors, panel_row, a, a_row, together * a_group,
                                 panel + 4 * units * j, ahead, share, memory + 4 * j, c_row, rows, some, units,
                                 group_units, a_scale_at + g * a_scale_group, a_scale_row, a_scale_group,
-                                a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * j, c_row,
+                                a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * j, w_sums_at + 4 * j, c_row,
                             )  # fmt: skip
                         else:
                             for v in range(0, cols - j, lanes):
                                 packed_rows(
-                                    kind, grouped, tile_rows, 1, panel_row, a, a_row, a_group,
+                                    kind, grouped, tile_rows, 1, panel_row, a, a_row, together * a_group,
                                     panel + 4 * units * j + 4 * v, ahead, 0, memory + 4 * (j + v), c_row, rows, some,
                                     units, group_units, a_scale_at + g * a_scale_group, a_scale_row, a_scale_group,
-                                    a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * (j + v), c_row,
+                                    a_sum_at + 4 * g, a_sum_row, w_scales_at + 4 * (j + v), w_sums_at + 4 * (j + v),
+                                    c_row,
                                 )  # fmt: skip
                         ahead += share
+            times = 128 if unsigned else 1 if together > 1 else 0
             finish_block(
-                integer, unsigned, p, expert, row0, rows, n0, scale_at[:cols], memory, c_row, w_scales_at, bias_at
+                integer, times, p, expert, row0, rows, n0, scale_at[:cols], memory, c_row, w_scales_at, bias_at
             )  # fmt: skip
 
     return matmul_tiles

@@ -23,8 +23,8 @@ from lowbit.ops.cpu_rows import SIGNATURE, stamp
 from lowbit.ops.cpu_scale import add_scaled_across
 
 # Copied into plain module constants: numba freezes those, and cannot read attributes of classes.
-M_A, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
-    M.A,
+M_A_PANELS, M_A_ROW, M_A_SCALE, M_A_SCALE_GROUP, M_A_SCALE_ROW = (
+    M.A_PANELS,
     M.A_ROW,
     M.A_SCALE,
     M.A_SCALE_GROUP,
@@ -155,7 +155,7 @@ def matmul(kind: str, storage: str, parts: int = 1) -> Any:
             if per_group or k_all == 0:
                 sums[:strips] = 0
             w0 = p[M_W] + expert * p[M_W_EXPERT] + n0 * w_row
-            a0 = p[M_A] + blocks[which, 3] * panel
+            a0 = p[M_A_PANELS] + blocks[which, 3] * panel
             locate_scales(p, expert, n0, cols, scale_at)
             # Reading past a row is harmless for integers (the operand is 0 there), but floats could meet a
             # NaN; past the last row of the tensor it never is. Rows beyond `cols` give sums that nobody looks at.

@@ -15,8 +15,8 @@ MODE_NONE, MODE_INT8, MODE_E4M3 = range(3)
 
 # Columns per vector of the epilogue.
 SCALE_LANES = 16
-# Rows of activations that AMX multiplies at once.
-PANEL_ROWS = 16
+# Rows of activations that AMX multiplies at once, and those that lie together for `cpu_winograd`.
+PANEL_ROWS, PAIRED_ROWS = 16, 4
 
 
 class P:
@@ -61,7 +61,10 @@ class M:
     SLOT = auto()
     A = auto()
     A_ROW = auto()
-    A_SUM = auto()  # int32 [rows, groups]: 128 times these come off the sums (dpbusd); 0: none
+    A_SUM = (
+        auto()
+    )  # int32 [rows, groups] that come off the sums: 128 times (dpbusd) or as they are (winograd); 0: none
+    A_PANELS = auto()  # A once more, as AMX (PANEL_ROWS) and winograd (PAIRED_ROWS) take it
     W = auto()
     W_ROW = auto()
     W_EXPERT = auto()
@@ -80,7 +83,7 @@ class M:
     BIAS = auto()  # float32
     BIAS_EXPERT = auto()
     ROUTED = auto()  # float32 [rows]
-    BLOCKS = auto()  # int64 [count, 3]: expert, first row, rows
+    BLOCKS = auto()  # int64 [count, 4]: expert, first row, rows, first panel
     BLOCK_COUNT = auto()
     N = auto()
     K = auto()

@@ -5,6 +5,7 @@ Every instruction used is exact on integer codes:
     pmaddwd  int16 × int16, pairs added in int32: no saturation for |a|, |b| < 2¹⁵
     dpbusd   uint8 × int8, four products added into int32 (VNNI's non-saturating form);
              the weight is made unsigned, w + 128, and 128 · Σa is taken off at the end
+    winograd half as many of pmaddwd, and more additions (see `cpu_winograd`)
 
 and of decoded codes, `fma` and `dpbf16` add in float32, `fmad` in float64: exact for e4m3, whose
 products are multiples of 2⁻¹⁸ below 2¹⁸, so that 2¹⁷ of them fit float64's 53 bits.
@@ -25,12 +26,15 @@ from lowbit.ops.cpu_emit import BF16, F16, F32, F64, I8, I16, I32, I64, call, lo
 from lowbit.ops.cpu_lookup import IN_ORDER, Lookup
 from lowbit.ops.cpu_params import W_E4M3, W_I8, W_U8
 
+# Multiply integer codes, weights as stored.
+INTEGER = ("pmaddwd", "winograd", "dpbusd")
+
 
 class Step:
     """One step along K: how both sides load, and what adds their product to an accumulator.
 
     `kind` is the instruction with its vector width in bits, then the weight's storage where
-    it is decoded while loading: `pmaddwd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
+    it is decoded while loading: `pmaddwd256`, `winograd256`, `dpbusd512`, `fma256:e4m3`, `dpbf16512`, `dpbf16512:u8`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -46,9 +50,11 @@ class Step:
         # e4m3 by arithmetic; looked up, NaN codes are NaN and values are whole.
         self.shrunk = self.storage == "e4m3" and self.name != "dpbf16"
         self.nan_codes: Any = None
-        self.a_bytes = {"pmaddwd": 2, "dpbusd": 1, "fma": 4, "fmad": 4, "dpbf16": 2}[self.name]
+        self.a_bytes = _BITS[self.name] // 8
         stored = {"": self.a_bytes, "bf16": 2}.get(self.storage, 1)
-        self.b_bytes = 1 if self.name in ("pmaddwd", "dpbusd") else stored
+        self.b_bytes = 1 if self.name in INTEGER else stored
+        # Two units of K at a time (see `cpu_winograd`).
+        self.paired = self.name == "winograd"
 
     def load_a(self, builder: Any, address: Any) -> Any:
         """One vector; where codes are decoded while loading, two, each for half of them."""
@@ -58,7 +64,7 @@ class Step:
         return load(builder, address, vec(self.element, self.elements))
 
     def load_b(self, builder: Any, address: Any) -> Any:
-        if self.name == "pmaddwd":
+        if self.name in ("pmaddwd", "winograd"):
             return builder.sext(load(builder, address, vec(I8, self.elements)), vec(I16, self.elements))
         if self.name == "dpbusd":
             codes = load(builder, address, vec(I8, self.elements))
@@ -80,7 +86,7 @@ class Step:
 
         NaN codes of e4m3 read as ±1.875 here. Checking each value would cost as much as
         decoding it, and one NaN makes the whole sum NaN: so the largest magnitude is kept,
-        and `finish` looks at that.
+        in `nan_codes`, and looked at after the loop.
         """
         if self.name == "dpbf16":
             found = _lookup(self.storage).emit(builder, shuffle(builder, raw, raw, IN_ORDER))
@@ -91,16 +97,28 @@ class Step:
                 raw = builder.xor(raw, splat(ir.Constant(I8, -128), self.elements))
             parts = (shuffle(builder, raw, raw, half) for half in halves)
             return [builder.sitofp(builder.sext(part, vec(I32, self.lanes)), self.real) for part in parts]
+        bits = self._half_bits(builder, raw)
+        self._keep_largest(builder, bits)
+        parts = (shuffle(builder, bits, bits, half) for half in halves)
+        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
+
+    def _half_bits(self, builder: Any, raw: Any) -> Any:
+        """e4m3 codes → the bits of float16, times 2⁻⁸."""
         wide = builder.sext(raw, vec(I16, self.elements))
-        bits = builder.and_(
+        return builder.and_(
             builder.shl(wide, splat(ir.Constant(I16, 7), self.elements)),
             splat(ir.Constant(I16, -0x4080), self.elements),  # 0xBF80: sign, exponent, mantissa
         )
+
+    def _keep_largest(self, builder: Any, bits: Any) -> None:
         magnitude = builder.and_(bits, splat(ir.Constant(I16, 0x7FFF), self.elements))
         greater = builder.icmp_unsigned(">", magnitude, self.nan_codes)
         self.nan_codes = builder.select(greater, magnitude, self.nan_codes)
-        parts = (shuffle(builder, bits, bits, half) for half in halves)
-        return [builder.fpext(builder.bitcast(part, vec(F16, self.lanes)), self.real) for part in parts]
+
+    def look_for_nan(self, builder: Any, address: Any) -> None:
+        """What `load_b` does for `nan_codes`, alone."""
+        raw = load(builder, address, vec(I8, self.elements))
+        self._keep_largest(builder, self._half_bits(builder, raw))
 
     def _declared(self, builder: Any, vectors: list, *, since: int) -> list:
         """Vectors as LLVM declares the operands of an instruction: before version `since`, as 32-bit integers."""
@@ -109,7 +127,7 @@ class Step:
         return [builder.bitcast(vector, vec(I32, self.lanes)) for vector in vectors]
 
     def accumulate(self, builder: Any, acc: Any, a: Any, b: Any) -> Any:
-        if self.name == "pmaddwd":
+        if self.name in ("pmaddwd", "winograd"):
             name = {256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}[self.bits]
             return builder.add(acc, call(builder, name, self.acc, [a, b]))
         if self.name == "dpbusd":
@@ -137,7 +155,7 @@ class Step:
         return builder.select(any_nan, splat(ir.Constant(one, float("nan")), count), scaled)
 
     def met_nan(self, builder: Any, nan_codes: Any) -> Any:
-        """Whether the largest magnitudes of a column's codes are those of NaN in any lane: a bit."""
+        """Whether the largest magnitudes of some codes are those of NaN in any lane: a bit."""
         found = builder.icmp_unsigned("==", nan_codes, splat(ir.Constant(I16, 0x3F80), self.elements))
         bits = ir.IntType(self.elements)
         return builder.icmp_unsigned("!=", builder.bitcast(found, bits), ir.Constant(bits, 0))
@@ -162,7 +180,9 @@ class Step:
     @property
     def element(self) -> ir.Type:
         """What the operand holds."""
-        return {"pmaddwd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[self.name]
+        return {"pmaddwd": I16, "winograd": I16, "dpbusd": I8, "fma": F32, "fmad": F32, "dpbf16": BF16}[
+            self.name
+        ]
 
     @property
     def unit(self) -> ir.VectorType:
@@ -172,7 +192,7 @@ class Step:
     def load_units(self, builder: Any, address: Any) -> Any:
         """One row's next `lanes` units, as `packed_tile` wants them, in a vector of int32."""
         units = vec(I32, self.lanes)
-        if self.name in ("pmaddwd", "dpbusd"):
+        if self.name in INTEGER:
             return builder.bitcast(self.load_b(builder, address), units)
         return load(builder, address, units)
 
@@ -187,7 +207,16 @@ def _as_f32(kind: ir.Type) -> ir.Type:
 
 
 # Bits of an operand's element; AMX's (`cpu_amx`) take a row of 64 bytes at a step as well.
-_BITS = {"pmaddwd": 16, "dpbusd": 8, "fma": 32, "fmad": 32, "dpbf16": 16, "tdpbssd": 8, "tdpbf16": 16}
+_BITS = {
+    "pmaddwd": 16,
+    "winograd": 16,
+    "dpbusd": 8,
+    "fma": 32,
+    "fmad": 32,
+    "dpbf16": 16,
+    "tdpbssd": 8,
+    "tdpbf16": 16,
+}
 
 
 def step_elements(kind: str) -> int:

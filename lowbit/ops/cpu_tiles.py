@@ -34,6 +34,7 @@ from lowbit.ops.cpu_emit import (
     vec,
 )
 from lowbit.ops.cpu_step import Step, requests
+from lowbit.ops.cpu_winograd import paired_sums
 
 UNROLL = 2  # units per turn of a packed tile's loop: less to count, and one request for memory
 
@@ -167,29 +168,27 @@ def _dot_sums(
     zero, no_nan = ir.Constant(step.acc, None), ir.Constant(vec(I16, step.elements), None)
 
     def body(position: Any, values: list) -> list:
-        sums, nans = list(values[: rows * cols]), list(values[rows * cols :])
+        sums = list(values[: rows * cols])
+        step.nan_codes = values[-1] if step.shrunk else None
         position = builder.add(start, position)
         offset_a, offset_b = builder.mul(position, scale_a), builder.mul(position, scale_b)
         b_vectors = []
         for j, row in enumerate(b_rows):
-            step.nan_codes = nans[j] if step.shrunk else None
             b_vectors.append(step.load_b(builder, builder.add(row, offset_b)))
             if j < lines:
                 line = builder.add(builder.mul(offset_b, along), builder.mul(across, ir.Constant(I64, j)))
                 prefetch(builder, builder.add(ahead, builder.lshr(line, ir.Constant(I64, 8))), cache)
-            if step.shrunk:
-                nans[j] = step.nan_codes
         for i, row in enumerate(a_rows):
             a_vector = step.load_a(builder, builder.add(row, offset_a))
             for j, b_vector in enumerate(b_vectors):
                 sums[i * cols + j] = step.accumulate(builder, sums[i * cols + j], a_vector, b_vector)
-        return sums + nans
+        return sums + ([step.nan_codes] if step.shrunk else [])
 
-    starts = [zero] * (rows * cols) + [no_nan] * (cols if step.shrunk else 0)
+    starts = [zero] * (rows * cols) + ([no_nan] if step.shrunk else [])
     ended = loop(builder, count, step.elements, starts, body)
-    any_nan: Any = ir.Constant(vec(I1, 4), None)
-    for j, codes in enumerate(ended[rows * cols :]):
-        any_nan = builder.insert_element(any_nan, step.met_nan(builder, codes), ir.Constant(I32, j))
+    any_nan = None
+    if step.shrunk:
+        any_nan = _columns_with_nan(builder, step, b_rows, ended[-1], start, count)
     found = []
     for first in range(0, rows * cols, cols):
         sums = _reduce4(builder, ended[first : first + cols] + [zero] * (4 - cols), step.add(builder))
@@ -197,22 +196,49 @@ def _dot_sums(
     return found
 
 
+def _columns_with_nan(builder: Any, step: Step, b_rows: list, largest: Any, start: Any, count: Any) -> Any:
+    """Which of up to four columns have a NaN code among `count` from `start` on, four bits.
+
+    `largest` is what all of them left in `nan_codes`: one register in the loop, and columns are looked
+    through one by one only where it says that there is one.
+    """
+    nowhere = ir.Constant(vec(I1, 4), None)
+    met, before = step.met_nan(builder, largest), builder.block
+    with builder.if_then(met, likely=False):
+        found: Any = nowhere
+        for j, row in enumerate(b_rows):
+
+            def body(position: Any, values: list, row: Any = row) -> list:
+                step.nan_codes = values[0]
+                step.look_for_nan(builder, builder.add(row, builder.add(start, position)))
+                return [step.nan_codes]
+
+            codes = loop(builder, count, step.elements, [ir.Constant(largest.type, None)], body)[0]
+            found = builder.insert_element(found, step.met_nan(builder, codes), ir.Constant(I32, j))
+        looked = builder.block
+    either = builder.phi(nowhere.type)
+    either.add_incoming(nowhere, before)
+    either.add_incoming(found, looked)
+    return either
+
+
 @intrinsic(prefer_literal=True)
-def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units):  # type: ignore[no-untyped-def]
+def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, w_sum):  # type: ignore[no-untyped-def]
     """c[i, j] += Σₖ a[i, k] · b[j, k] for i < mr and the columns j of nv vectors, b packed by `pack`.
 
     `kind`, `mr`, `nv`, `ldb` are compile-time constants. `b` + `ldb` · u holds unit u of every
     column; `units` is a multiple of UNROLL. With unit u goes a request for `ahead` + u · `along` / 256.
-    The rest is as in `dot_tile`.
+    The kinds of `cpu_winograd` take a panel of its rows as `a`, and at `w_sum` what its `paired_columns` found;
+    the sums of rows have still to come off. The rest is as in `dot_tile`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 8)
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 9)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ahead, along, c, ldc, units = args[4:]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        c, ldc = args[9:11]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:])
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
             step.add_to(builder, sums[i * vectors + v], address)
         return context.get_dummy_value()
@@ -222,31 +248,33 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
 
 @intrinsic(prefer_literal=True)
 def scaled_tile(
-    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, left, a_scale, a_scale_row, a_sum,
+    typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, units, w_sum, left, a_scale, a_scale_row, a_sum,
     a_sum_row, w_scale,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """c[i, j] += float32(Σₖ a[i, k] · b[j, k]) · a_scale[i] · w_scale[j], rounded in this order: one group of K.
 
     c, a_scale and w_scale are float32; row i of a_scale stands at `a_scale` + `a_scale_row` · i. For dpbusd
-    128 · a_sum[i], int32 and likewise placed, come off the sums first. Rows from `left` on take the scale of
-    the last: what they give is nobody's. The rest is as in `packed_tile`.
+    128 · a_sum[i], int32 and likewise placed, come off the sums first, for winograd a_sum[i]. Rows from `left` on
+    take the scale of the last: what they give is nobody's. The rest is as in `packed_tile`.
     """
     if not all(isinstance(t, types.Literal) for t in (kind, mr, nv, ldb)):
         return None
     step, rows, vectors = Step(kind.literal_value), mr.literal_value, nv.literal_value
-    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 14)
+    signature = types.void(kind, mr, nv, ldb, *[types.int64] * 15)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        a, lda, b, ahead, along, c, ldc, units = args[4:12]
-        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[12:]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, a, lda, b, ahead, along, units)
+        c, ldc = args[9:11]
+        left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[13:]
+        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:13])
 
         def of_rows(address: Any, row: Any, kind: Any) -> list:
             places = row_addresses(builder, address, row, left, rows)
             return [spread(builder, load(builder, at, kind), step.lanes) for at in places]
 
         scales, offsets = of_rows(a_scale, a_scale_row, F32), [None] * rows
-        if step.name == "dpbusd":
+        if step.paired:
+            offsets = of_rows(a_sum, a_sum_row, I32)
+        elif step.name == "dpbusd":
             seven = splat(ir.Constant(I32, 7), step.lanes)
             offsets = [builder.shl(codes, seven) for codes in of_rows(a_sum, a_sum_row, I32)]
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
@@ -261,10 +289,12 @@ def scaled_tile(
 
 def _packed_sums(
     builder: Any, step: Step, shape: tuple[int, int], unit_stride: int, a: Any, lda: Any, b: Any, ahead: Any,
-    along: Any, units: Any,
+    along: Any, units: Any, w_sum: Any,
 ) -> list:  # fmt: skip
     """The loop over K of a packed tile: its accumulators, row by row."""
     rows, vectors = shape
+    if step.paired:
+        return paired_sums(builder, step, shape, unit_stride, a, b, ahead, along, units, w_sum)
     a_rows = [builder.add(a, builder.mul(lda, ir.Constant(I64, i))) for i in range(rows)]
 
     def one_unit(u: int, a_here: list, b_here: Any, sums: list) -> None:

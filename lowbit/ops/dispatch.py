@@ -153,7 +153,11 @@ def choose_cpu(problem: Problem, float64_sums: bool) -> Decision | Refusal:
     grouped = problem.activations.startswith("group") or bool(problem.weight_group)
     if quantizes and problem.weight_dtype == "int8":
         tile = integer_tile(have, rows, zero_point=problem.zero_point, grouped=grouped)
-        return Decision(implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8")
+        note = "one multiplication for every two products, exactly (Winograd's inner product)"
+        return Decision(
+            implementation="cpu", kernel=_tile_name(tile, rows), multiplies="int8 × int8",
+            note=note if tile.paired else "",
+        )  # fmt: skip
     tile = float_tile(
         have, rows, weight=_DTYPES[problem.weight_dtype], grouped=grouped, float64=float64_sums,
         parts=1 if quantizes else PARTS[_DTYPES[problem.activation_dtype]],

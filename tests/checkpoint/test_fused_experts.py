@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -494,3 +495,38 @@ def test_dequantized_by_hand(tmp_path):
         g, u, d = (dequantize(written[n], written[n + "_scale"], get_scheme("int8").weights) for n in names)
         got = (torch.nn.functional.silu(x @ g.T) * (x @ u.T)) @ d.T
         assert (got - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
+def test_experts_in_float_beside_ascends_int8_are_a_source(tmp_path, model):
+    """Their matrices are in no description; nothing could be made of such a checkpoint, nor `eval` read it."""
+    fused, _, config = fused_mixture(model)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        fused[f"model.layers.0.self_attn.{name}.weight"] = torch.randn(128, 128).bfloat16()
+    src = write(tmp_path / "src", fused, config)
+    lowbit.convert(src, tmp_path / "out", "int8", format="ascend", ignore=["*.experts.*"])
+    assert lowbit.verify(tmp_path / "out", src).ok
+    lowbit.convert(tmp_path / "out", tmp_path / "again", "int8", overrides={"*.experts.*": "int8"})
+    lowbit.convert(src, tmp_path / "at once", "int8")
+    again, at_once = load(tmp_path / "again"), load(tmp_path / "at once")
+    assert again.keys() == at_once.keys() and all(same_bits(again[n], at_once[n]) for n in again)
+
+
+@pytest.mark.parametrize("model", ["qwen3.5", "llama4"])
+def test_quantized_in_one_tensor_they_are_verified_and_not_loaded(tmp_path, model):
+    """As published: `verify` said of every such download that its codes cannot be read."""
+    src = write(tmp_path / "src", *fused_block_fp8(*fused_mixture(model)[::2]))
+    report = lowbit.verify(src, src)
+    assert report.ok and len(report.errors) == 18 and all(e.largest == 0 for e in report.errors)
+    tensors = load(src)
+    scale = next(n for n in tensors if n.endswith("down_proj_scale_inv"))
+    tensors[scale][1, -1, 0] = torch.nan
+    bad = write(tmp_path / "bad", tensors, json.loads((src / "config.json").read_text()))
+    assert any(scale in p and "expected finite" in p for p in lowbit.verify(bad).problems)
+    config = json.loads((src / "config.json").read_text())
+    known = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "hidden_size": 256}
+    write(tmp_path / "known", load(src), {**config, **known})
+    with pytest.raises(
+        InputError, match="found them quantized in one tensor of each layer; convert the checkpoint"
+    ):
+        lowbit.load(tmp_path / "known")

@@ -191,6 +191,7 @@ OTHERS = {
     "HQQ": {"W_q": torch.uint8, "meta": torch.uint8},
     "MXFP4": {"weight": torch.uint8, "scale": torch.uint8},
     "gpt-oss": {"gate_up_proj_blocks": torch.uint8, "gate_up_proj_scales": torch.uint8},
+    "gpt-oss as its makers store it": {"blocks": torch.uint8, "scales": torch.uint8},
     "experts in 3-D": {"gate_up_proj": torch.uint8, "gate_up_proj_weight_scale": torch.uint8},
     "2:4": {"compressed": torch.bfloat16, "bitmask": torch.uint8},
 }

@@ -87,6 +87,33 @@ def test_sums_that_int32_cannot_hold_fall_back(k, zero):
     torch.testing.assert_close(out, torch.full((2, 3), -127.0 * k), rtol=1e-4, atol=0)
 
 
+def test_sums_on_the_way_may_pass_int32(isa):
+    """Winograd's Σ (a₀ + b₁)(a₁ + b₀) is twice what is left of it when Σ a₀a₁ and Σ b₀b₁ have come off."""
+    k = 120_000
+    assert 127 * 127 * k < 2**31 < 2 * 127 * 127 * k
+    a, w = torch.full((20, k), 127, dtype=torch.int8), torch.full((5, k), 127, dtype=torch.int8)
+    out = ops.matmul(a, torch.ones(1), w, torch.ones(5, 1), block=(1, 0), out_dtype=torch.float32)
+    assert torch.equal(out, product(a, w))
+
+
+@pytest.mark.parametrize("counts", [(40, 0, 21, 3, 17), (18, 18, 18), (0, 33)])
+@pytest.mark.parametrize("group", [0, 32, 100])
+def test_experts_of_few_and_of_many_rows_are_exact(isa, counts, group):
+    """Rows as they stand and rows in panels in one call; each group of K has its own sums."""
+    k, n, experts = 200, 37, len(counts)
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    w = codes(experts, n, k, low=-128)
+    x = torch.randint(-127, 128, (int(offsets[-1]), k)).float()
+    parts = [slice(g, min(g + (group or k), k)) for g in range(0, k, group or k)]
+    for part in parts:
+        x[:, part.start] = 127  # so that the scale of every group is 1
+    scale = torch.ones(experts, n, len(parts))
+    how = {"activations": "group" if group else "token", "block": (1, group)}
+    out = ops.linear_grouped(x, w, scale, offsets, **how)
+    for e, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        assert torch.equal(out[start:end], product(x[start:end].to(torch.int8), w[e])), e
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 100, 100), (17, 971, 496), (130, 16, 3884)])
 def test_dynamic_linear_equals_its_definition(isa, m, n, k, dtype):

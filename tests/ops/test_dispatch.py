@@ -160,6 +160,15 @@ def test_a_few_rows_are_decoded_while_loading(having, byte_lookup):
     assert choose(problem("int8-weight-only", activation_dtype="float16"), "cpu").kernel.startswith("fma512")
 
 
+def test_many_rows_are_multiplied_in_pairs_where_there_is_no_vnni(having):
+    having("avx2")
+    for scheme, m in (("int8", 16), ("int8-static-asym", 16), ("int8-block", 12)):
+        few, many = choose(problem(scheme, m=m), "cpu"), choose(problem(scheme, m=m + 1), "cpu")
+        assert few.kernel == "pmaddwd256, dot products with rows as stored"
+        assert many.kernel == "winograd256, 4×16 tile" and "Winograd" in many.note and not few.note
+    assert choose(problem("int8", m=16 * 8 + 1, experts=8), "cpu").kernel.startswith("winograd256")
+
+
 def test_amx_multiplies_what_is_worth_it(having):
     having("amx")
     assert choose(problem("int8", m=11), "cpu").kernel.startswith("dpbusd512")
