@@ -91,26 +91,33 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
         raise CalibrationError(
             f"expected {kind.manifest} in {path}, found none; write one with `lowbit {kind.command}`"
         )
+    again = f"it is damaged, or changed by hand: {kind.command} again, with overwrite"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
+        raise CalibrationError(f"expected JSON in {file}, found: {error}; {again}") from error
     if not isinstance(manifest, dict):
-        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}")
+        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}; {again}")
     if (version := manifest.get("version")) != kind.version:
         raise CalibrationError(
             f"expected version {kind.version} in {file}, found {version!r}; {kind.command} again with this lowbit"
         )
     for key, of in kind.keys:
         if not isinstance(manifest.get(key), of):
-            raise CalibrationError(f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}")
+            raise CalibrationError(
+                f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}; {again}"
+            )
     key, of = kind.entry
     for part, entry in manifest["layers"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), of):
-            raise CalibrationError(f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}")
+            raise CalibrationError(
+                f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}; {again}"
+            )
     for key in kind.mappings:
         if not isinstance(manifest.get(key, {}), dict):
-            raise CalibrationError(f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}")
+            raise CalibrationError(
+                f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}; {again}"
+            )
     return manifest
 
 
