@@ -206,7 +206,8 @@ def run_recipe(
     def started(method: Method, windows: Sequence[Tensor]) -> None:
         tokens = sum(int(w.numel()) for w in windows)
         print(f"{wanted.scheme} with {method.name}: {method.describe()}")
-        print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
+        many = "s" * (len(windows) != 1)
+        print(f"{len(windows)} sample{many}, {tokens} tokens" if windows else "no data needed")
 
     of = dict(wanted.data)
     with steps_bar("calibrating", quiet=quiet) as progress:
