@@ -1,7 +1,7 @@
-"""Names by which engines ask for the scheme of a module, where they are others than those on disk.
+"""Names by which vLLM asks for the scheme of a module, where they are others than those on disk.
 
-vLLM translates names of a config as it does those of tensors, but gives some modules names that no tensor has, and does
-not translate patterns. compressed-tensors asks by those that transformers has in memory.
+It translates names of a config as it does those of tensors, but gives some modules names that no tensor has, and does
+not translate patterns.
 """
 
 from __future__ import annotations
@@ -74,19 +74,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "ernie4_5_moe": ((r"^model\.mtp_block\.(\d+)\.", _behind_the_last),),
     "bailing_hybrid": ((r"\.attention\.", ".self_attn."),),  # Ling 3; not 2.5
     "mimo": ((r"^model\.mtp_layers\.(\d+)\.", _behind_the_last),),
-    # transformers has these in parts, one name after the other.
-    "hrm_text": (
-        (r"\.attn\.", ".self_attn."),
-        (r"(?<=\.)gqkv_proj$", "q_proj"),
-        (r"(?<=\.)q_proj$", "k_proj"),
-        (r"(?<=\.)k_proj$", "v_proj"),
-        (r"(?<=\.)(gate_up|v)_proj$", "gate_proj"),
-        (r"(?<=mlp\.)gate_proj$", "up_proj"),
-    ),
-    **dict.fromkeys(
-        ("dinov2", "dinov2_with_registers"),
-        ((r"(?<=\.)weights_in$", "gate_proj"), (r"(?<=\.)gate_proj$", "up_proj")),
-    ),
+    "hrm_text": ((r"\.attn\.", ".self_attn."),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
     "exaone": (
         (r"^transformer\.(?=h\.)", "model."),
@@ -97,12 +85,6 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
         (r"(?<=\.)(?=fc\d$)", "mlp."),
         (r"\.encoder_attn\.[kv]_proj$", ".encoder_attn.kv_proj"),
     ),
-    # What stays in float has other names in transformers.
-    "molmo2": (
-        (r"(?<=^model\.)vision_backbone\.image_vit\.", "vision_tower."),
-        (r"(?<=^model\.)vision_backbone\.", "multi_modal_projector."),
-    ),
-    "radio": ((r"^radio_model\.model\.patch_generator\.embedder$", "embeddings.patch_projection"),),
     "gemma3_text": ((r"^(?=layers\.)", "."),),  # EmbeddingGemma
     "modernbert": (
         (r"^(?:model\.)?(?=layers\.)", ".encoder_layer."),
@@ -121,7 +103,7 @@ def unnamed(modules: Iterable[str]) -> list[str]:
 
 
 def as_asked(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Module names, each followed by those by which engines ask for its scheme, where there are others.
+    """Module names, each followed by those by which vLLM asks for its scheme, where there are others.
 
     `config`: the model's config.json.
     """
