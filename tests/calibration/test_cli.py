@@ -623,6 +623,22 @@ def test_data_that_cannot_be_used_is_named(source, tmp_path, name, content, mess
         load_windows(tmp_path / name, tokenizer, length=8)
 
 
+def test_a_text_that_is_too_short_says_how_long_it_is(source, tmp_path):
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "a.txt").write_text("the quick brown fox")
+    (tmp_path / "b.txt").write_text("the fox")
+    count = len(tokenizer("the quick brown fox")["input_ids"])
+    with pytest.raises(
+        InputError, match=f"found less text, at most {count} tokens in a file; give more text"
+    ):
+        load_windows(tmp_path, tokenizer, length=64)
+    assert load_windows(tmp_path, tokenizer, length=count)[0].numel() == count
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.txt").write_text("")
+    with pytest.raises(InputError, match="found less text; give more text"):
+        load_windows(tmp_path / "c", tokenizer, length=64)
+
+
 def test_token_ids_that_are_not_the_model_s(source, tmp_path):
     options = ("-o", tmp_path / "c", "--method", "gptq", "--length", 8, "--data", tmp_path / "ids.npy")
     for ids, message in (
