@@ -206,7 +206,7 @@ def _replacements(calibration: Calibration, src: str | Path, scheme: str | Schem
 
     calibration.require(
         fingerprint=store.fingerprint(src),
-        scheme=get_scheme(scheme).name if isinstance(scheme, str) else scheme.name,
+        scheme=(scheme if isinstance(scheme, Scheme) else get_scheme(scheme)).name,
     )
     tensors = {
         name: TensorRef(name, t.dtype, t.shape, t.file, t.start) for name, t in calibration.tensors.items()

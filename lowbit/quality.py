@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +81,10 @@ def calibrate(
     from lowbit.calibration.methods import best_method
     from lowbit.calibration.run import RunOptions as Options
     from lowbit.checkpoint.rules import Selection
+    from lowbit.scheme import Scheme as SchemeClass
     from lowbit.scheme import get_scheme
 
-    target = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    target = scheme if isinstance(scheme, SchemeClass) else get_scheme(scheme)
     options = options or Options(device=join(device))
     if isinstance(method, MethodClass):
         chosen = method
@@ -216,9 +218,11 @@ def _windows(
     """(windows of token ids, what is said of them in a calibration)."""
     from lowbit.calibration.data import is_tokenized, load_tokenizer, load_windows
 
-    if samples < 1 or length < 1 or abs(seed) > SEEDS:
+    whole = all(isinstance(n, Integral) for n in (samples, length, seed))
+    if not whole or samples < 1 or length < 1 or abs(seed) > SEEDS:
         raise InputError(
-            f"expected samples and a length of at least 1 and a seed of 64 bits, found {samples}, {length} and {seed}"
+            "expected whole numbers: samples and a length of at least 1 and a seed of 64 bits, found "
+            f"{samples!r}, {length!r} and {seed!r}"
         )
     if data is None:
         return [], {}

@@ -174,3 +174,19 @@ def test_transformers_runs_a_mixture_of_experts(tmp_path):
     src = write(tmp_path / "src", *qwen3_moe())
     lowbit.convert(src, tmp_path / "bf16", "bf16")
     assert torch.equal(logits(opened(src)), logits(opened(tmp_path / "bf16")))
+
+
+def test_other_types_than_names_and_whole_numbers_are_bad_input(tmp_path):
+    """They were an AttributeError, a TypeError and, of torch's generator, a RuntimeError."""
+    src = write(tmp_path / "src", *qwen3_moe())
+    ids = [torch.arange(32)]
+    for scheme in (8, ["int8"], object()):
+        with pytest.raises(InputError, match="expected the name of a scheme, found"):
+            lowbit.plan(src, scheme)
+        with pytest.raises(InputError, match="expected the name of a scheme, found"):
+            lowbit.calibrate(src, tmp_path / "c", scheme, data=ids)
+    with pytest.raises(InputError, match="expected the name of a format, found 3"):
+        lowbit.plan(src, "int8", format=3)
+    for wrong in ({"samples": "3"}, {"samples": 2.5}, {"length": None}, {"seed": 1.5}):
+        with pytest.raises(InputError, match=f"expected whole numbers.* {next(iter(wrong.values()))!r}"):
+            lowbit.measure(src, ids, **wrong)

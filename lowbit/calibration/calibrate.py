@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lowbit.calibration import resume, store
 from lowbit.calibration.activations import ActivationCache
 from lowbit.calibration.calls import shares_states
 from lowbit.calibration.distributed import decided, gathered, my_share, wait_for_all, workers
+from lowbit.calibration.effect import require_joints, too_few_tokens
 from lowbit.calibration.kv_cache import KEYS, KVCache, watched
 from lowbit.calibration.layerwise import LayerwiseModel
 from lowbit.calibration.methods import Method
@@ -66,15 +68,24 @@ def quantized_by(decisions: Mapping[str, Decision]) -> dict[str, Scheme]:
 
 
 def module_decisions(
-    model: LayerwiseModel, scheme: Scheme, selection: Selection, *, fits: Fits | None = None
+    model: LayerwiseModel,
+    scheme: Scheme,
+    selection: Selection,
+    *,
+    fits: Fits | None = None,
+    others: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, Decision]:
-    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`."""
+    """Our name → what happens to every Linear of the decoder; `fits` as for `module_schemes`.
+
+    `others`: our name → shape of what is decided on with them, since what a pattern means depends on all that it takes
+    in.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
-    for index in range(len(model)):
-        for ours, shape in model.linear_shapes(index).items():
-            names[model.disk_name(ours)] = ours
-            shapes[model.disk_name(ours)] = shape
+    linears = (item for index in range(len(model)) for item in model.linear_shapes(index).items())
+    for ours, shape in (*linears, *others.items()):
+        names[model.disk_name(ours)] = ours
+        shapes[model.disk_name(ours)] = shape
     source = model.source
     left = left_by_source(shapes, source.stored)
     decisions = decide(
@@ -129,6 +140,8 @@ def calibrate(
             f"expected data for method {method.name} with scheme {', '.join(wanting) or scheme.name}, found none; "
             "pass --data"
         )
+    if few := too_few_tokens(method, windows, options):
+        warn(few)
     share = my_share(windows)
     reader = Source(source)
     reader.require_unrotated()
@@ -170,6 +183,8 @@ def calibrate(
         rotation = make_rotation(hidden_size, method.rotate, method.seed)
         outside = rotate_outside(model, rotation, reader.float_dtype)
     run = _start(model, method, schemes, kept, options, rotation, windows, share)
+    run.kv_cache = kv_cache
+    require_joints(run)
     writer: store.Writer | None = None
     with ExitStack() as held:
 
@@ -177,6 +192,7 @@ def calibrate(
             nonlocal writer
             held.enter_context(resume.alone(out, store.KIND))
             writer = store.Writer(out, settings, overwrite=overwrite)
+            held.callback(_remove_unless_begun, writer)
             return writer.finished
 
         done = decided(start, model.device)
@@ -184,7 +200,6 @@ def calibrate(
             resumed(already, len(model))
         if writer is not None and outside and store.MODEL_PART not in done:
             writer.write(store.MODEL_PART, {model.disk_name(n): t.cpu() for n, t in outside.items()})
-        run.kv_cache = kv_cache
         # What follows the last unfinished layer, nobody needs to see.
         stop = max((i + 1 for i in range(len(model)) if model.layer_name(i) not in done), default=0)
         for index in range(stop):
@@ -214,7 +229,19 @@ def calibrate(
                 seconds={k: round(v, 3) for k, v in run.seconds.items()},
             )
         wait_for_all()
-    return store.read(out)
+    found = store.read(out)
+    if method.smooths and not found.tensors:
+        warn(
+            f"{method.name} found nothing that lowers the error, and the calibration holds nothing: a conversion makes "
+            "the same without it; give another method: best"
+        )
+    return found
+
+
+def _remove_unless_begun(writer: store.Writer) -> None:
+    """What was refused, or stopped, in the first layer leaves nothing behind."""
+    if not writer.finished - {store.MODEL_PART}:
+        writer.remove()
 
 
 def _require_held(kept: Collection[str], stored: Mapping[str, StoredModule]) -> None:

@@ -11,7 +11,7 @@ which are computed again. No budget is among the settings: another one is chosen
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,6 @@ KIND = Kind(
 
 class _Writer(Resumable):
     KIND = KIND
-
-    def remove(self) -> None:
-        """Leave no trace."""
-        for file in (self.path / KIND.manifest, *self.path.glob(KIND.parts)):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # of somebody else's files beside them
-            self.path.rmdir()
 
 
 class Measured:

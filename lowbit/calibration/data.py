@@ -44,6 +44,7 @@ def load_windows(
     if not path.exists():
         raise InputError(f"expected a text file, a .jsonl or a directory of them, found nothing at {path}")
     windows: list[Callable[[], Tensor]] = []
+    longest = 0
     for file in _files(path):
         suffix = file.suffix.lower()
         if suffix == ".jsonl":
@@ -53,7 +54,9 @@ def load_windows(
         elif suffix in _IDS:
             windows += [partial(Tensor.clone, ids) for ids in _stored_windows(file, length)]
         else:
-            windows += [partial(Tensor.clone, ids) for ids in _running(_text(file), tokenizer, length)]
+            of_text, tokens = _running(_text(file), tokenizer, length)
+            windows += [partial(Tensor.clone, ids) for ids in of_text]
+            longest = max(longest, tokens)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
     found: dict[int, Tensor] = {}
     for place in order:
@@ -63,8 +66,8 @@ def load_windows(
             found[place] = ids
     if not found:
         raise InputError(
-            f"expected at least one window of {length} tokens, or a prompt of two, in {path}, found less text; "
-            "give more text or a smaller --length"
+            f"expected at least one window of {length} tokens, or a prompt of two, in {path}, found less text"
+            f"{f', at most {longest} tokens in a file' if longest else ''}; give more text or a smaller --length"
         )
     return [found[place] for place in sorted(found)]
 
@@ -104,15 +107,16 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> Tensor:
     )
 
 
-def _running(text: str, tokenizer: Any, length: int) -> list[Tensor]:
-    """Running text → windows [length], each with what the tokenizer begins a text with."""
+def _running(text: str, tokenizer: Any, length: int) -> tuple[list[Tensor], int]:
+    """Running text → windows [length], each with what the tokenizer begins a text with, and how many tokens it has."""
     begin = _beginning(tokenizer)
     if length <= begin.numel():
         raise InputError(
             f"expected a length of more than the {begin.numel()} tokens that a text begins with, found {length}"
         )
     ids = torch.cat([begin[:0], *(_encode(tokenizer, p, add_special_tokens=False) for p in _pieces(text))])
-    return [torch.cat([begin, part]) for part in _split(ids, length - begin.numel())]
+    parts = _split(ids, length - begin.numel())
+    return [torch.cat([begin, part]) for part in parts], begin.numel() + ids.numel() if ids.numel() else 0
 
 
 def _pieces(text: str) -> Iterator[str]:

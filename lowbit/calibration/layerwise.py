@@ -25,6 +25,7 @@ from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 from lowbit.nn.integration import open_config, require_transformers
 from lowbit.nn.joined import SplitLinear
+from lowbit.nn.linear import is_plain
 
 Override = Callable[[str], Tensor | None]
 """Checkpoint name → a tensor that takes its place, or None."""
@@ -147,6 +148,12 @@ class LayerwiseModel:
         """Full name (ours) and weight shape of every Linear of a decoder layer, fused experts taken apart."""
         return {n: tuple(m.weight.shape) for n, m in self._linears(index)}
 
+    def other_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """The same of what has a matrix and is no plain Linear: most routers."""
+        prefix = self.layer_name(index)
+        others = ((n, m) for n, m in self._empty(index).named_modules() if not is_plain(m))
+        return {f"{prefix}.{n}": s for n, m in others if len(s := matrix_shape(m)) == 2}
+
     def biased(self, index: int) -> list[str]:
         """Those that have a bias."""
         return [n for n, m in self._linears(index) if m.bias is not None]
@@ -154,7 +161,7 @@ class LayerwiseModel:
     def _linears(self, index: int) -> Iterator[tuple[str, nn.Linear]]:
         prefix = self.layer_name(index)
         for name, module in self._empty(index).named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and is_plain(module):
                 yield f"{prefix}.{name}", module
 
     def load(self, index: int, override: Override | None = None) -> nn.Module:
@@ -361,6 +368,12 @@ def _model_class(config: Any, source: Source) -> Any:
             f"decoder goes by what an encoder has read; {INSTEAD}"
         )
     return next((c for c in known if c.__name__ in (config.architectures or ())), known[0])
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, ...]:
+    """[N, K] of a module's own weight; () for one that has none."""
+    weight = module._parameters.get("weight")
+    return tuple(weight.shape) if weight is not None and weight.dim() == 2 else ()
 
 
 def find_layers(model: nn.Module, decoder: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lowbit.checkpoint.files import lock, sync, write_json
+from lowbit.checkpoint.files import cannot_make, lock, make_directories, sync, write_json
 from lowbit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,29 +49,37 @@ class Kind:
     """Glob of their files."""
 
 
-def made(path: str | Path, kind: Kind) -> Path:
-    """The directory, which is there then."""
+def made(path: str | Path, kind: Kind, new: list[Path] | None = None) -> Path:
+    """The directory, which is there then; `new` gets those that were not there before."""
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_directories(path, [] if new is None else new)
     except OSError as error:
         raise _no_directory(path, kind, error) from error
     return path
 
 
-def _no_directory(path: Path, kind: Kind, error: OSError) -> CalibrationError:
+def _no_directory(path: Path, kind: Kind, error: OSError | str) -> CalibrationError:
     return CalibrationError(
-        f"expected a directory for the {kind.what} at {path}, found that none can be made: {error}"
+        f"expected a directory for the {kind.what} at {path}, found that none can be made: {error}; choose another "
+        "place, or check its permissions"
     )
 
 
 @contextmanager
 def alone(path: str | Path, kind: Kind) -> Iterator[None]:
-    """Keep other runs out of a directory, which is made: parts of two would stand under one manifest."""
-    held = lock(made(path, kind), what=kind.what)
+    """Keep other runs out of a directory, which is made: parts of two would stand under one manifest.
+
+    Directories that were made for it and have nothing in them at the end are gone then.
+    """
+    new: list[Path] = []
+    held = lock(made(path, kind, new), what=kind.what)
     try:
         yield
     finally:
+        for directory in reversed(new):
+            with suppress(OSError):  # not empty, or gone
+                directory.rmdir()
         if held >= 0:
             os.close(held)
 
@@ -83,26 +91,33 @@ def load_manifest(path: Path, kind: Kind) -> dict[str, Any]:
         raise CalibrationError(
             f"expected {kind.manifest} in {path}, found none; write one with `lowbit {kind.command}`"
         )
+    again = f"it is damaged, or changed by hand: {kind.command} again, with overwrite"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CalibrationError(f"expected JSON in {file}, found: {error}") from error
+        raise CalibrationError(f"expected JSON in {file}, found: {error}; {again}") from error
     if not isinstance(manifest, dict):
-        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}")
+        raise CalibrationError(f"expected a mapping in {file}, found {type(manifest).__name__}; {again}")
     if (version := manifest.get("version")) != kind.version:
         raise CalibrationError(
             f"expected version {kind.version} in {file}, found {version!r}; {kind.command} again with this lowbit"
         )
     for key, of in kind.keys:
         if not isinstance(manifest.get(key), of):
-            raise CalibrationError(f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}")
+            raise CalibrationError(
+                f"expected {key!r} ({of.__name__}) in {file}, found {manifest.get(key)!r}; {again}"
+            )
     key, of = kind.entry
     for part, entry in manifest["layers"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), of):
-            raise CalibrationError(f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}")
+            raise CalibrationError(
+                f"expected {key!r} ({of.__name__}) for {part} in {file}, found {entry!r}; {again}"
+            )
     for key in kind.mappings:
         if not isinstance(manifest.get(key, {}), dict):
-            raise CalibrationError(f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}")
+            raise CalibrationError(
+                f"expected a mapping as {key!r} in {file}, found {manifest[key]!r}; {again}"
+            )
     return manifest
 
 
@@ -144,6 +159,8 @@ class Resumable:
             try:
                 found = sorted(f.name for f in path.iterdir() if not f.name.startswith("."))
             except FileNotFoundError:
+                if why := cannot_make(path):
+                    raise _no_directory(path, kind, why) from None
                 return {}
             except OSError as error:
                 raise _no_directory(path, kind, error) from error
@@ -190,6 +207,13 @@ class Resumable:
         self.manifest.update(json.loads(json.dumps(more)))
         self.manifest["complete"] = True
         self._save()
+
+    def remove(self) -> None:
+        """Leave no trace: there is nothing to go on with."""
+        for file in (self.path / self.KIND.manifest, *self.path.glob(self.KIND.parts)):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # of somebody else's files beside them
+            self.path.rmdir()
 
     def _save(self) -> None:
         write_json(self.path / self.KIND.manifest, self.manifest)

@@ -80,11 +80,11 @@ class ActivationQuantizer:
 
 
 def attach(layer: nn.Module, quantizers: dict[str, ActivationQuantizer]) -> Callable[[], None]:
-    """Round the inputs of the named modules of `layer`; returns what takes the hooks off again."""
+    """Round the (first) inputs of the named modules of `layer`; returns what takes the hooks off again."""
     handles = []
     for name, quantizer in quantizers.items():
         module = layer.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]),)))
+        handles.append(module.register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]), *args[1:])))
 
     def detach() -> None:
         for handle in handles:

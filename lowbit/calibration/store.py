@@ -207,7 +207,13 @@ def read(path: str | Path) -> Calibration:
         file = path / entry["file"]
         if not file.is_file():
             raise CalibrationError(f"expected {file} for {part}, found nothing; calibrate again into {path}")
-        for name, tensor in read_header(file).items():
+        try:
+            found = read_header(file)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{error}; run the same `lowbit calibrate` into {path} again, which makes anew what is damaged"
+            ) from error
+        for name, tensor in found.items():
             if name in tensors:
                 raise CalibrationError(
                     f"expected each tensor once, found {name} in {file.name} and {tensors[name].file.name}"

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from lowbit.calibration.kv_cache import KVCache, KVHook, quantizers
 from lowbit.calibration.layer import install
-from lowbit.calibration.layerwise import LayerwiseModel
+from lowbit.calibration.layerwise import LayerwiseModel, matrix_shape
 from lowbit.calibration.products import multiplies_integers
 from lowbit.calibration.simulate import ActivationQuantizer
 from lowbit.dtypes import INT8
 from lowbit.errors import InputError
 from lowbit.granularity import scale_shape
+from lowbit.nn.linear import is_plain
 from lowbit.quantize import Quantized
 from lowbit.scheme import Scheme
 
@@ -24,7 +25,7 @@ Wanted = Callable[[str], bool]
 def install_stored(
     model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted = lambda name: True
 ) -> dict[str, ActivationQuantizer]:
-    """Prepare the stored Linears of decoder layer `index`, as it was loaded; → the quantizers of their inputs.
+    """Prepare the stored modules of decoder layer `index`, as it was loaded; → the quantizers of their inputs.
 
     Those that multiply integers get their codes.
     """
@@ -33,7 +34,9 @@ def install_stored(
     for name, scheme in schemes.items():
         weight = layer.get_submodule(name).get_parameter("weight")
         disk = model.disk_name(f"{model.layer_name(index)}.{name}")
-        if multiplies_integers(scheme, weight) and (q := _codes(model, disk)) is not None:
+        # Others get their weights in float, and here what rounds their inputs.
+        plain = is_plain(layer.get_submodule(name)) and multiplies_integers(scheme, weight)
+        if plain and (q := _codes(model, disk)) is not None:
             quantized[name] = q
     return install(layer, schemes, quantized, scales, online)
 
@@ -49,14 +52,14 @@ def stored_quantizers(
 def _inputs(
     model: LayerwiseModel, layer: nn.Module, index: int, wanted: Wanted
 ) -> tuple[dict[str, Scheme], dict[str, tuple[Tensor | None, Tensor | None]], frozenset[str]]:
-    """(scheme, scales of its input) of the stored Linears of the layer that round it, and those that rotate it."""
+    """(scheme, scales of its input) of the stored modules of the layer that round it, and those that rotate it."""
     prefix, stored = model.layer_name(index), model.source.stored
     schemes: dict[str, Scheme] = {}
     scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     online: set[str] = set()
     for name, module in layer.named_modules():
         disk = model.disk_name(f"{prefix}.{name}")
-        if not isinstance(module, nn.Linear) or not wanted(disk):
+        if not matrix_shape(module) or isinstance(module, nn.Embedding) or not wanted(disk):
             continue
         if disk in model.source.rotated:
             online.add(name)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lowbit.checkpoint.jobs import Job
+from lowbit.checkpoint.roles import role_of
 from lowbit.scheme import Scheme
 
 _MAMBA = (
@@ -76,5 +77,12 @@ def engine_limits(
             f"transformers without a GPU refuses or misreads {len(ragged)} weights whose rows end within a block "
             f"(first: {ragged[0]}, {shapes(ragged[0])[0]} rows); call lowbit.register() before it loads them there, "
             "or leave --format out"
+        )
+    routers = [m for m in modules if role_of(m, shapes(m), config)[0] == "router"]
+    if routers:
+        found.append(
+            f"{len(routers)} routers are to be quantized (first: {routers[0]}), which most engines build in float and "
+            "do not load so, nor lowbit and transformers where they are no Linear in the model's code; leave them out "
+            "of the overrides, unless your engine is known to load them"
         )
     return [warning for warning in found if warning]

@@ -65,6 +65,17 @@ def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "
     return fd
 
 
+def cannot_make(path: Path) -> str:
+    """Why nothing can be made at `path`, whose parents may be missing too; "" where it can. Nothing is touched."""
+    try:
+        there = next(p for p in path.absolute().parents if p.exists())
+    except OSError as error:  # such as a parent that may not be looked into
+        return f"{error.filename}: {error.strerror}"
+    if not there.is_dir():
+        return f"{there} is no directory"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
+
+
 def make_directories(directory: Path, made: list[Path]) -> None:
     """A directory and those above it that are missing, each put into `made` when it is there."""
     missing = [p for p in (directory, *directory.parents) if not p.exists()]

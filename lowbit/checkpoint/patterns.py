@@ -9,9 +9,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from lowbit.errors import InputError
+
+NAMED = 10
+"""Patterns that mean nothing, of which each is told: those of another model's recipe may be thousands."""
 
 
 class Patterns:
@@ -37,6 +40,20 @@ class Patterns:
         used = {place for name in names for place in self._places(name)}
         return [pattern for place, pattern in enumerate(self.all) if place not in used]
 
+    def warnings(self, names: Collection[str]) -> list[str]:
+        """What to say of those, where `names` are all modules, with what may be meant instead."""
+        unmatched = self.unmatched(names)
+        few = len(unmatched) <= NAMED
+        found = [
+            f"pattern {p!r} matches no module{_instead(p, names) if few else ''}" for p in unmatched[:NAMED]
+        ]
+        if not few:
+            found.append(
+                f"{len(unmatched) - NAMED} more patterns match no module, of {len(self.all)} in all; are they for "
+                "this model?"
+            )
+        return found
+
     def _places(self, name: str) -> Iterator[int]:
         end = len(name) if self._named else 0
         while end > 0:
@@ -46,6 +63,20 @@ class Patterns:
             # As compressed-tensors does: from the name's start on.
             if tried.match(name):
                 yield place
+
+
+def _instead(pattern: str, names: Iterable[str]) -> str:
+    """What to write for modules below what it names, or behind what was left out before."""
+    if pattern.startswith("re:"):
+        tried = [f"re:.*{pattern[3:]}", f"re:{pattern[3:].removesuffix('$')}"]
+    else:
+        glob = pattern.removesuffix(".weight")
+        tried = [f"{glob}.*", f"*.{glob}", f"*.{glob}.*"]
+    for other in tried:
+        means = Patterns([other])
+        if (first := next((n for n in names if means.matching(n)), None)) is not None:
+            return f"; {other!r} does, such as {first}"
+    return ""
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:

@@ -117,7 +117,7 @@ def make_plan(
     replacements: Replacements | None = None,
 ) -> Plan:
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
-    scheme = get_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
     target, shard_size = _format(scheme, format), parse_size(max_shard_size)
     on_disk, experts = source, split(source)
     source = experts.checkpoint

@@ -191,7 +191,6 @@ CASTS = "the model's own code casts activations to the dtype of this weight"
 _CASTS_TO_CODES = f"{CASTS}, to that of codes too"
 BY_TORCH = "torch's MultiheadAttention multiplies by this weight, past its module"
 _MULTIPLIES = "the model's own code multiplies by this weight, past its module"
-SPLITS = "transformers has it joined on disk and split in memory, which codes do not survive"
 _READ_BY_CODE = (
     (_last(r"(DenseReluDense|mlp|expert_\d+)\.wo"), CASTS),  # T5, Switch, Pix2Struct
     (_last(r"bbox_attention\.k_(linear|proj)"), _MULTIPLIES),  # DETR
@@ -202,8 +201,6 @@ _READ_BY_CODE_OF = {
         ("granite_speech5_ctc", "granite_speech5_encoder"), (_last("input_linear"), _CASTS_TO_CODES)
     ),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), (_last("dt_proj"), _MULTIPLIES)),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), (_last("weights_in"), SPLITS)),
-    "hrm_text": (_last("gate_up_proj", "gqkv_proj"), SPLITS),
     "wavlm": (_last(r"attention\.(q|k|v|out)_proj"), _MULTIPLIES),
     "mobilebert": (_last(r"predictions\.dense"), _MULTIPLIES),
     "rwkv": (

@@ -95,14 +95,21 @@ class Selection:
         others = {p: s for p, s in self.overrides.items() if p not in overrides}
         return replace(self, overrides={**overrides, **others})
 
+    @property
+    def patterns(self) -> Patterns:
+        """All of them."""
+        return Patterns((*self.ignore, *self.keep, *self.overrides))
+
     def unmatched(self, modules: Iterable[str]) -> list[str]:
         """The patterns that match no module: most likely typing errors."""
-        return Patterns((*self.ignore, *self.keep, *self.overrides)).unmatched(modules)
+        return self.patterns.unmatched(modules)
 
     def warnings(self, modules: Iterable[str]) -> list[str]:
         """What to say of those, where `modules` are all of a checkpoint."""
-        unmatched = self.unmatched(modules)
-        return [f"pattern {p!r} matches no module; `lowbit plan` lists their names" for p in unmatched]
+        return [
+            f"{said}; `lowbit plan` lists their names" if said.startswith("pattern") else said
+            for said in self.patterns.warnings(sorted(modules))
+        ]
 
 
 def _listed(name: str, patterns: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -96,4 +97,5 @@ def _say_as_json(error: str) -> None:
     from lowbit.cli.output import first_worker, print_json
 
     if "--json" in sys.argv and first_worker():
-        print_json({"error": error})
+        with suppress(OSError):  # where nothing can be written, the error may be that one
+            print_json({"error": error})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli.models import Device, DTypeName, Json, Model, Threads
+from lowbit.cli.output import some_path
 
 
 def bench(
@@ -16,6 +18,8 @@ def bench(
         Path | None,
         typer.Option(
             "--against",
+            parser=some_path,
+            metavar="PATH",
             help="The unquantized checkpoint; default: OUT dequantized, which runs as fast.",
             show_default=False,
         ),
@@ -34,32 +38,45 @@ def bench(
 ) -> None:
     """Measure prefill and decoding, alternating with the unquantized model in the same dtype."""
     from lowbit.cli.models import open_model, require_decoder, too_long
-    from lowbit.cli.output import print_json, say_bytes, table
+    from lowbit.cli.output import print_json, say_bytes, steps_bar, table, warn
 
     model, _, seconds = open_model(out, dtype=dtype, device=device, threads=threads)
     require_decoder(model, out)
     import torch
 
+    from lowbit.calibration.positions import longest_text
     from lowbit.nn.speed import measure, weight_bytes
 
     models = {"lowbit": model, "unquantized": _unquantized(model, against)}
     rows: list[dict[str, Any]] = []
-    for size in batch or [1, 8]:
-        try:
-            found = measure(
-                models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
-            )
-        except IndexError as error:  # of learned positions
-            raise too_long(out, prompt_tokens + new_tokens) from error
-        rows += [
-            {
-                "model": name, "batch": size, "prefill_tokens_per_second": round(s.prefill, 1),
-                "decode_tokens_per_second": round(s.decode, 2), "weight_bytes": weight_bytes(models[name]),
-                "prefill_ratio": round(s.prefill / found["unquantized"].prefill, 3),
-                "decode_ratio": round(s.decode / found["unquantized"].decode, 3),
-            }
-            for name, s in found.items()
-        ]  # fmt: skip
+    batches, done = batch or [1, 8], itertools.count()
+    total = len(batches) * len(models) * (repeats + 1)
+    longest = longest_text(model, model.config.get_text_config())
+    if longest is not None and prompt_tokens + new_tokens > longest:
+        warn(f"the model was made for texts of at most {longest} tokens; speeds for longer ones mean little")
+    # A bar that moves by itself would take time from what is measured.
+    with steps_bar("measuring", quiet=json, live=False) as show:
+        for size in batches:
+
+            def say(name: str, size: int = size) -> None:
+                show(f"{name}, batch {size}", next(done), total)
+
+            try:
+                found = measure(
+                    models, batch=size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats,
+                    progress=say,
+                )  # fmt: skip
+            except IndexError as error:  # of learned positions
+                raise too_long(out, prompt_tokens + new_tokens) from error
+            rows += [
+                {
+                    "model": name, "batch": size, "prefill_tokens_per_second": round(s.prefill, 1),
+                    "decode_tokens_per_second": round(s.decode, 2), "weight_bytes": weight_bytes(models[name]),
+                    "prefill_ratio": round(s.prefill / found["unquantized"].prefill, 3),
+                    "decode_ratio": round(s.decode / found["unquantized"].decode, 3),
+                }
+                for name, s in found.items()
+            ]  # fmt: skip
     shown_dtype = str(model.dtype).removeprefix("torch.")
     if json:
         print_json({

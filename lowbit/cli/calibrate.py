@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.output import torch_seed
+from lowbit.cli.output import some_path, steps_bar, torch_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +44,14 @@ Length = Annotated[
 
 def calibrate(
     src: Annotated[
-        Path | None, typer.Argument(metavar="SRC", help="Checkpoint directory.", show_default=False)
+        Path | None,
+        typer.Argument(parser=some_path, metavar="SRC", help="Checkpoint directory.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="CALIB", help="New directory for the calibration.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", parser=some_path, metavar="CALIB", help="New directory for the calibration."
+        ),
     ] = None,
     scheme: Annotated[
         str | None,
@@ -66,7 +68,11 @@ def calibrate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them."),
+        typer.Option(
+            parser=some_path,
+            metavar="PATH",
+            help="Text file, .jsonl of prompts (text, prompt or messages), or a directory of them.",
+        ),
     ] = None,
     samples: Samples = None,
     length: Length = None,
@@ -90,7 +96,9 @@ def calibrate(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML or JSON recipe: scheme and exceptions, and method and data where the options give none."
+            parser=some_path,
+            metavar="PATH",
+            help="YAML or JSON recipe: scheme and exceptions, and method and data where the options give none.",
         ),
     ] = None,
     device: Device = "auto",
@@ -104,7 +112,10 @@ def calibrate(
         ),
     ] = 4.0,
     spill: Annotated[
-        Path | None, typer.Option(help="Where hidden states go; default: the temporary directory.")
+        Path | None,
+        typer.Option(
+            parser=some_path, metavar="PATH", help="Where hidden states go; default: the temporary directory."
+        ),
     ] = None,
     routed_only: Annotated[
         bool, typer.Option("--routed-only", help="Experts see only tokens that the router sends them.")
@@ -195,7 +206,8 @@ def run_recipe(
     def started(method: Method, windows: Sequence[Tensor]) -> None:
         tokens = sum(int(w.numel()) for w in windows)
         print(f"{wanted.scheme} with {method.name}: {method.describe()}")
-        print(f"{len(windows)} samples, {tokens} tokens" if windows else "no data needed")
+        many = "s" * (len(windows) != 1)
+        print(f"{len(windows)} sample{many}, {tokens} tokens" if windows else "no data needed")
 
     of = dict(wanted.data)
     with steps_bar("calibrating", quiet=quiet) as progress:
@@ -233,32 +245,36 @@ def _say(out: Path, report: dict[str, Any]) -> None:
             f"{len(dynamic)} modules have dynamic activations, since with static ones their outputs would keep less "
             f"than {report['method']['dynamic_below']:g} dB (first: {dynamic[0]})"
         )
-    fallbacks = report["fallbacks"]
-    for said in fallbacks[:10]:
-        print(said)
-    if len(fallbacks) > 10:
-        print(f"and {len(fallbacks) - 10} more (--json lists all)")
+    lines = _of_fallbacks(report["fallbacks"], report["modules"])
+    for line in lines[:10]:
+        print(line)
+    if len(lines) > 10:
+        print(f"and {len(lines) - 10} more (--json lists all)")
     if report["online_hadamard"]:
         print(
             "down_proj needs its input rotated while running: lowbit's own modules do it, other engines do not"
         )
 
 
-@contextmanager
-def steps_bar(label: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over layers with the time left on a terminal; nothing in pipes or when `quiet`."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda what, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _of_fallbacks(fallbacks: Sequence[str], modules: int) -> list[str]:
+    """Lines of what was rounded without data, of `modules` in all: a mixture's experts in one."""
+    from lowbit.formats.joined import EXPERT
 
-    columns = (
-        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+    found: dict[tuple[str, str], list[str]] = {}
+    for said in fallbacks:
+        module, _, why = said.partition(": ")
+        if expert := EXPERT.match(module):
+            numbers = found.setdefault((expert.group(1), why), [])
+            if (number := module[expert.end(1) + 1 : expert.end() - 1]) not in numbers:
+                numbers.append(number)
+        else:
+            found[module, why] = []
+    reasons = {why for _, why in found}
+    if len(fallbacks) == modules and len(reasons) == 1:
+        return [f"all {modules} modules: {reasons.pop()}"]
+    return [
+        f"{' '.join((name, ', '.join(numbers))).strip()}: {why}" for (name, why), numbers in found.items()
+    ]
 
 
 def summary(calibration: Any) -> dict[str, Any]:

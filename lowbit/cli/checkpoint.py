@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.output import warn
+from lowbit.cli.output import some_path, warn
 
 if TYPE_CHECKING:
     from lowbit.calibration.store import Calibration
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 REASONS = 20
 """How many reasons `plan` counts; of a large model there may be thousands."""
-
-
-def some_path(text: str) -> Path:
-    """A path that was given: Python takes an empty one, of a variable that is not set, for the current directory."""
-    if not text:
-        raise typer.BadParameter("expected a path, found nothing; '.' is the current directory")
-    return Path(text)
 
 
 Source = Annotated[
@@ -82,12 +75,21 @@ Keep = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest output file, such as 5GB or 800MB.")]
 CalibrationDir = Annotated[
-    Path | None, typer.Option("--calibration", help="What `lowbit calibrate` wrote.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--calibration",
+        parser=some_path,
+        metavar="PATH",
+        help="What `lowbit calibrate` wrote.",
+        show_default=False,
+    ),
 ]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
         "--recipe",
+        parser=some_path,
+        metavar="PATH",
         help="YAML or JSON: scheme, exceptions, mixed precision, method, data.",
         show_default=False,
     ),
@@ -150,7 +152,8 @@ def plan(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint directory.")], json: Json = False
+    path: Annotated[Path, typer.Argument(parser=some_path, metavar="PATH", help="Checkpoint directory.")],
+    json: Json = False,
 ) -> None:
     """Say what a checkpoint is: architecture, tensors by dtype and role, quantization, anything odd."""
     from lowbit import api
@@ -183,9 +186,16 @@ def inspect(
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Converted checkpoint directory.")],
+    out: Annotated[
+        Path, typer.Argument(parser=some_path, metavar="OUT", help="Converted checkpoint directory.")
+    ],
     source: Annotated[
-        Path | None, typer.Option(help="What it was converted from: the error of each weight is reported.")
+        Path | None,
+        typer.Option(
+            parser=some_path,
+            metavar="PATH",
+            help="What it was converted from: the error of each weight is reported.",
+        ),
     ] = None,
     workers: Workers = None,
     top: Annotated[int, typer.Option(min=0, help="How many of the worst weights to print.")] = 5,

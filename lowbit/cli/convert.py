@@ -25,10 +25,10 @@ from lowbit.cli.checkpoint import (
     advice_on,
     headline,
     print_warnings,
-    some_path,
     summary,
     what_is_asked,
 )
+from lowbit.cli.output import some_path
 
 if TYPE_CHECKING:
     from lowbit.api import Conversion
@@ -60,7 +60,13 @@ def convert(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Text, .jsonl or directory for --method.", show_default=False)
+        Path | None,
+        typer.Option(
+            parser=some_path,
+            metavar="PATH",
+            help="Text, .jsonl or directory for --method.",
+            show_default=False,
+        ),
     ] = None,
     samples: Samples = None,
     length: Length = None,

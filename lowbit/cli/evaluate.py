@@ -8,19 +8,35 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.cli.output import torch_seed
+from lowbit.cli.output import some_path, torch_seed
 
 
 def evaluate(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint to evaluate, quantized or not.")],
-    data: Annotated[Path, typer.Option(help="Text file, .jsonl of prompts, or a directory of them.")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=some_path, metavar="OUT", help="Checkpoint to evaluate, quantized or not."),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=some_path, metavar="PATH", help="Text file, .jsonl of prompts, or a directory of them."
+        ),
+    ],
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="SRC", help="What it was made from: KL, top-1 and layer errors against it."),
+        typer.Option(
+            parser=some_path,
+            metavar="SRC",
+            help="What it was made from: KL, top-1 and layer errors against it.",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="CALIB", help="Evaluate OUT with this calibration laid over it, unconverted."),
+        typer.Option(
+            parser=some_path,
+            metavar="CALIB",
+            help="Evaluate OUT with this calibration laid over it, unconverted.",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows or prompts to use.")] = 64,
     length: Annotated[
@@ -43,8 +59,7 @@ def evaluate(
     from lowbit import quality
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import steps_bar
-    from lowbit.cli.output import print_json
+    from lowbit.cli.output import print_json, steps_bar
     from lowbit.errors import InputError
 
     if (max_kl is not None or max_change is not None) and reference is None and calibration is None:

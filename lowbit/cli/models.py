@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowbit.cli.output import some_path
+
 if TYPE_CHECKING:
     import torch
 
     from lowbit.errors import InputError
 
-Model = Annotated[Path, typer.Argument(metavar="OUT", help="A converted checkpoint directory.")]
+Model = Annotated[
+    Path, typer.Argument(parser=some_path, metavar="OUT", help="A converted checkpoint directory.")
+]
 DTypeName = Annotated[
     str,
     typer.Option(

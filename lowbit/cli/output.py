@@ -8,8 +8,10 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +24,15 @@ def torch_seed(value: int | None) -> int | None:
     if value is not None and abs(value) > SEEDS:
         raise typer.BadParameter(f"expected a seed of 64 bits, found {value}")
     return value
+
+
+def some_path(text: str) -> Path:
+    """A path that was given: Python takes an empty one, of a variable that is not set, for the current directory."""
+    import typer
+
+    if not text:
+        raise typer.BadParameter("expected a path, found nothing; '.' is the current directory")
+    return Path(text)
 
 
 def say_bytes(count: float) -> str:
@@ -91,14 +102,70 @@ def say_when_compiling() -> None:
         log.propagate = False
 
 
+class Seldom:
+    """Lines on standard error where it is no terminal, so that a log shows that a long run lives: one per `EVERY`."""
+
+    EVERY = 30.0
+    """Seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.last = label, time.monotonic()
+        self.lock = threading.Lock()
+
+    def __call__(self, line: str) -> None:
+        with self.lock:
+            if (now := time.monotonic()) - self.last < self.EVERY:
+                return
+            self.last = now
+        print(f"{self.label}: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def steps_bar(label: str, *, quiet: bool, live: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over steps (layers) with the time left on a terminal, seldom a line in pipes; nothing when `quiet`.
+
+    Yields a function of (what, done, total). `live`: the bar moves between the calls too, which takes time from them.
+    """
+    if quiet:
+        yield lambda what, done, total: None
+        return
+    if not sys.stderr.isatty():
+        seldom = Seldom(label)
+        yield lambda what, done, total: seldom(f"{done} of {total}, {what}")
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=live) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, refresh=not live)
+
+        yield advance
+
+
 @contextmanager
 def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, speed and time left on a terminal; nothing in pipes or when `quiet`.
+    """A bar with bytes, speed and time left on a terminal, seldom a line in pipes; nothing when `quiet`.
 
     Yields a function that any thread may call with the number of bytes just done.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         yield lambda count: None
+        return
+    if not sys.stderr.isatty():
+        seldom, done = Seldom(label), [0]
+
+        def add(count: int) -> None:
+            with seldom.lock:
+                done[0] += count
+            seldom(f"{say_bytes(done[0])} of {say_bytes(total)}")
+
+        yield add
         return
     from rich.console import Console
     from rich.progress import (

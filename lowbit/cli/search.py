@@ -8,14 +8,22 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.calibrate import Device
-from lowbit.cli.output import torch_seed
+from lowbit.cli.output import some_path, torch_seed
 
 
 def search(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint directory.")],
-    data: Annotated[Path, typer.Option(help="Text file, .jsonl of prompts, or a directory of them.")],
+    src: Annotated[Path, typer.Argument(parser=some_path, metavar="SRC", help="Checkpoint directory.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            parser=some_path, metavar="PATH", help="Text file, .jsonl of prompts, or a directory of them."
+        ),
+    ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RECIPE", help="Recipe to write, .yaml or .json.")
+        Path,
+        typer.Option(
+            "--out", "-o", parser=some_path, metavar="RECIPE", help="Recipe to write, .yaml or .json."
+        ),
     ] = Path("recipe.yaml"),
     budget: Annotated[
         float | None,
@@ -55,19 +63,17 @@ def search(
     from lowbit import quality
     from lowbit.calibration.devices import join
     from lowbit.calibration.distributed import rank
-    from lowbit.cli.calibrate import say_resumed, steps_bar
-    from lowbit.cli.output import Warnings, print_json, table
+    from lowbit.checkpoint.files import cannot_make
+    from lowbit.cli.calibrate import say_resumed
+    from lowbit.cli.output import Warnings, print_json, steps_bar, table
     from lowbit.errors import InputError
 
     where, warn = join(device), Warnings()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError("it is a directory")
-        exists = out.is_file()
-    except OSError as error:
-        raise InputError(f"expected where to write a recipe, found {out}: {error}") from error
-    if exists and not overwrite:
+    if why := "it is a directory" if out.is_dir() else cannot_make(out):
+        raise InputError(
+            f"expected where to write a recipe, found {out}: {why}; choose another place, or check its permissions"
+        )
+    if out.exists() and not overwrite:
         raise InputError(
             f"expected no file at {out}, where the recipe will be, found one; give another --out, or --overwrite"
         )

@@ -6,7 +6,7 @@ it works for any scheme, on any machine, for models that do not fit it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.activations import ActivationCache
-from lowbit.calibration.calibrate import make_batches, module_decisions, module_schemes, quantized_by
+from lowbit.calibration.calibrate import make_batches, quantized_by
 from lowbit.calibration.distributed import gathered, my_share
 from lowbit.calibration.kv_cache import KVHook, watched
 from lowbit.calibration.layer import install
@@ -25,11 +25,11 @@ from lowbit.calibration.overlay import Overlay, tensor_of
 from lowbit.calibration.simulate import ActivationQuantizer, attach
 from lowbit.calibration.source import Source
 from lowbit.calibration.store import Calibration
-from lowbit.calibration.stored import install_stored, stored_input, stored_kv_hooks
-from lowbit.checkpoint.rules import Selection, decide, dynamic_instead, left_by_source
+from lowbit.calibration.stored import install_stored, stored_kv_hooks
+from lowbit.checkpoint.rules import Selection
 from lowbit.errors import InputError
+from lowbit.evaluate.beside import decided_beside, outside, round_inputs
 from lowbit.evaluate.metrics import Agreement
-from lowbit.formats import get_format
 from lowbit.host_memory import keep_freed_memory
 from lowbit.quantize import quantize
 from lowbit.scheme import Scheme, get_scheme
@@ -70,8 +70,8 @@ def plain(path: str | Path, **model_options: Any) -> Candidate:
     keys and values where it has scales for them."""
     model = LayerwiseModel(Source(path), **model_options)
     stored = model.source.stored
-    _round_inputs(
-        model, {n: stored[d].scheme for n, _ in _outside(model) if (d := model.disk_name(n)) in stored}
+    round_inputs(
+        model, {n: stored[d].scheme for n, _ in outside(model) if (d := model.disk_name(n)) in stored}
     )
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
@@ -86,8 +86,9 @@ def rounded(
 ) -> Candidate:
     """A checkpoint as plain conversion to `scheme` would make it, without writing it. Dynamic activations only."""
     model = LayerwiseModel(Source(source), **model_options)
-    schemes = module_schemes(model, scheme, selection or Selection())
-    _round_outside(model, scheme, selection or Selection())
+    beside = decided_beside(model, scheme, selection or Selection())
+    beside.round_outside(model)
+    schemes = quantized_by(beside.linears)
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, prefix = model.load(index), model.layer_name(index) + "."
@@ -97,7 +98,7 @@ def rounded(
             weight = layer.get_submodule(name).weight
             if isinstance(weight, Tensor) and s.weights is not None:
                 quantized[name] = quantize(weight, s.weights, name=prefix + name)
-        return layer, install(layer, mine, quantized, {})
+        return layer, {**install(layer, mine, quantized, {}), **beside.round_inside(model, layer, index)}
 
     return Candidate(model=model, load=load, kv_hooks=partial(stored_kv_hooks, model))
 
@@ -110,11 +111,11 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
         config_overrides=dict(calibration.config_overrides), **model_options,
     )  # fmt: skip
     scheme, selection = get_scheme(calibration.scheme), calibration.selection
-    decisions = module_decisions(model, scheme, selection, fits=get_format().refuse)
-    _round_outside(model, scheme, selection, calibration.tensors)
-    overlay = Overlay(calibration, model, quantized_by(decisions))
-    kept = {model.disk_name(n) for n, d in decisions.items() if d.as_found}
-    dequantized = (model.source.stored.keys() - kept) - {model.disk_name(n) for n in overlay.schemes}
+    beside = decided_beside(model, scheme, selection, calibration.tensors)
+    beside.round_outside(model)
+    overlay = Overlay(calibration, model, quantized_by(beside.linears))
+    kept = beside.kept(model)
+    dequantized = (model.source.stored.keys() - kept) - beside.rounded(model)
 
     def load(index: int) -> tuple[nn.Module, Mapping[str, ActivationQuantizer]]:
         layer, quantizers = overlay.load(index)
@@ -122,62 +123,12 @@ def calibrated(source: str | Path, calibration: Calibration, **model_options: An
             if model.disk_name(f"{model.layer_name(index)}.{name}") in dequantized:
                 weight = module.get_parameter("weight")
                 weight.copy_(weight.to(model.source.float_dtype))
+        quantizers |= beside.round_inside(model, layer, index)
         return layer, {**quantizers, **install_stored(model, layer, index, kept.__contains__)}
 
     # Scales that the source has are carried where the calibration has none.
     kv_hooks = overlay.kv_hooks if calibration.kv_cache else partial(stored_kv_hooks, model)
     return Candidate(model=model, load=load, kv_hooks=kv_hooks)
-
-
-@torch.no_grad()
-def _round_outside(
-    model: LayerwiseModel, scheme: Scheme, selection: Selection, calibrated: Collection[str] = ()
-) -> None:
-    """Round what a conversion quantizes outside the decoder layers (Gemma 4's projection to per-layer inputs, a head
-    that an override names), and what these multiply.
-
-    `calibrated`: the tensors of a calibration. It does not run these modules, and a conversion makes static ones
-    dynamic, unless the source has the ranges of their inputs.
-    """
-    outside = ((model.disk_name(n), n, m) for n, m in _outside(model) if not m.weight.is_meta)
-    # A head that is the embedding has no tensor of its own, and so none that a conversion quantizes.
-    on_disk = model.source.modules
-    linears = {disk: (n, m) for disk, n, m in outside if disk in on_disk}
-    shapes = {n: tuple(m.weight.shape) for n, (_, m) in linears.items()}
-    found: dict[str, Scheme] = {}
-    stored = model.source.stored
-    decided = partial(
-        decide, shapes, scheme, config=model.source.config, left_in_float=left_by_source(shapes, stored),
-        fits=get_format().refuse,
-    )  # fmt: skip
-    decisions = decided(selection)
-    if dynamic := dynamic_instead(decisions, stored, calibrated):
-        decisions = decided(selection.with_first(dynamic))
-    for disk, decision in decisions.items():
-        if decision.as_found and disk in stored:
-            found[linears[disk][0]] = stored[disk].scheme
-        elif decision.scheme is not None and decision.scheme.weights is not None:
-            name, module = linears[disk]
-            module.weight.copy_(quantize(module.weight, decision.scheme.weights, name=disk).dequantize())
-            found[name] = decision.scheme
-    _round_inputs(model, found)
-
-
-def _outside(model: LayerwiseModel) -> Iterator[tuple[str, nn.Linear]]:
-    """(our name, module) of the Linears beside the decoder layers: of the body, the head, towers on meta."""
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, module
-
-
-def _round_inputs(model: LayerwiseModel, schemes: Mapping[str, Scheme]) -> None:
-    """Let the modules named round their inputs as an engine would, from now on; static ones as the source has it."""
-    quantizers = {}
-    for name, scheme in schemes.items():
-        if (spec := scheme.activations) is not None:
-            scales = (None, None) if spec.dynamic else stored_input(model, model.disk_name(name))
-            quantizers[name] = ActivationQuantizer(spec, *scales)
-    attach(model.model, quantizers)
 
 
 @torch.no_grad()

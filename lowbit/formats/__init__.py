@@ -65,6 +65,8 @@ def get_format(name: str | None = None) -> Format:
     nearest ones."""
     if name is None:
         return FORMATS["compressed-tensors"]
+    if not isinstance(name, str):
+        raise InputError(f"expected the name of a format, found {name!r}; one of {', '.join(FORMATS)}")
     key = name.strip().lower().replace("_", "-")
     if key not in FORMATS:
         raise InputError(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lowbit.formats.asked import as_asked
+from lowbit.formats.in_memory import with_names_in_memory
 
 # Latent attention's by vLLM, then by SGLang.
 _LATENT = ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
@@ -48,8 +49,9 @@ def first_experts(modules: Iterable[str]) -> list[str]:
 
 def with_joined(modules: Iterable[str], config: Mapping[str, Any]) -> list[str]:
     """Module names, then those that engines have for them or for the modules they join them into, each once; all
-    `as_asked`."""
-    names = dict.fromkeys(as_asked(modules, config))
+    `as_asked`, and as transformers has them in memory."""
+    modules = list(modules)
+    names = dict.fromkeys((*as_asked(modules, config), *with_names_in_memory(modules, config)))
     for module in list(names):
         parent, _, last = module.rpartition(".")
         renamed = _OF_EXPERTS if EXPERT.match(module) else _JOINED

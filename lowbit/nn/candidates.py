@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.checkpoint.fused_experts import experts_of, part_names
 from lowbit.nn.fused_experts import has_weights, parameter, refusal
-from lowbit.nn.linear import is_conv1d
+from lowbit.nn.linear import is_conv1d, is_plain
 from lowbit.nn.names import Finder, expert_names, is_transformers_model, module_of, tensors_on_disk
 from lowbit.nn.stored import QuantModule
 from lowbit.ops.checks import ANY_FLOAT
@@ -76,7 +76,7 @@ def candidates_of(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
             unfit[name] = "its weight is computed from others (weight_norm, prune): make that permanent first"
         elif weight.dim() == 2 and weight.dtype not in ANY_FLOAT:
             unfit[name] = f"its weight is {weight.dtype}, no float: codes of another library, perhaps"
-        elif isinstance(module, nn.Linear) and not _is_plain(module):
+        elif isinstance(module, nn.Linear) and not is_plain(module):
             unfit[name] = f"a {type(module).__name__}, whose weight others may read"
         elif (
             weight.dim() == 2
@@ -125,14 +125,9 @@ def _has_parts(
 def _divided(module: nn.Module | None, tied: Mapping[str, str], name: str) -> bool:
     """Whether it can be quantized with others that are one matrix with it on disk, or in parts."""
     return (
-        isinstance(module, nn.Linear) and _is_plain(module) and name not in tied
+        isinstance(module, nn.Linear) and is_plain(module) and name not in tied
         and "weight" in module._parameters and module.weight.dtype in ANY_FLOAT
     )  # fmt: skip
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    """Whether it computes what a Linear does, and nobody else reads its weight: Falcon's rounds before the bias."""
-    return type(linear) is nn.Linear or type(linear).__name__ == "FalconLinear"
 
 
 def is_fused_experts(module: nn.Module) -> bool:

@@ -335,3 +335,8 @@ def as_stored_scale(scale: Tensor, like: Tensor | None) -> Tensor:
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, whose weight is [in, out]; recognized without importing transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it computes what a Linear does, and nobody else reads its weight: Falcon's rounds before the bias."""
+    return type(linear) is nn.Linear or type(linear).__name__ == "FalconLinear"

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.checkpoint.beside import BESIDE_CODES, OF_ATTENTION
 from lowbit.checkpoint.headers import TensorRef, read_header
-from lowbit.checkpoint.roles import BY_TORCH, CASTS, SPLITS, read_by_code
+from lowbit.checkpoint.roles import BY_TORCH, CASTS, read_by_code
 from lowbit.dtypes import INT4
 from lowbit.errors import InputError
 from lowbit.formats import METHODS, StoredModule, read
@@ -321,8 +321,6 @@ def _why_in_float(
     if any(type(find.modules[p]).__name__ == "NonDynamicallyQuantizableLinear" for p in paths):
         return BY_TORCH
     reason = read_by_code(name, {"model_type": model.config.model_type})
-    if reason == SPLITS and len(paths) > 1:  # by transformers alone; here each gets its rows
-        return ""
     return "" if reason == CASTS and tensors[stored.weight].dtype == "I8" else reason
 
 

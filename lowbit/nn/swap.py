@@ -82,9 +82,7 @@ def quantize_model(
     parts = [_decide(path, inner, scheme, target, asked) for path, inner in _parts(model)]
     quantized: dict[str, str] = {}
     kept: dict[str, str] = {}
-    warnings = [
-        f"pattern {p!r} matches no module" for p in asked.unmatched(n for part in parts for n in part.names())
-    ]
+    warnings = asked.patterns.warnings([n for part in parts for n in part.names()])
     swapped: dict[int, nn.Module] = {}
     for part in parts:
         ignored: list[str] = []

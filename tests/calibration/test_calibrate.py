@@ -620,3 +620,50 @@ def test_a_prompt_shorter_than_the_check(checkpoints, tmp_path):
         checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["smoothquant-gptq"], windows
     )
     assert done.complete and done.data["tokens"] == 114
+
+
+@pytest.mark.parametrize(
+    ("joints", "ignore"),
+    [
+        (("v-o",), ["*.o_proj"]),
+        (("up-down",), ["*.down_proj"]),
+        (("norm",), ["*.q_proj", "*.k_proj", "*.v_proj", "*.gate_proj", "*.up_proj"]),
+        ((), []),
+        (("norm", "v-o"), ["re:.*(q|k|v|o|gate|up)_proj"]),
+    ],
+)
+@pytest.mark.parametrize("smooth", [0.5, "search"])
+def test_smoothing_that_finds_no_joint_is_refused_before_the_run(
+    checkpoints, windows, tmp_path, monkeypatch, joints, ignore, smooth
+):
+    """0 modules were written without a word, after all the data had passed."""
+    method = Method(name="smoothquant", smooth=smooth, smooth_joints=joints)
+    monkeypatch.setattr(module, "calibrate_layer", lambda *a, **k: pytest.fail("a layer was calibrated"))
+    given = (checkpoints["llama"], tmp_path / "c", get_scheme("int8"))
+    with pytest.raises(InputError, match="a place where smoothquant can move scales"):
+        calibrate(*given, method, windows, selection=Selection(ignore=tuple(ignore)))
+    assert not (tmp_path / "c").exists()
+    for other in (replace(method, rounding=RoundingOptions(rounding="gptq")), METHODS["smoothquant"]):
+        with pytest.raises(pytest.fail.Exception):
+            calibrate(*given, other, windows)
+
+
+def test_smoothing_that_finds_a_joint_in_a_later_layer_runs(checkpoints, windows, tmp_path):
+    method = Method(name="smoothquant", smooth=0.5, smooth_joints=("v-o",))
+    selection = Selection(ignore=("model.layers.0", "model.layers.1"))
+    found = calibrate(
+        checkpoints["llama"], tmp_path / "c", get_scheme("int8"), method, windows, selection=selection
+    )
+    assert set(found.modules()) == {f"model.layers.2.self_attn.{n}_proj" for n in ("v", "o")}
+
+
+def test_smoothing_that_lowers_no_error_says_so(checkpoints, windows, tmp_path, monkeypatch):
+    from lowbit.calibration import joints, sequential
+    from lowbit.calibration.smoothquant import Smoothing
+
+    nothing = Smoothing(scale=torch.ones(1), alpha=None, error=0.1, plain_error=0.1)
+    for where in (joints, sequential):
+        monkeypatch.setattr(where, "choose_smoothing", lambda *a, **k: nothing)
+    given = (checkpoints["llama"], tmp_path / "c", get_scheme("int8"), METHODS["smoothquant-search"], windows)
+    with pytest.warns(UserWarning, match="smoothquant-search found nothing that lowers the error"):
+        assert not calibrate(*given).tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_calibrate_says_what_it_wrote(source, tmp_path):
     done = lowbit(*static, "-o", tmp_path / "b")
     assert "21 modules and 3 KV caches in 3 layers" in done.output
     assert "resumed: 3 of 3 layers were done already" in lowbit(*static, "-o", tmp_path / "b").output
-    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").output)
+    found = json.loads(lowbit(*static, "-o", tmp_path / "b", "--json").stdout)
     assert f"{len(found['left_dynamic'])} modules have dynamic activations" in done.output
     assert "would keep less than 200 dB" in done.output and found["left_dynamic"][0] in done.output
     counted = lowbit("plan", source, "--calibration", tmp_path / "b").output.partition("counted in tensors")[
@@ -182,6 +183,41 @@ def test_overwrite_replaces_the_calibration_beside_the_output(source, tmp_path):
     assert "run it as it was to go on there" in str(lowbit(*again, code=2).exception)
     lowbit(*again, "--overwrite")
     assert store.read(tmp_path / "out.calibration").method["name"] == "smoothquant"
+
+
+def test_too_few_tokens_to_round_by_are_said_before_the_run(source, tmp_path, monkeypatch):
+    """It said so of ten modules, afterwards."""
+    of = ("calibrate", source, "--data", source.parent / "text.txt", "-m", "gptq", "--length", 32)
+    done = lowbit(*of, "-o", tmp_path / "a", "--samples", 3)
+    said = "warning: expected at least 128 tokens for gptq to round weights by, found 96 in all data"
+    assert said in done.stderr
+    assert "all 21 modules: rounded without data: fewer than 128 tokens\n" in done.stdout
+    enough = lowbit(*of, "-o", tmp_path / "b", "--samples", 4)
+    assert not enough.stderr and "without data" not in enough.stdout
+    done = lowbit(
+        *of[:-4], "-m", "absmax", "-s", "int8-static", *of[-2:], "--samples", 3, "-o", tmp_path / "c"
+    )
+    assert not done.stderr, "nothing is rounded by data"
+    monkeypatch.setattr(calibrating, "calibrate_layer", lambda *a, **k: pytest.fail("a layer was calibrated"))
+    told = []
+    with pytest.raises(pytest.fail.Exception):
+        package.calibrate(source, tmp_path / "d", method="gptq", data=[torch.arange(40)], warn=told.append)
+    assert len(told) == 1 and "found 40 in all data" in told[0]
+
+
+def test_experts_that_few_tokens_reached_are_named(checkpoints, tmp_path):
+    """A line for each of their matrices, of which ten were shown, hid which experts these were."""
+    generator = torch.Generator().manual_seed(0)
+    torch.save(torch.randint(0, 128, (8, 40), generator=generator), tmp_path / "ids.pt")
+    where = ("--data", tmp_path / "ids.pt", "--samples", 8, "--length", 40, "--routed-only", "-m", "gptq")
+    done = lowbit("calibrate", checkpoints["qwen3_moe"], "-o", tmp_path / "c", *where)
+    layers = store.read(tmp_path / "c").layers
+    for layer, report in layers.items():
+        few = [str(e) for e, n in enumerate(report["experts"]["mlp.experts"]["tokens"]) if n < 128]
+        line = f"{layer}.mlp.experts {', '.join(few)}: rounded without data: fewer than 128 tokens\n"
+        assert (line in done.stdout) == bool(few)
+    assert any(n < 128 for r in layers.values() for n in r["experts"]["mlp.experts"]["tokens"])
+    assert "_proj: rounded without data" not in done.stdout
 
 
 def test_search_writes_a_recipe_that_calibrate_takes(source, tmp_path):
@@ -333,6 +369,60 @@ def test_what_cannot_be_done_is_said_before_the_work(
     common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
     done = lowbit(command, source, *arguments, *common, code=2)
     assert isinstance(done.exception, InputError) and re.search(message, str(done.exception))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["deeper", "file"], "what is refused leaves nothing"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "{src}", "-o", "{at}/a/b/r.yaml", "--data", "{at}/none.txt"),
+        ("search", "{at}/none", "-o", "{at}/a/b/r.yaml", "--data", "{text}"),
+        ("calibrate", "{src}", "-o", "{at}/a/b", "--data", "{at}/none.txt"),
+        ("convert", "{src}", "{at}/a/b", "--method", "best", "--data", "{at}/none.txt"),
+        ("convert", "{src}", "{at}/a/b", "--method", "bets", "--data", "{text}"),
+        ("convert", "{src}", "{at}/a/b", "--calibration", "{at}/none"),
+        ("convert", "{src}", "{at}/a/b", "--scheme", "int8-static"),
+        ("convert", "{src}", "{at}/a/b", "--dry-run"),
+        ("bench", "{at}/a/b"),
+        ("generate", "{at}/a/b", "--prompt", "x"),
+        ("verify", "{at}/a/b"),
+        ("kernels", "compile", "--target", "sm99"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(source, tmp_path, monkeypatch, arguments):
+    """`search` made the directories of --out before it looked at anything else."""
+    monkeypatch.chdir(tmp_path)
+    given = [a.format(at=tmp_path, src=source, text=source.parent / "text.txt") for a in arguments]
+    assert (lowbit(*given, code=2).exit_code != 0) == ("--dry-run" not in given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "out"), [("calibrate", "a/b"), ("search", "a/b/r.yaml"), ("convert", "a/b")]
+)
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_what_ends_before_anything_is_kept_leaves_nothing(source, tmp_path, monkeypatch, command, out, error):
+    """A calibration that was refused in its first layer left its directory, and a search the directories above."""
+    monkeypatch.setattr(LayerwiseModel, "load", lambda *a: (_ for _ in ()).throw(error))
+    common = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    place = (tmp_path / out, "--method", "gptq") if command == "convert" else ("-o", tmp_path / out)
+    done = lowbit(command, source, *place, *common, code=2)
+    assert isinstance(done.exception, InputError) or done.exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "search"])
+def test_a_place_that_may_not_be_written_is_said_before_the_work(source, tmp_path, monkeypatch, command):
+    readable = os.access
+    # Nothing keeps root from writing.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK and readable(path, mode))
+    monkeypatch.setattr(LayerwiseModel, "embed", lambda *a: pytest.fail("the data was embedded"))
+    out = tmp_path / "a" / "b"
+    data = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    method = ("-m", "gptq") if command == "calibrate" else ()  # `best` tries layers on a few tokens
+    done = lowbit(command, source, "-o", out, *data, *method, code=2)
+    assert isinstance(done.exception, InputError)
+    assert f"{tmp_path} cannot be written to; choose another place" in str(done.exception)
 
 
 @pytest.mark.parametrize("method", ["absmax", "entropy"])
@@ -531,6 +621,22 @@ def test_data_that_cannot_be_used_is_named(source, tmp_path, name, content, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_windows(tmp_path / name, tokenizer, length=8)
+
+
+def test_a_text_that_is_too_short_says_how_long_it_is(source, tmp_path):
+    tokenizer = load_tokenizer(source)
+    (tmp_path / "a.txt").write_text("the quick brown fox")
+    (tmp_path / "b.txt").write_text("the fox")
+    count = len(tokenizer("the quick brown fox")["input_ids"])
+    with pytest.raises(
+        InputError, match=f"found less text, at most {count} tokens in a file; give more text"
+    ):
+        load_windows(tmp_path, tokenizer, length=64)
+    assert load_windows(tmp_path, tokenizer, length=count)[0].numel() == count
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.txt").write_text("")
+    with pytest.raises(InputError, match="found less text; give more text"):
+        load_windows(tmp_path / "c", tokenizer, length=64)
 
 
 def test_token_ids_that_are_not_the_model_s(source, tmp_path):

@@ -233,3 +233,55 @@ def test_states_of_a_reference_are_as_good_as_the_reference(checkpoints, windows
     again = evaluate(side, windows[:5], plain(source), batch_size=2, reference_states=states)
     assert again.agreement == whole.agreement and whole.layer_errors and not again.layer_errors
     assert evaluate(side, windows[:5], batch_size=2).agreement.nll == whole.agreement.nll
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama4", "phimoe", "deepseek_v4"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_router_that_an_override_names_is_rounded_as_it_is_converted(tmp_path, windows, name, scheme):
+    """Most routers are no Linears, and some that are return more than a product: of those eval said nothing, or broke
+    off. What they multiply is rounded too."""
+    ARCHITECTURES[name]().save_pretrained(tmp_path / "src")
+    source, ids = tmp_path / "src", [w[:32] % 100 for w in windows[:6]]
+    asked = {r"re:.*\.(gate|router)$": scheme}
+    found = lowbit.calibrate(source, tmp_path / "c", "int8", method="gptq", data=ids, overrides=asked)
+    plan = lowbit.convert(source, tmp_path / "out", "int8", calibration=tmp_path / "c").plan
+    routers = [m for m, d in plan.decisions.items() if d.role == "router" and d.scheme is not None]
+    assert routers and all(plan.decisions[m].scheme.name == scheme for m in routers)
+    written, overlaid = plain(tmp_path / "out"), evaluation.calibrated(source, found)
+    alone = rounded(source, get_scheme("int8"), Selection(overrides=asked))
+    for module in routers:
+        index = int(module.split(".layers.")[1].split(".")[0])
+        for side in (written, overlaid, alone):
+            layer, quantizers = side.load(index)
+            inside = next(
+                n for n, _ in layer.named_modules()
+                if side.model.disk_name(f"{side.model.layer_name(index)}.{n}") == module
+            )  # fmt: skip
+            weight = written.model.source.weight(module)
+            assert torch.equal(layer.get_submodule(inside).weight, weight)
+            assert quantizers[inside].spec == get_scheme(scheme).activations
+    results = [evaluate(side, ids, plain(source)).agreement.to_dict() for side in (written, overlaid)]
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["re:.*", "*"])
+def test_a_pattern_for_all_modules_leaves_the_head_where_a_conversion_does(checkpoints, windows, pattern):
+    """The head was decided on alone, so that a pattern for all seemed to mean nothing else."""
+    source = checkpoints["qwen3"]
+    side = rounded(source, get_scheme("int8"), Selection(overrides={pattern: "fp8"}))
+    plan = lowbit.plan(source, "int8", overrides={pattern: "fp8"})
+    assert plan.decisions["lm_head"].scheme is None
+    assert torch.equal(side.model.model.lm_head.weight, plain(source).model.model.lm_head.weight)
+
+
+def test_an_embedding_that_an_override_names_is_rounded_as_it_is_converted(checkpoints, windows, tmp_path):
+    source, asked = checkpoints["qwen3"], {"model.embed_tokens": "int8"}
+    lowbit.convert(source, tmp_path / "out", "int8", overrides=asked)
+    written = evaluate(plain(tmp_path / "out"), windows[:4], plain(source))
+    side = rounded(source, get_scheme("int8"), Selection(overrides=asked))
+    assert not torch.equal(
+        side.model.model.get_input_embeddings().weight,
+        plain(source).model.model.get_input_embeddings().weight,
+    )
+    in_memory = evaluate(side, windows[:4], plain(source))
+    assert in_memory.agreement.to_dict() == pytest.approx(written.agreement.to_dict(), rel=1e-5)

@@ -161,6 +161,23 @@ def test_what_a_manifest_should_not_hold_is_named(tmp_path, change, message):
             use(tmp_path)
 
 
+def test_what_is_damaged_says_how_to_mend_it(tmp_path):
+    written = store.Writer(tmp_path, SETTINGS).write("model.layers.0", layer())
+    written.write_bytes(written.read_bytes()[:100])
+    with pytest.raises(
+        store.CalibrationError, match=r"100 bytes .*; run the same `lowbit calibrate` into .* again"
+    ):
+        store.read(tmp_path)
+    (tmp_path / store.MANIFEST).write_text("{")
+    with pytest.raises(
+        store.CalibrationError, match=r"expected JSON in .*: calibrate again, with overwrite$"
+    ):
+        store.read(tmp_path)
+    (tmp_path / store.MANIFEST).write_text("[]")
+    with pytest.raises(store.CalibrationError, match=r"found list; .*: calibrate again, with overwrite$"):
+        store.read(tmp_path)
+
+
 def test_fingerprint_tells_values_apart(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
     first = store.fingerprint(tmp_path)

@@ -50,6 +50,43 @@ def test_a_broken_pattern_is_named():
         decide({"a": BIG}, INT8, Selection(keep=("re:(",)))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "instead"),
+    [
+        ("*.self_attn", "'*.self_attn.*' does, such as model.layers.0.self_attn.o_proj"),
+        ("*.self_attn.weight", "'*.self_attn.*' does, such as model.layers.0.self_attn.o_proj"),
+        ("*.layers.?", "'*.layers.?.*' does, such as model.layers.0.mlp.up_proj"),
+        ("self_attn", "'*.self_attn.*' does, such as model.layers.0.self_attn.o_proj"),
+        ("layers.1", "'*.layers.1.*' does, such as model.layers.1.mlp.up_proj"),
+        ("o_proj", "'*.o_proj' does, such as model.layers.0.self_attn.o_proj"),
+        ("re:layers.1", "'re:.*layers.1' does, such as model.layers.1.mlp.up_proj"),
+        (r"re:.*\.mlp$", r"'re:.*\\.mlp' does, such as model.layers.0.mlp.up_proj"),
+        ("*.q_prj", ""),
+        ("re:.*q_prj", ""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["ignore", "keep", "overrides"])
+def test_what_to_write_for_a_pattern_that_means_nothing(pattern, instead, kind):
+    """A glob that names a parent means none of its modules, and nothing said how to."""
+    names = [
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.o_proj", "mlp.up_proj", "mlp_norm")
+    ]
+    given = {pattern: "fp8"} if kind == "overrides" else [pattern]
+    (said,) = Selection.of(**{kind: given}).warnings(names)
+    begin = f"pattern {pattern!r} matches no module" + (f"; {instead}" if instead else "")
+    assert said == f"{begin}; `lowbit plan` lists their names"
+    decisions = decide(dict.fromkeys(names, BIG), INT8, Selection.of(**{kind: given}))
+    assert all(d.scheme is INT8 for n, d in decisions.items() if "norm" not in n), "nothing is widened"
+
+
+def test_patterns_of_another_model_are_counted():
+    """A recipe of a mixture has tens of thousands, and each had a line."""
+    selection = Selection(overrides={f"model.layers.{i}.mlp.experts": "fp8" for i in range(100, 30000)})
+    said = selection.warnings([f"model.layers.{i}.mlp.up_proj" for i in range(10000)])
+    assert len(said) == 11 and said[0].startswith("pattern 'model.layers.100.mlp.experts' matches no module;")
+    assert said[-1] == "29890 more patterns match no module, of 29900 in all; are they for this model?"
+
+
 def test_unmatched_patterns():
     selection = Selection(ignore=("a", "typo"), keep=("b*",), overrides={"re:c": "fp8", "d": "fp8"})
     assert selection.unmatched(["a.x", "bb", "c"]) == ["typo", "d"]

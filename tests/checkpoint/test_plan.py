@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_models import block_fp8, deepseek_v3, llama, write
+from sample_models import block_fp8, deepseek_v3, llama, qwen3_moe, write
 
 import lowbit
 from lowbit.checkpoint.layout import OutTensor, assign, parse_size
@@ -280,3 +280,11 @@ def test_ragged_blocks_that_transformers_misreads_without_a_gpu_are_warned_of(tm
     warnings = lowbit.plan(source, "fp8-block", format=format).warnings
     assert len(warnings) == warned
     assert all(f"(first: {name}, 960 rows); call lowbit.register() before" in w for w in warnings)
+
+
+def test_routers_that_an_override_quantizes_are_warned_of(tmp_path):
+    """What is written is refused by transformers and lowbit.load, whose routers are no Linears."""
+    source = write(tmp_path / "src", *qwen3_moe())
+    warnings = lowbit.plan(source, "int8", overrides={"*.mlp.gate": "int8"}).warnings
+    assert [w for w in warnings if "2 routers are to be quantized (first: model.layers.0.mlp.gate)" in w]
+    assert not lowbit.plan(source, "int8", overrides={"model.layers.0": "fp8"}).warnings

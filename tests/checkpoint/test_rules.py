@@ -219,10 +219,20 @@ def test_what_a_models_own_code_reads_stays():
         ("wavlm", "encoder.layers.0.attention.out_proj"),
         ("mobilebert", "cls.predictions.dense"),
         ("mamba", "backbone.layers.0.mixer.dt_proj"),
-        ("hrm_text", "model.layers.0.attn.gqkv_proj"),
     ):
         assert role_of(name, BIG, {"model_type": model_type})[0] == "projection"
         assert role_of(name, BIG, {"model_type": "whisper"}) == ("linear", "")
+
+
+def test_what_transformers_splits_while_loading_is_quantized():
+    """It loads these so (fp8, and int8 since 5.23), and in float beside quantized ones not at all."""
+    for model_type, name in (
+        ("hrm_text", "model.L_module.layers.0.attn.gqkv_proj"),
+        ("hrm_text", "model.L_module.layers.0.mlp.gate_up_proj"),
+        ("dinov2", "encoder.layer.0.mlp.weights_in"),
+        ("nomic_bert", "encoder.layers.0.attn.Wqkv"),
+    ):
+        assert role_of(name, BIG, {"model_type": model_type}) == ("linear", "")
 
 
 def test_conv1d_models_store_the_transpose():

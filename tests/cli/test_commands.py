@@ -454,3 +454,40 @@ def test_standard_streams_that_are_closed(src, tmp_path, closed):
     assert done.returncode == 0 and lowbit.verify(out, src).ok
     done = subprocess.run([*LOWBIT, "convert", str(src), str(out)], preexec_fn=close, check=False)
     assert done.returncode == 2
+
+
+EMPTY = {
+    "convert": ["SRC", "OUT", "--calibration", "--recipe", "--data"],
+    "plan": ["SRC", "--calibration", "--recipe"],
+    "inspect": ["PATH"],
+    "verify": ["OUT", "--source"],
+    "calibrate": ["SRC", "--out", "--data", "--recipe", "--spill"],
+    "eval": ["OUT", "--data", "--reference", "--calibration"],
+    "search": ["SRC", "--data", "--out"],
+    "generate": ["OUT"],
+    "bench": ["OUT", "--against"],
+}
+
+
+@pytest.mark.parametrize(("command", "which"), [(c, w) for c, of in EMPTY.items() for w in of])
+def test_an_empty_path_is_of_a_variable_that_is_not_set(run, command, which):
+    """`--data "$TEXT"` read the texts of the current directory."""
+    places = [w for w in EMPTY[command] if not w.startswith("-")]
+    options = [] if which in places else [which, ""]
+    needed = {"eval": ["--data", "x"], "search": ["--data", "x"], "generate": ["--prompt", "x"]}.get(
+        command, []
+    )
+    needed = [] if which in needed else needed
+    code, out, err = run(command, *("" if w == which else "x" for w in places), *options, *needed)
+    assert code == 2 and out == "" and "expected a path, found nothing" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_json_where_nothing_can_be_written(src, command):
+    """It was a traceback, of the message that says so."""
+    with Path("/dev/full").open("w") as full:
+        given = [*LOWBIT, command, str(src), "--json"]
+        env = os.environ | {"PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(given, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    assert done.returncode == 2 and done.stderr == "error: [Errno 28] No space left on device\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.cli.output import bytes_bar, say_bytes, say_count, table
+from lowbit.cli.output import Seldom, bytes_bar, say_bytes, say_count, steps_bar, table
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,25 @@ def test_a_quiet_bar_swallows(capsys):
         advance(5)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_a_log_shows_that_a_long_run_lives(capsys, monkeypatch):
+    """In pipes hours passed without a line. Not of what is short, and nothing beside JSON."""
+    for quiet, every, said in ((False, 30.0, False), (True, 0.0, False), (False, 0.0, True)):
+        monkeypatch.setattr(Seldom, "EVERY", every)
+        with steps_bar("calibrating", quiet=quiet) as step, bytes_bar("x", 3000, quiet=quiet) as advance:
+            step("layers.3", 3, 30)
+            advance(1000)
+            advance(500)
+        captured = capsys.readouterr()
+        lines = "calibrating: 3 of 30, layers.3\nx: 1 kB of 3 kB\nx: 1.5 kB of 3 kB\n"
+        assert captured.err == (lines if said else "") and captured.out == ""
+
+
+def test_lines_of_a_log_are_seldom(capsys, monkeypatch):
+    now = iter([0.0, 29.0, 31.0, 60.0, 62.0])
+    monkeypatch.setattr("lowbit.cli.output.time.monotonic", lambda: next(now))
+    say = Seldom("x")
+    for line in "abcd":
+        say(line)
+    assert capsys.readouterr().err == "x: b\nx: d\n"

@@ -296,3 +296,20 @@ def test_numbers_that_torch_does_not_take(checkpoint, option):
 def test_a_temperature_of_nearly_nothing_is_the_likeliest_token(checkpoint):
     cold = run("generate", checkpoint / "out", "-p", "w5", "--temperature", 1e-40)
     assert cold == run("generate", checkpoint / "out", "-p", "w5")
+
+
+def test_bench_says_how_far_it_is(checkpoint, monkeypatch):
+    """It was silent from start to end, a minute for a small model; and of texts longer than the model takes."""
+    from lowbit.cli.output import Seldom
+
+    monkeypatch.setattr(Seldom, "EVERY", 0.0)
+    short = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1, "--batch", 1, "--batch", 2)
+    done = CliRunner().invoke(app, [str(a) for a in ("bench", checkpoint / "out", *short)])
+    assert done.stderr.splitlines() == [
+        f"measuring: {i} of 8, {('lowbit', 'unquantized')[i % 2]}, batch {1 + i // 4}" for i in range(8)
+    ]
+    positions = json.loads((checkpoint / "out" / "config.json").read_text())["max_position_embeddings"]
+    long = ("--prompt-tokens", positions, "--new-tokens", 1, "--repeats", 1, "--batch", 1, "--json")
+    done = CliRunner().invoke(app, [str(a) for a in ("bench", checkpoint / "out", *long)])
+    said = f"warning: the model was made for texts of at most {positions} tokens; speeds for longer ones mean little\n"
+    assert done.stderr == said and json.loads(done.stdout)["results"]
