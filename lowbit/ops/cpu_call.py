@@ -57,6 +57,7 @@ _STORAGE = {torch.int8: "i8", torch.float8_e4m3fn: "e4m3", torch.int32: "u8", to
 _ELEMENT = {A_I16: 2, A_I8: 1, A_F32: 4, A_BF16: 2, A_I8_BYTES: 1, A_E4M3_BYTES: 1}
 # Elements of K per pass: a panel of weights stays in the second cache, the rows of a tile in the first.
 _CHUNK = {A_I16: 1024, A_I8: 2048, A_F32: 512, A_BF16: 1024}
+_PAIRED_CHUNK = 512  # both operands in the first: more loads go with a product there
 _BLOCK_ROWS, _BLOCK_COLS = 192, 64
 _WORKSPACE_KEPT = 64 << 20
 _MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
@@ -320,7 +321,7 @@ def product(
         function = cpu_matmul.matmul(
             tile.kind, storage, tile.rows, tile.vectors, grouped=per_group, byte_lookup=lookup
         )
-        most = up(_CHUNK[kind], step)
+        most = up(_PAIRED_CHUNK if tile.paired else _CHUNK[kind], step)
         if per_group:
             chunk = min(max(most // layout.padded, 1), layout.groups) * layout.padded
         else:
