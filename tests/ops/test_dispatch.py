@@ -116,6 +116,8 @@ def test_cpu_names_its_tile(path):
         "avx512bw": "pmaddwd512",
         "avx_vnni": "dpbusd256",
         "avx2": "pmaddwd256",
+        "neon_dotprod": "sdot128",
+        "neon": "smull128",
     }
     assert chosen.kernel.startswith(expected.get(path, "portable"))
     assert chosen.multiplies == "int8 × int8"
