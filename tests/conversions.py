@@ -51,6 +51,18 @@ def wait_for_jobs(out: Path, count: int) -> None:
         time.sleep(0.005)
 
 
+def check_killed_run(root: Path, scheme: str, jobs: int) -> None:
+    """A conversion of `src` that is killed after so many jobs goes on, to the bytes of one that was not."""
+    process = start(root / "src", root / "out", RUN.replace('"int8"', f'"{scheme}"'))
+    wait_for_jobs(root / "out", jobs)
+    process.kill()
+    process.wait(60)
+    done = lowbit.convert(root / "src", root / "out", scheme, max_shard_size="200KB")
+    assert done.resumed_jobs >= jobs
+    lowbit.convert(root / "src", root / "fresh", scheme, max_shard_size="200KB")
+    assert everything(root / "out") == everything(root / "fresh")
+
+
 MEMORY = """
 import re, sys
 import lowbit

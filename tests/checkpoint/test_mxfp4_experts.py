@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import RUN, everything, memory_grown, start, wait_for_jobs
+from conversions import check_killed_run, memory_grown
 from fp4_checkpoints import gpt_oss
 from sample_models import Tensors, check_quantized, load, same_bits, write
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -115,14 +115,7 @@ def test_memory_does_not_grow_with_the_experts(tmp_path):
 
 def test_a_killed_run_goes_on(tmp_path):
     gpt_oss(tmp_path / "src", num_hidden_layers=6)
-    process = start(tmp_path / "src", tmp_path / "out", RUN.replace('"int8"', '"bf16"'))
-    wait_for_jobs(tmp_path / "out", 40)
-    process.kill()
-    process.wait(60)
-    done = lowbit.convert(tmp_path / "src", tmp_path / "out", "bf16", max_shard_size="200KB")
-    assert done.resumed_jobs >= 40
-    lowbit.convert(tmp_path / "src", tmp_path / "fresh", "bf16", max_shard_size="200KB")
-    assert everything(tmp_path / "out") == everything(tmp_path / "fresh")
+    check_killed_run(tmp_path, "bf16", 40)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight-only"])

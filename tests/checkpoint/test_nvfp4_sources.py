@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import everything, int8_error, start, wait_for_jobs
+from conversions import check_killed_run, everything, int8_error
 from fp4_checkpoints import KINDS, by_hand, config_of_library, published
 from sample_models import (
     Tensors,
@@ -305,14 +305,7 @@ def test_transformers_own_loading_is_left_alone():
 
 def test_a_killed_run_goes_on(tmp_path):
     published(tmp_path / "src", "nvfp4 modelopt", llama(layers=6))
-    process = start(tmp_path / "src", tmp_path / "out")
-    wait_for_jobs(tmp_path / "out", 20)
-    process.kill()
-    process.wait(60)
-    done = lowbit.convert(tmp_path / "src", tmp_path / "out", "int8", max_shard_size="200KB")
-    assert done.resumed_jobs >= 20
-    lowbit.convert(tmp_path / "src", tmp_path / "fresh", "int8", max_shard_size="200KB")
-    assert everything(tmp_path / "out") == everything(tmp_path / "fresh")
+    check_killed_run(tmp_path, "int8", 20)
 
 
 @pytest.mark.parametrize("kind", ["nvfp4 modelopt", "mxfp4 library", "blocks", "fused blocks"])
