@@ -202,12 +202,9 @@ def verify(
 def _replacements(calibration: Calibration, src: str | Path, scheme: str | Scheme) -> Replacements:
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.dtypes import INT8
-    from lowbit.scheme import get_scheme
+    from lowbit.scheme import scheme_of
 
-    calibration.require(
-        fingerprint=store.fingerprint(src),
-        scheme=(scheme if isinstance(scheme, Scheme) else get_scheme(scheme)).name,
-    )
+    calibration.require(fingerprint=store.fingerprint(src), scheme=scheme_of(scheme).name)
     tensors = {
         name: TensorRef(name, t.dtype, t.shape, t.file, t.start) for name, t in calibration.tensors.items()
     }

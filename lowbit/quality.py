@@ -81,10 +81,9 @@ def calibrate(
     from lowbit.calibration.methods import best_method
     from lowbit.calibration.run import RunOptions as Options
     from lowbit.checkpoint.rules import Selection
-    from lowbit.scheme import Scheme as SchemeClass
-    from lowbit.scheme import get_scheme
+    from lowbit.scheme import scheme_of
 
-    target = scheme if isinstance(scheme, SchemeClass) else get_scheme(scheme)
+    target = scheme_of(scheme)
     options = options or Options(device=join(device))
     if isinstance(method, MethodClass):
         chosen = method

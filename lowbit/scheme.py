@@ -129,6 +129,11 @@ def nearest(word: str, names: list[str]) -> str:
     return ", ".join(repr(n) for n in close or names)
 
 
+def scheme_of(scheme: Scheme | str) -> Scheme:
+    """A scheme, or the preset of that name (see `get_scheme`)."""
+    return scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
+
+
 def get_scheme(name: str) -> Scheme:
     """The preset of that name, or of that compressed-tensors preset name, in any case.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from lowbit.checkpoint.fused_experts import OF_ALL, OF_CODES, SCALE, scale_block, unpacked
 from lowbit.checkpoint.headers import Checkpoint, TensorRef
 from lowbit.checkpoint.jobs import Job, Source
@@ -32,9 +30,8 @@ def _blocks(ref: TensorRef, scale: TensorRef, block: tuple[int, int], dtype: str
             f"{ref.name}: expected experts of a multiple of {block[0]} rows to dequantize, found {list(ref.shape)}; "
             "quantize its experts instead of leaving them in float"
         )
-    flat, below = (_below(t) for t in (ref, scale))
-    source = Source(ref=flat, scale=below, block=block)
-    return Job(kind="cast", shape=flat.shape, source=source, outputs={"codes": out_like(ref, dtype)})
+    source = Source(ref=ref.below, scale=scale.below, block=block)
+    return Job(kind="cast", shape=ref.below.shape, source=source, outputs={"codes": out_like(ref, dtype)})
 
 
 def _of_modelopt(ref: TensorRef, scale: TensorRef, number: TensorRef | None, dtype: str) -> Job:
@@ -43,18 +40,12 @@ def _of_modelopt(ref: TensorRef, scale: TensorRef, number: TensorRef | None, dty
     if ref.dtype == "U8":
         block = (rows // scale.shape[1], 1)
         source = Source(
-            ref=_below(ref), codes=E2M1, paired=True, scale=_below(scale), block=block, global_scale=number
+            ref=ref.below, codes=E2M1, paired=True, scale=scale.below, block=block, global_scale=number
         )
     else:
-        source = Source(ref=_below(ref), scale=scale, block=(experts * rows, cols))
+        source = Source(ref=ref.below, scale=scale, block=(experts * rows, cols))
     out = OutTensor(ref.name, dtype, shape)
     return Job(kind="cast", shape=(experts * rows, cols), source=source, outputs={"codes": out})
-
-
-def _below(ref: TensorRef) -> TensorRef:
-    """A 3-D tensor's matrices below each other."""
-    experts, rows, cols = ref.shape
-    return replace(ref, shape=(experts * rows, cols))
 
 
 def stacked_in_float(module: str, stored: StoredModule, source: Source, dtype: str) -> Job:

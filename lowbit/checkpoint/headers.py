@@ -62,6 +62,12 @@ class TensorRef:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def below(self) -> TensorRef:
+        """[E, N, …] as one matrix [E · N, …], each of its matrices below the one before, as they lie."""
+        first, second, *rest = self.shape
+        return replace(self, shape=(first * second, math.prod(rest)))
+
     def rows(self, first: int, count: int) -> TensorRef:
         """`count` rows of a matrix that lies row major, from row `first` on."""
         at = self.offset + first * self.shape[1] * ITEM_BYTES[self.dtype]

@@ -47,11 +47,8 @@ class Source:
     def of(cls, module: StoredModule, tensors: Mapping[str, TensorRef]) -> Source:
         """The weight of a quantized module of a checkpoint."""
         names, ref, scale = module.names, tensors[module.weight], tensors[module.scale]
-        if module.stacked:  # below each other, as they lie
-            experts, rows, _ = module.shape
-            ref, scale = (
-                replace(t, shape=(experts * rows, t.elements // (experts * rows))) for t in (ref, scale)
-            )
+        if module.stacked:
+            ref, scale = ref.below, scale.below
         hidden = None
         if "quant_bias" in names and module.weight.removesuffix(".weight") + ".bias" not in tensors:
             hidden = (tensors[names["quant_bias"]], tensors[names["input_zero_point"]])

@@ -38,7 +38,7 @@ from lowbit.formats import (
 )
 from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerTensor
-from lowbit.scheme import Scheme, get_scheme
+from lowbit.scheme import Scheme, get_scheme, scheme_of
 
 EVERYTHING = Selection()
 
@@ -117,7 +117,7 @@ def make_plan(
     replacements: Replacements | None = None,
 ) -> Plan:
     """Decide a conversion. Raises InputError for whatever cannot be done as asked."""
-    scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
+    scheme = scheme_of(scheme)
     target, shard_size = _format(scheme, format), parse_size(max_shard_size)
     on_disk, experts = source, split(source)
     source = experts.checkpoint

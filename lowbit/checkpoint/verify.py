@@ -229,10 +229,9 @@ def _stacked(module: str, stored: StoredModule, origin: Checkpoint, ref: TensorR
     experts, rows, cols = stored.shape
     there, (parent, _, leaf) = Source.of(stored, origin.tensors), module.rpartition(".")
     assert there.scale is not None
-    below = replace(ref, shape=(experts * cols, rows))
     for e in range(experts):
         then = replace(there, ref=there.ref.rows(e * rows, rows), scale=there.scale.rows(e * rows, rows))
-        here = replace(below.rows(e * cols, cols), shape=(rows, cols), pitch=rows)
+        here = replace(ref.below.rows(e * cols, cols), shape=(rows, cols), pitch=rows)
         yield f"{parent}.{e}.{leaf}", (rows, cols), then, Source(ref=here), ref.dtype
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.formats import FORMATS, Format, get_format
-from lowbit.scheme import Scheme, get_scheme
+from lowbit.scheme import Scheme, scheme_of
 
 TORCH_DTYPES = {
     "I8": torch.int8,
@@ -170,7 +170,7 @@ def codes_of(names: Mapping[str, str]) -> str:
 
 def as_scheme(scheme: Scheme | str) -> Scheme:
     """A scheme that quantizes weights; InputError for one that does not (`bf16`)."""
-    scheme = scheme if isinstance(scheme, Scheme) else get_scheme(scheme)
+    scheme = scheme_of(scheme)
     if scheme.weights is None:
         raise InputError(
             f"expected a scheme that quantizes weights, found {scheme.name}; use .to(dtype) for that"

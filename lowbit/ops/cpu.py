@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lowbit.ops import cpu_call, cpu_threads, reference
-from lowbit.ops.cpu_call import DTYPE_CODES, PARALLEL_FROM, PREPARE, Layout, instructions, up
-from lowbit.ops.cpu_params import A_E4M3_BYTES, A_I8_BYTES, MODE_E4M3, MODE_INT8, P
+from lowbit.ops.cpu_call import DTYPE_CODES, PARALLEL_FROM, Layout, instructions, up
+from lowbit.ops.cpu_params import A_E4M3_BYTES, A_I8_BYTES, MODE_E4M3, MODE_INT8, PREPARE, P
 from lowbit.ops.problem import Activations, Weights
 
 

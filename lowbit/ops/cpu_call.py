@@ -30,10 +30,12 @@ from lowbit.ops.cpu_params import (
     F16,
     F32,
     I8_CODES,
+    MATMUL,
     MODE_E4M3,
     MODE_INT8,
     MODE_NONE,
     PANEL_ROWS,
+    PREPARE,
     SCALE_LANES,
     M,
     P,
@@ -63,7 +65,6 @@ _WORKSPACE_KEPT = 64 << 20
 _MATRIX_ROWS, _MATRIX_BYTES = 256, 1 << 20  # of the operand, per block
 _MATRIX_CHUNK = {A_I8: 4096, A_BF16: 2048}
 
-PREPARE, MATMUL = ctypes.c_int64 * P.COUNT, ctypes.c_int64 * M.COUNT
 # What `Call.run` writes at every call: not looked up in the classes there.
 _P_NEXT, _P_SLOT, _P_X, _P_A = P.NEXT, P.SLOT, P.X, P.A
 _P_SCALE, _P_SCRATCH, _P_SUMS = P.SCALE, P.SCRATCH, P.SUMS

@@ -207,6 +207,13 @@ def decode(lookup, storage, source, kind, target, n, padded):  # type: ignore[no
 
 
 @njit(inline="always")
+def column_at(panel, panel_row, units, j):  # type: ignore[no-untyped-def]
+    """Where the first unit of column j stands: strips of `units` rows of `panel_row` bytes follow each other."""
+    across = panel_row // 4
+    return panel + j // across * panel_row * units + j % across * 4
+
+
+@njit(inline="always")
 def fill_panel(
     kind, storage, lookup, at_once, row_kind, size, row_element, step, columns, w, w_row, cols, depth, piece, padded,
     straight, panel, panel_row, units, decoded,
@@ -222,7 +229,7 @@ def fill_panel(
     for j in range(0, cols, columns):
         valid = min(columns, cols - j)
         rows_at, stride = w + j * w_row, w_row
-        at = panel + j // (panel_row // 4) * panel_row * units + j % (panel_row // 4) * 4
+        at = column_at(panel, panel_row, units, j)
         if at_once and quick > 0:
             pack_codes(kind, storage, rows_at, stride, valid, at, panel_row, quick)
         if done < units:

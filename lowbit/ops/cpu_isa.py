@@ -66,13 +66,9 @@ class Instructions:
     @property
     def bits(self) -> int:
         """Of a vector."""
-        return (
-            128
-            if self.name.startswith("neon")
-            else 512
-            if self.name in ("amx", "avx512_vnni", "avx512bw")
-            else 256
-        )
+        if self.name.startswith("neon"):
+            return 128
+        return 512 if self.name in ("amx", "avx512_vnni", "avx512bw") else 256
 
 
 # As many accumulators as leave registers for the vectors of B, one of A and one product: there are 16 of 256 bits,

@@ -17,7 +17,7 @@ from numba import carray, cfunc
 from lowbit.compiling import CACHE
 from lowbit.ops import cpu_step
 from lowbit.ops.cpu_block import DOT_COLS, dot_rows, packed_rows
-from lowbit.ops.cpu_decode import fill_panel, packs_at_once
+from lowbit.ops.cpu_decode import column_at, fill_panel, packs_at_once
 from lowbit.ops.cpu_emit import fetch_add, pointer
 from lowbit.ops.cpu_epilogue import finish_block, locate_scales
 from lowbit.ops.cpu_isa import Tile
@@ -198,7 +198,7 @@ def matmul(
                     )  # fmt: skip
                     if paired:
                         for j in range(0, cols, lanes):
-                            at = panel + j // tile_cols * panel_row * units + j % tile_cols * 4
+                            at = column_at(panel, panel_row, units, j)
                             for each in range(some):
                                 paired_columns(
                                     kind, at + panel_row * each * group_units, panel_row,

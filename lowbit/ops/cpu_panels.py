@@ -9,7 +9,7 @@ from typing import Any
 
 from lowbit.ops import cpu_threads
 from lowbit.ops.cpu_isa import Tile
-from lowbit.ops.cpu_params import PAIRED_ROWS, PANEL_ROWS, P
+from lowbit.ops.cpu_params import PAIRED_ROWS, PANEL_ROWS, PREPARE, P
 
 _UNITS = 256  # 32-bit units of a row that one task of AMX's panels rearranges
 
@@ -64,7 +64,7 @@ class Pack:
             for _, first, rows, _ in blocks
             for row in range(first, first + rows, count)
         ]
-        rows_table, block = table(panels), (ctypes.c_int64 * P.COUNT)()
+        rows_table, block = table(panels), PREPARE()
         block[P.ROWS], block[P.STATIC] = len(panels), ctypes.addressof(rows_table)
         block[P.X_ROW], block[P.K], block[P.GROUP] = row_bytes, row_bytes // 4, _UNITS
         block[P.GROUP_PADDED] = group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from itertools import count
 
 # Element types of activations and outputs; the codes are inputs only.
@@ -61,9 +62,7 @@ class M:
     SLOT = auto()
     A = auto()
     A_ROW = auto()
-    A_SUM = (
-        auto()
-    )  # int32 [rows, groups] that come off the sums: 128 times (dpbusd) or as they are (winograd); 0: none
+    A_SUM = auto()  # int32 [rows, groups] to come off: 128 times (dpbusd), or as they are (winograd); 0: none
     A_PANELS = auto()  # A once more, as AMX (PANEL_ROWS) and winograd (PAIRED_ROWS) take it
     W = auto()
     W_ROW = auto()
@@ -97,3 +96,6 @@ class M:
     BLOCK_COLS = auto()
     DOT_ROWS = auto()  # up to so many rows are multiplied with weights as stored, without a panel
     COUNT = auto()
+
+
+PREPARE, MATMUL = ctypes.c_int64 * P.COUNT, ctypes.c_int64 * M.COUNT

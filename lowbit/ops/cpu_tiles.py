@@ -237,8 +237,9 @@ def packed_tile(typingctx, kind, mr, nv, ldb, a, lda, b, ahead, along, c, ldc, u
     signature = types.void(kind, mr, nv, ldb, *[types.int64] * 9)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        c, ldc = args[9:11]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:])
+        a, lda, b, ahead, along, c, ldc, units, w_sum = args[4:]
+        shape, stride = (rows, vectors), ldb.literal_value
+        sums = _packed_sums(builder, step, shape, stride, a, lda, b, ahead, along, units, w_sum)
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
             step.add_to(builder, sums[i * vectors + v], address)
         return context.get_dummy_value()
@@ -263,20 +264,21 @@ def scaled_tile(
     signature = types.void(kind, mr, nv, ldb, *[types.int64] * 15)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        c, ldc = args[9:11]
+        a, lda, b, ahead, along, c, ldc, units, w_sum = args[4:13]
         left, a_scale, a_scale_row, a_sum, a_sum_row, w_scale = args[13:]
-        sums = _packed_sums(builder, step, (rows, vectors), ldb.literal_value, *args[4:9], *args[11:13])
+        shape, stride = (rows, vectors), ldb.literal_value
+        sums = _packed_sums(builder, step, shape, stride, a, lda, b, ahead, along, units, w_sum)
 
         def of_rows(address: Any, row: Any, kind: Any) -> list:
             places = row_addresses(builder, address, row, left, rows)
             return [spread(builder, load(builder, at, kind), step.lanes) for at in places]
 
         scales, offsets = of_rows(a_scale, a_scale_row, F32), [None] * rows
-        if step.paired:
+        if step.paired or step.name == "dpbusd":
             offsets = of_rows(a_sum, a_sum_row, I32)
-        elif step.name == "dpbusd":
+        if step.name == "dpbusd":
             seven = splat(ir.Constant(I32, 7), step.lanes)
-            offsets = [builder.shl(codes, seven) for codes in of_rows(a_sum, a_sum_row, I32)]
+            offsets = [builder.shl(codes, seven) for codes in offsets]
         for i, v, address in _places(builder, step, rows, vectors, c, ldc):
             value = step.as_f32(builder, sums[i * vectors + v], offsets[i])
             columns = load(builder, builder.add(w_scale, ir.Constant(I64, 4 * v * step.lanes)), step.real)

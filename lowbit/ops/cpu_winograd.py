@@ -133,13 +133,12 @@ def paired_row(typingctx, kind, a, units):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         count = step.elements
-        second = [lane + 2 for lane in range(count)]
         nothing = ir.Constant(vec(I16, count), None)
+        # The second unit of each pair under the first, and nothing under the second.
+        lanes = [lane + 2 if lane % 4 < 2 else count for lane in range(count)]
 
         def body(position: Any, sums: list) -> list:
             here = load(builder, builder.add(args[1], builder.mul(position, ir.Constant(I64, 4))), step.unit)
-            # The second unit of each pair under the first, and nothing under the second.
-            lanes = [second[lane] if lane % 4 < 2 else count for lane in range(count)]
             return [step.accumulate(builder, sums[0], here, shuffle(builder, here, nothing, lanes))]
 
         total = loop(builder, args[2], step.lanes, [ir.Constant(step.acc, None)], body)[0]
