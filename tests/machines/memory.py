@@ -63,6 +63,8 @@ class Global:
     def load(self, addresses: np.ndarray, width: int, what: str, alignment: int | None = None) -> Bytes:
         """[lanes, width]; the lanes of one instruction may lie in several tensors."""
         index, at = self.locate(addresses, width, what, alignment)
+        if len(index) and (index == index[0]).all():
+            return self._spans[index[0]][at]
         out = np.empty(at.shape, np.uint8)
         for one in np.unique(index):
             out[index == one] = self._spans[one][at[index == one]]
@@ -70,7 +72,7 @@ class Global:
 
     def store(self, addresses: np.ndarray, data: Bytes, what: str, alignment: int | None = None) -> None:
         index, at = self.locate(addresses, data.shape[1], what, alignment)
-        if len(np.unique(addresses)) < len(addresses):
+        if not (addresses[1:] > addresses[:-1]).all() and len(np.unique(addresses)) < len(addresses):
             order = np.argsort(addresses, kind="stable")
             same = addresses[order][1:] == addresses[order][:-1]
             if (data[order][1:][same] != data[order][:-1][same]).any():

@@ -54,7 +54,7 @@ class _Workgroup(VectorUnit, MemoryUnit):
         self.shared.barrier()
 
     def do(self, instruction: Instruction) -> None:
-        kind, _, name = instruction.opcode.partition("_")
+        kind, name = instruction.unit
         special = getattr(self, f"_{instruction.opcode}", None)
         if special is not None:
             special(instruction)

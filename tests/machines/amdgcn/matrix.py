@@ -7,6 +7,7 @@ follow each other along K. Of the sums it holds, in one column, four rows after 
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..numbers import Unknown, e8m0, elements
 _KINDS = {"i8": "s8", "fp8_fp8": "e4m3", "f8f6f4": "e4m3", "bf16": "bf16", "f16": "f16"}
 
 
+@cache
 def shape(opcode: str) -> tuple[str, int, int, str]:
     """(dtype of the sums, rows = columns, K, dtype of the operands)."""
     found = re.fullmatch(r"v_mfma_(?:scale_)?(f32|i32)_(16|32)x\2x(\d+)_(\w+)", opcode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from ..numbers import Unknown
 
@@ -69,6 +69,19 @@ class Instruction:
             if isinstance(operand, Source) and isinstance(operand.of, Register):
                 found.update(operand.of.slots)
         return frozenset(found)
+
+    @cached_property
+    def unit(self) -> tuple[str, str]:
+        """What its name begins with, and the rest of it."""
+        kind, _, name = self.opcode.partition("_")
+        return kind, name
+
+    @cached_property
+    def flow(self) -> str:
+        """`branch`, `end` or `barrier` of one that waves part or meet at; nothing of any other."""
+        if self.opcode.startswith(("s_branch", "s_cbranch")):
+            return "branch"
+        return {"s_endpgm": "end", "s_barrier": "barrier"}.get(self.opcode, "")
 
     @cached_property
     def plain(self) -> bool:
@@ -139,12 +152,17 @@ _KNOWN = (
 """What the machine takes into account, by the opcode's beginning: any other option is unknown."""
 
 
+@cache
+def _known_options(opcode: str) -> frozenset[str]:
+    return frozenset(next((names for begin, names in _KNOWN if re.match(begin, opcode)), "").split())
+
+
 def _check_options(instruction: Instruction) -> None:
-    known = next((names for opcode, names in _KNOWN if re.match(opcode, instruction.opcode)), "")
-    if unknown := instruction.options.keys() - set(known.split()):
+    if unknown := instruction.options.keys() - _known_options(instruction.opcode):
         raise Unknown(f"{', '.join(sorted(unknown))} in {instruction.text!r}")
 
 
+@cache
 def _operand(text: str) -> Operand:
     negated = absolute = extended = False
     if found := re.fullmatch(r"sext\((.*)\)", text):

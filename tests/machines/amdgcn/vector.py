@@ -14,8 +14,10 @@ import torch
 
 from ..numbers import Lanes, Unknown, e4m3, to_bfloat16, to_e4m3
 
-_VIEWS: dict[str, Any] = {"I": np.int64, "U": np.uint64, "u": np.uint32, "i": np.int32, "f": np.float32}
-_HALVES: dict[str, Any] = {"w": np.uint16, "s": np.int16, "h": np.float16}
+_VIEWS = {
+    kind: np.dtype(name) for kind, name in {"I": "i8", "U": "u8", "u": "u4", "i": "i4", "f": "f4"}.items()
+}
+_HALVES = {kind: np.dtype(name) for kind, name in {"w": "u2", "s": "i2", "h": "f2"}.items()}
 
 
 def value(bits: Lanes, kind: str) -> Lanes:
@@ -70,9 +72,12 @@ def permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
     chosen = np.ascontiguousarray(selector).view(np.uint8).reshape(-1, 4)
     if ((chosen > 7) & (chosen < 12)).any():
         raise Unknown("v_perm_b32 of signs")
-    taken = np.take_along_axis(pool, (chosen & 7).astype(np.int64), 1)
+    if (selector == selector[0]).all():
+        taken = pool[:, chosen[0] & 7]
+    else:
+        taken = np.take_along_axis(pool, (chosen & 7).astype(np.int64), 1)
     out = np.where(chosen < 8, taken, np.where(chosen == 12, 0, 255)).astype(np.uint8)
-    return out.view(np.uint32).reshape(-1)
+    return np.ascontiguousarray(out).view(np.uint32).reshape(-1)
 
 
 def _median(a: Lanes, b: Lanes, c: Lanes) -> Lanes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -36,8 +38,7 @@ class VectorUnit(Waves):
             result = np.where(self.mask(instruction.operands[3]), yes, no)
         elif name in vector.PLAIN:
             kinds, function = vector.PLAIN[name]
-            half = any(k in "wsh" for k in kinds)
-            sources = self._sources(instruction, encoding, 16 if half else 32)
+            sources = self._sources(instruction, encoding, 32 if _WHOLE.issuperset(kinds) else 16)
             values = [vector.value(s, k) for s, k in zip(sources, kinds, strict=True)]
             result = vector.bits_of(np.ascontiguousarray(function(*values)))
         elif name == "fmac_f32":
@@ -321,6 +322,10 @@ class VectorUnit(Waves):
         self.vectors[register.first : register.first + register.count, here] = sums[:, here]
 
 
+_WHOLE = frozenset("uif")
+
+
+@cache
 def _encoding(name: str) -> tuple[str, str]:
     base, _, last = name.rpartition("_")
     return (base, last) if last in ("e32", "e64", "sdwa", "dpp") else (name, "")

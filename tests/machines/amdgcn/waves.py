@@ -43,6 +43,8 @@ class Waves(ABC):
         self.threads = program.threads
         self.vectors = np.full((VECTORS, self.threads), _GARBAGE, np.uint32)
         self.vectors[0] = np.arange(self.threads)
+        self.rows = list(self.vectors)
+        """Each of them: the same memory."""
         self.scalars = np.full((SCALARS, self.count), _GARBAGE, np.uint32)
         self.scc = np.zeros(self.count, bool)
         self.on = np.ones(self.count, bool)
@@ -82,11 +84,11 @@ class Waves(ABC):
             stop = min(groups, default=len(code))
             while at != stop:
                 instruction = code[at]
-                name = instruction.opcode
+                flow = instruction.flow
                 at += 1
-                if name.startswith(("s_branch", "s_cbranch")):
+                if flow == "branch":
                     to = self.program.labels[str(instruction.operands[0])]
-                    taken = self.on & self._condition(name)
+                    taken = self.on & self._condition(instruction.opcode)
                     if to < at:
                         back += 1
                         if back > 1_000_000:
@@ -99,8 +101,8 @@ class Waves(ABC):
                         if some.any():
                             _join(groups, where, some)
                     break
-                if name in ("s_endpgm", "s_barrier"):
-                    if name == "s_endpgm":
+                if flow:
+                    if flow == "end":
                         live &= ~self.on
                     elif (self.on | ~live).all():
                         self.barrier()
@@ -192,7 +194,7 @@ class Waves(ABC):
             if word >= of.count:
                 raise Unknown(f"word {word} of {of.count}")
             at = of.first + word
-            return self.vectors[at] if of.vector else np.repeat(self.scalars[at], WAVE)
+            return self.rows[at] if of.vector else self.scalars[at].repeat(WAVE)
         assert isinstance(of, Immediate)
         bits = of.bits >> 32 * word & 0xFFFF_FFFF
         if bits not in self.constants:
@@ -205,9 +207,9 @@ class Waves(ABC):
 
     def put(self, slot: int, bits: Lanes) -> None:
         if self.whole:
-            self.vectors[slot] = bits
+            self.rows[slot][:] = bits
         else:
-            np.copyto(self.vectors[slot], bits, where=self.executing)
+            np.copyto(self.rows[slot], bits, where=self.executing)
 
     def scalar(self, operand: Operand, width: int = 32) -> Lanes:
         """uint64 [waves]."""

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from ..numbers import UNSIGNED, Lanes, Unknown, bfloat16, e4m3, to_bfloat16, to_e4m3
 from .program import WIDTHS
 
-_TYPES: dict[str, Any] = {
-    **{f"b{n}": UNSIGNED[n] for n in (8, 16, 32, 64)}, **{f"u{n}": UNSIGNED[n] for n in (8, 16, 32, 64)},
-    "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
-    "f16": np.float16, "f32": np.float32, "f64": np.float64, "pred": np.bool_,
+_BITS = {width: np.dtype(kind) for width, kind in UNSIGNED.items()}
+_TYPES = {
+    **{f"b{n}": _BITS[n] for n in (8, 16, 32, 64)}, **{f"u{n}": _BITS[n] for n in (8, 16, 32, 64)},
+    **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
+    **{f"f{n}": np.dtype(f"f{n // 8}") for n in (16, 32, 64)}, "pred": _BITS[1],
 }  # fmt: skip
 
 
@@ -30,12 +30,12 @@ def value(bits: Lanes, kind: str) -> Lanes:
     if kind in ("bf16x2", "f16x2"):
         pairs = np.ascontiguousarray(_cut(bits, 32)).view(np.uint16).reshape(-1, 2)
         return bfloat16(pairs) if kind == "bf16x2" else pairs.view(np.float16)
-    dtype = np.dtype(_TYPES[kind])
+    dtype = _TYPES[kind]
     return bits if kind == "pred" else _cut(bits, dtype.itemsize * 8).view(dtype)
 
 
 def _cut(bits: Lanes, width: int) -> Lanes:
-    return bits if bits.dtype == UNSIGNED[width] else bits.astype(UNSIGNED[width])
+    return bits if bits.dtype == _BITS[width] else bits.astype(_BITS[width])
 
 
 def bits_of(x: Lanes, kind: str) -> Lanes:
@@ -49,7 +49,7 @@ def bits_of(x: Lanes, kind: str) -> Lanes:
     if kind == "f32x2":
         return np.ascontiguousarray(x.astype(np.float32)).view(np.uint64).reshape(-1)
     out = np.ascontiguousarray(x.astype(_TYPES[kind], copy=False))
-    return out if kind == "pred" else out.view(UNSIGNED[out.dtype.itemsize * 8])
+    return out if kind == "pred" else out.view(_BITS[out.itemsize * 8])
 
 
 _HALF = ("bf16", "bf16x2", "f16", "f16x2")
@@ -79,11 +79,15 @@ def _remainder(a: Lanes, b: Lanes) -> Lanes:
 
 def _left(a: Lanes, count: Lanes) -> Lanes:
     width = a.dtype.itemsize * 8
+    if count.max() < width:
+        return a << count.astype(a.dtype)
     return np.where(count >= width, a.dtype.type(0), a << np.minimum(count, width - 1).astype(a.dtype))
 
 
 def _right(a: Lanes, count: Lanes) -> Lanes:
     width = a.dtype.itemsize * 8
+    if count.max() < width:
+        return a >> count.astype(a.dtype)
     shifted = a >> np.minimum(count, width - 1).astype(a.dtype)
     return shifted if a.dtype.kind == "i" else np.where(count >= width, a.dtype.type(0), shifted)
 
@@ -116,49 +120,58 @@ def compare(how: str, a: Lanes, b: Lanes) -> Lanes:
     raise Unknown(f"setp.{how}")
 
 
-def convert(parts: list[str], args: list[Lanes]) -> Lanes:
-    """cvt: `parts` without the name; the last two are what it becomes and what it is."""
+def _conversion(opcode: str) -> Callable[..., Lanes]:
+    """cvt: the last two parts of the opcode are what it becomes and what it is."""
+    parts = opcode.split(".")[1:]
     to, of = parts[-2:]
     if set(parts[:-2]) - {"rn", "rzi", "rni", "rmi", "rpi", "sat", "satfinite"}:
-        raise Unknown(f"cvt.{'.'.join(parts)}")
+        raise Unknown(opcode)
     if to == "e4m3x2" and of == "f32":
         assert "satfinite" in parts, parts
-        high, low = (to_e4m3(value(a, of)).astype(np.uint16) for a in args)
-        return high << np.uint16(8) | low
+        return _to_e4m3x2
     if of == "e4m3x2":
-        pairs = np.ascontiguousarray(_cut(args[0], 16)).view(np.uint8).reshape(-1, 2)
-        return bits_of(e4m3(pairs), to)
+        return lambda a: bits_of(e4m3(np.ascontiguousarray(_cut(a, 16)).view(np.uint8).reshape(-1, 2)), to)
     if to in ("bf16x2", "f16x2") and of == "f32":
-        high, low = (value(a, of) for a in args)
-        return bits_of(np.stack([low, high], 1), to)
-    x = value(args[0], of)
+        return lambda high, low: bits_of(np.stack([value(low, of), value(high, of)], 1), to)
     floats = (*_HALF, "f32", "f64")
     if of in floats and to not in floats:
         limits = np.iinfo(_TYPES[to])
-        rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[parts[0]](
-            x.astype(np.float64)
-        )
-        return bits_of(np.clip(np.nan_to_num(rounded, nan=0.0), limits.min, limits.max), to)
-    if of not in floats and to in floats:
-        x = x.astype(np.float64)
-    if "sat" in parts and to not in floats:
+        whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[parts[0]]
+
+        def rounded(a: Lanes) -> Lanes:
+            x = np.nan_to_num(whole(value(a, of).astype(np.float64)), nan=0.0)
+            return bits_of(np.clip(x, limits.min, limits.max), to)
+
+        return rounded
+    if of in floats:
+        return lambda a: bits_of(value(a, of), to)
+    if to in floats:
+        return lambda a: bits_of(value(a, of).astype(np.float64), to)
+    if "sat" in parts:
         limits = np.iinfo(_TYPES[to])
-        x = np.clip(x.astype(np.int64), limits.min, limits.max)
-    if x.dtype.kind == "f":
-        return bits_of(x, to)
-    return bits_of(x.astype(np.int64).astype(_TYPES[to]), to)
+        return lambda a: bits_of(np.clip(value(a, of).astype(np.int64), limits.min, limits.max), to)
+    return lambda a: bits_of(value(a, of).astype(np.int64), to)
+
+
+def _to_e4m3x2(first: Lanes, second: Lanes) -> Lanes:
+    high, low = (to_e4m3(value(a, "f32")).astype(np.uint16) for a in (first, second))
+    return high << np.uint16(8) | low
 
 
 def permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
     """prmt: bytes of b:a; bit 3 of a selector's nibble asks for the byte's sign in all its bits."""
     pool = np.stack([a, b], 1).view(np.uint8)
-    out = np.zeros(len(a), np.uint32)
-    for i in range(4):
-        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
-        byte = np.take_along_axis(pool, (nibble & 7).astype(np.int64)[:, None], 1)[:, 0]
-        byte = np.where(nibble & 8, np.where(byte & 0x80, 255, 0), byte).astype(np.uint32)
-        out |= byte << np.uint32(8 * i)
-    return out
+    same = (selector == selector[0]).all()
+    nibbles = selector[: 1 if same else None, None] >> _NIBBLES & np.uint32(15)
+    index = (nibbles & np.uint32(7)).astype(np.int64)
+    chosen = pool[:, index[0]] if same else np.take_along_axis(pool, index, 1)
+    signs = nibbles > 7
+    if signs.any():
+        chosen = np.where(signs, np.where(chosen & 0x80, np.uint8(255), np.uint8(0)), chosen)
+    return np.ascontiguousarray(chosen).view(np.uint32).reshape(-1)
+
+
+_NIBBLES = np.arange(0, 16, 4, dtype=np.uint32)
 
 
 def extract(a: Lanes, position: Lanes, length: Lanes, kind: str) -> Lanes:
@@ -171,40 +184,61 @@ def extract(a: Lanes, position: Lanes, length: Lanes, kind: str) -> Lanes:
     return field.astype(a.dtype)
 
 
-def compute(opcode: str, args: list[Lanes]) -> Lanes:
-    """Bits of the result of an instruction without memory, control flow or other lanes."""
+@functools.cache
+def operation(opcode: str) -> Callable[..., Lanes]:
+    """What an instruction without memory, control flow or other lanes makes of its operands' bits."""
     name, *parts = opcode.split(".")
     kind = parts[-1] if parts else ""
     if name == "cvt":
-        return convert(parts, args)
+        return _conversion(opcode)
     if name == "setp" and len(parts) == 2:
-        return compare(parts[0], value(args[0], kind), value(args[1], kind))
+        how = parts[0]
+        return lambda a, b: compare(how, value(a, kind), value(b, kind))
     if name == "selp":
-        return np.where(args[2], args[0], args[1])
+        return lambda a, b, chosen: np.where(chosen, a, b)
     if name == "prmt":
-        return permute(*args)
+        return permute
     if name == "bfe":
-        return extract(args[0], args[1], args[2], kind)
+        return lambda a, position, length: extract(a, position, length, kind)
     if name in ("shl", "shr"):
-        return bits_of((_left if name == "shl" else _right)(value(args[0], kind), args[1]), kind)
+        shift = _left if name == "shl" else _right
+        return lambda a, count: bits_of(shift(value(a, kind), count), kind)
     if name in ("mad", "mul") and "wide" in parts:
-        wide = f"{kind[0]}{2 * int(kind[1:])}"
-        product = value(args[0], kind).astype(_TYPES[wide]) * value(args[1], kind).astype(_TYPES[wide])
-        return bits_of(product + value(args[2], wide) if name == "mad" else product, wide)
+        return _wide(name, kind)
     if name == "mad" and parts[:-1] == ["lo"]:
-        a, b, c = (value(arg, kind) for arg in args)
-        return bits_of(a * b + c, kind)
+        return lambda a, b, c: bits_of(value(a, kind) * value(b, kind) + value(c, kind), kind)
     if name in _PLAIN:
-        kinds = [p for p in parts if p in WIDTHS]
-        if set(parts) - {*kinds, "rn", "lo", "approx", "full", "ftz"} or len(kinds) > 2:
-            raise Unknown(opcode)
-        # add.f32.bf16: the last operand alone is of the result's dtype.
-        of = [kind] * (len(args) - 1) + [kinds[0]]
-        values = [value(arg, k) for arg, k in zip(args, of, strict=True)]
-        if kinds[0] in _HALF or (kinds[0].startswith("f32") and len(args) == 3):  # rounded once
-            values = [v.astype(np.float64) for v in values]
-        return bits_of(_PLAIN[name](*values), kinds[0])
+        return _plain(opcode)
     raise Unknown(opcode)
+
+
+def _wide(name: str, kind: str) -> Callable[..., Lanes]:
+    wide = f"{kind[0]}{2 * int(kind[1:])}"
+    dtype = _TYPES[wide]
+
+    def product(a: Lanes, b: Lanes, *added: Lanes) -> Lanes:
+        found = value(a, kind).astype(dtype) * value(b, kind).astype(dtype)
+        return bits_of(found + value(added[0], wide) if name == "mad" else found, wide)
+
+    return product
+
+
+def _plain(opcode: str) -> Callable[..., Lanes]:
+    name, *parts = opcode.split(".")
+    kind, function = parts[-1], _PLAIN[name]
+    kinds = [p for p in parts if p in WIDTHS]
+    if set(parts) - {*kinds, "rn", "lo", "approx", "full", "ftz"} or len(kinds) > 2:
+        raise Unknown(opcode)
+    result = kinds[0]
+
+    def run(*args: Lanes) -> Lanes:
+        # add.f32.bf16: the last operand alone is of the result's dtype.
+        values = [value(a, kind) for a in args[:-1]] + [value(args[-1], result)]
+        if result in _HALF or (result.startswith("f32") and len(args) == 3):  # rounded once
+            values = [v.astype(np.float64) for v in values]
+        return bits_of(function(*values), result)
+
+    return run
 
 
 def shuffle(opcode: str, x: Lanes, by: Lanes) -> Lanes:

@@ -11,7 +11,7 @@ import numpy as np
 from ..memory import Fault, Global, Shared, run_twice
 from ..numbers import UNSIGNED, Lanes, Unknown
 from . import matrix, tensor_memory
-from .arithmetic import compute, reduce, shuffle
+from .arithmetic import operation, reduce, shuffle
 from .program import (
     PARAM_BASE,
     SHARED_BASE,
@@ -76,7 +76,8 @@ class _Cta(Threads):
     # --- instructions ---------------------------------------------------------------------------------------------
 
     def do(self, instruction: Instruction) -> None:
-        name = instruction.opcode.partition(".")[0]
+        parts = instruction.parts
+        name = parts[0]
         if self.summing and name != "wgmma" and not self.summing.isdisjoint(instruction.slots):
             # Triton adds up partial sums of fp8 before it waits for them; ptxas puts a wait there (its note C7517).
             self.products.commit()
@@ -85,20 +86,8 @@ class _Cta(Threads):
         if special is not None:
             special(instruction.opcode, instruction.operands)
             return
-        parts, (out, *sources) = instruction.parts, instruction.operands
-        width = WIDTHS.get(parts[-1], 32)
-        widths = [width] * len(sources)
-        if name in ("shl", "shr"):
-            widths[1] = 32
-        elif name == "bfe":
-            widths[1:] = [32, 32]
-        elif name == "mad" and "wide" in parts:
-            widths[2] = 2 * width
-        elif name == "selp":
-            widths[2] = 1
-        elif name in ("add", "sub", "fma") and parts[-2] == "f32":
-            widths[-1] = 32
-        result = compute(instruction.opcode, [self.read(s, w) for s, w in zip(sources, widths, strict=True)])
+        out = instruction.operands[0]
+        result = operation(instruction.opcode)(*[self.read(s, w) for s, w in instruction.sources])
         if isinstance(out, Vector):  # setp of two packed numbers
             for item, each in zip(out.items, result.T, strict=True):
                 self.write(item, each)
@@ -339,7 +328,7 @@ class _Cta(Threads):
             at = self.shared.offsets(self.addresses(to, 32)[lanes], size.value, opcode)
             address = self.addresses(source, 64)[lanes]
             wanted = self.read(left[0], 32)[lanes] if left else np.full(len(lanes), size.value)
-            if not np.isin(wanted, (0, size.value)).all():
+            if not ((wanted == 0) | (wanted == size.value)).all():
                 raise Unknown(f"{opcode} of a part")
 
             def do() -> None:

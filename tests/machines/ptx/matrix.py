@@ -7,6 +7,7 @@ A lane is g = lane / 4 of 8 and t = lane % 4 of 4. Fragments are told in bytes, 
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 
@@ -55,15 +56,21 @@ def accumulate(before: np.ndarray | None, product: np.ndarray, kind: str) -> np.
 
 def mma(opcode: str, a: list[Lanes], b: list[Lanes], c: list[Lanes], scales: list[np.ndarray]) -> list[Lanes]:
     """mma.sync m16n8 over 32 bytes of K, one for each warp. scales: of rows [warps, 16] and columns [warps, 8]."""
-    found = re.search(r"\.m16n8k(\d+)\.row\.col\..*?(s32|f32)\.(\w+)\.(\w+)\.\2", opcode)
-    if found is None or found[3] != found[4] or found[1] != _depth(found[3]):
-        raise Unknown(opcode)
-    out, of = found[2], found[3]
+    out, of = _mma_dtypes(opcode)
     left, right = elements(rows_of_a(a), of), elements(rows_of_b(b), of)
     product = left @ right.transpose(0, 2, 1)
     if scales:
         product = product * scales[0][:, :, None] * scales[1][:, None, :]
     return sum_registers(accumulate(sums(c, 8), product, out))
+
+
+@cache
+def _mma_dtypes(opcode: str) -> tuple[str, str]:
+    """(of the sums, of both operands)."""
+    found = re.search(r"\.m16n8k(\d+)\.row\.col\..*?(s32|f32)\.(\w+)\.(\w+)\.\2", opcode)
+    if found is None or found[3] != found[4] or found[1] != _depth(found[3]):
+        raise Unknown(opcode)
+    return found[2], found[3]
 
 
 def block_scales(registers: Lanes, rows: int, byte: int, thread: int) -> np.ndarray:

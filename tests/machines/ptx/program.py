@@ -62,9 +62,36 @@ class Instruction:
     guard: Register | None
     text: str
 
-    @property
-    def parts(self) -> list[str]:
-        return self.opcode.split(".")
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.opcode.split("."))
+
+    @cached_property
+    def flow(self) -> str:
+        """`branch`, `end` or `barrier` of one that threads part or meet at; nothing of any other."""
+        if self.opcode.startswith("bra"):
+            return "branch"
+        if self.opcode in ("ret", "exit"):
+            return "end"
+        return "barrier" if self.opcode.startswith(("bar.sync", "barrier.sync")) else ""
+
+    @cached_property
+    def sources(self) -> tuple[tuple[Any, int], ...]:
+        """Of one that computes lane by lane: what it reads, with the bits of each."""
+        name, *parts = self.parts
+        width = WIDTHS.get(self.parts[-1], 32)
+        widths = [width] * (len(self.operands) - 1)
+        if name in ("shl", "shr"):
+            widths[1] = 32
+        elif name == "bfe":
+            widths[1:] = [32, 32]
+        elif name == "mad" and "wide" in parts:
+            widths[2] = 2 * width
+        elif name == "selp":
+            widths[2] = 1
+        elif name in ("add", "sub", "fma") and self.parts[-2] == "f32":
+            widths[-1] = 32
+        return tuple(zip(self.operands[1:], widths, strict=True))
 
     @cached_property
     def slots(self) -> frozenset[int]:

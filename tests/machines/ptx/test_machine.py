@@ -10,7 +10,7 @@ import torch
 
 from machines.memory import Fault, Global
 from machines.numbers import Unknown
-from machines.ptx.arithmetic import compute
+from machines.ptx.arithmetic import operation
 from machines.ptx.machine import Machine
 from machines.ptx.program import parse
 from machines.ptx.transfer import TensorMap
@@ -115,7 +115,7 @@ $L__b:
 def test_what_it_does_not_know_is_not_guessed(opcode):
     x = np.ones(4, np.uint32)
     with pytest.raises(Unknown):
-        compute(opcode, [x] * (3 if opcode.startswith("mad") else 2))
+        operation(opcode)(*[x] * (3 if opcode.startswith("mad") else 2))
 
 
 def floats(*values: float) -> np.ndarray:
@@ -147,7 +147,7 @@ def words(*values: int) -> np.ndarray:
     ],
 )  # fmt: skip
 def test_arithmetic(opcode, args, expected):
-    assert compute(opcode, args).tolist() == expected.tolist()
+    assert operation(opcode)(*args).tolist() == expected.tolist()
 
 
 def test_a_tensor_map_has_the_limits_of_the_drivers():

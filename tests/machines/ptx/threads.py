@@ -6,6 +6,7 @@ All go through the code together, those at the lowest instruction first, so that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,14 @@ class Threads(ABC):
             while at < end and at != stop:
                 instruction = code[at]
                 self.text = instruction.text
-                taken = self._taken(instruction)
                 at += 1
-                if not taken.any():
-                    continue
-                name = instruction.opcode
-                if name.startswith("bra"):
+                taken = self.active
+                if instruction.guard is not None:
+                    taken = self._taken(instruction.guard)
+                    if not taken.any():
+                        continue
+                flow = instruction.flow
+                if flow == "branch":
                     to = self.program.labels[str(instruction.operands[0])]
                     if to < at:
                         spins += 1
@@ -79,13 +82,13 @@ class Threads(ABC):
                     if left.any():
                         _join(groups, at, left)
                     break
-                if name in ("ret", "exit"):
+                if flow == "end":
                     live &= ~taken
                     left = self.active & ~taken
                     if left.any():
                         _join(groups, at, left)
                     break
-                if name.startswith(("bar.sync", "barrier.sync")):
+                if flow == "barrier":
                     if (taken | ~live).all():
                         self.barrier()
                         continue
@@ -97,7 +100,8 @@ class Threads(ABC):
                         parked = {}
                     break
                 whole, full = self.active, self.full
-                self._activate(taken)
+                if taken is not whole:
+                    self._activate(taken)
                 try:
                     self.do(instruction)
                 except (Fault, Unknown) as error:
@@ -110,11 +114,9 @@ class Threads(ABC):
     def _activate(self, lanes: Lanes) -> None:
         self.active, self.full = lanes, bool(lanes.all())
 
-    def _taken(self, instruction: Instruction) -> Lanes:
-        if instruction.guard is None:
-            return self.active
-        condition = self.registers[instruction.guard.slot]
-        return self.active & (~condition if instruction.guard.negated else condition)
+    def _taken(self, guard: Register) -> Lanes:
+        condition = self.registers[guard.slot]
+        return self.active & (~condition if guard.negated else condition)
 
     # --- operands -------------------------------------------------------------------------------------------------
 
@@ -124,7 +126,7 @@ class Threads(ABC):
             bits = self.registers[operand.slot]
             return ~bits if operand.negated else bits
         if isinstance(operand, Immediate):
-            return np.full(self.threads, operand.value & (1 << width) - 1, UNSIGNED[width])
+            return _constant(self.threads, operand.value & (1 << width) - 1, width)
         if isinstance(operand, Special):
             return self.special[operand.name]
         raise Unknown(f"operand {operand}")
@@ -160,6 +162,14 @@ class Threads(ABC):
         warps = self.active.reshape(-1, 32)
         if (warps.any(1) != warps.all(1)).any():
             raise Fault("a part of a warp alone")
+
+
+@cache
+def _constant(threads: int, value: int, width: int) -> Lanes:
+    """The same in all lanes; nothing may write to it, since it is kept."""
+    lanes = np.full(threads, value, UNSIGNED[width])
+    lanes.flags.writeable = False
+    return lanes
 
 
 def _join(groups: dict[int, Lanes], at: int, lanes: Lanes) -> None:
