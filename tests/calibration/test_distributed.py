@@ -12,9 +12,11 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from lowbit.calibration import distributed, store
 from lowbit.calibration.distributed import balanced
+from lowbit.cli import app
 from lowbit.errors import InputError
 
 LAUNCHERS = {
@@ -51,13 +53,24 @@ def directory(checkpoints, windows, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def by_torchrun(directory):
+    """What two of torchrun's workers made of them. They also stop a search and go on with it, and leave their group."""
+    launch("torchrun", 2, worker.__file__, directory, "calibrations,search,leaving")
+    return (directory / "calibrations-2").rename(directory / "by-torchrun")
+
+
+@pytest.fixture(scope="module")
+def by_accelerate(by_torchrun, directory):
+    launch("accelerate", 2, worker.__file__, directory, "calibrations")
+    return (directory / "calibrations-2").rename(directory / "by-accelerate")
+
+
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
-def test_two_workers_write_what_one_writes(directory, launcher):
-    launch(launcher, 2, worker.__file__, directory, "calibrations")
-    two = directory / "calibrations-2"
+def test_two_workers_write_what_one_writes(directory, launcher, request):
+    two = request.getfixturevalue(f"by_{launcher}")
     for path in sorted((directory / "calibrations-1").iterdir()):
         _compare(store.read(path), store.read(two / path.name))
-    two.rename(directory / f"by-{launcher}")
 
 
 def _compare(one: store.Calibration, two: store.Calibration) -> None:
@@ -114,28 +127,14 @@ def test_merged_statistics_are_those_of_all_data_on_every_worker(tmp_path):
     assert [(tmp_path / f"refusal-{r}.txt").read_text() for r in range(3)] == ["raised by 1"] * 3
 
 
-def test_no_thread_of_the_group_outlives_it(tmp_path):
-    """One that frees its last tensor while the interpreter ends aborts the process, now and then."""
-    script = """
-import sys
-from pathlib import Path
-import torch
-from lowbit.calibration import distributed
+def test_no_thread_of_the_group_outlives_it(directory, by_torchrun):
+    assert (directory / "left-0").exists() and (directory / "left-1").exists()
 
-def threads():
-    return [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
 
-distributed.join_workers()
-import torch._dynamo  # as transformers does
-distributed.gathered(torch.ones(3))
-assert any("gloo" in t for t in threads()), threads()
-distributed._leave()
-assert not any("gloo" in t for t in threads()), threads()
-Path(f"{sys.argv[1]}-{distributed.rank()}").touch()
-"""
-    (tmp_path / "leave.py").write_text(script)
-    launch("torchrun", 2, tmp_path / "leave.py", tmp_path / "left")
-    assert (tmp_path / "left-0").exists()
+def test_workers_go_on_with_a_search(directory, by_torchrun):
+    found = json.loads((directory / "search-2.json").read_text())
+    assert found["resumed"] == found["whole"] and found["ran"] == [1, 0]
+    assert [f.name for f in (directory / "state").iterdir()] == ["search.json"]
 
 
 def test_rounding_is_divided_by_its_cost():
@@ -161,35 +160,53 @@ def test_every_window_is_one_worker_s(monkeypatch):
     assert not distributed.my_share([])  # methods that need no data
 
 
-def test_commands_under_a_launcher(source, tmp_path):
+@pytest.fixture(scope="module")
+def commands(source, tmp_path_factory):
+    """A folder where two workers converted the source (`out`), and then ran commands in one process each."""
+    folder = tmp_path_factory.mktemp("commands")
     data = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
-    calibrated = launch("torchrun", 2, "-m", "lowbit", "convert", source, tmp_path / "out",
-                        "--method", "best", *data)  # fmt: skip
-    assert calibrated.stdout.count("wrote") == 2  # the calibration and the checkpoint, by one worker
-    command = ("eval", tmp_path / "out", "--reference", source, *data, "--json")
-    two = json.loads(launch("torchrun", 2, "-m", "lowbit", *command).stdout)
-    alone = subprocess.run(
-        [sys.executable, "-m", "lowbit", *map(str, command)], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    one = json.loads(alone.stdout)
+    launched = launch(
+        "torchrun", 2, "-m", "lowbit", "convert", source, folder / "out", "--method", "best", *data
+    )
+    (folder / "convert.txt").write_text(launched.stdout)
+    one = ("--data", source.parent / "text.txt", "--samples", 1, "--length", 32)
+    refused = ("calibrate", source, "-o", folder / "c", "-m", "gptq", *one)
+    lines = [
+        (("eval", folder / "out", "--reference", source, *data, "--json"), 0),
+        (("search", source, *data, "-o", folder / "r.yaml", "--json"), 0),
+        ((*refused, "--device", "cuda"), 2),
+        ((*refused, "--device", "cpu"), 2),
+    ]
+    listed = [([str(word) for word in line], code) for line, code in lines]
+    (folder / "commands.json").write_text(json.dumps(listed))
+    (folder / "stderr.txt").write_text(
+        launch("torchrun", 2, worker.__file__, folder, "commands", code=1).stderr
+    )
+    return folder
+
+
+def test_commands_under_a_launcher(source, commands):
+    # The calibration and the checkpoint, by one worker.
+    assert (commands / "convert.txt").read_text().count("wrote") == 2
+    data = ("--data", source.parent / "text.txt", "--samples", 6, "--length", 32)
+    command = ("eval", commands / "out", "--reference", source, *data, "--json")
+    alone = CliRunner().invoke(app, [str(word) for word in command])
+    assert alone.exit_code == 0, alone.output
+    one, two = json.loads(alone.stdout), json.loads((commands / "eval-0.txt").read_text())
     assert two["tokens"] == one["tokens"] == 6 * 31
     for key in ("perplexity", "kl", "top1_agreement"):
         assert two[key] == pytest.approx(one[key], rel=1e-3)
     assert two["layer_errors"] == pytest.approx(one["layer_errors"], rel=1e-3)
-    searched = launch(
-        "torchrun", 2, "-m", "lowbit", "search", source, *data, "-o", tmp_path / "r.yaml", "--json"
-    )
-    assert json.loads(searched.stdout)["scheme"] in ("int8", "fp8")
+    assert json.loads((commands / "search-0.txt").read_text())["scheme"] in ("int8", "fp8")
+    assert not (commands / "eval-1.txt").read_text() and not (commands / "search-1.txt").read_text()
 
 
-def test_bad_input_ends_every_worker_with_code_2(source, tmp_path):
-    data = ("--data", source.parent / "text.txt", "--samples", 1, "--length", 32)
-    for extra, message in (
-        (("--device", "cuda"), "expected device auto, cpu, found cuda"),
-        (("--device", "cpu"), "expected at least one sample per worker, found 1 for 2 workers"),
+def test_bad_input_ends_every_worker_with_code_2(commands):
+    said = (commands / "stderr.txt").read_text()
+    for message in (
+        "expected device auto, cpu, found cuda",
+        "expected at least one sample per worker, found 1 for 2 workers",
     ):
-        command = ("-m", "lowbit", "calibrate", source, "-o", tmp_path / "c", "-m", "gptq", *data, *extra)
-        done = launch("torchrun", 2, *command, code=1)
-        assert message in done.stderr and "exitcode  : 2" in done.stderr
-        assert not (tmp_path / "c" / store.MANIFEST).exists()
+        assert said.count(message) == 2, said  # each worker says it
+    assert "exitcode  : 2" in said
+    assert not (commands / "c" / store.MANIFEST).exists()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-import worker
 from safetensors.torch import load_file, save_file
-from test_distributed import launch
 from typer.testing import CliRunner
 
 from lowbit import quality
@@ -142,13 +139,3 @@ def test_the_command_goes_on_and_chooses_again(source, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_layer_gradient", lambda *a: pytest.fail("measured again"))
     assert "resumed: 3 of 3" in search("--budget", 8.5, "--overwrite")
     assert load_recipe(out).notes["bits"] <= 8.5
-
-
-def test_workers_go_on(checkpoints, windows, tmp_path):
-    for name in ("qwen3", "qwen3_moe"):
-        (tmp_path / name).symlink_to(checkpoints[name])
-    torch.save(torch.stack(windows), tmp_path / "ids.pt")
-    launch("torchrun", 2, worker.__file__, tmp_path, "search")
-    found = json.loads((tmp_path / "search-2.json").read_text())
-    assert found["resumed"] == found["whole"] and found["ran"] == [1, 0]
-    assert [f.name for f in (tmp_path / "state").iterdir()] == ["search.json"]

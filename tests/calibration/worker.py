@@ -1,13 +1,15 @@
 """What a worker of the distributed tests does: `worker.py TASK DIRECTORY`, started by a launcher or alone.
 
-Each task writes what it found to DIRECTORY/TASK-<workers>.pt (the calibrations to a directory of that name).
+Each task writes what it found to DIRECTORY/TASK-<workers>.pt (the calibrations to a directory of that name). Tasks that
+may follow each other are given together, `a,b`: a process needs seconds to import transformers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from functools import partialmethod
 from pathlib import Path
@@ -27,6 +29,7 @@ from lowbit.calibration.methods import METHODS
 from lowbit.calibration.observers import make_observer
 from lowbit.calibration.run import RunOptions
 from lowbit.calibration.statistics import InputStatistics, Wanted
+from lowbit.cli import main
 from lowbit.scheme import get_scheme
 
 CPU = torch.device("cpu")
@@ -156,9 +159,51 @@ def search(directory: Path) -> None:
         (directory / f"search-{distributed.workers()}.json").write_text(json.dumps(same))
 
 
+def commands(directory: Path) -> None:
+    """Command lines of commands.json, one after the other; each worker's output goes to COMMAND-<rank>.txt.
+
+    All but the last must end with the code that is given with them; the last one ends the process.
+    """
+    *others, (last, _) = json.loads((directory / "commands.json").read_text())
+    for command, code in others:
+        with (
+            (directory / f"{command[0]}-{os.environ['RANK']}.txt").open("w") as out,
+            redirect_stdout(out),
+            patch.object(sys, "argv", ["lowbit", *command]),
+        ):
+            try:
+                main()
+            except SystemExit as end:
+                assert (end.code or 0) == code, (command, end.code)
+    sys.argv = ["lowbit", *last]
+    main()
+
+
+def leaving(directory: Path) -> None:
+    """No thread of the group outlives it: one that frees its last tensor while the interpreter ends aborts the process,
+    now and then.
+    """
+
+    def threads() -> list[str]:
+        return [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+
+    import torch._dynamo  # as transformers does
+
+    distributed.gathered(torch.ones(3))
+    rank = distributed.rank()
+    assert any("gloo" in t for t in threads()), threads()
+    distributed._leave()
+    assert not any("gloo" in t for t in threads()), threads()
+    (directory / f"left-{rank}").touch()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    distributed.join_workers()
-    for task in sys.argv[2].split(","):
-        tasks = {f.__name__: f for f in (calibrations, merging, rounding, refusal, search)}
+    # What is imported after the group was formed may keep it alive; what is before cannot.
+    assert "torch._dynamo" not in sys.modules
+    tasks = {f.__name__: f for f in (calibrations, merging, rounding, refusal, search, commands, leaving)}
+    chosen = sys.argv[2].split(",")
+    if chosen != ["commands"]:  # which join by themselves
+        distributed.join_workers()
+    for task in chosen:
         tasks[task](Path(sys.argv[1]))

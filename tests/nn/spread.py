@@ -1,9 +1,13 @@
-"""A converted model over several devices: `python spread.py CHECKPOINT KIND FOLDER` prints what was found, as JSON."""
+"""Converted models over several devices: `python spread.py FOLDER KIND…` prints what was found of each, a line of JSON.
+
+FOLDER/KIND/out holds each. What raises is the line of its kind, too.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,8 @@ def places(first: str, second: str, kind: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def main() -> None:
-    out, kind, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    second_device.register()
+def spread(kind: str, folder: Path) -> dict[str, Any]:
+    out = folder / "out"
     batch = inputs(kind)
     how: Any = {"dtype": torch.float32, "attn_implementation": "eager"}
     whole = lowbit.load(out, **how)
@@ -51,7 +54,17 @@ def main() -> None:
             "same tokens": torch.equal(again.cpu(), tokens), "verified": lowbit.verify(saved).ok,
             "saved the same": torch.equal(logits(lowbit.load(saved, **how), batch), want),
         }  # fmt: skip
-    print(json.dumps(found))
+    return found
+
+
+def main() -> None:
+    second_device.register()
+    for kind in sys.argv[2:]:
+        try:
+            found = spread(kind, Path(sys.argv[1]) / kind)
+        except Exception:
+            found = {"raised": traceback.format_exc()[-3000:]}
+        print(json.dumps({kind: found}))
 
 
 if __name__ == "__main__":
