@@ -21,13 +21,13 @@ SLOW = pytest.mark.slow
     ["sm80", "sm90", "sm100", "gfx942", "gfx950", ASCEND]
     + [pytest.param(name, marks=SLOW) for name in ("sm89", "sm120")],
 )
-def test_the_compiled_kernels_compute_what_the_reference_does(target, tmp_path):
-    assert run_tests(Path(__file__).parent / "test_operators.py", target, tmp_path) > 30
+def test_the_compiled_kernels_compute_what_the_reference_does(target):
+    assert run_tests(Path(__file__).parent / "test_operators.py", target) > 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [ASCEND])
 @pytest.mark.parametrize("file", ["quantize", "fused", "matmul", "matmul_grouped", "matmul_inner"])
-def test_each_kernel_alone(file, target, tmp_path):
+def test_each_kernel_alone(file, target):
     """Ascend's compiler makes other programs of other shapes, and takes not all."""
-    assert run_tests(Path(__file__).parent / f"test_{file}.py", target, tmp_path) > 10
+    assert run_tests(Path(__file__).parent / f"test_{file}.py", target) > 10

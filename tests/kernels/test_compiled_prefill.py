@@ -18,5 +18,5 @@ SLOW = pytest.mark.slow
     ["sm80", "sm90", "sm100", "gfx950", ASCEND]
     + [pytest.param(name, marks=SLOW) for name in ("sm89", "sm120", "gfx942")],
 )
-def test_the_compiled_kernels_compute_what_the_reference_does(target, tmp_path):
-    assert run_tests(Path(__file__).parent / "test_prefill.py", target, tmp_path) > 30
+def test_the_compiled_kernels_compute_what_the_reference_does(target):
+    assert run_tests(Path(__file__).parent / "test_prefill.py", target) > 30

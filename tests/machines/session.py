@@ -70,14 +70,19 @@ ASCEND = pytest.param(
 )
 
 
-def run_tests(file: Path, target: str, cache: Path) -> int:
+_ROOT = Path(__file__).parents[2]
+CACHE = _ROOT / ".triton" / "machines"
+"""Of what Triton compiled, under the keys of its sources. Its own: here a kernel's binary is text (see device.py)."""
+
+
+def run_tests(file: Path, target: str) -> int:
     """The tests of a file, in a process of their own → how many launches the machine ran. None of them may fail."""
-    changed = {"LOWBIT_MACHINE": target, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(cache)}
+    changed = {"LOWBIT_MACHINE": target, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(CACHE)}
     environment = os.environ | changed
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2], timeout=1200,
+        capture_output=True, text=True, env=environment, cwd=_ROOT, timeout=1200,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     launches = re.search(r"(\d+) launches, compiled", result.stdout)
