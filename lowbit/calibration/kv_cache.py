@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
@@ -113,11 +114,15 @@ class KVObserver:
         return observer.low is not None
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """(k_scale, v_scale), float32 [1], [heads] or [heads · D]."""
+        """(k_scale, v_scale), float32 [1], [heads] or [heads · D]; those of channels are numbers of bfloat16."""
         found = []
         for observer in (self.keys, self.values):
             low, high = observed_range(observer, self.cache.method, self.cache.spec)
-            found.append(scale_from_range(low, high, self.cache.spec)[0])
+            scale = scale_from_range(low, high, self.cache.spec)[0].reshape(-1)
+            if self.cache.each == "channel":
+                # The engine keeps them in the model's dtype: up to the next of bfloat16, so that nothing saturates.
+                scale = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+            found.append(scale)
         return found[0], found[1]
 
 
