@@ -347,12 +347,9 @@ class Planner:
         """Everything that is no module's weight, and what only the calibration has."""
         quantized = bool(self.stored or quantization_of(self.source.config))
         int8_cache = ascend_kv_cache(self.source.config)
-        useless = (
-            self.target is None
-            or other_kv_cache(self.source.config)
-            or int8_cache
-            != isinstance(self.target, Ascend)  # for FP8, or of channels: another cache's scales
-        )
+        useless = self.target is None or other_kv_cache(self.source.config)
+        # Scales for a cache of FP8 mean nothing in one of INT8, nor the other way round.
+        useless |= int8_cache != isinstance(self.target, Ascend)
         for ref in self.source.tensors.values():
             if ref.name in self._taken:
                 continue
