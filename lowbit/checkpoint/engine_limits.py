@@ -37,6 +37,12 @@ _GROUPS_OF = dict.fromkeys(
     "vLLM rearranges the rows of this model's attention while loading, and refuses weight-only codes; "
     "serve the result with transformers, or take int8",
 )
+# Whose `load_weights` vLLM-Ascend 0.23 patches.
+_INT8_CACHE = ("qwen3", "glm4_moe", "minimax_m2")
+_ONLY_INT8_CACHE = (
+    "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone, and refuses them in other "
+    "models; calibrate without --kv-cache, unless your engine is known to load them"
+)
 
 
 def experts_in_float(jobs: Collection[Job]) -> list[str]:
@@ -56,16 +62,19 @@ def engine_limits(
     format: str,
     modules: Mapping[str, Scheme],
     shapes: Callable[[str], tuple[int, ...]],
+    tensors: Collection[str] = (),
 ) -> list[str]:
     """Warnings for what is to be quantized in a format, by the model's config.json; [] mostly.
 
-    `modules`: name → scheme; `shapes`: name → [N, K].
+    `modules`: name → scheme; `shapes`: name → [N, K]; `tensors`: all that is written.
     """
     schemes = set(modules.values())
     if not schemes:
         return []
     kind = str(config.get("model_type"))
     found = [_OF_ANY.get(kind)]
+    if kind not in _INT8_CACHE and any(name.endswith(".kv_cache_scale") for name in tensors):
+        found.append(_ONLY_INT8_CACHE)
     if format in ("fp8", "sglang"):
         found.append(_BLOCKS_OF.get(kind))
     if any(s.activations is None for s in schemes) and format == "compressed-tensors":
