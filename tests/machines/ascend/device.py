@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import subprocess
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,15 @@ class Device:
         if python is None:
             raise RuntimeError("expected the venv of triton-ascend: run `make ascend-env`")
         kernels = Path(compile_ascend.__file__).resolve().parent
-        self._worker = subprocess.Popen(
-            [python, Path(__file__).with_name("worker.py"), kernels],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=compile_ascend.environment(),
-        )  # fmt: skip
+        self._command = [python, Path(__file__).with_name("worker.py"), kernels]
+        self._kept = Path(os.environ["TRITON_CACHE_DIR"]) / "ascend"
+        packages = sorted(
+            path.name for path in python.parent.parent.glob("lib/python*/site-packages/*.dist-info")
+        )
+        self._key = hashlib.sha256(" ".join(packages).encode())
+        """What a kernel is compiled from and by: its launch is missing yet."""
+        for source in sorted(kernels.glob("*.py")):
+            self._key.update(source.read_bytes())
         self._target = target
         self._programs: dict[str, Program] = {}
         self.launches: list[str] = []
@@ -46,7 +54,28 @@ class Device:
         Machine(self._programs[text], given).launch(grid)
         self.launches.append(launch.kernel)
 
+    @cached_property
+    def _worker(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=compile_ascend.environment(),
+        )
+
     def _compile(self, launch: str) -> str:
+        key = self._key.copy()
+        key.update(launch.encode())
+        kept = self._kept / f"{key.hexdigest()[:32]}.hivm"
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            scratch = kept.with_suffix(f".{os.getpid()}")
+            scratch.write_text(self._compiled(launch))
+            scratch.replace(kept)
+        return kept.read_text()
+
+    def _compiled(self, launch: str) -> str:
         assert self._worker.stdin is not None and self._worker.stdout is not None
         self._worker.stdin.write(launch + "\n")
         self._worker.stdin.flush()
