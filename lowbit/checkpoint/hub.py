@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from lowbit.checkpoint.headers import Checkpoint, header_bytes, open_checkpoint
+from lowbit.checkpoint.headers import Checkpoint, header_bytes
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.others import WEIGHT_SUFFIXES
 from lowbit.errors import InputError
 
