@@ -66,7 +66,7 @@ class Repository:
     """All of them, by where they lie, or will lie, below `root`."""
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.commit[:12]}"
+        return f"{self.name}@{self.commit}"
 
     def stamps(self, files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
         """File → (bytes, a number that is another for other contents)."""

@@ -107,7 +107,7 @@ def test_what_a_download_becomes(kind, scheme, remote, tmp_path):
     done = lowbit.convert(NAME, tmp_path / "out", scheme)
     assert but_the_manifest(tmp_path / "out") == as_from_here(model, tmp_path, scheme)
     assert fetched(remote, model) == dict.fromkeys(shards_of(model), 1)
-    assert done.manifest["source"]["path"] == f"{NAME}@{COMMIT[:12]}"
+    assert done.manifest["source"]["path"] == f"{NAME}@{COMMIT}"
     assert lowbit.verify(tmp_path / "out", model).ok
     # What is left takes no room.
     assert not whole(model, tmp_path)
@@ -118,9 +118,9 @@ def test_what_a_download_becomes(kind, scheme, remote, tmp_path):
 def test_plan_and_inspect_fetch_headers_alone(model, remote, tmp_path):
     plan, here = lowbit.plan(NAME, "int8"), lowbit.plan(model, "int8")
     assert [s.header for s in plan.shards] == [s.header for s in here.shards]
-    assert plan.source.name == f"{NAME}@{COMMIT[:12]}"
+    assert plan.source.name == f"{NAME}@{COMMIT}"
     found = lowbit.inspect(NAME)
-    assert found.path == f"{NAME}@{COMMIT[:12]}"
+    assert found.path == f"{NAME}@{COMMIT}"
     assert {**found.to_dict(), "path": ""} == {**lowbit.inspect(model).to_dict(), "path": ""}
     for shard in shards_of(model):
         asked = remote.sent(f"{NAME}/{shard}")
@@ -550,6 +550,6 @@ def test_the_command_line(model, remote, tmp_path):
         [sys.executable, "-m", "lowbit", "convert", NAME, str(tmp_path / "out"), "--json"],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert f'"source": "{NAME}@{COMMIT[:12]}"' in done.stdout
+    assert f'"source": "{NAME}@{COMMIT}"' in done.stdout
     assert done.stderr == "" or "compiling" in done.stderr
     assert but_the_manifest(tmp_path / "out") == as_from_here(model, tmp_path)
