@@ -17,7 +17,7 @@ from torch import Tensor
 import lowbit
 from lowbit.calibration import store
 from lowbit.checkpoint import execute
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import get_format, read
 from lowbit.formats.format import Layout
