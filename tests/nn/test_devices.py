@@ -18,7 +18,6 @@ from lowbit.errors import InputError
 from lowbit.nn import QuantExperts, QuantLinear, load
 from lowbit.nn.quantizer import LowbitQuantizer
 
-
 SPREAD = {
     "llama": "int8", "qwen3-moe": "int8", "mixtral": "mxfp8", "deepseek-v3": "fp8", "llama4": "int8-weight-only",
 }  # fmt: skip
