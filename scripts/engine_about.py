@@ -180,6 +180,10 @@ and quantizes no linears of the second's convolutions, for which nothing stands 
         "kv_cache_offset": (
             "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone"
         ),
+        "attn.k_cache_scale": (
+            "vLLM-Ascend loads no scales of an INT8 KV cache for this model, and without a word keeps one whose scales "
+            "are all 1"
+        ),
         "object has no attribute 'o_groups'": "vLLM-Ascend reads HF's fp8 for DeepSeek-V4 only",
     },
 )

@@ -40,8 +40,8 @@ _GROUPS_OF = dict.fromkeys(
 # Whose `load_weights` vLLM-Ascend 0.23 patches.
 _INT8_CACHE = ("qwen3", "glm4_moe", "minimax_m2")
 _ONLY_INT8_CACHE = (
-    "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone, and refuses them in other "
-    "models; calibrate without --kv-cache, unless your engine is known to load them"
+    "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone; other models it refuses, or "
+    "runs with scales of 1 without a word (Qwen3-MoE): calibrate without --kv-cache, unless your engine loads them"
 )
 
 
