@@ -37,8 +37,10 @@ FUSED = (
     ("in_proj_b", "in_proj_a"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
-# model_type → what its engines join to another module beside it, and that module.
+# model_type → what its engines join to another module beside it, with its parent where others have its name, and that
+# module.
 _FUSED_OF = {
+    "beam": {"self_attn.gate_proj": "q_proj"},  # its experts and MLPs have a gate_proj too
     "olmo_hybrid": {"g_proj": "q_proj"},
     "bailing_hybrid": {"b_proj": "q_proj"},  # Ling 3
     "bailing_moe_v3_vl": {"b_proj": "q_proj"},
@@ -145,7 +147,8 @@ def matmul_key(module: str, model_type: str = "") -> tuple[str, ...] | None:
     One scale per tensor is one for all of them: engines that find several round the codes again, to the largest.
     """
     parent, _, name = module.rpartition(".")
-    name = _FUSED_OF.get(model_type, {}).get(name, name)
+    if own := _FUSED_OF.get(model_type):
+        name = own.get(f"{parent.rpartition('.')[2]}.{name}", own.get(name, name))
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
 
 

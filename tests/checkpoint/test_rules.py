@@ -327,6 +327,18 @@ def test_what_some_models_join_to_q_k_and_v(model_type, name):
         assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
 
 
+def test_a_gate_of_attention_that_one_model_joins_to_q_k_and_v():
+    """Beam's, which has the name of an MLP's: vLLM 0.33 builds one matrix of the four."""
+    members = [f"layers.0.self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "gate_proj")]
+    mlp = [f"layers.0.mlp.{m}" for m in ("gate_proj", "up_proj")]
+    shapes = dict.fromkeys((*members, *mlp), BIG)
+    found = decide(shapes, INT8, config={"model_type": "beam"}, left_in_float={members[-1]: "left"})
+    assert {m for m, d in found.items() if d.scheme} == set(mlp)
+    assert len({fused_key(m, "beam") for m in members}) == len({fused_key(m, "beam") for m in mlp}) == 1
+    found = decide(shapes, INT8, config={"model_type": "llama"}, left_in_float={members[-1]: "left"})
+    assert {m for m, d in found.items() if d.scheme} == {*members[:-1], *mlp}
+
+
 @pytest.mark.parametrize("float_by", ["ignore", "source"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_of_fused_members_one_that_is_kept_as_found_decides(float_by, reverse):
