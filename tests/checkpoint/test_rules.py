@@ -211,6 +211,16 @@ def test_mamba_layers_that_vllm_does_not_quantize_stay():
     assert role_of("model.layers.0.feed_forward.up_proj", BIG, {"model_type": "jamba"}) == ("linear", "")
 
 
+def test_attention_that_vllm_builds_in_float():
+    """vLLM 0.32 and 0.33 refused GLM-5-Next in every format: its attention, latent or linear, has no scales there."""
+    config, layer = {"model_type": "glm5_next"}, "model.language_model.layers.0"
+    for part in ("q_a_proj", "o_proj", "f_b_proj", "indexer.wq_b"):
+        role, reason = role_of(f"{layer}.self_attn.{part}", BIG, config)
+        assert role == "projection" and "vLLM" in reason
+        assert role_of(f"{layer}.self_attn.{part}", BIG, {"model_type": "glm4_moe"}) == ("linear", "")
+    assert role_of(f"{layer}.mlp.experts.0.up_proj", BIG, config) == ("expert", "")
+
+
 def test_what_a_models_own_code_reads_stays():
     for model_type, name in (
         ("seamless_m4t", "speech_encoder.adapter.layers.0.ffn.fc2"),
