@@ -211,7 +211,7 @@ def test_mamba_layers_that_vllm_does_not_quantize_stay():
     assert role_of("model.layers.0.feed_forward.up_proj", BIG, {"model_type": "jamba"}) == ("linear", "")
 
 
-def test_attention_that_vllm_builds_in_float():
+def test_what_vllm_builds_in_float_stays():
     """vLLM 0.32 and 0.33 refused GLM-5-Next in every format: its attention, latent or linear, has no scales there."""
     config, layer = {"model_type": "glm5_next"}, "model.language_model.layers.0"
     for part in ("q_a_proj", "o_proj", "f_b_proj", "indexer.wq_b"):
@@ -219,6 +219,11 @@ def test_attention_that_vllm_builds_in_float():
         assert role == "projection" and "vLLM" in reason
         assert role_of(f"{layer}.self_attn.{part}", BIG, {"model_type": "glm4_moe"}) == ("linear", "")
     assert role_of(f"{layer}.mlp.experts.0.up_proj", BIG, config) == ("expert", "")
+    # Qwen4-Exp's hyper-connections
+    for name in (f"{layer}.attn_hyper_connection", "model.language_model.hyper_connection_mixer"):
+        name += ".input_mix_weight_up"
+        assert role_of(name, BIG, {"model_type": "qwen4_exp"})[0] == "projection"
+        assert role_of(name, BIG, {"model_type": "qwen3_5_moe"}) == ("linear", "")
 
 
 def test_what_a_models_own_code_reads_stays():
