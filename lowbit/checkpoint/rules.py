@@ -44,6 +44,8 @@ _FUSED_OF = {
     "olmo_hybrid": {"g_proj": "q_proj"},
     "bailing_hybrid": {"b_proj": "q_proj"},  # Ling 3
     "bailing_moe_v3_vl": {"b_proj": "q_proj"},
+    "kimi_linear": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
+    "alice_ai": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
 }
 # The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}

@@ -328,7 +328,8 @@ def test_fused_members_follow_one_that_stays(members):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"), [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "")]
+    ("model_type", "name"),
+    [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "b_proj"), ("afmoe", "")],
 )
 def test_what_some_models_join_to_q_k_and_v(model_type, name):
     """A gate or beta that the source left in float kept engines from loading the rest as codes."""
@@ -340,6 +341,17 @@ def test_what_some_models_join_to_q_k_and_v(model_type, name):
     assert {m for m, d in found.items() if d.scheme} == (set() if name else {*members} - {*left})
     if name:
         assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
+
+
+@pytest.mark.parametrize("model_type", ["kimi_linear", "alice_ai"])
+def test_what_is_too_narrow_for_blocks_beside_q_k_and_v(model_type):
+    """vLLM joins as many rows as there are heads, and refused blocks for them: 0.32 and 0.33 all of Kimi-Linear's."""
+    rows = {"q_proj": 256, "k_proj": 256, "v_proj": 256, "b_proj": 32, "f_a_proj": 128, "o_proj": 256}
+    block, config = get_scheme("fp8-block"), {"model_type": model_type}
+    for format, joined in (("compressed-tensors", get_scheme("fp8")), ("fp8", None)):
+        shapes = {f"a.{name}": (n, 256) for name, n in rows.items()}
+        found = decide(shapes, block, fits=get_format(format).refuse, config=config)
+        assert {m: d.scheme for m, d in found.items()} == {**dict.fromkeys(shapes, joined), "a.o_proj": block}
 
 
 def test_a_gate_of_attention_that_one_model_joins_to_q_k_and_v():
