@@ -46,6 +46,8 @@ _FUSED_OF = {
     "bailing_moe_v3_vl": {"b_proj": "q_proj"},
     "kimi_linear": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
     "alice_ai": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
+    # All that reads a layer's input, in linear attention and in latent attention, which has no q_proj.
+    "kimi_k3": dict.fromkeys(("b_proj", "f_a_proj", "g_proj", "q_a_proj", "kv_a_proj_with_mqa"), "q_proj"),
 }
 # The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
@@ -330,7 +332,8 @@ def _make_fit(
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}
-        free = carried | {m for m in having if m.rpartition(".")[2] in _LAST_UNDIVIDED}
+        last = _LAST_UNDIVIDED.difference(_FUSED_OF.get(str(config.get("model_type")), ()))
+        free = carried | {m for m in having if m.rpartition(".")[2] in last}
         ours: dict[str, Joined] = {m: "" if m in free else joined for m in having}
         problem = next((p for m in having if (p := fits(scheme, shapes[m], ours[m]))), "")
         if not problem:

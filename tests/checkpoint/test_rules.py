@@ -354,6 +354,18 @@ def test_what_is_too_narrow_for_blocks_beside_q_k_and_v(model_type):
         assert {m: d.scheme for m, d in found.items()} == {**dict.fromkeys(shapes, joined), "a.o_proj": block}
 
 
+def test_a_gate_that_kimi_k3_joins_behind_keys_and_values():
+    """vLLM 0.33 has q_a_proj, kv_a_proj_with_mqa and g_proj in one matrix there, and refused 576 rows of blocks in it."""
+    shapes = {"a.q_a_proj": (1536, 256), "a.kv_a_proj_with_mqa": (576, 256), "a.g_proj": (512, 256)}
+    for model_type, scheme in (("kimi_k3", get_scheme("fp8")), ("deepseek_v3", get_scheme("fp8-block"))):
+        fits = get_format("compressed-tensors").refuse
+        found = decide(shapes, get_scheme("fp8-block"), fits=fits, config={"model_type": model_type})
+        assert [found[m].scheme for m in list(shapes)[:2]] == [scheme] * 2
+        assert (found["a.g_proj"].scheme == scheme) and found["a.g_proj"].role == "linear"
+    linear = [f"a.{m}_proj" for m in ("q", "k", "v", "g", "b", "f_a")]
+    assert len({fused_key(m, "kimi_k3") for m in (*linear, *shapes)}) == 1
+
+
 def test_a_gate_of_attention_that_one_model_joins_to_q_k_and_v():
     """Beam's, which has the name of an MLP's: vLLM 0.33 builds one matrix of the four."""
     members = [f"layers.0.self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "gate_proj")]
