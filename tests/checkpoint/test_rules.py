@@ -355,7 +355,7 @@ def test_what_is_too_narrow_for_blocks_beside_q_k_and_v(model_type):
 
 
 def test_a_gate_that_kimi_k3_joins_behind_keys_and_values():
-    """vLLM 0.33 has q_a_proj, kv_a_proj_with_mqa and g_proj in one matrix there, and refused 576 rows of blocks in it."""
+    """vLLM 0.33 makes one matrix of q_a_proj, kv_a_proj_with_mqa and g_proj, and refused 576 rows of blocks in it."""
     shapes = {"a.q_a_proj": (1536, 256), "a.kv_a_proj_with_mqa": (576, 256), "a.g_proj": (512, 256)}
     for model_type, scheme in (("kimi_k3", get_scheme("fp8")), ("deepseek_v3", get_scheme("fp8-block"))):
         fits = get_format("compressed-tensors").refuse
