@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.calibration import store
 from lowbit.calibration.store import Calibration
-from lowbit.checkpoint.headers import TensorRef, open_checkpoint
+from lowbit.checkpoint.headers import TensorRef
+from lowbit.checkpoint.hub import open_source, whole
 from lowbit.checkpoint.inspect import Inspection, inspect_checkpoint
 from lowbit.checkpoint.parts import Part
 from lowbit.checkpoint.plan import Plan, make_plan
@@ -55,6 +57,7 @@ class Conversion:
 def inspect(path: str | Path) -> Inspection:
     """What a checkpoint is, from its headers: architecture, tensors by dtype and role, anything odd.
 
+    `path`: a directory, or `org/name` or `org/name@revision` on the Hub, of which headers alone are fetched.
     Raises InputError when it is not a checkpoint, or its files do not fit together.
     """
     return inspect_checkpoint(path)
@@ -73,6 +76,7 @@ def plan(
 ) -> Plan:
     """What `convert` would do with the same arguments, without reading weight data.
 
+    `src`: a directory, or `org/name` or `org/name@revision` on the Hub, of which headers alone are fetched.
     `scheme` is a preset's name (see `lowbit.scheme.SCHEMES`) or a Scheme; default: what `calibration` was made
     for, and int8 without one. `format` defaults to compressed-tensors; `fp8`, `ascend` and `sglang` are the
     others (see `lowbit.formats`). A pattern in `ignore`, `keep` and `overrides` is a module's or parent's name,
@@ -81,7 +85,9 @@ def plan(
     `calibration`: what `lowbit.calibrate` returned, or the directory that it wrote; the patterns that it was made
     with hold where these say nothing. Raises InputError for what cannot be done.
     """
-    source = open_checkpoint(src)
+    if calibration is not None:  # it is checked against samples of the weights
+        src = whole(src)
+    source = open_source(src)
     selection = Selection.of(ignore=ignore, keep=keep, overrides=overrides)
     found = store.read(calibration) if isinstance(calibration, str | Path) else calibration
     if scheme is None:
@@ -115,7 +121,8 @@ def convert(
 ) -> Conversion:
     """Rewrite the checkpoint `src` as a quantized one in the directory `out`.
 
-    Arguments as for `plan`. One pass over the source in constant memory, on `workers` threads
+    Arguments as for `plan`. What is on the Hub is fetched shard by shard, below HF_HOME, and each is dropped when it is
+    converted. One pass over the source in constant memory, on `workers` threads
     (default: one per processor). Nothing stands under its final name before everything is
     written and synced. A run that was killed, or that a disk or network failed, resumes when it is called
     again with the same arguments: what it had written is read back and checked. Bad input raises InputError
@@ -138,26 +145,39 @@ def run_plan(
     part: Part | None = None,
     overwrite: bool = False,
     progress: Progress = lambda count: None,
+    fetched: Progress = lambda count: None,
 ) -> Conversion:
-    """Execute a plan into `out`; see `convert`."""
+    """Execute a plan into `out`; see `convert`. `fetched` is called with bytes that arrived from the Hub."""
+    from lowbit.checkpoint.jobs import files_of
     from lowbit.checkpoint.journal import intact
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.engines.local import default_workers, run_jobs
+    from lowbit.engines import supply
+    from lowbit.engines.local import default_workers, no_wait, run_jobs
 
     begin = time.perf_counter()
     directory = OutputDirectory(Path(out), plan, overwrite=overwrite, part=part)
+    mine, repository = plan.jobs_in(directory.shards), plan.source.repository
+    if repository is not None:
+        try:
+            supply.prepare(repository, [plan.source.root / file for file in plan.source.others], mine)
+        except OSError as error:
+            raise directory.explain(error) from error
     outputs = directory.prepare()
-    mine = plan.jobs_in(directory.shards)
     try:
         assert directory.journal is not None
         done = intact(mine, plan.shards, directory.partial, directory.record.done)
         for number in done:
             progress(plan.jobs[number].source_bytes)
-        run_jobs(
-            [item for item in mine if item[0] not in done], outputs,
-            workers=workers or default_workers(), progress=progress,
-            not_finite=directory.journal.not_finite, finished=directory.journal.record,
-        )  # fmt: skip
+        left = [item for item in mine if item[0] not in done]
+        if repository:  # what is not read again need not come again
+            spared = files_of(job for _, job in mine) - files_of(job for _, job in left)
+            fetched(repository.nbytes(spared))
+        with supply.Supply(repository, left, fetched=fetched) if repository else nullcontext() as shards:
+            run_jobs(
+                left, outputs, workers=workers or default_workers(), progress=progress,
+                not_finite=directory.journal.not_finite, finished=directory.journal.record,
+                ready=shards.ready if shards else no_wait,
+            )  # fmt: skip
         manifest = directory.finish()
     except OSError as error:
         raise directory.give_up(error) from error

@@ -80,10 +80,11 @@ def calibrate(
     from lowbit.calibration.methods import Method as MethodClass
     from lowbit.calibration.methods import best_method
     from lowbit.calibration.run import RunOptions as Options
+    from lowbit.checkpoint.hub import whole
     from lowbit.checkpoint.rules import Selection
     from lowbit.scheme import scheme_of
 
-    target = scheme_of(scheme)
+    src, target = whole(src), scheme_of(scheme)
     options = options or Options(device=join(device))
     if isinstance(method, MethodClass):
         chosen = method
@@ -138,10 +139,11 @@ def measure(
     """
     from lowbit.calibration import store
     from lowbit.calibration.devices import join
+    from lowbit.checkpoint.hub import whole
     from lowbit.evaluate.layerwise import calibrated, plain
     from lowbit.evaluate.layerwise import evaluate as run
 
-    where = join(device)
+    out, reference, where = whole(out), None if reference is None else whole(reference), join(device)
     windows, _ = _windows(reference or out, data, samples, length, seed)
     if not windows or batch_size < 1:
         raise InputError(
@@ -193,6 +195,7 @@ def search(
     from lowbit.calibration.choice import FLOAT, check_wish, curve, pick, recipe_of
     from lowbit.calibration.devices import join
     from lowbit.calibration.search import sensitivities
+    from lowbit.checkpoint.hub import whole
     from lowbit.checkpoint.rules import Selection
 
     if budget is None and max_kl is None:
@@ -201,7 +204,7 @@ def search(
         raise InputError(f"expected a list of schemes as candidates, found {candidates!r}; put it in one")
     candidates = [name for name in candidates if name != FLOAT]
     check_wish(candidates, budget=budget, max_kl=max_kl)
-    where = join(device)
+    src, where = whole(src), join(device)
     windows, described = _windows(src, data, samples, length, seed)
     units = sensitivities(
         src, windows, list(candidates), selection=Selection.of(ignore=ignore), device=where, seed=seed,

@@ -36,8 +36,9 @@ def explain(error: OSError, out: Path, source: Path, *, nbytes: int, kept: bool)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and ours:
         return InputError(f"{out}: no permission to write here ({error.strerror}); choose another place")
     stays = ". What was written stays" if kept else ""
+    suspect = "the network" if error.errno == errno.ENETUNREACH else "the file and the disk"
     return InputError(
-        f"{error.filename or out}: {error.strerror or error}{stays}; check the file and the disk, and run again"
+        f"{error.filename or out}: {error.strerror or error}{stays}; check {suspect}, and run again"
     )
 
 

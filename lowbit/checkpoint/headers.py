@@ -11,14 +11,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.others import entries, is_adapter, others_below
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, MODELOPT, modelopt_config, quantization_of
+
+if TYPE_CHECKING:
+    from lowbit.checkpoint.hub import Repository
 
 # safetensors' own limit; a longer one is an attack or a broken file.
 MAX_HEADER_BYTES = 100_000_000
@@ -93,13 +97,23 @@ class Checkpoint:
     """Every other file below `root`, relative to it: tokenizer, generation config, code, …"""
     notes: tuple[str, ...] = field(default=())
     """What is odd about it, in words."""
+    repository: Repository | None = field(default=None, repr=False)
+    """Where its weights are to be fetched from before they are read; None: they are here."""
+
+    @property
+    def name(self) -> str:
+        """The directory, or the repository and its commit."""
+        return str(self.repository or self.root)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
     def stamps(self) -> dict[Path, tuple[int, int]]:
-        """Shard → bytes, and nanoseconds of its last modification, both as of now."""
+        """Shard → bytes, and nanoseconds of its last modification, both as of now; of a repository, where nothing
+        changes, a number that its contents give."""
+        if self.repository is not None:
+            return self.repository.stamps(self.shards)
         found = ((shard, shard.stat()) for shard in self.shards)
         return {shard: (stat.st_size, stat.st_mtime_ns) for shard, stat in found}
 
@@ -142,18 +156,19 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def read_header(file: Path, nbytes: int | None = None) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """(tensors in data order, `__metadata__`) of one safetensors file.
 
-    Raises InputError when the file is truncated, the header is too long or not the JSON
-    that the format asks for, or offsets overlap, leave holes or leave the file.
+    `nbytes`: of the whole file, where its data is not here. Raises InputError when the file is
+    truncated, the header is too long or not the JSON that the format asks for, or offsets overlap, leave holes or
+    leave the file.
     """
 
     def refuse(problem: str) -> InputError:
         return InputError(f"{file}: {problem}; the file is damaged or not safetensors: fetch it again")
 
     try:
-        size = file.stat().st_size
+        size = file.stat().st_size if nbytes is None else nbytes
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -263,10 +278,10 @@ def _shard_below(root: Path, name: Any, index: Path) -> Path:
     return file
 
 
-def _read_shards(files: Iterable[Path]) -> dict[str, TensorRef]:
+def _read_shards(files: Iterable[Path], sizes: Mapping[Path, int]) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
     for file in files:
-        for name, ref in read_header(file)[0].items():
+        for name, ref in read_header(file, sizes.get(file))[0].items():
             if name in tensors:
                 raise InputError(
                     f"two shards hold the tensor {name!r}: {tensors[name].file.name} and {file.name}; "
@@ -276,7 +291,9 @@ def _read_shards(files: Iterable[Path]) -> dict[str, TensorRef]:
     return tensors
 
 
-def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, TensorRef], list[Path]]:
+def _read_indexed(
+    root: Path, index: Path, sizes: Mapping[Path, int], notes: list[str]
+) -> tuple[dict[str, TensorRef], list[Path]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: expected a weight_map of tensor names to files, found {weight_map!r:.80}")
@@ -284,7 +301,7 @@ def _read_indexed(root: Path, index: Path, notes: list[str]) -> tuple[dict[str, 
     for name in weight_map.values():
         if not isinstance(name, str) or name not in files:
             files[name] = _shard_below(root, name, index)
-    tensors = _read_shards(sorted(files.values()))
+    tensors = _read_shards(sorted(files.values()), sizes)
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != files[file]:
             where = f"it lies in {tensors[name].file.name}" if name in tensors else "no shard holds it"
@@ -364,8 +381,10 @@ def _no_weights(root: Path) -> InputError:
     return InputError(f"{root}: expected *.safetensors files, found none; check the path")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, sizes: Mapping[Path, int] = MappingProxyType({})) -> Checkpoint:
     """Read the headers of a checkpoint directory.
+
+    `sizes`: bytes of files whose data is not here, but elsewhere (see `hub`).
 
     Uses the index when there is one, else every `*.safetensors` in the directory. Raises
     InputError on anything that does not fit together; pickle files are refused.
@@ -384,12 +403,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     found = sorted(f for f in root.glob("*.safetensors") if not f.name.startswith(".") and not is_adapter(f))
     indexes = sorted(root.glob("*.safetensors.index.json"))
     if indexes:
-        tensors, shards = _read_indexed(root, _index_of(root, indexes, notes), notes)
+        tensors, shards = _read_indexed(root, _index_of(root, indexes, notes), sizes, notes)
         if extra := [f.name for f in found if f not in shards]:
             notes.append(f"files that the index does not name are left out: {', '.join(extra)}")
     elif found:
         shards = _shards_without_index(root, found, notes)
-        tensors = _read_shards(shards)
+        tensors = _read_shards(shards, sizes)
     else:
         raise _no_weights(root)
     if not tensors:

@@ -12,7 +12,8 @@ from typing import Any
 
 from lowbit.checkpoint.beside import BESIDE_CODES
 from lowbit.checkpoint.fused_experts import SplitExperts, is_beside_fused, is_fused, split, why_fused
-from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint, open_checkpoint
+from lowbit.checkpoint.headers import ITEM_BYTES, Checkpoint
+from lowbit.checkpoint.hub import open_source
 from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
@@ -54,7 +55,7 @@ class Inspection:
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
     """Read the headers below `path` and say what is there. InputError when they do not fit together."""
-    source = open_checkpoint(path)
+    source = open_source(path)
     experts = split(source)
     stored, unread = _stored(experts.checkpoint)
     text = source.config.get("text_config") or {}
@@ -80,7 +81,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     numbers = [int(m[1]) for n in source.tensors if (m := re.search(r"\blayers?\.(\d+)\.", n))]
     indices = [int(m[1]) for n in source.tensors if (m := re.search(r"\.experts\.(\d+)\.", n))]
     return Inspection(
-        path=str(source.root),
+        path=source.name,
         architecture=", ".join(map(str, source.config.get("architectures") or [])) or "unknown",
         model_type=str(source.config.get("model_type", "unknown")),
         tensors=len(source.tensors),

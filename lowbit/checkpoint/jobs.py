@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from lowbit.checkpoint.headers import ITEM_BYTES, TensorRef
@@ -125,7 +126,7 @@ class Job:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """All that it reads."""
+        """All that it reads of the source."""
         found = self.source.refs if self.source else ()
         joined = tuple(r for source, _ in self.joined for r in source.refs)
         return found + joined + (self.static.refs if self.static else ())
@@ -137,6 +138,11 @@ class Job:
     @property
     def name(self) -> str:
         return next(iter(self.outputs.values())).name
+
+
+def files_of(jobs: Iterable[Job]) -> set[Path]:
+    """The source's files that jobs read."""
+    return {ref.file for job in jobs for ref in job.refs}
 
 
 def shard_of(job: Job) -> int:

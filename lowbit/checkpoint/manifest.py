@@ -25,7 +25,7 @@ def make_manifest(
     return {
         "lowbit_version": __version__,
         "plan": digest,
-        "source": {"path": str(plan.source.root), "fingerprint": plan.source.fingerprint()},
+        "source": {"path": plan.source.name, "fingerprint": plan.source.fingerprint()},
         "scheme": plan.scheme.name,
         "format": plan.format.name if plan.format else None,
         "calibration": plan.calibration or None,

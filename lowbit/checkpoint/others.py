@@ -10,7 +10,7 @@ from pathlib import Path
 from lowbit.errors import InputError
 
 # Other copies of the weights (and pickles): not carried along.
-_WEIGHT_SUFFIXES = {
+WEIGHT_SUFFIXES = {
     ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".tflite",
 }  # fmt: skip
 # model.onnx_data, model.onnx_data_1, model.onnx.data
@@ -27,7 +27,7 @@ def others_below(root: Path, skip: Collection[Path], notes: list[str]) -> tuple[
             continue
         other = file.relative_to(root)
         suffix = Path(file.name.removesuffix(".index.json")).suffix
-        weights = suffix in _WEIGHT_SUFFIXES or _BESIDE_ONNX.fullmatch(file.name)
+        weights = suffix in WEIGHT_SUFFIXES or _BESIDE_ONNX.fullmatch(file.name)
         if weights and modules.isdisjoint(map(str, other.parents)) and not is_adapter(file):
             notes.append(f"other weights are left out: {other}")
         else:

@@ -155,7 +155,7 @@ def make_plan(
     planner.add_rest()
     if scheme.weights is not None and not planner.schemes:
         raise InputError(
-            f"{source.root}: expected at least one weight to quantize to {scheme.name} as "
+            f"{source.name}: expected at least one weight to quantize to {scheme.name} as "
             f"{target.name if target else 'plain'}, found none: {_why_kept(decisions)}"
         )
     planner.require_input_scales()

@@ -16,6 +16,7 @@ from lowbit.checkpoint.decode import Scales, decode_slowly, source_kind, to_floa
 from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef, open_checkpoint
+from lowbit.checkpoint.hub import whole
 from lowbit.checkpoint.jobs import Source
 from lowbit.checkpoint.manifest import differences, read_manifest
 from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_exactly
@@ -82,7 +83,7 @@ def verify_checkpoint(
     Whatever is wrong with it is listed as a problem; where headers or config cannot be read,
     that is the only one. InputError when there is no checkpoint at `path`, or `source` is not one.
     """
-    origin = split(open_checkpoint(source)).checkpoint if source is not None else None
+    origin = split(open_checkpoint(whole(source))).checkpoint if source is not None else None
     if not any(Path(path).glob("*.safetensors")):
         open_checkpoint(path)  # says what is there instead
     try:

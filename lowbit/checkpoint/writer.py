@@ -93,7 +93,7 @@ class OutputDirectory:
             tidy = self._lock_out()
         except OSError as error:
             self._remove_made()  # no more: what else is there may be another's
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         try:
             self._check_space()
             if self._stale:
@@ -116,7 +116,7 @@ class OutputDirectory:
                 self.discard()
             if isinstance(error, InputError):
                 raise
-            raise self._explain(error) from error
+            raise self.explain(error) from error
         except BaseException:  # Ctrl-C in a notebook, which would keep the lock
             self.abandon()
             raise
@@ -153,7 +153,8 @@ class OutputDirectory:
                 "free some, or choose another disk"
             )
 
-    def _explain(self, error: OSError) -> InputError:
+    def explain(self, error: OSError) -> InputError:
+        """What to do about an error of the operating system."""
         return explain(error, self.out, self.plan.source.root, nbytes=self.plan.output_bytes, kept=self._kept)
 
     def finish(self) -> dict[str, Any]:
@@ -355,7 +356,7 @@ class OutputDirectory:
             self.abandon()
         else:
             self.discard()
-        return self._explain(error)
+        return self.explain(error)
 
     def abandon(self) -> None:
         """Stop, and leave what was written for a later run to resume."""

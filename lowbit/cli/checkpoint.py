@@ -26,7 +26,9 @@ REASONS = 20
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", parser=some_path, help="Checkpoint directory: *.safetensors and config.json."
+        metavar="SRC",
+        parser=some_path,
+        help="Checkpoint directory: *.safetensors and config.json. Or one on the Hub: org/name or org/name@revision.",
     ),
 ]
 SchemeName = Annotated[
@@ -152,7 +154,12 @@ def plan(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(parser=some_path, metavar="PATH", help="Checkpoint directory.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=some_path, metavar="PATH", help="Checkpoint directory, or org/name on the Hub."
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is: architecture, tensors by dtype and role, quantization, anything odd."""
@@ -206,8 +213,11 @@ def verify(
     Exit code 1 when something is wrong.
     """
     from lowbit import api
+    from lowbit.checkpoint.hub import whole
     from lowbit.cli.output import bytes_bar, print_json, say_bytes, table
 
+    if source is not None:
+        source = whole(source)
     both = [out, source] if source else [out]  # both are decoded and compared
     shards = (f for path in both for f in path.glob("*.safetensors") if f.is_file())
     total = sum(f.stat().st_size for f in shards)
@@ -288,6 +298,7 @@ def print_warnings(
 
 
 def headline(decided: Plan) -> str:
+    """What becomes what; of a source on the Hub, also which one it is."""
     quantized = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
     kept = len(decided.decisions) - sum(quantized.values())
     target = decided.format.name if decided.format else "plain safetensors"
@@ -296,13 +307,14 @@ def headline(decided: Plan) -> str:
     ]
     apart = decided.split_experts
     split = f" ({len(apart)} split from {len(set(apart.values()))} tensors of fused experts)" if apart else ""
-    return f"{decided.scheme.name} as {target}: {', '.join(parts)}{split}; {kept} modules kept"
+    said = f"{decided.scheme.name} as {target}: {', '.join(parts)}{split}; {kept} modules kept"
+    return said if decided.source.repository is None else f"{decided.source.name}\n{said}"
 
 
 def summary(decided: Plan, chip: Accelerator | None = None) -> dict[str, Any]:
     schemes = Counter(d.scheme.name for d in decided.decisions.values() if d.scheme and d.scheme.weights)
     return {
-        "source": str(decided.source.root),
+        "source": decided.source.name,
         "scheme": decided.scheme.name,
         "format": decided.format.name if decided.format else None,
         "plan": decided.digest(),

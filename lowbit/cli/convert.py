@@ -92,9 +92,10 @@ def convert(
     """
     from lowbit import api
     from lowbit.calibration import store
+    from lowbit.checkpoint.jobs import files_of
     from lowbit.checkpoint.parts import Part
     from lowbit.checkpoint.writer import OutputDirectory
-    from lowbit.cli.output import Warnings, bytes_bar, print_json, say_bytes
+    from lowbit.cli.output import Warnings, bytes_bars, print_json, say_bytes
     from lowbit.errors import InputError
 
     warn = Warnings()
@@ -103,8 +104,10 @@ def convert(
     wanted, format, chip = what_is_asked(recipe, scheme, format, target, ignore, keep, calibrated)
     if method or (wanted.method and calibrated is None):
         from lowbit.calibration.distributed import rank
+        from lowbit.checkpoint.hub import whole
 
         _check_options(share, calibrated, dry_run)
+        src = whole(src)
         _check_before_calibrating(src, out, wanted, format, max_shard_size, overwrite=overwrite)
         calibrated = _calibrate(
             src, out, wanted, method, data, samples, length, device, overwrite=overwrite, quiet=json, warn=warn
@@ -131,9 +134,14 @@ def convert(
         else:
             print(f"dry run: {say_bytes(decided.output_bytes)} would be written to {out}")
         return
-    total = sum(job.source_bytes for _, job in decided.jobs_in(share.shards(decided.shards)))
-    with bytes_bar("converting", total, quiet=json) as progress:
-        done = api.run_plan(decided, out, workers=workers, part=share, overwrite=overwrite, progress=progress)
+    jobs = [job for _, job in decided.jobs_in(share.shards(decided.shards))]
+    totals = {"converting": sum(job.source_bytes for job in jobs)}
+    if decided.source.repository is not None:
+        totals["fetching"] = decided.source.repository.nbytes(files_of(jobs))
+    with bytes_bars(totals, quiet=json) as bars:
+        done = api.run_plan(
+            decided, out, workers=workers, part=share, overwrite=overwrite, progress=bars[0], fetched=bars[-1]
+        )
     _say(done, chip, json=json)
 
 

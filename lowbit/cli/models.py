@@ -53,7 +53,9 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
     import time
 
     from lowbit.checkpoint.headers import open_checkpoint
+    from lowbit.checkpoint.hub import whole
 
+    path = whole(path)
     open_checkpoint(path)  # an error in the path is said before torch is loaded
     quiet_transformers()
     import torch

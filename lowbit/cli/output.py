@@ -9,8 +9,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,45 +151,56 @@ def steps_bar(label: str, *, quiet: bool, live: bool = True) -> Iterator[Callabl
 
 @contextmanager
 def bytes_bar(label: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, speed and time left on a terminal, seldom a line in pipes; nothing when `quiet`.
+    """`bytes_bars` with one; yields its function."""
+    with bytes_bars({label: total}, quiet=quiet) as (advance,):
+        yield advance
 
-    Yields a function that any thread may call with the number of bytes just done.
+
+@contextmanager
+def bytes_bars(totals: Mapping[str, int], *, quiet: bool) -> Iterator[list[Callable[[int], None]]]:
+    """Bars with bytes, speed and time left on a terminal, seldom a line in pipes; nothing when `quiet`.
+
+    `totals`: label → bytes. Yields, for each, a function that any thread may call with the number of bytes just done.
     """
     if quiet:
-        yield lambda count: None
+        yield [lambda count: None for _ in totals]
         return
     if not sys.stderr.isatty():
-        seldom, done = Seldom(label), [0]
-
-        def add(count: int) -> None:
-            with seldom.lock:
-                done[0] += count
-            seldom(f"{say_bytes(done[0])} of {say_bytes(total)}")
-
-        yield add
+        yield [_seldom_bytes(label, total) for label, total in totals.items()]
         return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
     columns = (
-        TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     lock = threading.Lock()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
+    with Progress(*columns, console=Console(stderr=True)) as bars:
 
-        def advance(count: int) -> None:
+        def advance(task: TaskID, count: int) -> None:
             with lock:
-                bar.advance(task, count)
+                bars.advance(task, count)
 
-        yield advance
+        yield [partial(advance, bars.add_task(label, total=total)) for label, total in totals.items()]
+
+
+def _seldom_bytes(label: str, total: int) -> Callable[[int], None]:
+    seldom, done = Seldom(label), [0]
+
+    def add(count: int) -> None:
+        with seldom.lock:
+            done[0] += count
+        seldom(f"{say_bytes(done[0])} of {say_bytes(total)}")
+
+    return add
 
 
 def table(headers: list[str], rows: list[list[str]], *, right: set[int] | None = None) -> str:

@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from lowbit.checkpoint.execute import Cancelled, Progress, Worker
 from lowbit.checkpoint.jobs import Job
@@ -17,6 +18,11 @@ def default_workers() -> int:
     return max(1, min(count, 32))
 
 
+def no_wait(job: Job, cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
+    """All that any job reads is there."""
+    return nullcontext()
+
+
 def run_jobs(
     jobs: Sequence[tuple[int, Job]],
     outputs: Mapping[int, int],
@@ -25,10 +31,12 @@ def run_jobs(
     progress: Progress,
     not_finite: Callable[[str], None],
     finished: Callable[[int, dict[str, str]], None],
+    ready: Callable[[Job, Callable[[], bool]], AbstractContextManager[None]] = no_wait,
 ) -> None:
     """Run numbered jobs in order on `workers` threads; `finished(number, checksums)` after each.
 
-    `not_finite(name)` before that, for a tensor that was copied with NaN or Inf in it.
+    `not_finite(name)` before that, for a tensor that was copied with NaN or Inf in it. Each job runs within
+    `ready(job, cancelled)`, a context in which what it reads is there (see `Supply`).
     The first error stops the others soon and is raised here; so does Ctrl-C.
     """
     waiting: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
@@ -45,7 +53,8 @@ def run_jobs(
                     number, job = waiting.get_nowait()
                 except queue.Empty:
                     return
-                finished(number, worker.run(job))
+                with ready(job, stop.is_set):
+                    finished(number, worker.run(job))
         except Cancelled:
             pass
         except BaseException as error:  # handed to the caller, whatever it is

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.fused_experts import split
 from lowbit.checkpoint.headers import INDEX, Checkpoint, open_checkpoint
+from lowbit.checkpoint.hub import whole
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
 from lowbit.formats.joined import EXPERT
@@ -31,7 +32,7 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a checkpoint directory, in eval mode.
+    """The model of a checkpoint directory, or of one on the Hub (`org/name@revision`), in eval mode.
 
     Reads what `lowbit.convert` writes, and published checkpoints: compressed-tensors INT8 and FP8,
     DeepSeek-style block FP8, msModelSlim's W8A8, W8A8_DYNAMIC, W8A16 and W8A8_MXFP8. The model is
@@ -60,7 +61,7 @@ def load(
         )
     if max_memory is not None:
         _check_devices(max_memory)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(whole(path))
     model_class, config = _architecture(checkpoint, trust_remote_code)
     # An error in the headers is best found before a model is built.
     if _stored(checkpoint):
