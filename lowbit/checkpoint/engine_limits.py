@@ -37,6 +37,10 @@ _BLOCKS_OF = {
     **dict.fromkeys(("llama", "mistral", "ministral3", "phi3"), _LLAMA),
     "mistral3": "vLLM's and SGLang's Mistral 3 look for other names of scales than this format has; leave --format out",
 }
+_FP8_OF = {
+    "minimax_m3_vl": "vLLM's MiniMax-M3 takes this format's scales for those of MXFP8, and drops them without a word; "
+    "leave --format out",
+}
 _GROUPS_OF = dict.fromkeys(
     ("bloom", "telechat"),
     "vLLM rearranges the rows of this model's attention while loading, and refuses weight-only codes; "
@@ -81,6 +85,8 @@ def engine_limits(
     found = [_OF_ANY.get(kind)]
     if format in ("fp8", "sglang"):
         found.append(_BLOCKS_OF.get(kind))
+    if format == "fp8":
+        found.append(_FP8_OF.get(kind))
     if any(s.activations is None for s in schemes) and format == "compressed-tensors":
         found.append(_GROUPS_OF.get(kind))
     if kind == "dory" and any(s.activations is None or _in_blocks(s) for s in schemes):

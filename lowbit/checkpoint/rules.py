@@ -46,6 +46,7 @@ _FUSED_OF = {
     "bailing_moe_v3_vl": {"b_proj": "q_proj"},
     "kimi_linear": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
     "alice_ai": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
+    "minimax_m3_vl": {"index_q_proj": "q_proj", "index_k_proj": "q_proj"},
     # All that reads a layer's input, in linear attention and in latent attention, which has no q_proj.
     "kimi_k3": dict.fromkeys(("b_proj", "f_a_proj", "g_proj", "q_a_proj", "kv_a_proj_with_mqa"), "q_proj"),
 }

@@ -354,6 +354,17 @@ def test_what_is_too_narrow_for_blocks_beside_q_k_and_v(model_type):
         assert {m: d.scheme for m, d in found.items()} == {**dict.fromkeys(shapes, joined), "a.o_proj": block}
 
 
+def test_an_indexer_that_minimax_m3_joins_to_q_k_and_v():
+    """vLLM's MiniMax-M3 took the indexer's BF16 for codes where `--ignore` named it alone."""
+    members = [f"a.self_attn.{m}_proj" for m in ("q", "k", "v", "index_q", "index_k")]
+    shapes = dict.fromkeys((*members, "a.self_attn.o_proj"), BIG)
+    selection = Selection(ignore=("*.index_*",))
+    found = decide(shapes, INT8, selection, config={"model_type": "minimax_m3_vl"})
+    assert {m for m, d in found.items() if d.scheme} == {"a.self_attn.o_proj"}
+    found = decide(shapes, INT8, selection, config={"model_type": "qwen3"})
+    assert {m for m, d in found.items() if not d.scheme} == set(members[3:])
+
+
 def test_a_gate_that_kimi_k3_joins_behind_keys_and_values():
     """vLLM 0.33 makes one matrix of q_a_proj, kv_a_proj_with_mqa and g_proj, and refused 576 rows of blocks in it."""
     shapes = {"a.q_a_proj": (1536, 256), "a.kv_a_proj_with_mqa": (576, 256), "a.g_proj": (512, 256)}
