@@ -52,7 +52,7 @@ product of FP8 codes, on CPUs a slow loop, was done by a float32 GEMM.
 
 0.33.0 has no build for CPUs. Its Python was laid over 0.32.0's, whose compiled kernels ran: all columns of Llama,
 Qwen3, Qwen3-MoE, GLM-4.5, DeepSeek-V3, Qwen3.5-MoE, Llama 4, Gemma 4, both Granites, LFM2 and SmolLM2 are the same,
-and 1,267 conversions of small models of 159 architectures were loaded as 0.32.0 loads them, each parameter compared.""",
+and 1,267 conversions of small models of 159 architectures were loaded as by 0.32.0, each parameter compared.""",
     # Its linear attention on CPUs takes bfloat16 only.
     dtypes={"Qwen3.5-MoE": "bfloat16"},
     rounds_cache=True,
