@@ -222,6 +222,7 @@ def verify(
 def _replacements(calibration: Calibration, src: str | Path, scheme: str | Scheme) -> Replacements:
     from lowbit.calibration.kv_cache import KVCache
     from lowbit.dtypes import INT8
+    from lowbit.granularity import PerGroup
     from lowbit.scheme import scheme_of
 
     calibration.require(fingerprint=store.fingerprint(src), scheme=scheme_of(scheme).name)
@@ -237,7 +238,7 @@ def _replacements(calibration: Calibration, src: str | Path, scheme: str | Schem
     kv_cache = None
     if calibration.kv_cache and any(name.endswith(".k_scale") for name in tensors):
         kv_cache = KVCache(**calibration.kv_cache).stored
-        if kv_cache.dtype is INT8:
+        if kv_cache.dtype is INT8 and not isinstance(kv_cache.granularity, PerGroup):
             notes.append("vLLM takes KV caches of FP8 only, and refuses a config that says INT8")
     return Replacements(
         tensors=tensors,

@@ -62,8 +62,8 @@ def calibrate(
     `alpha` replaces its SmoothQuant exponent. `data`: a text file, a .jsonl of prompts or a directory of
     them, or a .npy of token ids, of which `samples` windows of `length` tokens are drawn with `seed`; or windows of
     token ids [T].
-    `kv_cache`: also scales of keys and values: fp8, int8, fp8-head, int8-head. `ignore`, `keep`, `overrides`:
-    as for `lowbit.convert`. `device`: `auto`, or where layers run (see `calibration.devices`), unless
+    `kv_cache`: also scales of keys and values: fp8, int8, fp8-head, int8-head, int8-channel. `ignore`, `keep`,
+    `overrides`: as for `lowbit.convert`. `device`: `auto`, or where layers run (see `calibration.devices`), unless
     `options` says it. One decoder layer is in memory at a time; an interrupted run resumes when
     it is called again with the same arguments (where the method smooths, some codes may then be others
     than of an undisturbed run: see `lowbit.calibration.calibrate`); workers under `torchrun` share

@@ -57,6 +57,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.checkpoint.beside import name_of_attention
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "nn"))
@@ -161,8 +162,8 @@ def judge(case: Case, engine: str, before: dict[str, Any]) -> dict[str, Any]:
         row["kernel_failed"] = why.strip()
     scales = kv_scales(case)
     if scales:
-        given = sorted(x for pair in plain["kv_scales"].values() for x in pair)
-        row["kv_cache"] = given == sorted(float(t) for t in scales.values())
+        given = sorted(x for of_layer in plain["kv_scales"].values() for x in of_layer)
+        row["kv_cache"] = given == sorted(x for t in scales.values() for x in t.flatten().tolist())
         ok = ok and row["kv_cache"] != (case.kind in about.leaves_cache_scales)
     if has_kernel(case, engine) and "refused" not in kernels:
         model = lowbit.load(out, dtype=torch.float32)
@@ -197,7 +198,7 @@ def kv_scales(case: Case) -> dict[str, Tensor]:
     """Every attention's scales of keys and of values in the checkpoint; none unless the case has them."""
     if not HOWS[case.how].kv_cache:
         return {}
-    tensors = load_file(case.out / "model.safetensors")
+    tensors = {name_of_attention(n): t for n, t in load_file(case.out / "model.safetensors").items()}
     return {n: t for n, t in tensors.items() if n.endswith((".k_scale", ".v_scale"))}
 
 

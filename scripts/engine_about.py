@@ -145,15 +145,17 @@ ASCEND = Engine(
 of vLLM-Ascend that reads a checkpoint: its configs of quantization, for each layer the method that it chose with its
 parameters, `process_weights_after_loading` and `apply`, its choice of experts, and what its latent attention absorbs
 of `kv_b_proj`. The chip's operators ran as plain arithmetic by us, written after their documentation
-(`scripts/engine_ascend_kernels.py`), what else was BF16 was then made float32, and attention had no cache. Before
-loading, parameters were filled with what no checkpoint holds, and none that is used may keep it. **loaded**: what
-`load_weights` loaded was dequantized where it lay and multiplied in float32. **kernel**: also, its methods' own `apply`
-on the processed weights. It keeps scales of INT8 weights in BF16, and those of static activations as a reciprocal in
-BF16; for the comparison so did the references. Columns "as ascend" are `--format ascend`, read with
+(`scripts/engine_ascend_kernels.py`), what else was BF16 was then made float32, and attention had no cache, but rounded
+keys and values by vLLM-Ascend's own code where a checkpoint has scales for one of INT8. Before loading, parameters were
+filled with what no checkpoint holds, and none that is used may keep it. **loaded**: what `load_weights` loaded was
+dequantized where it lay and multiplied in float32. **kernel**: also, its methods' own `apply` on the processed weights.
+It keeps scales of INT8 weights in BF16, and those of static activations as a reciprocal in BF16; for the comparison so
+did the references. Columns "as ascend" are `--format ascend`, read with
 `--quantization ascend`: static ones with dynamic experts; "mixed" has static attention, a dynamic rest and a layer each
 in W8A16 and in float. The others are compressed-tensors. Its list of models has no Llama 4 and no Gemma 4. Granite 4
 and LFM2 are left out: vLLM 0.23 does not know a layer type that transformers now writes for the first, even in BF16,
 and quantizes no linears of the second's convolutions, for which nothing stands in here.""",
+    rounds_cache=True,
     leaves_out=("Llama 4", "Gemma 4 MoE", "Granite 4 hybrid", "LFM2-MoE"),
     wrong={
         "SmolLM2": (
@@ -183,6 +185,13 @@ and quantizes no linears of the second's convolutions, for which nothing stands 
         "block_sparse_moe.experts": (
             "vLLM 0.23's Granite MoE asks for experts called w1, w2 and w3; lowbit writes gate_proj, down_proj and "
             "up_proj, which vLLM 0.32 reads"
+        ),
+        "kv_cache_offset": (
+            "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone"
+        ),
+        "attn.k_cache_scale": (
+            "vLLM-Ascend loads no scales of an INT8 KV cache for this model, and without a word keeps one whose scales "
+            "are all 1"
         ),
         "object has no attribute 'o_groups'": "vLLM-Ascend reads HF's fp8 for DeepSeek-V4 only",
     },

@@ -14,6 +14,7 @@ a cache: every greedy token runs the whole sequence, through what latent attenti
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 import tempfile
 import types
@@ -80,6 +81,9 @@ def adopt_ascend() -> None:
     from vllm_ascend.ops.fused_moe import experts_selector
     from vllm_ascend.quantization.methods import w8a8_dynamic, w8a8_mxfp8, w8a8_static
 
+    # Of what a chip's worker patches, what loads scales of an INT8 KV cache.
+    patch = Path(device_op.__file__).parents[1] / "patch" / "worker" / "patch_gqa_c8.py"
+    runpy.run_path(str(patch))
     device_op.DeviceOperator.moe_gating_top_k = staticmethod(kernels.moe_gating_top_k)
     nothing_ahead = SimpleNamespace(
         maybe_prefetch_attn_weight_preprocess=lambda **_: None,
@@ -134,6 +138,11 @@ def build(checkpoint: str, quantization: str | None) -> tuple[nn.Module, Any]:
 def _attention(self: Any, query: Tensor, key: Tensor, value: Tensor, output_shape: Any = None) -> Tensor:
     q, k = (x.reshape(x.shape[0], -1, self.head_size) for x in (query, key))
     v = value.reshape(value.shape[0], -1, self.head_size_v)
+    # Its own attention's code rounds; codes are multiplied by scales as that does.
+    if getattr(self, "rounds_cache", False):
+        self.impl._prepare_c8_scales(self, k.device)
+        codes = self.impl._quantize_kv_to_int8(k, v, self, len(k))
+        k, v = (x.to(k.dtype) * s for x, s in zip(codes, (self._c8_k_scale, self._c8_v_scale), strict=True))
     cap = getattr(self.impl, "logits_soft_cap", None)
     return stubs.causal(q, k, v, self.impl.scale, window=self.sliding_window, cap=cap).flatten(1)
 
@@ -307,6 +316,12 @@ def run(checkpoint: str, ids: dict[str, Any], plain: bool) -> dict[str, Any]:
         _note(model, plain, found)
         quantized = _quantized(model)
         latent = [layer for layer in model.modules() if isinstance(layer, MLAAttention)]
+        for name, layer in model.named_modules():
+            if hasattr(layer, "k_cache_scale"):
+                layer.quant_method.process_weights_after_loading(layer)
+                of_cache = (layer.k_cache_scale, layer.v_cache_scale)
+                found["kv_scales"][name] = [x for scale in of_cache for x in scale.float().tolist()]
+                layer.rounds_cache = not plain
         for layer in latent:
             _absorb(layer)
         for name, layer in model.named_modules():

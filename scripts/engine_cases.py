@@ -73,6 +73,9 @@ HOWS = {
         scheme="int8-static-asym", format="ascend", calibrate=True, engines=("ascend",)
     ),
     "int8-weight-only as ascend": How(scheme="int8-weight-only", format="ascend", engines=("ascend",)),
+    "int8, KV cache int8 as ascend": How(
+        scheme="int8", format="ascend", calibrate=True, kv_cache="int8-channel", engines=("ascend",)
+    ),
     "mxfp8 as ascend": How(scheme="mxfp8", format="ascend", engines=("ascend",)),
     "mixed as ascend": How(
         scheme="int8-static", format="ascend", overrides=ASCEND_MIXED, calibrate=True, engines=("ascend",)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowbit.calibration.kv_cache import KVHook, attentions, watched
+from lowbit.calibration.kv_cache import KVCache, KVHook, KVQuantizer, attentions, watched
 from lowbit.dtypes import INT8
 from lowbit.granularity import PerGroup
 from lowbit.nn import QuantExperts, QuantLinear, float_activations
@@ -133,7 +133,9 @@ def cache_quantized(model: nn.Module, scales: dict[str, Tensor]) -> Iterator[Non
         after = "layers." + name.partition("layers.")[2]
         for stored, scale in scales.items():
             if stored.endswith(f"{after}.k_scale"):
-                hooks[name] = toward_zero(scale, scales[stored.removesuffix("k_scale") + "v_scale"])
+                both = scale, scales[stored.removesuffix("k_scale") + "v_scale"]
+                channels = KVQuantizer(KVCache.parse("int8-channel"), *both)
+                hooks[name] = channels if scale.numel() > 1 else toward_zero(*both)
     assert 2 * len(hooks) == len(scales)
     with watched(model, hooks):
         yield

@@ -84,7 +84,7 @@ def is_tokenized(path: str | Path) -> bool:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError when there is no checkpoint, or none in it."""
-    from lowbit.checkpoint.headers import open_checkpoint
+    from lowbit.checkpoint.opening import open_checkpoint
 
     require_transformers()
     open_checkpoint(path)  # transformers would ask a hub for what is not here

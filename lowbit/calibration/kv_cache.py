@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from lowbit.calibration.observers import HistogramObserver, RangeObserver, make_observer, observed_range
 from lowbit.dtypes import DTYPES
 from lowbit.errors import InputError
-from lowbit.formats import kv_cache_scheme
-from lowbit.granularity import PerChannel, PerTensor
+from lowbit.formats import ascend_kv_cache, kv_cache_scheme
+from lowbit.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from lowbit.quantize import dequantize, quantize_with, scale_from_range
 from lowbit.scheme import TensorSpec
 
 _NAME = "lowbit_kv_cache"
+
+Each = Literal["layer", "head", "channel"]
 
 KEYS = ("k_proj", "qkv_proj")
 """Linears that make the keys of an attention whose cache holds them as they are; Phi-3 has one for all three."""
@@ -33,58 +35,76 @@ class KVCache:
 
     dtype: str
     """`e4m3fn` or `int8`."""
-    per_head: bool = False
-    """One scale per KV head instead of one per layer."""
+    each: Each = "layer"
+    """What has a scale of its own: all keys of a layer, those of a KV head, or a channel of a head."""
     method: str = "absmax"
     """A range method of `observers`."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("e4m3fn", "int8"):
             raise InputError(f"expected a KV cache of e4m3fn or int8, found {self.dtype!r}")
+        if self.each not in get_args(Each) or (self.each == "channel" and self.dtype != "int8"):
+            raise InputError(
+                f"expected scales for each layer, head, or of int8 channel, found {self.each!r} of {self.dtype}"
+            )
 
     @property
     def spec(self) -> TensorSpec:
-        """Of the values that share one scale."""
-        return TensorSpec(dtype=DTYPES[self.dtype], granularity=PerTensor())
+        """Of values of which each row shares a scale."""
+        return TensorSpec(dtype=DTYPES[self.dtype], granularity=PerChannel())
 
     @property
     def stored(self) -> TensorSpec:
-        """As a format's config describes it; a head is a channel."""
-        return TensorSpec(
-            dtype=DTYPES[self.dtype], granularity=PerChannel() if self.per_head else PerTensor()
-        )
+        """As formats are told of it (see `Layout.kv_cache`)."""
+        each: dict[str, Granularity] = {"layer": PerTensor(), "head": PerChannel(), "channel": PerGroup(1)}
+        return TensorSpec(dtype=DTYPES[self.dtype], granularity=each[self.each])
 
     @classmethod
     def parse(cls, text: str) -> KVCache:
-        """`fp8`, `int8`, `fp8-head` or `int8-head`."""
+        """`fp8`, `int8`, `fp8-head`, `int8-head` or `int8-channel`."""
         name, _, rest = text.partition("-")
-        if name not in ("fp8", "int8") or rest not in ("", "head"):
-            raise InputError(f"expected a KV cache of fp8, int8, fp8-head or int8-head, found {text!r}")
-        return cls(dtype="e4m3fn" if name == "fp8" else "int8", per_head=rest == "head")
+        each: dict[str, Each] = {"": "layer", "head": "head", "channel": "channel"}
+        if name not in ("fp8", "int8") or rest not in each or text == "fp8-channel":
+            raise InputError(
+                f"expected a KV cache of fp8, int8, fp8-head, int8-head or int8-channel, found {text!r}"
+            )
+        return cls(dtype="e4m3fn" if name == "fp8" else "int8", each=each[rest])
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> KVCache | None:
-        """As a config.json's `kv_cache_scheme` has it; None where it asks for none, or for another kind."""
+        """As a config.json's `kv_cache_scheme` has it, or msModelSlim's description.
+
+        None where it asks for none, or for another kind.
+        """
+        if ascend_kv_cache(config):
+            return cls(dtype="int8", each="channel")
         scheme = kv_cache_scheme(config) or {}
         dtype = {"float": "e4m3fn", "int": "int8"}.get(str(scheme.get("type")))
         strategy = scheme.get("strategy")
         if dtype is None or scheme.get("num_bits") != 8 or strategy not in ("tensor", "attn_head"):
             return None
-        return cls(dtype=dtype, per_head=strategy == "attn_head")
+        return cls(dtype=dtype, each="head" if strategy == "attn_head" else "layer")
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """Keys or values [B, heads, T, D] → [1, ·], [heads, ·] or [heads · D, ·]: each row has one scale."""
+        if self.each == "layer":
+            return x.reshape(1, -1)
+        if self.each == "head":
+            return x.transpose(0, 1).flatten(1)
+        return x.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
 
 
 class KVObserver:
     """Statistics of one attention's keys and values [B, heads, T, D]."""
 
     def __init__(self, cache: KVCache) -> None:
-        dim = 1 if cache.per_head else None
         self.cache = cache
-        self.keys: RangeObserver | HistogramObserver = make_observer(cache.method, dim)
-        self.values: RangeObserver | HistogramObserver = make_observer(cache.method, dim)
+        self.keys: RangeObserver | HistogramObserver = make_observer(cache.method, 0)
+        self.values: RangeObserver | HistogramObserver = make_observer(cache.method, 0)
 
     def __call__(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys.update(key)
-        self.values.update(value)
+        self.keys.update(self.cache.as_rows(key))
+        self.values.update(self.cache.as_rows(value))
         return key, value
 
     @property
@@ -94,11 +114,15 @@ class KVObserver:
         return observer.low is not None
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """(k_scale, v_scale), float32 [1] or [heads]."""
+        """(k_scale, v_scale), float32 [1], [heads] or [heads · D]; those of channels are numbers of bfloat16."""
         found = []
         for observer in (self.keys, self.values):
             low, high = observed_range(observer, self.cache.method, self.cache.spec)
-            found.append(scale_from_range(low, high, self.cache.spec)[0])
+            scale = scale_from_range(low, high, self.cache.spec)[0].reshape(-1)
+            if self.cache.each == "channel":
+                # The engine keeps them in the model's dtype: up to the next of bfloat16, so that nothing saturates.
+                scale = ((scale.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+            found.append(scale)
         return found[0], found[1]
 
 
@@ -112,11 +136,16 @@ class KVQuantizer:
         return self._round(key, self.k_scale), self._round(value, self.v_scale)
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        if scale.numel() == 1:
-            codes = quantize_with(x, scale, self.cache.spec)
-            return dequantize(codes, scale, self.cache.spec).to(x.dtype)
-        heads = [self._round(x[:, h], scale[h : h + 1]) for h in range(scale.numel())]
-        return torch.stack(heads, dim=1)
+        rows, column = self.cache.as_rows(x), scale[:, None]
+        rounded = dequantize(quantize_with(rows, column, self.cache.spec), column, self.cache.spec).to(
+            x.dtype
+        )
+        if self.cache.each == "channel":
+            batch, heads, time, width = x.shape
+            return rounded.view(heads, width, batch, time).permute(2, 0, 3, 1)
+        if self.cache.each == "head":
+            return rounded.view(x.transpose(0, 1).shape).transpose(0, 1)
+        return rounded.view(x.shape)
 
 
 KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.fused_experts import fused_names, split
-from lowbit.checkpoint.headers import TensorRef, open_checkpoint
+from lowbit.checkpoint.headers import TensorRef
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.plan import main_float
 from lowbit.checkpoint.planner import module_of
 from lowbit.checkpoint.reading import read_bytes

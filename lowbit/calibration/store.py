@@ -79,7 +79,7 @@ class Calibration:
     source: Mapping[str, Any]
     """`fingerprint` (see `fingerprint`) and the path that it had."""
     kv_cache: Mapping[str, Any]
-    """`dtype` (e4m3fn, int8), `per_head`, `method` of calibrated KV scales; empty when there are none."""
+    """`dtype` (e4m3fn, int8), `each`, `method` of calibrated KV scales; empty when there are none."""
     config_overrides: Mapping[str, Any]
     """Merged into the output's config.json, e.g. {"tie_word_embeddings": false}."""
     layers: Mapping[str, Any] = field(repr=False)
@@ -262,7 +262,7 @@ def _check_tensors(tensors: Mapping[str, StoredTensor], path: Path) -> None:
         elif kind == "input_zero_point" and (tensor.dtype, tensor.shape) != ("I8", (1,)):
             expected = "one I8 zero point [1]"
         elif kind in ("k_scale", "v_scale") and (tensor.dtype != "F32" or len(tensor.shape) != 1):
-            expected = "F32 scales [1] or [heads]"
+            expected = "F32 scales [1], [heads] or [channels]"
         if expected:
             raise CalibrationError(
                 f"expected {expected} for {name} in {path}, found {tensor.dtype} {list(tensor.shape)}"

@@ -76,11 +76,16 @@ def stored_kv_hooks(model: LayerwiseModel, layer: nn.Module, index: int) -> dict
     config asks for such a cache."""
 
     def scale_of(name: str) -> Tensor | None:
-        """`….k_scale`, which ModelOpt and AutoFP8 have below k_proj."""
+        """`….k_scale`, which ModelOpt, AutoFP8 and msModelSlim have below k_proj."""
         attention, _, leaf = name.rpartition(".")
         below = f"{attention}.{leaf[0]}_proj"
-        known = (name, f"{below}.{leaf}", f"{below}.output_scale")
+        known = (name, f"{below}.{leaf}", f"{below}.output_scale", f"{below}.kv_cache_scale")
         found = next((n for n in known if model.source.has(n)), None)
+        if model.source.has(zeros := f"{below}.kv_cache_offset") and model.source.raw(zeros).count_nonzero():
+            raise InputError(
+                f"{zeros}: expected zero points of 0 in a KV cache that is to be rounded, found others, which are not "
+                "read; calibrate one with --kv-cache int8-channel"
+            )
         return None if found is None else model.source.raw(found).to(model.device)
 
     if (kv_cache := KVCache.of_config(model.source.config)) is None:

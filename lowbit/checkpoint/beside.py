@@ -25,9 +25,17 @@ BESIDE_CODES = (
 `input_scale_ub` FBGEMM's, what ends in `_2` or has `global` in it NVFP4's, and msModelSlim may have scales for static
 and for dynamic activations."""
 
-OF_ATTENTION = r"\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|[qkv]_proj\.output_scale)$"
+_BELOW = r"[qkv]_proj\.(output_scale|kv_cache_(scale|offset))"
+OF_ATTENTION = rf"\.(([qkv]|kv|prob|prob_output)_scale|[qkv]_zero_point|{_BELOW})$"
 """Ends of names: see `is_of_attention`."""
-_OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.output_scale")
+_OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.(?:output|kv_cache)_scale")
+
+
+def zero_points_of(name: str) -> str:
+    """Zero points in msModelSlim's KV cache → the scales that they belong to, as `name_of_attention` has them; "" of
+    other tensors."""
+    attention, _, leaf = name.removesuffix("_proj.kv_cache_offset").rpartition(".")
+    return f"{attention}.{leaf}_scale" if name.endswith("_proj.kv_cache_offset") else ""
 
 
 def is_of_attention(name: str) -> bool:
@@ -36,5 +44,6 @@ def is_of_attention(name: str) -> bool:
 
 
 def name_of_attention(name: str) -> str:
-    """What engines call such a tensor in every format: AutoFP8 and Quark have `k_proj.output_scale` for `k_scale`."""
+    """What most engines call such a tensor: AutoFP8 and Quark have `k_proj.output_scale` for `k_scale`, msModelSlim
+    `k_proj.kv_cache_scale`."""
     return _OUTPUT_SCALE.sub(r"\1\2_scale", name)

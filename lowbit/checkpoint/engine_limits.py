@@ -50,6 +50,12 @@ _DORY = (
     "vLLM's Dory wants as many rows of scales as the weight has, and refuses blocks and weight-only codes; "
     "take int8, fp8 or mxfp8"
 )
+# Whose `load_weights` vLLM-Ascend 0.23 patches.
+_INT8_CACHE = ("qwen3", "glm4_moe", "minimax_m2")
+_ONLY_INT8_CACHE = (
+    "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone; other models it refuses, or "
+    "runs with scales of 1 without a word (Qwen3-MoE): calibrate without --kv-cache, unless your engine loads them"
+)
 
 
 def _in_blocks(scheme: Scheme) -> bool:
@@ -73,16 +79,19 @@ def engine_limits(
     format: str,
     modules: Mapping[str, Scheme],
     shapes: Callable[[str], tuple[int, ...]],
+    tensors: Collection[str] = (),
 ) -> list[str]:
     """Warnings for what is to be quantized in a format, by the model's config.json; [] mostly.
 
-    `modules`: name → scheme; `shapes`: name → [N, K].
+    `modules`: name → scheme; `shapes`: name → [N, K]; `tensors`: all that is written.
     """
     schemes = set(modules.values())
     if not schemes:
         return []
     kind = str(config.get("model_type"))
     found = [_OF_ANY.get(kind)]
+    if kind not in _INT8_CACHE and any(name.endswith(".kv_cache_scale") for name in tensors):
+        found.append(_ONLY_INT8_CACHE)
     if format in ("fp8", "sglang"):
         found.append(_BLOCKS_OF.get(kind))
     if format == "fp8":

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from lowbit.checkpoint.headers import Checkpoint, header_bytes, open_checkpoint
+from lowbit.checkpoint.headers import Checkpoint, header_bytes
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.others import WEIGHT_SUFFIXES
 from lowbit.errors import InputError
 
@@ -65,7 +66,7 @@ class Repository:
     """All of them, by where they lie, or will lie, below `root`."""
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.commit[:12]}"
+        return f"{self.name}@{self.commit}"
 
     def stamps(self, files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
         """File → (bytes, a number that is another for other contents)."""

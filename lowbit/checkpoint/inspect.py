@@ -19,7 +19,8 @@ from lowbit.checkpoint.roles import role_of
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
 
-_NO_PARAMETERS = tuple(f".{name}" for name in (*BESIDE_CODES, "k_scale", "v_scale"))
+_OF_CACHE = ("k_scale", "v_scale", "kv_cache_scale", "kv_cache_offset")
+_NO_PARAMETERS = tuple(f".{name}" for name in (*BESIDE_CODES, *_OF_CACHE))
 
 
 @dataclass(frozen=True, kw_only=True)

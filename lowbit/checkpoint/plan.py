@@ -173,7 +173,6 @@ def make_plan(
             f"{len(planner.dequantized)} modules stay in float that the calibration quantized (first: "
             f"{planner.dequantized[0]}): their weights are its codes, dequantized; calibrate with them in float"
         )
-    warnings += engine_limits(source.config, target.name if target else "", planner.schemes, planner.shape_of)
     apart = [m for m in decisions if m not in planner.schemes and EXPERT.match(m)]
     if apart and only_stacked(source.config):
         warnings.append(
@@ -185,6 +184,10 @@ def make_plan(
         replace(job, outputs={c: placed[o.name] for c, o in job.outputs.items()})
         for job in planner.jobs_in_order()
     )
+    names = tuple(name for shard in shards for name in shard.names)
+    warnings += engine_limits(
+        source.config, target.name if target else "", planner.schemes, planner.shape_of, names
+    )
     warnings += experts_in_float(jobs) if scheme.weights is not None else ()
     # Engines build experts that are fused on disk as one module, the parent of their tensors.
     ignored = tuple(dict.fromkeys(
@@ -195,7 +198,7 @@ def make_plan(
     layout = Layout(
         modules=planner.schemes,
         ignored=with_heads(ignored, planner.schemes, source.config),
-        tensors=tuple(name for shard in shards for name in shard.names),
+        tensors=names,
         kv_cache=replacements.kv_cache if replacements else None,
         config=source.config,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lowbit.checkpoint.beside import BESIDE_CODES, is_of_attention, name_of_attention
+from lowbit.checkpoint.beside import BESIDE_CODES, is_of_attention, name_of_attention, zero_points_of
 from lowbit.checkpoint.fused_experts import BESIDE_FUSED, fused_tensors, is_fused
 from lowbit.checkpoint.fused_floats import fused_in_float, stacked_in_float
 from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
@@ -15,7 +15,7 @@ from lowbit.checkpoint.layout import OutTensor, out_like
 from lowbit.checkpoint.rules import Decision, Selection
 from lowbit.dtypes import E2M1, E4M3FN
 from lowbit.errors import InputError, NotCalibratedError
-from lowbit.formats import Format, StoredModule, other_kv_cache, quantization_of
+from lowbit.formats import Ascend, Format, StoredModule, ascend_kv_cache, other_kv_cache, quantization_of
 from lowbit.formats.format import Content
 from lowbit.formats.fp4 import BLOCKS, SCALES
 from lowbit.granularity import PerChannel, PerTensor, block_shape, scale_shape
@@ -346,22 +346,30 @@ class Planner:
     def add_rest(self) -> None:
         """Everything that is no module's weight, and what only the calibration has."""
         quantized = bool(self.stored or quantization_of(self.source.config))
+        int8_cache = ascend_kv_cache(self.source.config)
         useless = self.target is None or other_kv_cache(self.source.config)
+        # Scales for a cache of FP8 mean nothing in one of INT8, nor the other way round.
+        useless |= int8_cache != isinstance(self.target, Ascend)
         for ref in self.source.tensors.values():
             if ref.name in self._taken:
                 continue
             replacement = self.replaced.pop(ref.name, None)
             if replacement is not None:
-                job = self._copy(replacement, ref.name)
+                jobs = self._with_zero_points(ref.name, replacement)
             elif quantized and is_of_attention(ref.name):
-                if useless or ref.name.endswith(".prob_output_scale"):
+                name = name_of_attention(ref.name)
+                if found := self.replaced.pop(name, None):
+                    jobs = self._with_zero_points(name, found)
+                elif zero_points_of(ref.name) in self.calibrated:
+                    continue
+                elif useless or ref.name.endswith(".prob_output_scale"):
                     self.left_out.append(ref.name)
                     continue
-                name = name_of_attention(ref.name)
-                job = self._copy(self.replaced.pop(name, ref), name)
+                else:
+                    jobs = [self._copy(ref, ref.name if int8_cache else name)]
             else:
-                job = self._carry(ref)
-            self._jobs.append((ref.name, [job]))
+                jobs = [self._carry(ref)]
+            self._jobs.append((ref.name, jobs))
         for name, ref in list(self.replaced.items()):
             if name.endswith((".weight_scale", ".input_scale", ".input_zero_point")):
                 continue  # the module is kept after all, or has dynamic activations
@@ -373,7 +381,17 @@ class Planner:
                     f"{name}: the calibration changed it, but it stays in float within {fused}, which is copied whole; "
                     "quantize these experts, or calibrate with a method that leaves weights in float as they are (gptq)"
                 )
-            self._jobs.append((name, [self._copy(ref)]))
+            self._jobs.append((name, self._with_zero_points(name, ref)))
+
+    def _with_zero_points(self, name: str, ref: TensorRef) -> list[Job]:
+        """A tensor of the calibration; scales of keys and values as the format calls them, with what is beside them."""
+        if self.target is None or not name.endswith((".k_scale", ".v_scale")):
+            return [self._copy(ref, name)]
+        own, offset = self.target.kv_cache_names(name)
+        if offset is None:
+            return [self._copy(ref, own)]
+        out = OutTensor(offset, ref.dtype, ref.shape)
+        return [self._copy(ref, own), constant_job("offset", out, zeros(out.nbytes))]
 
     def groups(self) -> list[list[OutTensor]]:
         return [[o for job in jobs for o in job.outputs.values()] for _, jobs in self._ordered()]

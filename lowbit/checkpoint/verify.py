@@ -15,10 +15,11 @@ from lowbit.checkpoint import rows as loops
 from lowbit.checkpoint.decode import Scales, decode_slowly, source_kind, to_float
 from lowbit.checkpoint.execute import BLOCK_BYTES, Progress
 from lowbit.checkpoint.fused_experts import split
-from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef, open_checkpoint
+from lowbit.checkpoint.headers import FLOATS, Checkpoint, TensorRef
 from lowbit.checkpoint.hub import whole
 from lowbit.checkpoint.jobs import Source
 from lowbit.checkpoint.manifest import differences, read_manifest
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.reading import COPY_BYTES, TransposedRows, finite, read_exactly
 from lowbit.errors import InputError
 from lowbit.formats import DESCRIPTION, METHOD_OF_DESCRIPTION, StoredModule, quantization_of, read

@@ -88,7 +88,10 @@ def calibrate(
         float | None, typer.Option(min=0.0, max=1.0, help="SmoothQuant's α, in place of the method's.")
     ] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(help="Also calibrate KV-cache scales: fp8, int8, fp8-head or int8-head.")
+        str | None,
+        typer.Option(
+            help="Also calibrate KV-cache scales: fp8, int8, fp8-head, int8-head, or int8-channel for --format ascend."
+        ),
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave these modules in float. Repeatable.")

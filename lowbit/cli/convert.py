@@ -212,8 +212,9 @@ def _check_before_calibrating(
     """Raise now what would otherwise be raised when the calibration, hours maybe, has been made."""
     from lowbit import api
     from lowbit.calibration.resume import CalibrationError
-    from lowbit.checkpoint.headers import PARTIAL, open_checkpoint
+    from lowbit.checkpoint.headers import PARTIAL
     from lowbit.checkpoint.journal import read_journals
+    from lowbit.checkpoint.opening import open_checkpoint
     from lowbit.checkpoint.place import another_unfinished, check_place
     from lowbit.errors import InputError, NotCalibratedError
     from lowbit.formats import get_format

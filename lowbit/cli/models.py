@@ -52,8 +52,8 @@ def open_model(path: Path, *, dtype: str, device: str | None, threads: int | Non
     """(model, tokenizer, seconds to load). Quiet but for errors."""
     import time
 
-    from lowbit.checkpoint.headers import open_checkpoint
     from lowbit.checkpoint.hub import whole
+    from lowbit.checkpoint.opening import open_checkpoint
 
     path = whole(path)
     open_checkpoint(path)  # an error in the path is said before torch is loaded

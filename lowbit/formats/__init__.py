@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowbit.errors import InputError
-from lowbit.formats.ascend import DESCRIPTION, Ascend
+from lowbit.formats.ascend import DESCRIPTION, Ascend, ascend_kv_cache
 from lowbit.formats.ascend import QUANT_METHOD as METHOD_OF_DESCRIPTION
 from lowbit.formats.compressed_tensors import CompressedTensors, kv_cache_scheme, other_kv_cache
 from lowbit.formats.format import (
@@ -44,11 +44,13 @@ __all__ = [
     "METHOD_OF_DESCRIPTION",
     "MODELOPT",
     "QUANTIZATION_KEYS",
+    "Ascend",
     "Format",
     "Info",
     "Layout",
     "Stored",
     "StoredModule",
+    "ascend_kv_cache",
     "configs_in",
     "get_format",
     "kv_cache_scheme",

@@ -16,8 +16,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lowbit.dtypes import INT8
 from lowbit.errors import InputError
-from lowbit.formats.format import Content, Info, Joined, Layout, Stored, StoredModule, check_scale
+from lowbit.formats.format import (
+    Content,
+    Info,
+    Joined,
+    Layout,
+    Stored,
+    StoredModule,
+    check_scale,
+    quantization_of,
+)
 from lowbit.formats.joined import EXPERT
 from lowbit.granularity import PerChannel, PerGroup, scale_shape
 from lowbit.scheme import Scheme, get_scheme
@@ -55,6 +65,9 @@ _CONTENTS: dict[str, tuple[Content, ...]] = {
     "W8A8": ("codes", "quant_bias", "input_scale", "input_zero_point", "deq_scale"),
     "W8A8_MXFP8": ("codes", "scale"),
 }
+# A KV cache of INT8: scales and zero points [heads · D] of keys, after the rotary embedding, and values.
+_KV_CACHE = "C8"
+_OF_KV_CACHE = _KV_SCALE, _KV_OFFSET = "kv_cache_scale", "kv_cache_offset"
 # Engines multiply these by hand, or keep them out of quantization by name.
 _IN_FLOAT = re.compile(r"(^|.*\.)(kv_b_proj|indexer\.(wq_b|wk|weights_proj))$")
 _FUSED_EXPERTS = re.compile(r"(.*\.experts)\.gate_up_proj$")
@@ -123,11 +136,17 @@ class Ascend:
             for c in _CONTENTS[_type_of(scheme)]
         )
 
+    def kv_cache_names(self, scale: str) -> tuple[str, str | None]:
+        attention, _, leaf = scale.rpartition(".")
+        below = f"{attention}.{leaf[0]}_proj"
+        return f"{below}.{_KV_SCALE}", f"{below}.{_KV_OFFSET}"
+
     def config(self, layout: Layout) -> dict[str, Any] | None:
-        if layout.kv_cache is not None:
+        cache = layout.kv_cache
+        if cache is not None and (cache.dtype is not INT8 or cache.granularity != PerGroup(1)):
             raise InputError(
-                "the ascend format: expected no quantized KV cache, found scales of one in the calibration; "
-                "calibrate without --kv-cache, or convert to compressed-tensors"
+                "the ascend format: expected a KV cache of INT8 with a scale for each channel, found scales of another "
+                "in the calibration; calibrate with --kv-cache int8-channel, or convert to compressed-tensors"
             )
         return None
 
@@ -138,7 +157,7 @@ class Ascend:
             module, _, last = name.rpartition(".")
             kind = types.get(module, _FLOAT)
             mine = {_SUFFIXES[c] for c in _CONTENTS.get(kind, ())}
-            body[name] = kind if "." + last in mine else _FLOAT
+            body[name] = _KV_CACHE if last in _OF_KV_CACHE else kind if "." + last in mine else _FLOAT
         for module in layout.ignored:
             # A tied head is in no shard, and the engine looks for it.
             if module.endswith("lm_head"):
@@ -160,6 +179,8 @@ class Ascend:
             "group_size": 32 if "W8A8_MXFP8" in types.values() else 0,
             "optional": {},
         }
+        if _KV_CACHE in body.values():
+            body["kv_cache_type"] = _KV_CACHE
         return {DESCRIPTION: body}
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, Info]) -> dict[str, StoredModule]:
@@ -173,6 +194,8 @@ class Ascend:
                     "fetch the file again"
                 )
             module, _, last = name.rpartition(".")
+            if last in _OF_KV_CACHE and config.get("kv_cache_type") == _KV_CACHE:
+                continue  # whatever type it names
             if last != "weight" or kind == _FLOAT:
                 others.append(name)
             elif (read_as := _READ_AS.get(kind, kind)) in _SCHEMES:
@@ -231,6 +254,12 @@ def _type_of(scheme: Scheme) -> str:
         if specs == (other.weights, other.activations):
             return kind
     return ""
+
+
+def ascend_kv_cache(config: Mapping[str, Any]) -> bool:
+    """Whether a model's description asks for a KV cache of INT8 with a scale per channel."""
+    found = quantization_of(config)
+    return found.get("quant_method") == QUANT_METHOD and found.get("kv_cache_type") == _KV_CACHE
 
 
 def undescribed(config: Mapping[str, Any], tensors: Mapping[str, Info]) -> list[str]:

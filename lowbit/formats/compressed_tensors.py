@@ -221,6 +221,11 @@ def _kv_cache(layout: Layout) -> dict[str, Any] | None:
     carried = any(name.endswith((".k_scale", ".v_scale")) for name in layout.tensors)
     if found and carried and layout.kv_cache is None:
         return found
+    if layout.kv_cache is not None and isinstance(layout.kv_cache.granularity, PerGroup):
+        raise InputError(
+            "compressed-tensors: expected scales of keys and values for each layer or head, found those of channels in "
+            "the calibration; calibrate with --kv-cache fp8, or convert with --format ascend"
+        )
     args = _args(layout.kv_cache)
     if args is not None and args["strategy"] == "channel":
         args["strategy"] = "attn_head"

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from lowbit.dtypes import INT8
 from lowbit.errors import InputError
 from lowbit.granularity import scale_shape
 from lowbit.scheme import Scheme, TensorSpec
@@ -102,7 +103,8 @@ class Layout:
     tensors: tuple[str, ...] = ()
     """Every tensor of the checkpoint."""
     kv_cache: TensorSpec | None = None
-    """How the KV cache is quantized, where `k_scale` and `v_scale` are stored; per channel: one scale per head."""
+    """How the KV cache is quantized, where scales of keys and values are stored; per channel: one scale per head, in
+    groups of 1: one per channel of a head."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The model's own config.json."""
 
@@ -167,6 +169,10 @@ class Format(Protocol):
         """The tensors of a module, the codes first. `float_dtype`: what the model is in where it is in float."""
         ...
 
+    def kv_cache_names(self, scale: str) -> tuple[str, str | None]:
+        """`….k_scale` or `….v_scale` → (what it is called, what its zero points are, where it has them)."""
+        ...
+
     def config(self, layout: Layout) -> dict[str, Any] | None:
         """`quantization_config` for config.json; None: it has none. InputError for what engines would not load."""
         ...
@@ -184,7 +190,11 @@ class Format(Protocol):
 
 
 class ConfigOnly:
-    """Base of the formats that need no file beside config.json, and no module in float."""
+    """Base of the formats that need no file beside config.json, and no module in float, nor names of their own for
+    scales of a KV cache."""
+
+    def kv_cache_names(self, scale: str) -> tuple[str, str | None]:
+        return scale, None
 
     def instead(self, scheme: Scheme) -> str:
         return ""
@@ -194,6 +204,15 @@ class ConfigOnly:
 
     def files(self, layout: Layout) -> dict[str, dict[str, Any]]:
         return {}
+
+
+def require_fp8_cache(layout: Layout, name: str) -> None:
+    """InputError where a calibration has scales for a KV cache of INT8, which a format's engines would take for FP8."""
+    if layout.kv_cache is not None and layout.kv_cache.dtype is INT8:
+        raise InputError(
+            f"the {name} format: expected a KV cache of FP8, found scales of INT8 in the calibration; calibrate with "
+            "--kv-cache fp8"
+        )
 
 
 def check_scale(

@@ -22,6 +22,7 @@ from lowbit.formats.format import (
     StoredModule,
     check_scale,
     missing_scale,
+    require_fp8_cache,
 )
 from lowbit.formats.fp4 import FP4
 from lowbit.formats.joined import with_joined, with_members
@@ -53,6 +54,7 @@ class HfFp8(ConfigOnly):
         return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
+        require_fp8_cache(layout, self.name)
         ignored = with_joined(with_members(layout.ignored), layout.config)
         return {
             "quant_method": "fp8",

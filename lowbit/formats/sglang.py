@@ -20,6 +20,7 @@ from lowbit.formats.format import (
     StoredModule,
     check_scale,
     missing_scale,
+    require_fp8_cache,
 )
 from lowbit.formats.hf_fp8 import SCALE_SUFFIXES, block_problem, block_tensors, with_blocks
 from lowbit.formats.joined import with_joined, with_members
@@ -58,6 +59,7 @@ class SglangInt8(ConfigOnly):
         return block_tensors(scheme, shape)
 
     def config(self, layout: Layout) -> dict[str, Any]:
+        require_fp8_cache(layout, self.name)
         if experts := [m for m in layout.ignored if _EXPERTS.match(m)]:
             raise InputError(
                 f"{experts[0]}: expected every expert in int8-block, found {len(experts)} that stay in float, and "

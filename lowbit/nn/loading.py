@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.checkpoint.fused_experts import split
-from lowbit.checkpoint.headers import INDEX, Checkpoint, open_checkpoint
+from lowbit.checkpoint.headers import INDEX, Checkpoint
 from lowbit.checkpoint.hub import whole
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import StoredModule, quantization_of, read
 from lowbit.formats.joined import EXPERT

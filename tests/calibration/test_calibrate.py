@@ -307,7 +307,7 @@ def test_kv_scales(checkpoints, windows, tmp_path, kind):
     for i in range(3):
         for leaf in ("k_scale", "v_scale"):
             scale = tensors[f"model.layers.{i}.self_attn.{leaf}"]
-            assert scale.shape == ((2,) if cache.per_head else (1,)) and (scale > 0).all()
+            assert scale.shape == ((2,) if cache.each == "head" else (1,)) and (scale > 0).all()
     # Qwen3 normalizes its keys: after the rotary embedding no key is longer than √d·max|gain|.
     gain = safe_open(checkpoints["qwen3"] / "model.safetensors", framework="pt").get_tensor(
         "model.layers.0.self_attn.k_norm.weight"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from compressed_tensors.quantization import QuantizationArgs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_fused_experts import TEXT, model_of
 from transformers import (
     BartConfig,
@@ -23,6 +23,8 @@ from transformers import (
     MistralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 import lowbit
@@ -33,6 +35,7 @@ from lowbit.calibration.run import RunOptions
 from lowbit.calibration.source import Source
 from lowbit.errors import InputError
 from lowbit.evaluate.layerwise import _Stream, calibrated
+from lowbit.formats import Layout, get_format
 
 DENSE = {k: v for k, v in TEXT.items() if "expert" not in k and "moe" not in k}
 WINDOWS = [torch.randint(3, 120, (24,), generator=torch.Generator().manual_seed(i)) for i in range(2)]
@@ -205,7 +208,7 @@ def test_each_head_of_keys_and_values_is_rounded_by_its_own_scale():
     key, value = torch.randn(2, 1, 2, 5, 8, generator=generator)
     for dtype, largest in (("int8", 127), ("e4m3fn", 448)):
         for scales in (([0.02], [0.005]), ([0.02, 0.3], [0.005, 0.01])):
-            cache = KVCache(dtype=dtype, per_head=len(scales[0]) == 2)
+            cache = KVCache(dtype=dtype, each="head" if len(scales[0]) == 2 else "layer")
             found = KVQuantizer(cache, *map(torch.tensor, scales))(key, value)
             for x, scale, rounded in zip((key, value), scales, found, strict=True):
                 for head in range(2):
@@ -219,7 +222,7 @@ def test_what_a_config_says_of_the_cache():
     said = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     for change, expected in (
         ({}, KVCache(dtype="e4m3fn")),
-        ({"type": "int", "strategy": "attn_head"}, KVCache(dtype="int8", per_head=True)),
+        ({"type": "int", "strategy": "attn_head"}, KVCache(dtype="int8", each="head")),
         ({"strategy": "token"}, None),
         ({"num_bits": 4}, None),
         ({"type": "other"}, None),
@@ -230,7 +233,165 @@ def test_what_a_config_says_of_the_cache():
         dtype="e4m3fn"
     )
     assert KVCache.of_config({"quantization_config": {"kv_cache_scheme": None}}) is None
-    assert KVCache.parse("fp8-head") == KVCache(dtype="e4m3fn", per_head=True)
-    for wrong in ("fp8-heads", "fp4", ""):
-        with pytest.raises(InputError, match="fp8, int8, fp8-head or int8-head, found"):
+    assert KVCache.parse("fp8-head") == KVCache(dtype="e4m3fn", each="head")
+    assert KVCache.parse("int8-channel") == KVCache(dtype="int8", each="channel")
+    ascend = {"quant_method": "ascend", "kv_cache_type": "C8"}
+    assert KVCache.of_config({"quantization_config": ascend}) == KVCache.parse("int8-channel")
+    assert KVCache.of_config({"quantization_config": ascend | {"kv_cache_type": "FLOAT"}}) is None
+    for wrong in ("fp8-heads", "fp8-channel", "fp4", ""):
+        with pytest.raises(InputError, match="fp8, int8, fp8-head, int8-head or int8-channel, found"):
             KVCache.parse(wrong)
+
+
+# --- a cache of INT8 with a scale for each channel: msModelSlim's, `kv_cache_type` C8 ---------------
+
+
+def description_of(root):
+    return json.loads((root / "quant_model_description.json").read_text())
+
+
+def for_ascend(root, *, model=None, kv_cache="int8-channel"):
+    """What a model of two layers with two KV heads of 16 channels becomes, and its float model."""
+    torch.manual_seed(0)
+    model = model or LlamaForCausalLM(LlamaConfig(**DENSE)).eval()
+    model.save_pretrained(root / "src")
+    lowbit.calibrate(root / "src", root / "calib", "int8", method="absmax", data=WINDOWS, kv_cache=kv_cache)
+    lowbit.convert(root / "src", root / "out", calibration=root / "calib", format="ascend")
+    return load_file(root / "out" / "model.safetensors"), model
+
+
+def test_each_channel_of_keys_and_values_has_a_scale(tmp_path):
+    tensors, model = for_ascend(tmp_path)
+    caches = [model(input_ids=window[None], use_cache=True).past_key_values for window in WINDOWS]
+    for leaf, kept in (("k_proj", "keys"), ("v_proj", "values")):
+        largest = torch.stack([getattr(c.layers[0], kept)[0].abs().amax(1) for c in caches]).amax(0)
+        scale = tensors[f"model.layers.0.self_attn.{leaf}.kv_cache_scale"]
+        torch.testing.assert_close(scale, largest.reshape(-1) / 127, rtol=2**-7, atol=0)
+        assert (scale * 127.001 >= largest.reshape(-1)).all(), "nothing saturates"
+        assert torch.equal(scale, scale.bfloat16().float()), "as engines keep it"
+        for i in range(2):
+            zeros = tensors[f"model.layers.{i}.self_attn.{leaf}.kv_cache_offset"]
+            assert zeros.shape == scale.shape and zeros.dtype == torch.float32 and not zeros.any()
+    description = description_of(tmp_path / "out")
+    assert description["kv_cache_type"] == "C8" and description["model_quant_type"] == "W8A8_DYNAMIC"
+    of_cache = {n for n in tensors if ".kv_cache_" in n}
+    assert len(of_cache) == 8 and {n for n, kind in description.items() if kind == "C8"} == {
+        *of_cache,
+        "kv_cache_type",
+    }
+    assert not [n for n in tensors if n.endswith(("k_scale", "v_scale"))]
+    assert lowbit.verify(tmp_path / "out", tmp_path / "src").ok
+
+
+def test_an_evaluation_rounds_each_channel(tmp_path):
+    for_ascend(tmp_path)
+    laid_over = lowbit.measure(tmp_path / "src", WINDOWS, calibration=tmp_path / "calib")
+    written = lowbit.measure(tmp_path / "out", WINDOWS, reference=tmp_path / "src")
+    assert written.layer_errors == pytest.approx(laid_over.layer_errors, rel=1e-5)
+    description = description_of(tmp_path / "out")
+    del description["kv_cache_type"]
+    for name in [n for n, kind in description.items() if kind == "C8"]:
+        description[name] = "FLOAT"
+    (tmp_path / "out" / "quant_model_description.json").write_text(json.dumps(description))
+    without = lowbit.measure(tmp_path / "out", WINDOWS)
+    assert without.agreement.nll != pytest.approx(written.agreement.nll, rel=1e-6)
+
+
+def test_channels_are_rounded_by_their_own_scales():
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 3, 2, 5, 8, generator=generator)
+    scales = torch.rand(2, 16, generator=generator) * 0.05 + 1e-3
+    found = KVQuantizer(KVCache.parse("int8-channel"), *scales)(key, value)
+    for x, scale, rounded in zip((key, value), scales, found, strict=True):
+        column = scale.double().view(2, 1, 8)
+        codes = (x.float() / scale.view(2, 1, 8)).round().clamp(-127, 127)
+        torch.testing.assert_close(rounded.double(), codes * column, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "loads"),
+    [(LlamaConfig, LlamaForCausalLM, False), (Qwen3Config, Qwen3ForCausalLM, True)],
+)
+def test_engines_that_do_not_load_it_are_named_before(config, model, loads, tmp_path):
+    for_ascend(tmp_path, model=model(config(**DENSE)).eval())
+    plan = lowbit.plan(tmp_path / "src", calibration=tmp_path / "calib", format="ascend")
+    assert any("Qwen3, GLM-4.5 and MiniMax-M2 alone" in w for w in plan.warnings) != loads
+
+
+def test_a_checkpoint_with_such_a_cache_is_converted_further(tmp_path):
+    """As it is to the same format; to others without the scales, which they do not hold."""
+    tensors, _ = for_ascend(tmp_path)
+    name = "model.layers.1.self_attn.k_proj.kv_cache_offset"
+    tensors[name] = tensors[name] + 3  # as msModelSlim has it for ranges that are not symmetric
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out" / "lowbit_manifest.json").unlink()
+    lowbit.convert(tmp_path / "out", tmp_path / "again", "int8", format="ascend", ignore=["*.0.*.o_proj"])
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    of_cache = [n for n in tensors if ".kv_cache_" in n]
+    assert all(torch.equal(again[n], tensors[n]) for n in of_cache)
+    assert description_of(tmp_path / "again")["kv_cache_type"] == "C8"
+    plan = lowbit.plan(tmp_path / "out", "int8")
+    assert any(w.startswith("8 scales of a quantized KV cache") for w in plan.warnings)
+    assert not [n for shard in plan.shards for n in shard.names if "kv_cache" in n]
+    with pytest.raises(InputError, match=r"kv_cache_offset: expected zero points of 0"):
+        lowbit.measure(tmp_path / "out", WINDOWS)
+    found = lowbit.inspect(tmp_path / "out")
+    assert found.parameters == lowbit.inspect(tmp_path / "src").parameters
+    logits = lowbit.load(tmp_path / "out")(WINDOWS[0][None]).logits
+    assert logits.isfinite().all()
+
+
+def test_a_new_calibration_replaces_scales_and_zero_points(tmp_path):
+    tensors, _ = for_ascend(tmp_path)
+    for name in [n for n in tensors if n.endswith("kv_cache_scale")]:
+        tensors[name] *= 2
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "out" / "lowbit_manifest.json").unlink()
+    lowbit.calibrate(
+        tmp_path / "out", tmp_path / "new", "int8", method="absmax", data=WINDOWS, kv_cache="int8-channel"
+    )
+    lowbit.convert(tmp_path / "out", tmp_path / "again", calibration=tmp_path / "new", format="ascend")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    for name in [n for n in tensors if n.endswith("kv_cache_scale")]:
+        torch.testing.assert_close(again[name], tensors[name] / 2, rtol=0.02, atol=0)
+
+
+def test_scales_of_another_cache_do_not_become_those_of_int8(tmp_path):
+    """A source's FP8 cache, for one."""
+    converted(LlamaForCausalLM(LlamaConfig(**DENSE)), tmp_path, "fp8")
+    plan = lowbit.plan(tmp_path / "out", "int8", format="ascend")
+    assert any(w.startswith("4 scales of a quantized KV cache") for w in plan.warnings)
+    assert not [n for shard in plan.shards for n in shard.names if n.endswith(("k_scale", "v_scale"))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "message"),
+    [
+        (
+            "int8-channel",
+            "compressed-tensors",
+            "those of channels in the calibration; .*--format ascend",
+        ),
+        ("int8-head", "ascend", "calibrate with --kv-cache int8-channel"),
+        ("fp8", "ascend", "calibrate with --kv-cache int8-channel"),
+    ],
+)
+def test_caches_that_a_format_does_not_hold(kind, target, message, tmp_path):
+    LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(tmp_path / "src")
+    lowbit.calibrate(
+        tmp_path / "src", tmp_path / "calib", "int8", method="absmax", data=WINDOWS, kv_cache=kind
+    )
+    with pytest.raises(InputError, match=message):
+        lowbit.plan(tmp_path / "src", calibration=tmp_path / "calib", format=target)
+
+
+@pytest.mark.parametrize("target", ["fp8", "sglang"])
+@pytest.mark.parametrize("kind", ["int8", "int8-head", "int8-channel", "fp8"])
+def test_formats_whose_caches_are_of_fp8(kind, target):
+    layout = Layout(modules={}, ignored=(), kv_cache=KVCache.parse(kind).stored)
+    if kind == "fp8":
+        assert get_format(target).config(layout)["quant_method"]
+        return
+    with pytest.raises(InputError, match="calibrate with --kv-cache fp8"):
+        get_format(target).config(layout)

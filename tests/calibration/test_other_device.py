@@ -35,7 +35,7 @@ CASES = [
 @pytest.mark.parametrize("model", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize(("scheme", "method"), CASES, ids=[f"{s}-{m.name}" for s, m in CASES])
 def test_calibration_stays_on_its_device(checkpoints, windows, tmp_path, model, scheme, method):
-    source, kv = checkpoints[model], KVCache(dtype="int8", per_head=True)
+    source, kv = checkpoints[model], KVCache(dtype="int8", each="head")
     with OtherDevice() as device:
         for limit in (1 << 30, 1):  # all data as one batch where the method can; and in batches, spilled
             options = RunOptions(device=THERE, memory_limit=limit)

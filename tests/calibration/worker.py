@@ -47,7 +47,7 @@ def calibrations(directory: Path) -> None:
             ("int8-static", "absmax"),
             ("int8", "gptq"),
         ):
-            kv = KVCache(dtype="int8", per_head=True) if method == "absmax" else None
+            kv = KVCache(dtype="int8", each="head") if method == "absmax" else None
             # One process takes the way of several, not all data as one batch.
             options = RunOptions(all_experts=method != "gptq", min_tokens=300, memory_limit=1 << 20)
             with patch.object(

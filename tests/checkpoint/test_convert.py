@@ -25,8 +25,9 @@ from sample_models import (
 )
 
 import lowbit
-from lowbit.checkpoint.headers import ITEM_BYTES, open_checkpoint, read_header
+from lowbit.checkpoint.headers import ITEM_BYTES, read_header
 from lowbit.checkpoint.layout import OutTensor, assign
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
 from lowbit.quantize import choose_scale, quantize_with

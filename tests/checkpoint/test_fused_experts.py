@@ -29,8 +29,9 @@ from sample_models import (
 import lowbit
 from lowbit.checkpoint import reading
 from lowbit.checkpoint.fused_experts import orientation_of, split
-from lowbit.checkpoint.headers import PARTIAL, TensorRef, open_checkpoint
+from lowbit.checkpoint.headers import PARTIAL, TensorRef
 from lowbit.checkpoint.journal import read_journal
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.checkpoint.plan import Plan
 from lowbit.errors import InputError
 from lowbit.quantize import choose_scale, dequantize, quantize_with

@@ -17,7 +17,8 @@ from safetensors.torch import save, save_file
 from sample_models import llama, write
 
 import lowbit
-from lowbit.checkpoint.headers import INDEX, ITEM_BYTES, MAX_HEADER_BYTES, open_checkpoint, read_header
+from lowbit.checkpoint.headers import INDEX, ITEM_BYTES, MAX_HEADER_BYTES, read_header
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 
 

@@ -25,7 +25,7 @@ from sample_models import (
 
 import lowbit
 from lowbit.checkpoint import verify
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 
 DOWN = "model.layers.1.mlp.down_proj"

@@ -17,7 +17,7 @@ from torch import Tensor
 import lowbit
 from lowbit.calibration import store
 from lowbit.checkpoint import execute
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import get_format, read
 from lowbit.formats.format import Layout
@@ -346,8 +346,8 @@ def test_what_it_cannot_hold_is_refused_with_the_alternative(tmp_path, scheme, m
     assert not (tmp_path / "out").exists()
 
 
-def test_a_quantized_kv_cache_is_refused():
-    with pytest.raises(InputError, match="expected no quantized KV cache"):
+def test_a_kv_cache_of_another_kind_is_refused():
+    with pytest.raises(InputError, match="expected a KV cache of INT8 with a scale for each channel"):
         FORMAT.config(Layout(modules={}, ignored=(), kv_cache=get_scheme("fp8-static").activations))
 
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.formats import quantization_of, read
 from lowbit.granularity import PerTensor
 from lowbit.quantize import choose_scale, dequantize, quantize_with

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lowbit
-from lowbit.checkpoint.headers import open_checkpoint
+from lowbit.checkpoint.opening import open_checkpoint
 from lowbit.errors import InputError
 from lowbit.formats import read
 from lowbit.nn import QuantExperts, QuantLinear, float_activations, quantize_model
