@@ -7,6 +7,7 @@ from typing import Any
 
 from lowbit.checkpoint.jobs import Job
 from lowbit.checkpoint.roles import role_of
+from lowbit.granularity import PerBlock
 from lowbit.scheme import Scheme
 
 _MAMBA = (
@@ -21,6 +22,10 @@ _IN_SGLANG = (
 _OF_ANY = {
     "gpt_oss": _IN_SGLANG.format("gpt-oss's attention"),
     "whisper": _IN_SGLANG.format("Whisper's MLPs"),
+    "muse_spark": (
+        "vLLM's Muse Spark takes no codes but ModelOpt's NVFP4, on AMD Quark's; run the result with lowbit, or with "
+        "transformers after lowbit.register()"
+    ),
     "mamba": _MAMBA,
     "falcon_mamba": _MAMBA,
 }
@@ -32,10 +37,18 @@ _BLOCKS_OF = {
     **dict.fromkeys(("llama", "mistral", "ministral3", "phi3"), _LLAMA),
     "mistral3": "vLLM's and SGLang's Mistral 3 look for other names of scales than this format has; leave --format out",
 }
+_FP8_OF = {
+    "minimax_m3_vl": "vLLM's MiniMax-M3 takes this format's scales for those of MXFP8, and drops them without a word; "
+    "leave --format out",
+}
 _GROUPS_OF = dict.fromkeys(
     ("bloom", "telechat"),
     "vLLM rearranges the rows of this model's attention while loading, and refuses weight-only codes; "
     "serve the result with transformers, or take int8",
+)
+_DORY = (
+    "vLLM's Dory wants as many rows of scales as the weight has, and refuses blocks and weight-only codes; "
+    "take int8, fp8 or mxfp8"
 )
 # Whose `load_weights` vLLM-Ascend 0.23 patches.
 _INT8_CACHE = ("qwen3", "glm4_moe", "minimax_m2")
@@ -43,6 +56,10 @@ _ONLY_INT8_CACHE = (
     "vLLM-Ascend loads scales of an INT8 KV cache of Qwen3, GLM-4.5 and MiniMax-M2 alone; other models it refuses, or "
     "runs with scales of 1 without a word (Qwen3-MoE): calibrate without --kv-cache, unless your engine loads them"
 )
+
+
+def _in_blocks(scheme: Scheme) -> bool:
+    return scheme.weights is not None and isinstance(scheme.weights.granularity, PerBlock)
 
 
 def experts_in_float(jobs: Collection[Job]) -> list[str]:
@@ -77,8 +94,12 @@ def engine_limits(
         found.append(_ONLY_INT8_CACHE)
     if format in ("fp8", "sglang"):
         found.append(_BLOCKS_OF.get(kind))
+    if format == "fp8":
+        found.append(_FP8_OF.get(kind))
     if any(s.activations is None for s in schemes) and format == "compressed-tensors":
         found.append(_GROUPS_OF.get(kind))
+    if kind == "dory" and any(s.activations is None or _in_blocks(s) for s in schemes):
+        found.append(_DORY)
     ragged = [m for m in modules if shapes(m)[0] % 128] if format == "fp8" else []
     if ragged:
         # It takes rows over rows of scales for the size of a block: 960 over 8, 120.

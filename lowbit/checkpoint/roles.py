@@ -163,6 +163,18 @@ KEEP_RULES_OF = {
         _last(r"mamba\.(in|x|dt|out)_proj"),
         "vLLM builds Jamba's Mamba layers without quantization",
     ),
+    **dict.fromkeys(
+        ("glm5_next", "glm5_next_text"),
+        Rule("projection", _inside("self_attn"), "vLLM builds GLM-5-Next's attention without quantization"),
+    ),
+    **dict.fromkeys(
+        ("qwen4_exp", "qwen4_exp_text"),
+        Rule(
+            "projection",
+            _inside(r"\w*hyper_connection\w*"),
+            "vLLM builds hyper-connections without quantization",
+        ),
+    ),
 }
 """model_type → the rule that goes before `KEEP_RULES`."""
 

@@ -37,11 +37,18 @@ FUSED = (
     ("in_proj_b", "in_proj_a"),
 )
 _FUSED_WITH = {member: group for group in FUSED for member in group}
-# model_type → what its engines join to another module beside it, and that module.
+# model_type → what its engines join to another module beside it, with its parent where others have its name, and that
+# module.
 _FUSED_OF = {
+    "beam": {"self_attn.gate_proj": "q_proj"},  # its experts and MLPs have a gate_proj too
     "olmo_hybrid": {"g_proj": "q_proj"},
     "bailing_hybrid": {"b_proj": "q_proj"},  # Ling 3
     "bailing_moe_v3_vl": {"b_proj": "q_proj"},
+    "kimi_linear": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
+    "alice_ai": {"b_proj": "q_proj", "f_a_proj": "q_proj"},
+    "minimax_m3_vl": {"index_q_proj": "q_proj", "index_k_proj": "q_proj"},
+    # All that reads a layer's input, in linear attention and in latent attention, which has no q_proj.
+    "kimi_k3": dict.fromkeys(("b_proj", "f_a_proj", "g_proj", "q_a_proj", "kv_a_proj_with_mqa"), "q_proj"),
 }
 # The last members of what engines join and do not divide among devices: their last row of blocks may be ragged.
 _LAST_UNDIVIDED = {"kv_a_proj_with_mqa", "wkv"}
@@ -145,7 +152,8 @@ def matmul_key(module: str, model_type: str = "") -> tuple[str, ...] | None:
     One scale per tensor is one for all of them: engines that find several round the codes again, to the largest.
     """
     parent, _, name = module.rpartition(".")
-    name = _FUSED_OF.get(model_type, {}).get(name, name)
+    if own := _FUSED_OF.get(model_type):
+        name = own.get(f"{parent.rpartition('.')[2]}.{name}", own.get(name, name))
     return (parent, *_FUSED_WITH[name]) if name in _FUSED_WITH else None
 
 
@@ -325,7 +333,8 @@ def _make_fit(
     for scheme in {d.scheme for m in members if (d := decisions[m]).scheme is not None}:
         having = [m for m in members if decisions[m].scheme == scheme]
         carried = {m for m in having if joined == "fused" and already.get(m) == scheme.weights}
-        free = carried | {m for m in having if m.rpartition(".")[2] in _LAST_UNDIVIDED}
+        last = _LAST_UNDIVIDED.difference(_FUSED_OF.get(str(config.get("model_type")), ()))
+        free = carried | {m for m in having if m.rpartition(".")[2] in last}
         ours: dict[str, Joined] = {m: "" if m in free else joined for m in having}
         problem = next((p for m in having if (p := fits(scheme, shapes[m], ours[m]))), "")
         if not problem:

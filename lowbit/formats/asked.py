@@ -75,6 +75,7 @@ _STEPS_OF: dict[str, tuple[Step, ...]] = {
     "bailing_hybrid": ((r"\.attention\.", ".self_attn."),),  # Ling 3; not 2.5
     "mimo": ((r"^model\.mtp_layers\.(\d+)\.", _behind_the_last),),
     "hrm_text": ((r"\.attn\.", ".self_attn."),),
+    "beam": ((r"\.self_attn\.gate_proj$", ".self_attn.output_gate_proj"),),
     "blip-2": ((r"^vision_model(?=\.encoder\.)", ""),),  # what is in the tower, without the tower's name
     "exaone": (
         (r"^transformer\.(?=h\.)", "model."),

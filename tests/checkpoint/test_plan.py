@@ -260,6 +260,18 @@ def test_the_main_dtype_of_a_source_that_is_all_codes(tmp_path):
         ("bloom", "int8", None, ""),
         ("llama", "fp8-block", "fp8", "SGLang's class for this model drops the scales"),
         ("whisper", "int8", None, "SGLang builds Whisper's MLPs in float"),
+        (
+            "minimax_m3_vl",
+            "fp8-block",
+            "fp8",
+            "vLLM's MiniMax-M3 takes this format's scales for those of MXFP8",
+        ),
+        ("minimax_m3_vl", "fp8-block", None, ""),
+        ("muse_spark", "int8", None, "vLLM's Muse Spark takes no codes but ModelOpt's NVFP4"),
+        ("muse_spark", "bf16", None, ""),
+        ("dory", "fp8-block", None, "vLLM's Dory wants as many rows of scales"),
+        ("dory", "int8-weight-only", None, "vLLM's Dory wants as many rows of scales"),
+        ("dory", "mxfp8", None, ""),
         ("falcon_mamba", "bf16", None, ""),
     ],
 )

@@ -211,6 +211,21 @@ def test_mamba_layers_that_vllm_does_not_quantize_stay():
     assert role_of("model.layers.0.feed_forward.up_proj", BIG, {"model_type": "jamba"}) == ("linear", "")
 
 
+def test_what_vllm_builds_in_float_stays():
+    """vLLM 0.32 and 0.33 refused GLM-5-Next in every format: its attention, latent or linear, has no scales there."""
+    config, layer = {"model_type": "glm5_next"}, "model.language_model.layers.0"
+    for part in ("q_a_proj", "o_proj", "f_b_proj", "indexer.wq_b"):
+        role, reason = role_of(f"{layer}.self_attn.{part}", BIG, config)
+        assert role == "projection" and "vLLM" in reason
+        assert role_of(f"{layer}.self_attn.{part}", BIG, {"model_type": "glm4_moe"}) == ("linear", "")
+    assert role_of(f"{layer}.mlp.experts.0.up_proj", BIG, config) == ("expert", "")
+    # Qwen4-Exp's hyper-connections
+    for name in (f"{layer}.attn_hyper_connection", "model.language_model.hyper_connection_mixer"):
+        name += ".input_mix_weight_up"
+        assert role_of(name, BIG, {"model_type": "qwen4_exp"})[0] == "projection"
+        assert role_of(name, BIG, {"model_type": "qwen3_5_moe"}) == ("linear", "")
+
+
 def test_what_a_models_own_code_reads_stays():
     for model_type, name in (
         ("seamless_m4t", "speech_encoder.adapter.layers.0.ffn.fc2"),
@@ -313,7 +328,8 @@ def test_fused_members_follow_one_that_stays(members):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"), [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "")]
+    ("model_type", "name"),
+    [("olmo_hybrid", "g_proj"), ("bailing_hybrid", "b_proj"), ("kimi_linear", "b_proj"), ("afmoe", "")],
 )
 def test_what_some_models_join_to_q_k_and_v(model_type, name):
     """A gate or beta that the source left in float kept engines from loading the rest as codes."""
@@ -325,6 +341,52 @@ def test_what_some_models_join_to_q_k_and_v(model_type, name):
     assert {m for m, d in found.items() if d.scheme} == (set() if name else {*members} - {*left})
     if name:
         assert found["a.q_proj"].reason == f"engines fuse it with {name}, which stays (left)"
+
+
+@pytest.mark.parametrize("model_type", ["kimi_linear", "alice_ai"])
+def test_what_is_too_narrow_for_blocks_beside_q_k_and_v(model_type):
+    """vLLM joins as many rows as there are heads, and refused blocks for them: 0.32 and 0.33 all of Kimi-Linear's."""
+    rows = {"q_proj": 256, "k_proj": 256, "v_proj": 256, "b_proj": 32, "f_a_proj": 128, "o_proj": 256}
+    block, config = get_scheme("fp8-block"), {"model_type": model_type}
+    for format, joined in (("compressed-tensors", get_scheme("fp8")), ("fp8", None)):
+        shapes = {f"a.{name}": (n, 256) for name, n in rows.items()}
+        found = decide(shapes, block, fits=get_format(format).refuse, config=config)
+        assert {m: d.scheme for m, d in found.items()} == {**dict.fromkeys(shapes, joined), "a.o_proj": block}
+
+
+def test_an_indexer_that_minimax_m3_joins_to_q_k_and_v():
+    """vLLM's MiniMax-M3 took the indexer's BF16 for codes where `--ignore` named it alone."""
+    members = [f"a.self_attn.{m}_proj" for m in ("q", "k", "v", "index_q", "index_k")]
+    shapes = dict.fromkeys((*members, "a.self_attn.o_proj"), BIG)
+    selection = Selection(ignore=("*.index_*",))
+    found = decide(shapes, INT8, selection, config={"model_type": "minimax_m3_vl"})
+    assert {m for m, d in found.items() if d.scheme} == {"a.self_attn.o_proj"}
+    found = decide(shapes, INT8, selection, config={"model_type": "qwen3"})
+    assert {m for m, d in found.items() if not d.scheme} == set(members[3:])
+
+
+def test_a_gate_that_kimi_k3_joins_behind_keys_and_values():
+    """vLLM 0.33 makes one matrix of q_a_proj, kv_a_proj_with_mqa and g_proj, and refused 576 rows of blocks in it."""
+    shapes = {"a.q_a_proj": (1536, 256), "a.kv_a_proj_with_mqa": (576, 256), "a.g_proj": (512, 256)}
+    for model_type, scheme in (("kimi_k3", get_scheme("fp8")), ("deepseek_v3", get_scheme("fp8-block"))):
+        fits = get_format("compressed-tensors").refuse
+        found = decide(shapes, get_scheme("fp8-block"), fits=fits, config={"model_type": model_type})
+        assert [found[m].scheme for m in list(shapes)[:2]] == [scheme] * 2
+        assert (found["a.g_proj"].scheme == scheme) and found["a.g_proj"].role == "linear"
+    linear = [f"a.{m}_proj" for m in ("q", "k", "v", "g", "b", "f_a")]
+    assert len({fused_key(m, "kimi_k3") for m in (*linear, *shapes)}) == 1
+
+
+def test_a_gate_of_attention_that_one_model_joins_to_q_k_and_v():
+    """Beam's, which has the name of an MLP's: vLLM 0.33 builds one matrix of the four."""
+    members = [f"layers.0.self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "gate_proj")]
+    mlp = [f"layers.0.mlp.{m}" for m in ("gate_proj", "up_proj")]
+    shapes = dict.fromkeys((*members, *mlp), BIG)
+    found = decide(shapes, INT8, config={"model_type": "beam"}, left_in_float={members[-1]: "left"})
+    assert {m for m, d in found.items() if d.scheme} == set(mlp)
+    assert len({fused_key(m, "beam") for m in members}) == len({fused_key(m, "beam") for m in mlp}) == 1
+    found = decide(shapes, INT8, config={"model_type": "llama"}, left_in_float={members[-1]: "left"})
+    assert {m for m, d in found.items() if d.scheme} == {*members[:-1], *mlp}
 
 
 @pytest.mark.parametrize("float_by", ["ignore", "source"])

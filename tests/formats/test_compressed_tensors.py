@@ -553,6 +553,7 @@ def test_what_stays_of_an_encoder_is_named_as_vllm_asks_for_it():
         ("qwen2", "layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"),  # an embedder's
         ("bailing_hybrid", "model.layers.0.attention.f_proj", "model.layers.0.self_attn.f_proj"),
         ("llama", "fc", "model.fc"),
+        ("beam", "model.layers.0.self_attn.gate_proj", "model.layers.0.self_attn.output_gate_proj"),
         ("gpt_oss", "model.layers.0.self_attn.q_proj", "model.layers.0.attn.qkv_proj"),
         ("modernbert", "model.layers.0.attn.Wo", "modernbert.encoder_layer.layers.0.attn.Wo"),
         ("hrm_text", "model.L_module.layers.0.attn.o_proj", "model.L_module.layers.0.self_attn.o_proj"),
