@@ -1,10 +1,11 @@
-"""lowbit's int8 beside llama.cpp's Q8_0, SmolLM2-135M: `make bench-llama-cpp`.
+"""lowbit's int8 beside llama.cpp's Q8_0: `make bench-llama-cpp`.
 
     python scripts/bench_llama_cpp.py --peer .venv-llama-cpp/bin/python --work .bench --write benchmarks/llama_cpp.md
 
 Each in a process of its own, of one thread, one after the other for so many rounds; medians. Both have weights and
 activations of 8 bits, with integer sums (over a row here, over 32 elements there), and take the same random tokens.
-Both models come from the package's Q4_1 file.
+SmolLM2-135M comes from its package's Q4_1 file on both sides, and a Llama of 1.1B parameters (TinyLlama's shape, random
+weights) from one checkpoint in BF16.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PROMPT, NEW, ROUNDS = 64, 32, 5
 
 def tokens(seed: int) -> list[int]:
     chosen = random.Random(seed)
-    return [chosen.randrange(1000, 40000) for _ in range(PROMPT + NEW)]
+    return [chosen.randrange(1000, 32000) for _ in range(PROMPT + NEW)]
 
 
 def ours(checkpoint: Path) -> None:
@@ -108,49 +109,65 @@ def quantize(source: Path, file: Path) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     # Beside this file.
+    from llama_gguf import write_gguf
     from machine import cpu_name
-    from model_peers import convert, smollm2
+    from model_peers import convert, llama, smollm2
     from smollm2 import gguf_file
 
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint, file = convert(smollm2(work), work / "smollm2-int8", "int8"), work / "smollm2-q8_0.gguf"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def call(python: str, *what: str) -> str:
         command = [python, __file__, *what]
         return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
-    if not file.exists():
-        call(arguments.peer, "quantize", str(gguf_file()), str(file))
-    found: dict[str, list[dict]] = {"ours": [], "theirs": []}
-    for _ in range(ROUNDS):
-        for who, python, path in (("ours", sys.executable, checkpoint), ("theirs", arguments.peer, file)):
-            found[who].append(json.loads(call(python, who, str(path)).splitlines()[-1]))
-    version = call_version(arguments.peer)
-    speed = {
-        w: {k: statistics.median(r[k] for r in rows) for k in ("prefill", "decode")}
-        for w, rows in found.items()
+    small, large = work / "smollm2-q8_0.gguf", work / "llama-1b-q8_0.gguf"
+    if not small.exists():
+        call(arguments.peer, "quantize", str(gguf_file()), str(small))
+    source = llama(work)
+    if not large.exists():
+        write_gguf(source, large)
+    both = {
+        "SmolLM2-135M": (convert(smollm2(work), work / "smollm2-int8", "int8"), small),
+        "Llama, 1.1B": (convert(source, work / "llama-1b-int8", "int8"), large),
     }
-    system = found["theirs"][0]["system"].strip()
-    products = statistics.median(r["products"] for r in found["ours"])
+    rows, system = [], ""
+    for name, (checkpoint, file) in both.items():
+        found: dict[str, list[dict]] = {"ours": [], "theirs": []}
+        for _ in range(ROUNDS):
+            for who, python, path in (("ours", sys.executable, checkpoint), ("theirs", arguments.peer, file)):
+                found[who].append(json.loads(call(python, who, str(path)).splitlines()[-1]))
+        system = found["theirs"][0]["system"].strip()
+        rows += table(name, found)
     lines = [
         "# Beside llama.cpp", "",
         f"`make bench-llama-cpp`, on an {cpu_name()}, one thread, medians of {ROUNDS} processes each, alternating; "
-        f"SmolLM2-135M, {PROMPT} tokens of prompt, {NEW} new ones; tokens per second. llama-cpp-python {version}, "
-        f"built for this processor ({system}).", "",
-        f"Products take {products:.0%} of the time in which lowbit decodes; the rest is transformers' Python and "
-        "torch's small operations between them, which llama.cpp does not have.", "",
-        "| | prefill | decode |", "|---|---|---|",
-        f"| llama.cpp Q8_0 | {speed['theirs']['prefill']:.0f} | {speed['theirs']['decode']:.0f} |",
-        f"| lowbit int8, in transformers | {speed['ours']['prefill']:.0f} | {speed['ours']['decode']:.0f} |",
-        f"| ratio | {speed['ours']['prefill'] / speed['theirs']['prefill']:.2f} | "
-        f"{speed['ours']['decode'] / speed['theirs']['decode']:.2f} |",
+        f"{PROMPT} tokens of prompt, {NEW} new ones; tokens per second. llama-cpp-python "
+        f"{call_version(arguments.peer)}, built for this processor ({system}). The Llama has random weights in the "
+        "shape of TinyLlama. lowbit runs in transformers, and leaves the output head in BF16.", "",
+        "| | prefill | decode | of lowbit's decoding, products |", "|---|---|---|---|", *rows, "",
+        "What is no product is transformers' Python and torch's small operations between products, which llama.cpp "
+        "does not have.",
     ]  # fmt: skip
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.write:
         arguments.write.write_text(text)
+
+
+def table(name: str, found: dict[str, list[dict]]) -> list[str]:
+    """Three lines for a model: theirs, ours, the ratio."""
+    theirs, ours = (
+        [statistics.median(r[k] for r in found[who]) for k in ("prefill", "decode")]
+        for who in ("theirs", "ours")
+    )
+    products = statistics.median(r["products"] for r in found["ours"])
+    return [
+        f"| {name}: llama.cpp Q8_0 | {theirs[0]:.1f} | {theirs[1]:.1f} | |",
+        f"| lowbit int8 | {ours[0]:.1f} | {ours[1]:.1f} | {products:.0%} |",
+        f"| ratio | {ours[0] / theirs[0]:.2f} | {ours[1] / theirs[1]:.2f} | |",
+    ]
 
 
 def call_version(python: str) -> str:
