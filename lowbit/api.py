@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +151,7 @@ def run_plan(
     from lowbit.checkpoint.journal import intact
     from lowbit.checkpoint.writer import OutputDirectory
     from lowbit.engines import supply
-    from lowbit.engines.local import default_workers, no_wait, run_jobs
+    from lowbit.engines.local import default_workers, run_jobs
 
     begin = time.perf_counter()
     directory = OutputDirectory(Path(out), plan, overwrite=overwrite, part=part)
@@ -172,11 +171,10 @@ def run_plan(
         if repository:  # what is not read again need not come again
             spared = files_of(job for _, job in mine) - files_of(job for _, job in left)
             fetched(repository.nbytes(spared))
-        with supply.Supply(repository, left, fetched=fetched) if repository else nullcontext() as shards:
+        with supply.supplied(repository, left, fetched) as ready:
             run_jobs(
                 left, outputs, workers=workers or default_workers(), progress=progress,
-                not_finite=directory.journal.not_finite, finished=directory.journal.record,
-                ready=shards.ready if shards else no_wait,
+                not_finite=directory.journal.not_finite, finished=directory.journal.record, ready=ready,
             )  # fmt: skip
         manifest = directory.finish()
     except OSError as error:

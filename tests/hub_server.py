@@ -25,6 +25,8 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.address = ""
+        """For HF_ENDPOINT."""
         self.requests: list[tuple[str, str, str]] = []
         """(method, path, range)."""
         self.commit = COMMIT
@@ -45,8 +47,8 @@ def _is_large(file: Path) -> bool:
 
 
 @contextmanager
-def serve(root: Path) -> Iterator[tuple[str, Hub]]:
-    """(address for HF_ENDPOINT, the Hub)."""
+def serve(root: Path) -> Iterator[Hub]:
+    """The models below a directory."""
     hub = Hub(root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -166,7 +168,8 @@ def serve(root: Path) -> Iterator[tuple[str, Hub]]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", hub
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub
     finally:
         server.shutdown()
         server.server_close()

@@ -5,6 +5,7 @@ Works through transformers' table of attention functions, so for every architect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ from lowbit.scheme import TensorSpec
 _NAME = "lowbit_kv_cache"
 
 Each = Literal["layer", "head", "channel"]
+_KINDS: dict[str, tuple[str, Each]] = {
+    "fp8": ("e4m3fn", "layer"), "int8": ("int8", "layer"), "fp8-head": ("e4m3fn", "head"),
+    "int8-head": ("int8", "head"), "int8-channel": ("int8", "channel"),
+}  # fmt: skip
+# Of keys and values [B, heads, T, D]: how many dimensions have scales of their own, and the order with these first.
+_ORDERS: dict[Each, tuple[int, tuple[int, ...]]] = {
+    "layer": (0, (0, 1, 2, 3)), "head": (1, (1, 0, 2, 3)), "channel": (2, (1, 3, 0, 2)),
+}  # fmt: skip
 
 KEYS = ("k_proj", "qkv_proj")
 """Linears that make the keys of an attention whose cache holds them as they are; Phi-3 has one for all three."""
@@ -62,13 +71,12 @@ class KVCache:
     @classmethod
     def parse(cls, text: str) -> KVCache:
         """`fp8`, `int8`, `fp8-head`, `int8-head` or `int8-channel`."""
-        name, _, rest = text.partition("-")
-        each: dict[str, Each] = {"": "layer", "head": "head", "channel": "channel"}
-        if name not in ("fp8", "int8") or rest not in each or text == "fp8-channel":
+        if text not in _KINDS:
             raise InputError(
                 f"expected a KV cache of fp8, int8, fp8-head, int8-head or int8-channel, found {text!r}"
             )
-        return cls(dtype="e4m3fn" if name == "fp8" else "int8", each=each[rest])
+        dtype, each = _KINDS[text]
+        return cls(dtype=dtype, each=each)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> KVCache | None:
@@ -87,11 +95,15 @@ class KVCache:
 
     def as_rows(self, x: Tensor) -> Tensor:
         """Keys or values [B, heads, T, D] → [1, ·], [heads, ·] or [heads · D, ·]: each row has one scale."""
-        if self.each == "layer":
-            return x.reshape(1, -1)
-        if self.each == "head":
-            return x.transpose(0, 1).flatten(1)
-        return x.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+        count, order = _ORDERS[self.each]
+        ordered = x.permute(order)
+        return ordered.reshape(math.prod(ordered.shape[:count]), -1)
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """What `as_rows` made of keys or values of a shape → as they were."""
+        order = _ORDERS[self.each][1]
+        back = [order.index(dim) for dim in range(4)]
+        return rows.view([shape[dim] for dim in order]).permute(back)
 
 
 class KVObserver:
@@ -136,16 +148,9 @@ class KVQuantizer:
         return self._round(key, self.k_scale), self._round(value, self.v_scale)
 
     def _round(self, x: Tensor, scale: Tensor) -> Tensor:
-        rows, column = self.cache.as_rows(x), scale[:, None]
-        rounded = dequantize(quantize_with(rows, column, self.cache.spec), column, self.cache.spec).to(
-            x.dtype
-        )
-        if self.cache.each == "channel":
-            batch, heads, time, width = x.shape
-            return rounded.view(heads, width, batch, time).permute(2, 0, 3, 1)
-        if self.cache.each == "head":
-            return rounded.view(x.transpose(0, 1).shape).transpose(0, 1)
-        return rounded.view(x.shape)
+        cache, column = self.cache, scale[:, None]
+        codes = quantize_with(cache.as_rows(x), column, cache.spec)
+        return cache.from_rows(dequantize(codes, column, cache.spec).to(x.dtype), x.shape)
 
 
 KVHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -34,8 +34,8 @@ _OUTPUT_SCALE = re.compile(r"(.*\.)([qkv])_proj\.(?:output|kv_cache)_scale")
 def zero_points_of(name: str) -> str:
     """Zero points in msModelSlim's KV cache → the scales that they belong to, as `name_of_attention` has them; "" of
     other tensors."""
-    attention, _, leaf = name.removesuffix("_proj.kv_cache_offset").rpartition(".")
-    return f"{attention}.{leaf}_scale" if name.endswith("_proj.kv_cache_offset") else ""
+    is_one = name.endswith("_proj.kv_cache_offset")
+    return name_of_attention(name.removesuffix("offset") + "scale") if is_one else ""
 
 
 def is_of_attention(name: str) -> bool:

@@ -11,6 +11,11 @@ from typing import Any
 from lowbit.checkpoint.layout import Shard
 from lowbit.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 # What a network's file system says while its server is away, or a disk of one bad read.
 _MAY_PASS = ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ECONNRESET", "ECONNABORTED", "EHOSTDOWN", "EHOSTUNREACH",
              "ENETDOWN", "ENETUNREACH", "EREMOTEIO", "ESHUTDOWN")  # fmt: skip
@@ -48,22 +53,29 @@ def lock(directory: Path, *, shared: bool = False, held: int = -1, what: str = "
     `shared`: but not those that share it too. `held`: a descriptor whose lock is changed. Raises
     InputError when one is at work there. −1 where the file system knows no locks.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         return -1
     fd = held if held >= 0 else os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise InputError(
-            f"{directory}: another {what} is writing here; wait for it, or choose another place"
-        ) from None
-    except OSError:
-        os.close(fd)
+    got = hold(fd, shared=shared, wait=False)
+    if got:
+        return fd
+    os.close(fd)
+    if got is None:
         return -1
-    return fd
+    raise InputError(f"{directory}: another {what} is writing here; wait for it, or choose another place")
+
+
+def hold(fd: int, *, shared: bool = False, wait: bool = True) -> bool | None:
+    """Lock an open file or directory, until it is closed; False where others have it, None where locks are unknown."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def cannot_make(path: Path) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,17 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from lowbit.checkpoint.headers import Checkpoint, header_bytes
-from lowbit.checkpoint.opening import open_checkpoint
+from lowbit.checkpoint.files import hold
+from lowbit.checkpoint.headers import MAX_HEADER_BYTES, Checkpoint, header_bytes
+from lowbit.checkpoint.opening import open_checkpoint, repository_named
 from lowbit.checkpoint.others import WEIGHT_SUFFIXES
 from lowbit.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just fetched, from any thread."""
@@ -129,7 +124,7 @@ class Repository:
         locks.mkdir(exist_ok=True)
         fd = os.open(locks / hashlib.sha256(name.encode()).hexdigest()[:16], os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            hold(fd, "alone")
+            hold(fd)
             yield
         finally:
             os.close(fd)
@@ -144,27 +139,13 @@ class Repository:
         """While files are fetched. What killed runs had begun to fetch is removed, where nobody else is here."""
         fd = os.open(self.root, os.O_RDONLY)
         try:
-            if hold(fd, "alone now"):
+            if hold(fd, wait=False):
                 for folder in self.root.glob(_ARRIVING + "*"):
                     shutil.rmtree(folder, ignore_errors=True)
-            hold(fd, "shared")
+            hold(fd, shared=True)
             yield
         finally:
             os.close(fd)
-
-
-def hold(fd: int, how: Literal["shared", "alone", "alone now"]) -> bool | None:
-    """Wait for a lock on an open file; `alone now` does not wait. False where others have it, None without locks."""
-    if fcntl is None:
-        return None
-    kinds = {"shared": fcntl.LOCK_SH, "alone": fcntl.LOCK_EX, "alone now": fcntl.LOCK_EX | fcntl.LOCK_NB}
-    try:
-        fcntl.flock(fd, kinds[how])
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
 
 
 def open_source(path: str | Path) -> Checkpoint:
@@ -225,17 +206,6 @@ def whole(path: str | Path) -> Path:
         raise _unreachable(path, repository.name, error) from error
 
 
-def repository_named(path: str | Path) -> tuple[str, str | None] | None:
-    """(`org/name`, revision) where `path` names a repository and nothing here; None where it is a path."""
-    text = str(path)
-    explicit = re.match(r"hf:/{1,2}", text)  # pathlib makes one slash of two
-    text = text[explicit.end() :] if explicit else text
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?", text)
-    if match is None or (not explicit and (Path(path).exists() or Path(text.split("/")[0]).exists())):
-        return None
-    return match[1], match[2]
-
-
 def _repository(name: str, info: Any) -> Repository:
     from huggingface_hub import constants
 
@@ -274,8 +244,8 @@ def _fetch_head(repository: Repository, file: Path) -> None:
     """A shard up to its data; of what is no safetensors file, the beginning, which says so when it is read."""
     nbytes = repository.files[file].nbytes
     head = _range(repository, file, 0, min(_HEAD_BYTES, nbytes))
-    wanted = min(8 + int.from_bytes(head[:8], "little"), nbytes, 2 * 100_000_000)
-    if wanted > len(head):
+    wanted = min(8 + int.from_bytes(head[:8], "little"), nbytes)
+    if len(head) < wanted <= 8 + MAX_HEADER_BYTES:
         head += _range(repository, file, len(head), wanted)
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     aside.write_bytes(head[:wanted])

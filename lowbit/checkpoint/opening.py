@@ -135,6 +135,17 @@ def _no_weights(root: Path) -> InputError:
     return InputError(f"{root}: expected *.safetensors files, found none; check the path")
 
 
+def repository_named(path: str | Path) -> tuple[str, str | None] | None:
+    """(`org/name`, revision) where `path` names a repository and nothing here; None where it is a path."""
+    text = str(path)
+    explicit = re.match(r"hf:/{1,2}", text)  # pathlib makes one slash of two
+    text = text[explicit.end() :] if explicit else text
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?", text)
+    if match is None or (not explicit and (Path(path).exists() or Path(text.split("/")[0]).exists())):
+        return None
+    return match[1], match[2]
+
+
 def open_checkpoint(path: str | Path, sizes: Mapping[Path, int] = MappingProxyType({})) -> Checkpoint:
     """Read the headers of a checkpoint directory.
 
@@ -146,8 +157,8 @@ def open_checkpoint(path: str | Path, sizes: Mapping[Path, int] = MappingProxyTy
     root = Path(path)
     if not root.exists():
         advice = "check the path"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)) and not root.parent.exists():
-            advice += f", or download it first: hf download {path} --local-dir DIRECTORY"
+        if named := repository_named(path):
+            advice += f", or download it first: hf download {named[0]} --local-dir DIRECTORY"
         raise InputError(f"{root}: expected a checkpoint directory, found nothing there; {advice}")
     if not root.is_dir():
         raise InputError(f"{root}: expected a checkpoint directory, found a file; give its directory")

@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from lowbit.checkpoint.execute import Cancelled, Progress, Worker
 from lowbit.checkpoint.jobs import Job
 
+Ready = Callable[[Job, Callable[[], bool]], AbstractContextManager[None]]
+"""(job, whether to give up) → a context in which what the job reads is there."""
+
 
 def default_workers() -> int:
     """The processors that this process may use, at most 32: a disk is saturated long before."""
@@ -31,12 +34,12 @@ def run_jobs(
     progress: Progress,
     not_finite: Callable[[str], None],
     finished: Callable[[int, dict[str, str]], None],
-    ready: Callable[[Job, Callable[[], bool]], AbstractContextManager[None]] = no_wait,
+    ready: Ready = no_wait,
 ) -> None:
     """Run numbered jobs in order on `workers` threads; `finished(number, checksums)` after each.
 
-    `not_finite(name)` before that, for a tensor that was copied with NaN or Inf in it. Each job runs within
-    `ready(job, cancelled)`, a context in which what it reads is there (see `Supply`).
+    `not_finite(name)` before that, for a tensor that was copied with NaN or Inf in it. Each job runs within `ready`'s
+    context (see `supplied`).
     The first error stops the others soon and is raised here; so does Ctrl-C.
     """
     waiting: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()

@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowbit.checkpoint.execute import Cancelled
-from lowbit.checkpoint.hub import Progress, Repository, hold
+from lowbit.checkpoint.files import hold
+from lowbit.checkpoint.hub import Progress, Repository
 from lowbit.checkpoint.jobs import Job, files_of
+from lowbit.engines.local import Ready, no_wait
 from lowbit.errors import InputError
 
 # So many shards are here or on their way, beyond those that a running job insists on.
@@ -45,20 +47,30 @@ def prepare(repository: Repository, others: Sequence[Path], jobs: Sequence[tuple
         )
 
 
+@contextmanager
+def supplied(
+    repository: Repository | None, jobs: Sequence[tuple[int, Job]], fetched: Progress
+) -> Iterator[Ready]:
+    """While jobs run: what each waits for. Nothing, without a repository; `fetched` is told of bytes as they arrive."""
+    if repository is None:
+        yield no_wait
+        return
+    supply = Supply(repository, jobs, fetched)
+    with repository.in_use():
+        supply.begin()
+        try:
+            yield supply.ready
+        finally:
+            supply.end()
+
+
 class Supply:
     """The shards that jobs read, fetched in the order of the jobs.
 
     A shard stays whole while a job of this run, or another run of the same source, is to read it.
     """
 
-    def __init__(
-        self,
-        repository: Repository,
-        jobs: Sequence[tuple[int, Job]],
-        *,
-        fetched: Progress = lambda count: None,
-    ) -> None:
-        """`fetched` is told of bytes as they arrive."""
+    def __init__(self, repository: Repository, jobs: Sequence[tuple[int, Job]], fetched: Progress) -> None:
         self._repository, self._tell = repository, fetched
         self._left: Counter[Path] = Counter()
         """Shard → jobs that are yet to read it; those that are needed first come first."""
@@ -70,22 +82,18 @@ class Supply:
         self._wanted: queue.PriorityQueue[tuple[int, int, Path | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._lock, self._closed = threading.Lock(), False
-        self._in_use = repository.in_use()
 
-    def __enter__(self) -> Supply:
-        self._in_use.__enter__()
+    def begin(self) -> None:
         for number in range(_THREADS):
             threading.Thread(target=self._fetch_all, name=f"lowbit-fetch-{number}", daemon=True).start()
         self._look_ahead()
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
         """Fetch no more. What is here, and was not needed to the end, stays for the next run."""
         with self._lock:
             self._closed = True
             for fd in self._held.values():
                 os.close(fd)
-        self._in_use.__exit__(None, None, None)
         for _ in range(_THREADS):
             self._wanted.put((_END, next(self._order), None))
 
@@ -128,7 +136,7 @@ class Supply:
         if fd is None:
             return
         # Where locks are unknown, another run that reads it meets its end: an error, not wrong data.
-        if hold(fd, "alone now") is not False:
+        if hold(fd, wait=False) is not False:
             self._repository.cut(fd, file)
         os.close(fd)
         self._look_ahead()
@@ -146,7 +154,7 @@ class Supply:
         while True:
             self._repository.fetch(file, self._fetched)
             fd = os.open(file, os.O_RDONLY if file.is_symlink() else os.O_RDWR)
-            hold(fd, "shared")
+            hold(fd, shared=True)
             if os.fstat(fd).st_size == self._repository.files[file].nbytes:
                 break
             os.close(fd)  # another run was done with it, just now

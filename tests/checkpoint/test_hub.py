@@ -19,6 +19,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conversions import FILES as OTHERS
 from conversions import everything
 from hub_server import COMMIT, Hub, serve
 from huggingface_hub import constants
@@ -28,28 +29,30 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.checkpoint import hub as hub_module
 from lowbit.checkpoint.headers import MANIFEST, PARTIAL
-from lowbit.checkpoint.hub import Repository, open_source, repository_named
+from lowbit.checkpoint.hub import Repository, open_source
+from lowbit.checkpoint.opening import repository_named
 from lowbit.checkpoint.parts import Part
 from lowbit.cli import app
 from lowbit.engines import supply
 from lowbit.errors import InputError
 
 NAME = "org/model"
-FILES = {"tokenizer.json": "{}", "code/modeling.py": "pass", "README.md": "what it is"}
+FILES = {**OTHERS, "README.md": "what it is"}
 SHARDS = 6
 
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    with serve(tmp_path / "remote") as (address, served):
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+    with serve(tmp_path / "remote") as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
         monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            served.address + "/{repo_id}/resolve/{revision}/{filename}",
         )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        served.address = address
         yield served
 
 
@@ -67,6 +70,12 @@ def hash_of(name: str) -> int:
 
 def shards_of(model: Path) -> list[str]:
     return sorted(f.name for f in model.glob("*.safetensors"))
+
+
+def outside(remote: Hub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process of its own."""
+    home = {"HF_ENDPOINT": remote.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **home}
 
 
 def stand_in(tmp_path: Path, name: str = NAME) -> Path:
@@ -208,11 +217,9 @@ lowbit.convert(sys.argv[1], sys.argv[2], "int8", workers=1, max_shard_size="200K
 def test_a_stopped_run_goes_on(how, model, remote, tmp_path):
     open_source(NAME)
     remote.slow = 0.3
-    environment = {
-        **os.environ, "HF_ENDPOINT": remote.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-    }  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, NAME, str(tmp_path / "out")], env=environment, stderr=subprocess.PIPE,
+        [sys.executable, "-c", KILLED, NAME, str(tmp_path / "out")],
+        env=outside(remote, tmp_path), stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 60
@@ -543,12 +550,9 @@ def test_without_huggingface_hub(model, remote, monkeypatch):
 
 def test_the_command_line(model, remote, tmp_path):
     """In a process of its own, as a user has it."""
-    environment = {
-        **os.environ, "HF_ENDPOINT": remote.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "lowbit", "convert", NAME, str(tmp_path / "out"), "--json"],
-        env=environment, capture_output=True, text=True, check=True,
+        env=outside(remote, tmp_path), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f'"source": "{NAME}@{COMMIT}"' in done.stdout
     assert done.stderr == "" or "compiling" in done.stderr
