@@ -27,14 +27,15 @@ class Device:
         if python is None:
             raise RuntimeError("expected the venv of triton-ascend: run `make ascend-env`")
         kernels = Path(compile_ascend.__file__).resolve().parent
-        self._command = [python, Path(__file__).with_name("worker.py"), kernels]
+        worker = Path(__file__).with_name("worker.py")
+        self._command = [python, worker, kernels]
         self._kept = Path(os.environ["TRITON_CACHE_DIR"]) / "ascend"
         packages = sorted(
             path.name for path in python.parent.parent.glob("lib/python*/site-packages/*.dist-info")
         )
         self._key = hashlib.sha256(" ".join(packages).encode())
         """What a kernel is compiled from and by: its launch is missing yet."""
-        for source in sorted(kernels.glob("*.py")):
+        for source in (worker, *sorted(kernels.glob("*.py"))):
             self._key.update(source.read_bytes())
         self._target = target
         self._programs: dict[str, Program] = {}
